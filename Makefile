@@ -1,0 +1,43 @@
+# Every target does its own set-up: on a fresh machine `make quickstart` is the first command to type.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+# one thread per rank: several ranks share the cores, and more threads only get in each other's way
+test quickstart: export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint bench gpu-check clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+# torch alone first: its version is then the constraint's own, CPU build included where the machine offers one
+$(INSTALLED): setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: $(INSTALLED)  ## train a tiny MoE on generated sources on this machine's CPU
+	$(BIN)/megatron-dynmix quickstart
+
+test: $(INSTALLED)  ## run the tests that need no GPU
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)  ## run every benchmark
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+gpu-check:  ## run the GPU tests with PYTHON's own packages, no .venv
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu
+
+clean:  ## remove .venv, caches and build output; runs/ stays
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,148 @@
+"""The blend as a pure function: global sample -> (dataset_id, row), from (seed, sizes, stages).
+
+The weights of a run are a list of stages. A stage is materialised one chunk at a time; from chunk to
+chunk and from stage to stage only two small vectors go on: how many rows of each source were drawn, and
+the fraction of a row that rounding still owes it. Axes: D sources, N samples of a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from megatron.core.datasets import helpers
+from numpy.typing import NDArray
+
+from megatron_dynmix.data.shuffle import permute
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An immutable piece of the blend: from `start_sample` on, draw with `weights`."""
+
+    start_sample: int
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where the blend stands at one sample."""
+
+    sample: int
+    """Global samples drawn so far."""
+    drawn_D: NDArray[np.int64]
+    """Rows drawn of each source; epochs and rows follow from it."""
+    owed_D: NDArray[np.float64]
+    """Sum over stages of weight x length, less what was drawn: below one row for each source."""
+
+    @classmethod
+    def start(cls, num_sources: int) -> Cursor:
+        """The cursor of a run that has drawn nothing."""
+        return cls(0, np.zeros(num_sources, np.int64), np.zeros(num_sources))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The next samples of a stage: which source each comes from, and its ordinal within that source."""
+
+    start: Cursor
+    weights_D: NDArray[np.float64]
+    dataset_index_N: NDArray[np.int16]
+    ordinal_N: NDArray[np.int64]
+
+    @property
+    def end_sample(self) -> int:
+        """First global sample after the chunk."""
+        return self.start.sample + len(self.dataset_index_N)
+
+    def cursor_at(self, sample: int) -> Cursor:
+        """The cursor after the samples before `sample`; a chunk need not be used up."""
+        used = sample - self.start.sample
+        assert 0 <= used <= len(self.dataset_index_N), "sample lies outside the chunk"
+        counts_D = np.bincount(self.dataset_index_N[:used], minlength=len(self.weights_D))
+        return Cursor(
+            sample,
+            self.start.drawn_D + counts_D,
+            self.start.owed_D + self.weights_D * used - counts_D,
+        )
+
+
+def build_chunk(start: Cursor, weights_D: NDArray[np.float64], length: int) -> Chunk:
+    """Draw `length` samples so that every prefix follows the weights, and pay what rounding owes.
+
+    Megatron-Core's greedy helper draws them: it always takes the source furthest behind. Restarting the
+    greedy would forget the rounding at every chunk (a source due less than one row per chunk would never
+    be drawn), so what is owed is added to what the helper is asked for. The helper may end a row or two
+    off; the last rows are then exchanged until every source has its share to within one row. From a
+    fresh cursor, with whole numbers of rows due, the result is that of a stock `BlendedDataset`.
+
+    Args:
+        start: cursor at the first sample.
+        weights_D: shares, summing to 1; a source of weight 0 is paused and never drawn.
+        length: samples of the chunk, N > 0.
+
+    Returns:
+        The chunk; `ordinal_N` counts the rows of a source over the whole run.
+
+    """
+    due_D = np.where(weights_D > 0, np.maximum(weights_D * length + start.owed_D, 0.0), 0.0)
+    if not due_D.any():  # a chunk so short that every source is ahead already
+        due_D = weights_D
+    due_D = due_D * (length / due_D.sum())
+    # The helper may pick a source of weight 0 when all others are exactly on target: leave those out.
+    active = np.flatnonzero(due_D > 0)
+    dataset_index_N = np.zeros(length, np.int16)
+    ordinal_N = np.zeros(length, np.int64)
+    helpers.build_blending_indices(
+        dataset_index_N, ordinal_N, due_D[active] / length, len(active), length, False
+    )
+    dataset_index_N = active.astype(np.int16)[dataset_index_N]
+    for dataset_id in _exchange_last_rows(dataset_index_N, largest_remainder(due_D)):
+        here = dataset_index_N == dataset_id
+        ordinal_N[here] = np.arange(np.count_nonzero(here))
+    ordinal_N += start.drawn_D[dataset_index_N]
+    return Chunk(start, weights_D, dataset_index_N, ordinal_N)
+
+
+def largest_remainder(due_D: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Whole numbers with the same sum, each less than one away; ties go to the lowest index."""
+    counts_D = np.floor(due_D).astype(np.int64)
+    missing = round(float(due_D.sum())) - int(counts_D.sum())
+    counts_D[np.argsort(counts_D - due_D, kind="stable")[:missing]] += 1
+    return counts_D
+
+
+def _exchange_last_rows(dataset_index_N: NDArray[np.int16], counts_D: NDArray[np.int64]) -> set[int]:
+    """Make the index hold exactly `counts_D`, in place; returns the sources whose rows moved."""
+    surplus_D = np.bincount(dataset_index_N, minlength=len(counts_D)) - counts_D
+    ahead = np.repeat(np.arange(len(counts_D)), np.maximum(surplus_D, 0))
+    behind = np.repeat(np.arange(len(counts_D)), np.maximum(-surplus_D, 0))
+    for giver, taker in zip(ahead, behind, strict=True):
+        last = len(dataset_index_N) - 1 - int(np.argmax(dataset_index_N[::-1] == giver))
+        dataset_index_N[last] = taker
+    return {*ahead.tolist(), *behind.tolist()}
+
+
+def rows_of(
+    dataset_id_N: NDArray[np.int16], ordinal_N: NDArray[np.int64], sizes_D: NDArray[np.int64], seed: int
+) -> NDArray[np.int64]:
+    """Which row of its source each drawn sample is.
+
+    The first epoch takes the rows in their order (packing has shuffled them); each later epoch has its own
+    permutation, so every row is drawn once before any is drawn twice.
+
+    Args:
+        dataset_id_N: source of each sample.
+        ordinal_N: how many rows of that source were drawn before it.
+        sizes_D: rows of each source.
+        seed: seed of the run.
+
+    """
+    epoch_N, row_N = np.divmod(ordinal_N, sizes_D[dataset_id_N])
+    for dataset_id, epoch in {*zip(dataset_id_N.tolist(), epoch_N.tolist(), strict=True)}:
+        if epoch > 0:
+            here = (dataset_id_N == dataset_id) & (epoch_N == epoch)
+            row_N[here] = permute(
+                row_N[here], size=int(sizes_D[dataset_id]), seed=seed, dataset_id=dataset_id, epoch=epoch
+            )
+    return row_N

@@ -1,0 +1,239 @@
+"""The packed rows of one source as a Megatron dataset.
+
+Shape legend: N examples in rows, D documents of the source, Q sequences (runs) of the source, S
+positions of a row, R1 = rows + 1. An example of n tokens takes n - 1 positions: inputs are its tokens
+but the last, labels its tokens but the first.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.megatron_dataset import MegatronDataset
+from megatron.core.datasets.utils import Split
+from numpy.typing import NDArray
+
+from megatron_dynmix.data.packing import Packing, pack
+from megatron_dynmix.data.prepare import load_report
+from megatron_dynmix.errors import InputError
+
+Overlong = Literal["drop", "truncate", "error"]
+
+_PACKING_VERSION = 1  # raised when the same source would be packed otherwise
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingReport:
+    """What became of a source's examples: ``examples + dropped_overlong + untrained`` is all of them.
+
+    ``examples`` are in the rows, ``truncated`` of them cut; ``untrained`` had no label to train on
+    (left). ``tokens`` are positions that hold an example's token, ``useful_token_share`` their share
+    of all positions of all rows.
+    """
+
+    examples: int
+    dropped_overlong: int
+    truncated: int
+    untrained: int
+    rows: int
+    tokens: int
+    useful_token_share: float
+
+
+class PackedRows(MegatronDataset):
+    """Rows of ``seq_length`` positions, each holding one or more whole examples of one source."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        indexed: IndexedDataset,
+        config: BlendedMegatronDatasetConfig,
+        documents_N: NDArray[np.int64],
+        row_starts_R1: NDArray[np.int64],
+        packing_report: PackingReport,
+        pad_id: int,
+    ) -> None:
+        super().__init__(indexed, indexed.path_prefix, documents_N, packing_report.rows, Split.train, config)
+        self.name = name
+        self.packing_report = packing_report
+        self._documents_N = documents_N
+        self._row_starts_R1 = row_starts_R1
+        self._pad_id = pad_id
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        name: str,
+        prefix: Path,
+        seq_length: int,
+        seed: int,
+        overlong: Overlong,
+        cache_dir: Path | None,
+        pad_id: int,
+    ) -> "PackedRows":
+        """Pack a prepared source into rows; the packing is kept in ``cache_dir`` if one is given.
+
+        Over-long is an example of more than ``seq_length`` positions: dropped and counted, truncated,
+        or refused. Examples without a trained label in their positions are dropped and counted.
+
+        Raises:
+            InputError: the source is not prepared, ``overlong`` is unknown or "error" and there is
+                an over-long example, or no row results.
+
+        """
+        if overlong not in get_args(Overlong):
+            raise InputError(f"overlong {overlong!r} is unknown; use {', '.join(get_args(Overlong))}")
+        if seq_length < 1:
+            raise InputError(f"seq_length {seq_length}: a row needs at least one position")
+        source = load_report(prefix)
+        indexed = IndexedDataset(str(prefix), multimodal=True)
+        lengths_D, trained_D = _positions(indexed, seq_length)
+        overlong_D = lengths_D > seq_length
+        dropped_D = overlong_D & (overlong == "drop")
+        kept_D = ~dropped_D & (trained_D > 0)
+        if overlong == "error":
+            _refuse_overlong(name, lengths_D, seq_length)
+        if not kept_D.any():
+            raise InputError(
+                f"source {name}: no row results, {int(dropped_D.sum())} of {len(kept_D)} examples are longer "
+                f"than seq_length {seq_length} and the rest have no trained label; raise seq_length"
+            )
+        kept_N = np.flatnonzero(kept_D)
+        lengths_N = np.minimum(lengths_D[kept_N], seq_length)
+        key = [source.fingerprint, seq_length, seed, overlong, _PACKING_VERSION]
+        packing = _cached_pack(lengths_N, seq_length, seed, cache_dir, key)
+        tokens = int(lengths_N.sum())
+        report = PackingReport(
+            examples=len(kept_N),
+            dropped_overlong=int(dropped_D.sum()),
+            truncated=int((overlong_D & kept_D).sum()),
+            untrained=int((~dropped_D & (trained_D == 0)).sum()),
+            rows=packing.num_rows,
+            tokens=tokens,
+            useful_token_share=tokens / (packing.num_rows * seq_length),
+        )
+        config = BlendedMegatronDatasetConfig(
+            random_seed=seed, sequence_length=seq_length, blend=([str(prefix)], None), split="1"
+        )
+        return cls(
+            name=name,
+            indexed=indexed,
+            config=config,
+            documents_N=kept_N[packing.order_N],
+            row_starts_R1=packing.row_starts_R1,
+            packing_report=report,
+            pad_id=pad_id,
+        )
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples in all rows."""
+        return self.packing_report.examples
+
+    @property
+    def mean_examples_per_row(self) -> float:
+        """Examples per row, on average."""
+        return self.packing_report.examples / self.packing_report.rows
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self.packing_report.rows
+
+    def __getitem__(self, row: int) -> dict[str, NDArray[Any]]:
+        """Return one row as arrays of S positions.
+
+        ``tokens``, ``labels`` (int64), ``loss_mask`` (float32, 1 where the label is trained on),
+        ``position_ids`` (int64, from 0 in each segment), ``segment_ids`` (int64: 0, 1, ... and -1 in
+        the padding), ``padding_mask`` (bool, True = padding). Padding holds the pad id, loss mask 0.
+        """
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} is not in 0..{len(self) - 1}")
+        size = self.config.sequence_length
+        arrays = {
+            "tokens": np.full(size, self._pad_id, dtype=np.int64),
+            "labels": np.full(size, self._pad_id, dtype=np.int64),
+            "loss_mask": np.zeros(size, dtype=np.float32),
+            "position_ids": np.zeros(size, dtype=np.int64),
+            "segment_ids": np.full(size, -1, dtype=np.int64),
+        }
+        begin = 0
+        first, last = self._row_starts_R1[row : row + 2]
+        for segment, document in enumerate(self._documents_N[first:last]):
+            ids, trained = self._document(int(document))
+            length = min(len(ids) - 1, size)
+            where = slice(begin, begin + length)
+            arrays["tokens"][where] = ids[:length]
+            arrays["labels"][where] = ids[1 : length + 1]
+            arrays["loss_mask"][where] = trained[1 : length + 1]
+            arrays["position_ids"][where] = np.arange(length)
+            arrays["segment_ids"][where] = segment
+            begin += length
+        return {**arrays, "padding_mask": arrays["segment_ids"] < 0}
+
+    def _document(self, document: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return a document's token ids and modes, one of each per token."""
+        index = self.dataset.index
+        first, last = index.document_indices[document : document + 2]
+        lengths = index.sequence_lengths[first:last]
+        ids = self.dataset.bin_reader.read(
+            dtype=index.dtype, count=int(lengths.sum()), offset=int(index.sequence_pointers[first])
+        )
+        return ids, np.repeat(index.sequence_modes[first:last], lengths)
+
+
+def _positions(indexed: IndexedDataset, seq_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return each document's positions and how many trained labels its first ``seq_length`` hold."""
+    index = indexed.index
+    lengths_Q = index.sequence_lengths.astype(np.int64)
+    modes_Q = index.sequence_modes.astype(np.int64)
+    token_starts_Q1 = np.concatenate([[0], np.cumsum(lengths_Q)])
+    trained_starts_Q1 = np.concatenate([[0], np.cumsum(lengths_Q * modes_Q)])
+    first_D, last_D = index.document_indices[:-1], index.document_indices[1:]
+    lengths_D = token_starts_Q1[last_D] - token_starts_Q1[first_D] - 1
+
+    # The last label that fits lies in some run of the document: all runs before it, and a part of it.
+    ends_D = token_starts_Q1[first_D] + np.minimum(lengths_D, seq_length) + 1
+    run_D = np.searchsorted(token_starts_Q1, ends_D, side="left") - 1
+    trained_D = trained_starts_Q1[run_D] + modes_Q[run_D] * (ends_D - token_starts_Q1[run_D])
+    # the first token is an input only, never a label
+    return lengths_D, trained_D - trained_starts_Q1[first_D] - modes_Q[first_D]
+
+
+def _refuse_overlong(name: str, lengths_D: NDArray[np.int64], seq_length: int) -> None:
+    count, longest = int((lengths_D > seq_length).sum()), int(lengths_D.max())
+    if count:
+        raise InputError(
+            f"source {name}: {count} of {len(lengths_D)} examples are longer than seq_length {seq_length} "
+            f"(the longest takes {longest} positions); raise seq_length, or set overlong to drop or truncate"
+        )
+
+
+def _cached_pack(
+    lengths_N: NDArray[np.int64], capacity: int, seed: int, cache_dir: Path | None, key: list[Any]
+) -> Packing:
+    if cache_dir is None:
+        return pack(lengths_N, capacity, seed)
+    path = cache_dir / f"packing-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.npz"
+    try:
+        with np.load(path) as arrays:
+            return Packing(arrays["order_N"], arrays["row_starts_R1"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # not there yet, or damaged: the same packing is made again in a second
+    packing = pack(lengths_N, capacity, seed)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    # Ranks may race: each writes its own file, and the equal results replace one another whole.
+    with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".packing-") as folder:
+        draft = Path(folder) / path.name
+        np.savez(draft, order_N=packing.order_N, row_starts_R1=packing.row_starts_R1)
+        os.replace(draft, path)
+    return packing

@@ -1,0 +1,105 @@
+"""Sampling weights: making them and measuring them.
+
+Axes: D sources.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+SUM_TOLERANCE = 1e-9
+
+
+def normalise_weights(
+    weights: Mapping[str, float] | ArrayLike, sources: Sequence[str] | None = None
+) -> NDArray[np.float64]:
+    """Scale non-negative numbers so that they sum to 1.
+
+    Args:
+        weights: D numbers in any unit, or a mapping from source name to number.
+        sources: the D source names. A mapping is read in this order (without names, in its own order), and
+            must hold exactly these names; an array must have this length.
+
+    Returns:
+        weights_D, float64. A weight of 0 is kept: the source is paused.
+
+    Raises:
+        ValueError: a negative, NaN or infinite weight, no positive weight, or the wrong number or names.
+
+    """
+    if isinstance(weights, Mapping):
+        names = list(weights) if sources is None else list(sources)
+        missing = [name for name in names if name not in weights]
+        unknown = [name for name in weights if name not in names]
+        if missing or unknown:
+            raise ValueError(
+                f"weights do not match the sources: missing {missing}, unknown {unknown}; "
+                "give one weight per source"
+            )
+        values: ArrayLike = [weights[name] for name in names]
+    else:
+        values = weights
+    weights_D = np.array(values, dtype=np.float64)
+    if weights_D.ndim != 1 or weights_D.size == 0:
+        raise ValueError(f"weights have shape {weights_D.shape}; give a flat list with one weight per source")
+    if sources is not None and len(weights_D) != len(sources):
+        raise ValueError(
+            f"{len(weights_D)} weights for {len(sources)} sources {list(sources)}; give one each"
+        )
+    if not np.isfinite(weights_D).all() or (weights_D < 0).any():
+        raise ValueError(
+            f"weights {weights_D.tolist()} hold a negative, NaN or infinite value; give numbers >= 0"
+        )
+    with np.errstate(over="ignore"):  # an infinite sum is refused on the next line
+        total = float(weights_D.sum())
+    if not 0 < total < np.inf:
+        raise ValueError(
+            f"weights {weights_D.tolist()} sum to {total}; at least one must be > 0, the sum finite"
+        )
+    return weights_D / total
+
+
+def check_weights(weights_D: ArrayLike, num_sources: int) -> NDArray[np.float64]:
+    """Read-only copy of weights that already are shares of ``num_sources`` sources.
+
+    Raises:
+        ValueError: wrong length, a negative, NaN or infinite weight, or a sum further than 1e-9 from 1.
+
+    """
+    checked_D = np.array(weights_D, dtype=np.float64)
+    if checked_D.shape != (num_sources,):
+        raise ValueError(f"weights have shape {checked_D.shape}; need one for each of {num_sources} sources")
+    if not np.isfinite(checked_D).all() or (checked_D < 0).any():
+        raise ValueError(f"weights {checked_D.tolist()} hold a negative, NaN or infinite value")
+    if abs(float(checked_D.sum()) - 1) > SUM_TOLERANCE:
+        raise ValueError(
+            f"weights {checked_D.tolist()} sum to {checked_D.sum()}, not to 1; normalise them first"
+        )
+    checked_D.setflags(write=False)
+    return checked_D
+
+
+def entropy(weights_D: NDArray[np.float64]) -> float:
+    """Shannon entropy of the mix in nats, between 0 (one source) and log D (uniform); 0 log 0 = 0."""
+    positive = weights_D[weights_D > 0]
+    return max(0.0, -float(np.sum(positive * np.log(positive))))
+
+
+def kl_divergence(new_D: NDArray[np.float64], old_D: NDArray[np.float64]) -> float:
+    """Size of a step from ``old_D`` to ``new_D``: KL(new || old) in nats.
+
+    0 log 0 = 0. A source that comes back from weight 0 makes the step infinite.
+
+    Raises:
+        ValueError: the two differ in length.
+
+    """
+    if new_D.shape != old_D.shape:
+        raise ValueError(f"new weights have shape {new_D.shape}, old ones {old_D.shape}; they must be equal")
+    drawn = new_D > 0
+    if (old_D[drawn] == 0).any():
+        return float("inf")
+    # log(new) - log(old), because the quotient overflows for a tiny old weight. KL is never negative,
+    # but its rounding error is, for two equal mixes.
+    return max(0.0, float(np.sum(new_D[drawn] * (np.log(new_D[drawn]) - np.log(old_D[drawn])))))

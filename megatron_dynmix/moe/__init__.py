@@ -1,0 +1,1 @@
+"""The router that counts gate loads, and their reduction over the process groups."""

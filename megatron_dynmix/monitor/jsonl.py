@@ -1,0 +1,107 @@
+"""Append-only JSONL file of records that each carry their `iteration`."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_dynmix.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+class JsonlWriter:
+    """One JSON object per line, flushed as it is written, so that a kill loses at most the line in hand.
+
+    An existing file is gone on with: a last line that a kill cut short is taken off, and with `keep_until`
+    every record of a later iteration too, because a resumed run will write those iterations again. The
+    file is replaced atomically. Raises `InputError` where any other line is not a record.
+    """
+
+    def __init__(self, path: Path, *, keep_until: int | None = None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _cut(path, keep_until)
+        self._file = path.open("a", encoding="utf-8", newline="\n")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record; arrays become lists, NaN and infinities the strings "NaN", "±Infinity".
+
+        JSON has no such numbers, and `float()` reads these strings back.
+        """
+        assert isinstance(record["iteration"], int), "records are cut by iteration when a run resumes"
+        self._file.write(json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def flush(self) -> None:
+        """Hand the file to the disk, for instance before a checkpoint counts as saved."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; writing is an error from then on."""
+        self._file.close()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a file, in order; a last line that a kill cut short is left out, with a warning.
+
+    Raises `InputError` naming file and line where any other line is not a JSON object with an integer
+    `iteration`.
+    """
+    return [record for _, record in _read(path)]
+
+
+def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Every whole line, line end included, with its record."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    # the line end is written last, so a line without one is a write that a kill cut short
+    if lines and not lines[-1].endswith(b"\n"):
+        logger.warning("%s:%d: incomplete last line, as a kill leaves it: not read", path, len(lines))
+        lines.pop()
+    return [(line, _parse(path, number, line)) for number, line in enumerate(lines, start=1)]
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """The record on one line."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{path}:{number}: not JSON ({error}). Mend or remove the line.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
+        raise InputError(
+            f"{path}:{number}: not a record with an integer `iteration`. Mend or remove the line."
+        )
+    return record
+
+
+def _cut(path: Path, keep_until: int | None) -> None:
+    """Rewrite the file with whole records only, up to iteration `keep_until` included (None: all)."""
+    kept = [line for line, record in _read(path) if keep_until is None or record["iteration"] <= keep_until]
+    data = b"".join(kept)
+    if len(data) == path.stat().st_size:
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _plain(value: Any) -> Any:
+    """The same value in JSON's own types."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

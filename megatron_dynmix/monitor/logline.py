@@ -1,0 +1,104 @@
+"""Log lines in Megatron-LM's exact shape, which people's scripts grep, and our table of a weight update.
+
+Pure functions: they return the text and print nothing. `now` is the time to stamp the line with.
+"""
+
+import math
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+
+def training_line(
+    record: Mapping[str, Any],
+    train_iters: int,
+    now: datetime,
+    *,
+    loss_scale: float = 1.0,
+    nan_iterations: int = 0,
+) -> str:
+    """The line of one log interval: Megatron-LM's fields in its order, then tokens/s and useful tokens.
+
+    `record` is the training record of `MetricsWriter.training`. `loss_scale` is 1.0 unless training in fp16.
+    """
+    losses = {"lm loss": record["lm_loss"], **record["aux_losses"]}
+    fields = [
+        f" {_stamp(now)} iteration {record['iteration']:8d}/{train_iters:8d} |",
+        f" consumed samples: {record['consumed_samples']:12d} |",
+        f" elapsed time per iteration (ms): {record['seconds'] * 1000.0:.1f} |",
+        f" learning rate: {record['lr']:.6E} |",
+        f" global batch size: {record['global_batch_size']:5d} |",
+        *(f" {name}: {loss:.6E} |" for name, loss in losses.items()),
+        f" loss scale: {loss_scale:.1f} |",
+        f" grad norm: {record['grad_norm']:.3f} |",
+        f" number of skipped iterations: {record['skipped_iterations']:3d} |",
+        f" number of nan iterations: {nan_iterations:3d} |",
+        f" tokens per second: {record['tokens_per_second']:.1f} |",
+        f" useful token share: {record['useful_token_share']:.3f} |",
+    ]
+    return "".join(fields)
+
+
+def source_loss_line(record: Mapping[str, Any]) -> str:
+    """The loss of each source in one log interval, on a line of its own; "-" for a source not drawn in it."""
+    losses = record["source_loss"].items()
+    fields = "".join(f" {name}: {'-' if loss is None else f'{loss:.6E}'} |" for name, loss in losses)
+    return f" lm loss per source at iteration {record['iteration']:8d} |{fields}"
+
+
+def saving_line(iteration: int, directory: Path, now: datetime) -> str:
+    """The line before a checkpoint is written into `directory` (the parent of `iter_*`)."""
+    return f"{_stamp(now)} saving checkpoint at iteration {iteration:7d} to {directory} in torch_dist format"
+
+
+def saved_line(iteration: int, directory: Path, now: datetime, *, tp_size: int, pp_size: int) -> str:
+    """The line once a checkpoint is whole, as the first tensor- and pipeline-parallel rank says it."""
+    return (
+        f"{_stamp(now)} successfully saved checkpoint from iteration {iteration:7d} to {directory} "
+        f"[ t 1/{tp_size}, p 1/{pp_size} ]"
+    )
+
+
+def loading_line(iteration: int, directory: Path) -> str:
+    """The line before a checkpoint is read."""
+    return f" loading distributed checkpoint from {directory} at iteration {iteration}"
+
+
+def loaded_line(iteration: int, directory: Path, *, tp_size: int, pp_size: int) -> str:
+    """The line once a checkpoint is read, as the first tensor- and pipeline-parallel rank says it."""
+    return (
+        f"  successfully loaded checkpoint from {directory} "
+        f"[ t 1/{tp_size}, p 1/{pp_size} ] at iteration {iteration}"
+    )
+
+
+def mixing_table(update: Mapping[str, Any]) -> str:
+    """A plain table of one weight update (the update of `MetricsWriter.mixing`), one line per source.
+
+    Columns: weight before, after and the change between them; delta ("-" where the strategy has none);
+    tokens drawn and epochs seen so far. ASCII but for the sources' names: any log can hold it.
+    """
+    names, old, new, tokens, epochs = (
+        update[key] for key in ("sources", "old_weights", "new_weights", "tokens", "epochs")
+    )
+    deltas = [math.nan] * len(names) if update["delta"] is None else update["delta"]
+    rows = [("source", "weight", "", "", "change", "delta", "tokens", "epochs")]
+    for name, before, after, delta, seen, epoch in zip(names, old, new, deltas, tokens, epochs, strict=True):
+        score = "-" if math.isnan(delta) else f"{delta:.4f}"
+        weights = (f"{before:.4f}", "->", f"{after:.4f}", f"{after - before:+.4f}")
+        rows.append((name, *weights, score, f"{seen:,}", f"{epoch:.2f}"))
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    iteration, samples = update["iteration"], update["consumed_samples"]
+    lines = [f" weight update at iteration {iteration:8d} | consumed samples: {samples:12d} |"]
+    for name, *cells in rows:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  " + "  ".join([name.ljust(widths[0]), *aligned]))
+    if update["note"] is not None:
+        lines.append(f"  note: {update['note']}")
+    return "\n".join(lines)
+
+
+def _stamp(now: datetime) -> str:
+    """Megatron-LM's time stamp, to the microsecond."""
+    return now.strftime("[%Y-%m-%d %H:%M:%S.%f]")

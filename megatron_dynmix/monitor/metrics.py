@@ -1,0 +1,102 @@
+"""The one door for a run's numbers into its folder: `metrics.jsonl`, `mixing.jsonl`, `tensorboard/`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_dynmix.errors import InputError
+from megatron_dynmix.monitor.jsonl import JsonlWriter, read_records
+from megatron_dynmix.monitor.tensorboard import TensorBoardWriter
+
+TRAINING_KEYS = frozenset(
+    {
+        *("iteration", "consumed_samples", "lm_loss", "source_loss", "lr", "grad_norm", "global_batch_size"),
+        *("seconds", "tokens_per_second", "useful_token_share", "tokens", "skipped_iterations", "aux_losses"),
+    }
+)
+MIXING_KEYS = frozenset(
+    {
+        *(
+            "iteration",
+            "consumed_samples",
+            "sources",
+            "old_weights",
+            "new_weights",
+            "delta",
+            "load",
+            "distance",
+        ),
+        *("tokens", "rows", "epochs", "probe_loss", "note", "seconds"),
+    }
+)
+
+
+class MetricsWriter:
+    """Writes records into `run_dir/metrics.jsonl`, `run_dir/mixing.jsonl` and `run_dir/tensorboard/`.
+
+    Call it on one rank only. `resume_iteration` is the iteration of the checkpoint that the run goes on
+    from (0: it begins again), and what was recorded after it is taken off; an update made at the very
+    iteration of a checkpoint stays, so it has to be part of that checkpoint. None is a new run: `InputError`
+    where the folder holds records of another.
+    """
+
+    def __init__(self, run_dir: Path, sources: Sequence[str], *, resume_iteration: int | None):
+        self._sources = list(sources)
+        metrics, mixing = run_dir / "metrics.jsonl", run_dir / "mixing.jsonl"
+        if resume_iteration is None:
+            _refuse_records(metrics, mixing)
+        self._metrics = JsonlWriter(metrics, keep_until=resume_iteration)
+        self._mixing = JsonlWriter(mixing, keep_until=resume_iteration)
+        purge_step = None if resume_iteration is None else resume_iteration + 1
+        self._tensorboard = TensorBoardWriter(run_dir / "tensorboard", purge_step=purge_step)
+        # on resuming, TensorBoard hides kept points of these curves: their steps are samples, not iterations
+        for record in read_records(metrics):
+            self._tensorboard.samples(record)
+
+    def training(self, record: Mapping[str, Any]) -> None:
+        """Write the record of one log interval.
+
+        Keys: iteration, consumed_samples, lm_loss, source_loss {name: loss, or None where not drawn}, lr,
+        grad_norm, global_batch_size, seconds (per iteration), tokens_per_second, useful_token_share,
+        tokens {name: so far}, skipped_iterations, aux_losses {Megatron-LM's name: value}. Losses are in
+        nats per trained token. Further keys go to `metrics.jsonl` only.
+        """
+        assert record.keys() >= TRAINING_KEYS, f"missing: {sorted(TRAINING_KEYS - record.keys())}"
+        self._metrics.write(record)
+        self._tensorboard.training(record, self._sources)
+
+    def mixing(self, update: Mapping[str, Any]) -> None:
+        """Write the record of one weight update.
+
+        Keys: iteration, consumed_samples, sources, old_weights, new_weights, delta (or None), load (D x E
+        or D x L x E, or None), distance (D x D, or None), tokens, rows, epochs (per source, so far),
+        probe_loss (per source, or None), note (or None), seconds {signal, reduce, update, rebuild}.
+        """
+        assert update.keys() >= MIXING_KEYS, f"missing: {sorted(MIXING_KEYS - update.keys())}"
+        assert list(update["sources"]) == self._sources, f"{update['sources']} are not {self._sources}"
+        self._mixing.write(update)
+        self._tensorboard.mixing(update)
+
+    def text(self, tag: str, markdown: str) -> None:
+        """Show a text in TensorBoard, such as the resolved configuration."""
+        self._tensorboard.text(tag, markdown)
+
+    def flush(self) -> None:
+        """Hand everything to the disk."""
+        for writer in (self._metrics, self._mixing, self._tensorboard):
+            writer.flush()
+
+    def close(self) -> None:
+        """Hand everything to the disk and close the files."""
+        for writer in (self._metrics, self._mixing, self._tensorboard):
+            writer.close()
+
+
+def _refuse_records(*paths: Path) -> None:
+    """A new run must not write its iterations behind those of another."""
+    for path in paths:
+        if path.exists() and path.stat().st_size:
+            raise InputError(
+                f"{path} holds the records of another run; a new run cannot add its own. Resume that run, or "
+                "choose another run directory."
+            )

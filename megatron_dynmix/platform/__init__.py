@@ -1,0 +1,80 @@
+"""Where we run: CUDA with NCCL, or CPU with gloo.
+
+This is the only place of the project that asks. `start` must run before the first import of
+`megatron.core`, in every process; on a host without CUDA it installs the stand-ins of `cpu.py`, on a
+host with CUDA it changes nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Platform:
+    """What this process computes on."""
+
+    device: torch.device
+    """Device of this rank's tensors."""
+    backend: str
+    """Backend of `torch.distributed`: `nccl` or `gloo`."""
+    transformer_engine: bool
+    """Whether Transformer Engine layers are used; without them Megatron-Core's local layers are."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given, so that a clock reads true."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+_started: Platform | None = None
+
+
+def start() -> Platform:
+    """Decide once per process, and on CPU install the stand-ins.
+
+    Returns:
+        The platform; later calls return the same one.
+
+    """
+    global _started  # the stand-ins are process-wide, so is the decision
+    if _started is None:
+        _started = _cuda() if torch.cuda.is_available() else _cpu()
+    return _started
+
+
+def _cuda() -> Platform:
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    with_te = importlib.util.find_spec("transformer_engine") is not None
+    return Platform(device=device, backend="nccl", transformer_engine=with_te)
+
+
+def _cpu() -> Platform:
+    from megatron_dynmix.platform import cpu
+
+    cpu.install()
+    return Platform(device=torch.device("cpu"), backend="gloo", transformer_engine=False)
+
+
+def init_process_group(timeout_minutes: float) -> None:
+    """Join the job that `torchrun`'s variables describe; alone, if there are none.
+
+    Args:
+        timeout_minutes: how long a collective waits for the other ranks.
+
+    """
+    if torch.distributed.is_initialized():
+        return
+    platform = start()
+    alone = "RANK" not in os.environ
+    torch.distributed.init_process_group(
+        platform.backend,
+        timeout=timedelta(minutes=timeout_minutes),
+        **({"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
+    )

@@ -1,0 +1,40 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+INIT = (ROOT / "megatron_dynmix/__init__.py").read_text()
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1]
+
+setup(
+    name="megatron-dynmix",
+    version=VERSION,
+    description="Dynamic data mixing for Mixture-of-Experts fine-tuning, built into Megatron-Core",
+    license="Apache-2.0",
+    packages=find_packages(include=["megatron_dynmix", "megatron_dynmix.*"]),
+    # megatron-core 0.16.1 has wheels for 3.10 to 3.13 only, and its source distribution needs a compiler
+    python_requires=">=3.10,<3.14",
+    install_requires=[
+        # 0.17 is another API, and an unpinned install takes it silently where Python is 3.12 or newer
+        "megatron-core>=0.16.1,<0.17",
+        "torch>=2.8",
+        "numpy>=1.26",
+        "tensorboard>=2.16",
+        "transformers>=4.50,<6",
+        "tokenizers",
+        "safetensors",
+        "sentencepiece",
+        # megatron.core.dist_checkpointing.save needs it, does not declare it, and without it hangs for ever
+        "psutil",
+        "pyyaml",
+        "jinja2",
+        "matplotlib",
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch]>=2.9,<2.12"],  # the range that megatron-core 0.16.1 asks for
+        "wandb": ["wandb"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["megatron-dynmix = megatron_dynmix.cli:main"]},
+)

@@ -1,0 +1,71 @@
+"""I8: the update rule against numbers printed by the official implementation of Zhu et al. (2025)."""
+
+import numpy as np
+import pytest
+
+from megatron_dynmix.mixing.distance import DISTANCES, source_delta
+from megatron_dynmix.mixing.gate_load import GateLoad
+from megatron_dynmix.mixing.load import gate_load
+from megatron_dynmix.mixing.strategy import Signal
+from megatron_dynmix.mixing.update import reweight
+
+COUNTS_DLE = np.array(
+    [
+        [[20, 15, 14, 13, 12, 10, 9, 7]],
+        [[10, 22, 8, 16, 12, 12, 10, 10]],
+        [[13, 13, 12, 13, 12, 13, 12, 12]],
+        [[14, 12, 13, 12, 13, 12, 12, 12]],
+    ]
+)
+UNIFORM_D = np.full(4, 0.25)
+L2_DELTA = [0.084239559, 0.0961045814, 0.0589625462, 0.0615180174]
+L2_WEIGHTS = [0.2693003759, 0.3016510626, 0.211943085, 0.2171054765]
+
+
+def assert_golden(actual, expected):
+    # The vectors have ten digits: half a unit of the last one is well inside 1e-9.
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("metric", "delta", "weights"),
+    [
+        ("l2", L2_DELTA, L2_WEIGHTS),
+        (
+            "cos",
+            [0.0361905666, 0.0456106462, 0.0213243181, 0.0239618726],
+            [0.259539766, 0.2839424415, 0.225413682, 0.2311041105],
+        ),
+    ],
+)
+def test_I8_mean(metric, delta, weights):
+    proposal = GateLoad(metric=metric).propose(UNIFORM_D, Signal(counts_DLE=COUNTS_DLE))
+    assert_golden(proposal.delta_D, delta)
+    assert_golden(proposal.weights_D, weights)
+
+
+def test_I8_l2_max():
+    proposal = GateLoad(aggregate="max").propose(UNIFORM_D, Signal(counts_DLE=COUNTS_DLE))
+    assert_golden(proposal.weights_D, [0.2780621807, 0.2780621807, 0.2036734972, 0.2402021415])
+
+
+def test_I8_inverse_swaps_deltas_by_rank():
+    delta_D = source_delta(DISTANCES["l2"](gate_load(COUNTS_DLE, "last")), "mean")
+    inverse_D = np.empty(4)
+    inverse_D[np.argsort(delta_D)] = np.sort(delta_D)[::-1]
+    weights_D = reweight(UNIFORM_D, inverse_D, eta=10.0, smoothing=0.05)
+    assert_golden(weights_D, [0.2171054765, 0.211943085, 0.3016510626, 0.2693003759])
+
+
+@pytest.mark.parametrize(
+    ("smoothing", "num_updates", "weights"),
+    [
+        (0.05, 20, [0.1496365182, 0.7673584267, 0.0401898535, 0.0428152016]),
+        (0.8, 10, [0.2547518824, 0.2638513495, 0.2400726059, 0.2413241622]),
+    ],
+)
+def test_I8_repeated_updates(smoothing, num_updates, weights):
+    strategy, weights_D = GateLoad(smoothing=smoothing), UNIFORM_D
+    for _ in range(num_updates):
+        weights_D = strategy.propose(weights_D, Signal(counts_DLE=COUNTS_DLE)).weights_D
+    assert_golden(weights_D, weights)

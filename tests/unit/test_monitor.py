@@ -1,0 +1,333 @@
+import json
+import math
+import time
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_dynmix.errors import InputError
+from megatron_dynmix.monitor import logline
+from megatron_dynmix.monitor.heatmap import MOST_NAMES, distance_image, gate_load_image
+from megatron_dynmix.monitor.jsonl import JsonlWriter, read_records
+from megatron_dynmix.monitor.metrics import MetricsWriter
+from megatron_dynmix.monitor.tensorboard import entropy, kl_divergence
+
+SOURCES = ["chat", "math", "code"]
+NOW = datetime(2025, 3, 4, 5, 6, 7, 89)
+
+
+def training_record(iteration: int, **changes) -> dict:
+    return {
+        "iteration": iteration,
+        "consumed_samples": 32 * iteration,
+        "lm_loss": 2.5,
+        "source_loss": {"chat": 2.0, "math": 3.0, "code": None},
+        "lr": 3.0e-3,
+        "grad_norm": 1.25,
+        "global_batch_size": 32,
+        "seconds": 0.5,
+        "tokens_per_second": 8192.0,
+        "useful_token_share": 0.75,
+        "tokens": {"chat": 1000, "math": 2000, "code": 0},
+        "skipped_iterations": 0,
+        "aux_losses": {"load_balancing_loss": 1.01},
+        **changes,
+    }
+
+
+def mixing_update(iteration: int, **changes) -> dict:
+    return {
+        "iteration": iteration,
+        "consumed_samples": 32 * iteration,
+        "sources": SOURCES,
+        "old_weights": [0.5, 0.25, 0.25],
+        "new_weights": [0.25, 0.5, 0.25],
+        "delta": [0.1, 0.2, 0.3],
+        "load": [[0.5, 0.5], [0.25, 0.75], [1.0, 0.0]],
+        "distance": [[0.0, 0.35, 0.7], [0.35, 0.0, 1.06], [0.7, 1.06, 0.0]],
+        "tokens": [1000, 3000, 0],
+        "rows": [10, 30, 0],
+        "epochs": [0.5, 1.5, 0.0],
+        "probe_loss": None,
+        "note": None,
+        "seconds": {"signal": 0.1, "reduce": 0.01, "update": 0.001, "rebuild": 0.02},
+        **changes,
+    }
+
+
+def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in events(run_dir).Scalars(tag)]
+
+
+def resume(run_dir: Path, iteration: int) -> MetricsWriter:
+    # event files are read in the order of the whole second in their names: a restart never shares it, a test may
+    time.sleep(1.01 - time.time() % 1)
+    return MetricsWriter(run_dir, SOURCES, resume_iteration=iteration)
+
+
+def events(run_dir: Path) -> EventAccumulator:
+    return EventAccumulator(str(run_dir / "tensorboard")).Reload()
+
+
+# jsonl
+
+
+def test_every_record_is_one_json_line_readable_at_once(tmp_path):
+    path = tmp_path / "new" / "metrics.jsonl"
+    writer = JsonlWriter(path)
+    for iteration in (1, 2):
+        writer.write({"iteration": iteration, "name": "línea\n2"})
+        assert read_records(path)[-1] == {"iteration": iteration, "name": "línea\n2"}
+    writer.close()
+    assert len(path.read_bytes().split(b"\n")) == 3
+
+
+def test_non_finite_numbers_and_arrays_are_written_as_valid_json(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonlWriter(path)
+    values = [math.nan, math.inf, -math.inf, np.float32(math.nan), np.array([[1.5, np.inf]]), np.int64(3)]
+    writer.write({"iteration": 1, "values": values})
+    [record] = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    assert record["values"] == ["NaN", "Infinity", "-Infinity", "NaN", [[1.5, "Infinity"]], 3]
+    assert [float(value) for value in record["values"][1:3]] == [math.inf, -math.inf]
+
+
+@pytest.mark.parametrize(("keep_until", "kept"), [(0, 0), (4, 4), (10, 10), (99, 10), (None, 10)])
+def test_opening_cuts_what_lies_after_the_kept_iteration_and_goes_on(tmp_path, keep_until, kept):
+    path = tmp_path / "metrics.jsonl"
+    first = JsonlWriter(path)
+    for iteration in range(1, 11):
+        first.write({"iteration": iteration})
+    first.close()
+    second = JsonlWriter(path, keep_until=keep_until)
+    second.write({"iteration": kept + 1})
+    assert [record["iteration"] for record in read_records(path)] == list(range(1, kept + 2))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("keep_until", [None, 2])
+@pytest.mark.parametrize("tail", [b'{"iteration": 3, "lm_l', b"\x00\x00", b'{"iteration": 3}'])
+def test_a_last_line_cut_short_is_taken_off_with_a_warning(tmp_path, caplog, tail, keep_until):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"iteration": 1}\n{"iteration": 2}\n' + tail)
+    writer = JsonlWriter(path, keep_until=keep_until)
+    assert "metrics.jsonl:3: incomplete last line" in caplog.text
+    writer.write({"iteration": 3})
+    assert [record["iteration"] for record in read_records(path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("line", ["{broken", "[1]", '{"step": 1}', '{"iteration": "1"}', ""])
+def test_a_broken_line_before_the_last_is_named_and_the_file_left_alone(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1}\n' + line + '\n{"iteration": 2}\n')
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"metrics\.jsonl:2: "):
+        JsonlWriter(path, keep_until=1)
+    assert path.read_bytes() == before
+
+
+def test_a_record_without_iteration_is_our_bug(tmp_path):
+    with pytest.raises(KeyError, match="iteration"):
+        JsonlWriter(tmp_path / "metrics.jsonl").write({"lm_loss": 1.0})
+
+
+# log lines
+
+
+def test_training_line_has_megatron_lms_shape():
+    line = logline.training_line(training_record(5), 100, NOW)
+    assert line == (
+        " [2025-03-04 05:06:07.000089] iteration        5/     100 | consumed samples:          160 |"
+        " elapsed time per iteration (ms): 500.0 | learning rate: 3.000000E-03 | global batch size:    32 |"
+        " lm loss: 2.500000E+00 | load_balancing_loss: 1.010000E+00 | loss scale: 1.0 | grad norm: 1.250 |"
+        " number of skipped iterations:   0 | number of nan iterations:   0 |"
+        " tokens per second: 8192.0 | useful token share: 0.750 |"
+    )
+
+
+def test_source_loss_line_marks_a_source_that_was_not_drawn():
+    assert logline.source_loss_line(training_record(5)) == (
+        " lm loss per source at iteration        5 | chat: 2.000000E+00 | math: 3.000000E+00 | code: - |"
+    )
+
+
+def test_checkpoint_lines_have_megatron_lms_shape():
+    folder, stamp = Path("run/checkpoints"), "[2025-03-04 05:06:07.000089]"
+    assert logline.saving_line(50, folder, NOW) == (
+        f"{stamp} saving checkpoint at iteration      50 to run/checkpoints in torch_dist format"
+    )
+    assert logline.saved_line(50, folder, NOW, tp_size=2, pp_size=4) == (
+        f"{stamp} successfully saved checkpoint from iteration      50 to run/checkpoints [ t 1/2, p 1/4 ]"
+    )
+    assert logline.loading_line(50, folder) == (
+        " loading distributed checkpoint from run/checkpoints at iteration 50"
+    )
+    assert logline.loaded_line(50, folder, tp_size=1, pp_size=1) == (
+        "  successfully loaded checkpoint from run/checkpoints [ t 1/1, p 1/1 ] at iteration 50"
+    )
+
+
+def test_mixing_table_is_aligned_ascii():
+    table = logline.mixing_table(mixing_update(10, note="floor held code at 0.25"))
+    assert table.splitlines() == [
+        " weight update at iteration       10 | consumed samples:          320 |",
+        "  source  weight              change   delta  tokens  epochs",
+        "  chat    0.5000  ->  0.2500  -0.2500  0.1000   1,000    0.50",
+        "  math    0.2500  ->  0.5000  +0.2500  0.2000   3,000    1.50",
+        "  code    0.2500  ->  0.2500  +0.0000  0.3000       0    0.00",
+        "  note: floor held code at 0.25",
+    ]
+
+
+def test_mixing_table_of_a_strategy_without_delta():
+    lines = logline.mixing_table(mixing_update(10, delta=None)).splitlines()
+    assert len(lines) == 5
+    assert lines[2].split() == ["chat", "0.5000", "->", "0.2500", "-0.2500", "-", "1,000", "0.50"]
+
+
+# heat maps and their numbers
+
+
+def test_heat_maps_are_rgb_images_with_more_than_one_colour():
+    update = mixing_update(10)
+    for image in (
+        gate_load_image(update["load"], SOURCES),
+        gate_load_image(np.full((3, 2, 4), 0.25) + np.eye(3, 8).reshape(3, 2, 4), SOURCES),
+        distance_image(update["distance"], ["$a$", "b_1", "ç"]),
+    ):
+        assert image.dtype == np.uint8
+        assert image.ndim == 3 and image.shape[2] == 3
+        assert len(np.unique(image.reshape(-1, 3), axis=0)) > 10
+
+
+def test_a_heat_map_of_many_sources_and_experts_stays_of_bounded_size():
+    many = [f"source {i}" for i in range(5 * MOST_NAMES)]
+    load_DE = np.random.default_rng(0).random((len(many), 256))
+    assert max(gate_load_image(load_DE, many).shape) <= 1400
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "entropy_nats", "kl_nats"),
+    [
+        ([0.5, 0.5], [0.5, 0.5], math.log(2), 0.0),
+        ([1.0, 0.0], [0.5, 0.5], 0.0, math.log(2)),
+        ([0.25, 0.75], [0.5, 0.5], 0.5623351446, 0.1308120360),
+        ([0.5, 0.5], [1.0, 0.0], math.log(2), math.inf),
+    ],
+)
+def test_entropy_and_kl_divergence_in_nats(new, old, entropy_nats, kl_nats):
+    assert entropy(new) == pytest.approx(entropy_nats, abs=1e-9)
+    assert kl_divergence(new, old) == pytest.approx(kl_nats, abs=1e-9)
+
+
+# the run's folder
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    writer = MetricsWriter(tmp_path, SOURCES, resume_iteration=None)
+    writer.text("config", "| key | value |\n|---|---|\n| lr | 3e-3 |")
+    for iteration in (5, 10, 15):
+        writer.training(training_record(iteration))
+    writer.mixing(mixing_update(10))
+    writer.mixing(mixing_update(15))
+    writer.close()
+    return tmp_path
+
+
+def test_metrics_and_mixing_records_are_kept_whole(run_dir):
+    assert read_records(run_dir / "metrics.jsonl") == [training_record(i) for i in (5, 10, 15)]
+    assert read_records(run_dir / "mixing.jsonl") == [mixing_update(i) for i in (10, 15)]
+
+
+def test_training_scalars_carry_megatron_lms_tags(run_dir):
+    expected = {
+        "lm loss": 2.5,
+        "load_balancing_loss": 1.01,
+        "learning-rate": 3.0e-3,
+        "batch-size": 32,
+        "grad-norm": 1.25,
+        "iteration-time": 0.5,
+        "tokens-per-second": 8192,
+        "useful-token-share": 0.75,
+        "dynmix/lm-loss/chat": 2.0,
+        "dynmix/lm-loss/math": 3.0,
+    }
+    for tag, value in expected.items():
+        assert scalars(run_dir, tag) == [(i, pytest.approx(value)) for i in (5, 10, 15)]
+    assert scalars(run_dir, "lm loss vs samples") == [(160, 2.5), (320, 2.5), (480, 2.5)]
+    assert "dynmix/lm-loss/code" not in events(run_dir).Tags()["scalars"]
+
+
+def test_mixing_scalars_and_images_lie_under_dynmix(run_dir):
+    expected = {
+        "dynmix/weight/math": 0.5,
+        "dynmix/delta/code": 0.3,
+        "dynmix/token-share/math": 0.75,
+        "dynmix/epochs/chat": 0.5,
+        "dynmix/entropy": 1.0397207708,
+        "dynmix/kl-step": 0.25 * math.log(2),
+        "dynmix/seconds/signal": 0.1,
+    }
+    for tag, value in expected.items():
+        assert scalars(run_dir, tag) == [(i, pytest.approx(value)) for i in (10, 15)]
+    assert sorted(events(run_dir).Tags()["images"]) == ["dynmix/distance", "dynmix/gate-load"]
+    assert events(run_dir).Tags()["tensors"] == ["config/text_summary"]
+
+
+def test_an_update_without_signal_draws_nothing_but_weights(tmp_path):
+    writer = MetricsWriter(tmp_path, SOURCES, resume_iteration=None)
+    writer.mixing(mixing_update(10, delta=None, load=None, distance=None, tokens=[0, 0, 0], note="no signal"))
+    writer.mixing(mixing_update(20, delta=None, load=None, distance=None, probe_loss=[2.0, 3.0, 4.0]))
+    writer.close()
+    tags = events(tmp_path).Tags()
+    assert tags["images"] == []
+    assert not [tag for tag in tags["scalars"] if "delta" in tag]
+    assert scalars(tmp_path, "dynmix/weight/chat") == [(10, 0.25), (20, 0.25)]
+    assert scalars(tmp_path, "dynmix/token-share/chat") == [(20, 0.25)]
+    assert scalars(tmp_path, "dynmix/probe-lm-loss/code") == [(20, 4.0)]
+
+
+def test_resuming_at_10_leaves_no_iteration_twice_and_none_lost(run_dir):
+    writer = resume(run_dir, 10)
+    writer.training(training_record(15, lm_loss=1.0))
+    writer.mixing(mixing_update(15, new_weights=[0.2, 0.2, 0.6]))
+    writer.close()
+    assert [record["lm_loss"] for record in read_records(run_dir / "metrics.jsonl")] == [2.5, 2.5, 1.0]
+    assert [update["iteration"] for update in read_records(run_dir / "mixing.jsonl")] == [10, 15]
+    assert scalars(run_dir, "lm loss") == [(5, 2.5), (10, 2.5), (15, 1.0)]
+    assert scalars(run_dir, "lm loss vs samples") == [(160, 2.5), (320, 2.5), (480, 1.0)]
+    assert scalars(run_dir, "dynmix/weight/code") == [(10, 0.25), (15, pytest.approx(0.6))]
+
+
+def test_a_new_run_does_not_write_behind_another(run_dir):
+    with pytest.raises(InputError, match="holds the records of another run"):
+        MetricsWriter(run_dir, SOURCES, resume_iteration=None)
+
+
+def test_beginning_again_at_0_takes_off_everything(run_dir):
+    MetricsWriter(run_dir, SOURCES, resume_iteration=0).close()
+    assert read_records(run_dir / "metrics.jsonl") == read_records(run_dir / "mixing.jsonl") == []
+
+
+def test_a_diverged_loss_is_recorded_not_fatal(tmp_path):
+    writer = MetricsWriter(tmp_path, SOURCES, resume_iteration=None)
+    writer.training(training_record(5, lm_loss=math.nan, grad_norm=math.inf))
+    writer.close()
+    [record] = read_records(tmp_path / "metrics.jsonl")
+    assert (record["lm_loss"], record["grad_norm"]) == ("NaN", "Infinity")
+    # resuming plots the kept records again: their strings have to be read back as numbers
+    resume(tmp_path, 5).close()
+    [(step, loss)] = scalars(tmp_path, "lm loss vs samples")
+    assert step == 160 and math.isnan(loss)
+
+
+@pytest.mark.parametrize("missing", ["lm_loss", "tokens"])
+def test_a_record_with_a_missing_key_is_our_bug(tmp_path, missing):
+    record = training_record(5)
+    del record[missing]
+    with pytest.raises(AssertionError, match=missing):
+        MetricsWriter(tmp_path, SOURCES, resume_iteration=None).training(record)
