@@ -3,8 +3,9 @@
 import json
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import yaml
 
@@ -14,6 +15,8 @@ from megatron_dynmix.quickstart_examples import GENERATORS, SYSTEM_PROMPT, Turns
 TRAIN_EXAMPLES = 1500
 PROBE_EXAMPLES = 100
 VOCAB_SIZE = 1024
+SEQ_LENGTH = 128
+TEMPLATE: Final = "vicuna"
 
 Source = dict[str, Path]  # {"train": ..., "probe": ...}
 
@@ -54,8 +57,8 @@ def write_run_yaml(directory: Path, sources: Mapping[str, Source], *, seed: int 
         "parallel": {"expert_model_parallel_size": 2},
         "data": {
             "tokenizer": "tokenizer",
-            "template": "vicuna",
-            "seq_length": 128,
+            "template": TEMPLATE,
+            "seq_length": SEQ_LENGTH,
             "sources": {
                 name: {
                     "path": relative(source["train"]),
@@ -81,12 +84,26 @@ def make_quickstart(directory: Path, seed: int = 1234) -> Path:
 
     `seed` decides the generated examples and the run's own seed.
     """
-    # here, not above: it brings in transformers, which takes seconds and which generating text does not need
+    sources = write_sources(directory, seed)
+    _train_tokenizer([source["train"] for source in sources.values()], directory / "tokenizer")
+    return write_run_yaml(directory, sources, seed=seed)
+
+
+def _train_tokenizer(files: Iterable[Path], output_dir: Path) -> None:
+    """Train the tokenizer on the texts that the run will see, the template's own words included.
+
+    Without those words the template alone would take more than half of a row.
+    """
+    # here, not above: they bring in transformers, which takes seconds and which generating text does not need
+    from megatron_dynmix.data.conversation import parse_sharegpt
+    from megatron_dynmix.data.template import render
     from megatron_dynmix.data.tokenizer import train_bpe
 
-    sources = write_sources(directory, seed)
-    train_bpe([source["train"] for source in sources.values()], VOCAB_SIZE, directory / "tokenizer")
-    return write_run_yaml(directory, sources, seed=seed)
+    bytes_only = train_bpe([], VOCAB_SIZE, output_dir)
+    rows = (json.loads(line) for path in files for line in path.read_bytes().splitlines())
+    rendered = (render(parse_sharegpt(row), bytes_only, TEMPLATE).text for row in rows)
+    # the end token has its id already, no merge shall be spent on its letters
+    train_bpe((text.replace(bytes_only.eos, "") for text in rendered), VOCAB_SIZE, output_dir)
 
 
 def _draw_new(generate: Callable[[random.Random], Turns], rng: random.Random, seen: set[str]) -> Turns:

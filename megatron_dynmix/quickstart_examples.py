@@ -38,17 +38,17 @@ LISTS = "ages costs dates grades lengths levels marks prices ranks scores sizes 
 FILES = ["access.log", "errors.log", "notes.txt", "people.csv", "sales.csv", "stock.csv", "words.txt"]
 PYTHON_TASKS = [
     ("returns the first {n} {x}", "def first_{n}_{x}({x}):\n    return {x}[:{n}]"),
-    ("returns the sum of the first {n} {x}", "def sum_of_{n}_{x}({x}):\n    return sum({x}[:{n}])"),
-    ("returns the largest of the last {n} {x}", "def top_of_{n}_{x}({x}):\n    return max({x}[-{n}:])"),
+    ("adds up the first {n} {x}", "def sum_{n}_{x}({x}):\n    return sum({x}[:{n}])"),
+    ("finds the largest of the last {n} {x}", "def top_{n}_{x}({x}):\n    return max({x}[-{n}:])"),
     ("keeps the {x} above {n}", "def {x}_above_{n}({x}):\n    return [x for x in {x} if x > {n}]"),
     ("multiplies all {x} by {n}", "def {x}_times_{n}({x}):\n    return [{n} * x for x in {x}]"),
-    ("counts how many {x} equal {n}", "def count_{n}_in_{x}({x}):\n    return {x}.count({n})"),
+    ("counts the {x} equal to {n}", "def count_{n}_{x}({x}):\n    return {x}.count({n})"),
 ]
 SHELL_TASKS = [
-    ("shows the first {n} lines of {x}", "head -n {n} {x}\n# prints the first {n} lines of {x}"),
-    ("shows the last {n} lines of {x}", "tail -n {n} {x}\n# prints the last {n} lines of {x}"),
-    ("finds the number {n} in {x}", "grep -n -w {n} {x}\n# prints the lines of {x} that hold {n}"),
-    ("splits {x} into pieces of {n} lines", "split -l {n} {x}\n# writes pieces of {n} lines of {x}"),
+    ("shows the first {n} lines of {x}", "head -n {n} {x}\n# prints the first {n} lines"),
+    ("shows the last {n} lines of {x}", "tail -n {n} {x}\n# prints the last {n} lines"),
+    ("finds the number {n} in {x}", "grep -n -w {n} {x}\n# prints the lines that hold {n}"),
+    ("splits {x} into pieces of {n} lines", "split -l {n} {x}\n# writes pieces of {n} lines"),
 ]
 
 
@@ -70,22 +70,22 @@ def chat(rng: random.Random) -> Turns:
 
 
 def arithmetic(rng: random.Random) -> Turns:
-    """One worked sum, difference or product of numbers below 100; half of the sums are put in words."""
+    """One worked sum, difference or product of numbers below 100; half of the sums are asked in words."""
     name, items, kind = rng.choice(NAMES), rng.choice(ITEMS), rng.choice(["words", "plus", "minus", "times"])
     a, b = rng.randint(20, 99), rng.randint(2, 19)
     if kind == "words":
         question = f"What is {in_words(a)} plus {in_words(b)}?"
-        work = f"{in_words(a)} is {a} and {in_words(b)} is {b}: {a} + {b} = {a + b}, {in_words(a + b)}."
+        work = f"In digits, {a} and {b}: {a} + {b} = {a + b}."
         return [question, f"{work} The answer is {a + b}."]
     if kind == "plus":
-        question = f"{name} has {a} {items} and gets {b} more. How many {items} does {name} have now?"
-        work, answer = f"{name} starts with {a} and gets {b} more: {a} + {b} = {a + b}.", a + b
+        question = f"{name} has {a} {items} and gets {b} more. How many now?"
+        work, answer = f"{a} {items} and {b} more: {a} + {b} = {a + b}.", a + b
     elif kind == "minus":
-        question = f"{name} has {a} {items} and gives {b} away. How many {items} are left?"
-        work, answer = f"{name} starts with {a} and gives {b} away: {a} - {b} = {a - b}.", a - b
+        question = f"{name} has {a} {items} and gives {b} away. How many are left?"
+        work, answer = f"{a} {items} without {b}: {a} - {b} = {a - b}.", a - b
     else:
-        question = f"There are {b} boxes with {a} {items} in each. How many {items} are there?"
-        work, answer = f"{b} boxes with {a} {items} in each: {b} * {a} = {a * b}.", a * b
+        question = f"How many {items} are in {b} boxes of {a}?"
+        work, answer = f"{b} boxes of {a} {items}: {b} * {a} = {a * b}.", a * b
     return [question, f"{work} The answer is {answer}."]
 
 
@@ -98,14 +98,12 @@ def code(rng: random.Random) -> Turns:
     else:
         task, answer = rng.choice(SHELL_TASKS)
         what, x = "shell command", rng.choice(FILES)
-    opening = rng.choice(["Write a", "Give me a", "I need a"])
+    opening = rng.choice(["Write a", "Give a", "Show a"])
     return [f"{opening} {what} that {task.format(n=n, x=x)}.", answer.format(n=n, x=x)]
 
 
 def in_words(number: int) -> str:
-    """English words of an integer from 0 to 199."""
-    if number >= 100:
-        return "one hundred" + (f" and {in_words(number - 100)}" if number > 100 else "")
+    """English words of an integer from 0 to 99."""
     if number < 20:
         return UNITS[number]
     tens, units = divmod(number, 10)

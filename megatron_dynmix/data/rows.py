@@ -56,12 +56,16 @@ class PackedRows(MegatronDataset):
         *,
         name: str,
         indexed: IndexedDataset,
-        config: BlendedMegatronDatasetConfig,
+        seq_length: int,
+        seed: int,
         documents_N: NDArray[np.int64],
         row_starts_R1: NDArray[np.int64],
         packing_report: PackingReport,
         pad_id: int,
     ) -> None:
+        config = BlendedMegatronDatasetConfig(
+            random_seed=seed, sequence_length=seq_length, blend=([indexed.path_prefix], None), split="1"
+        )
         super().__init__(indexed, indexed.path_prefix, documents_N, packing_report.rows, Split.train, config)
         self.name = name
         self.packing_report = packing_report
@@ -122,13 +126,11 @@ class PackedRows(MegatronDataset):
             tokens=tokens,
             useful_token_share=tokens / (packing.num_rows * seq_length),
         )
-        config = BlendedMegatronDatasetConfig(
-            random_seed=seed, sequence_length=seq_length, blend=([str(prefix)], None), split="1"
-        )
         return cls(
             name=name,
             indexed=indexed,
-            config=config,
+            seq_length=seq_length,
+            seed=seed,
             documents_N=kept_N[packing.order_N],
             row_starts_R1=packing.row_starts_R1,
             packing_report=report,

@@ -24,11 +24,11 @@ _NUM_BYTES = 256
 # an answer keeps the token it has in running text.
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
+    "{{ '' if loop.first else '\\n' }}"
     "{{ message['role'].capitalize() + ': ' + message['content'] }}"
     "{{ eos_token if message['role'] == 'assistant' else '' }}"
-    "{{ '\\n' }}"
     "{% endfor %}"
-    "{{ 'Assistant:' if add_generation_prompt else '' }}"
+    "{{ '\\nAssistant:' if add_generation_prompt else '' }}"
 )
 
 

@@ -83,7 +83,7 @@ def mixing_table(update: Mapping[str, Any]) -> str:
         update[key] for key in ("sources", "old_weights", "new_weights", "tokens", "epochs")
     )
     deltas = [math.nan] * len(names) if update["delta"] is None else update["delta"]
-    rows = [("source", "weight", "", "", "change", "delta", "tokens", "epochs")]
+    rows = [("source", "old weight", "", "new weight", "change", "delta", "tokens", "epochs")]
     for name, before, after, delta, seen, epoch in zip(names, old, new, deltas, tokens, epochs, strict=True):
         score = "-" if math.isnan(delta) else f"{delta:.4f}"
         weights = (f"{before:.4f}", "->", f"{after:.4f}", f"{after - before:+.4f}")

@@ -1,0 +1,1 @@
+"""Where data, MoE, mixing and monitoring meet: model, optimizer, loop, probe, checkpoint."""

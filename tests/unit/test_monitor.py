@@ -63,7 +63,7 @@ def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
 
 
 def resume(run_dir: Path, iteration: int) -> MetricsWriter:
-    # event files are read in the order of the whole second in their names: a restart never shares it, a test may
+    # TensorBoard orders event files by the whole second in their names; only a test shares one with its past
     time.sleep(1.01 - time.time() % 1)
     return MetricsWriter(run_dir, SOURCES, resume_iteration=iteration)
 
@@ -174,10 +174,10 @@ def test_mixing_table_is_aligned_ascii():
     table = logline.mixing_table(mixing_update(10, note="floor held code at 0.25"))
     assert table.splitlines() == [
         " weight update at iteration       10 | consumed samples:          320 |",
-        "  source  weight              change   delta  tokens  epochs",
-        "  chat    0.5000  ->  0.2500  -0.2500  0.1000   1,000    0.50",
-        "  math    0.2500  ->  0.5000  +0.2500  0.2000   3,000    1.50",
-        "  code    0.2500  ->  0.2500  +0.0000  0.3000       0    0.00",
+        "  source  old weight      new weight   change   delta  tokens  epochs",
+        "  chat        0.5000  ->      0.2500  -0.2500  0.1000   1,000    0.50",
+        "  math        0.2500  ->      0.5000  +0.2500  0.2000   3,000    1.50",
+        "  code        0.2500  ->      0.2500  +0.0000  0.3000       0    0.00",
         "  note: floor held code at 0.25",
     ]
 

@@ -1,0 +1,207 @@
+"""Every leaf of the configuration: its name, section, type and where it comes from.
+
+Leaf names are unique over all sections, so each is also a flag. Ours come from `tree.py`, the others
+from Megatron-Core's dataclasses; those that this project decides itself cannot be set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from typing import Any
+
+import yaml
+
+from megatron_dynmix.config import tree
+from megatron_dynmix.errors import InputError
+
+DECIDED = {
+    "calculate_per_token_loss": "the loss is always the mean over the trained tokens of the global batch",
+    "variable_seq_lengths": "rows all have seq_length positions",
+    "fp16": "half precision here is bf16: give --bf16",
+    "params_dtype": "it follows from --bf16",
+    "pipeline_dtype": "it follows from --bf16",
+    "autocast_dtype": "it follows from --bf16",
+    "enable_autocast": "it follows from --bf16",
+    "moe_expert_capacity_factor": "tokens dropped by capacity would be missing from the gate loads",
+    "moe_enable_routing_replay": "it is not supported by the counting router",
+    "moe_router_force_load_balancing": "random routing would make the gate loads meaningless",
+    "cuda_graph_impl": "a captured graph would not run the router's counting",
+    "enable_cuda_graph": "a captured graph would not run the router's counting",
+    "external_cuda_graph": "a captured graph would not run the router's counting",
+    "overlap_moe_expert_parallel_comm": "it runs layers after the micro-batch's sources were announced",
+    "mtp_num_layers": "multi-token prediction is not supported",
+    "multi_latent_attention": "multi-latent attention is not supported",
+    "use_megatron_fsdp": "checkpoints of FSDP models are not supported",
+    "use_custom_fsdp": "checkpoints of FSDP models are not supported",
+    "init_model_with_meta_device": "checkpoints of FSDP models are not supported",
+}
+"""Megatron-Core fields that cannot be set here, and why."""
+
+FLAG_ALIASES = {
+    "num-experts": "num_moe_experts",
+    "norm-epsilon": "layernorm_epsilon",
+    "swiglu": "gated_linear_unit",
+    "tokenizer-model": "tokenizer",
+    "disable-bias-linear": "no-add_bias_linear",
+}
+"""Megatron-LM flags whose name differs from the field's; `no-` sets the field to false."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One value that can be set."""
+
+    name: str
+    section: str
+    hint: Any
+    ours: bool
+
+
+@functools.cache
+def all_leaves() -> dict[str, Leaf]:
+    """Name -> leaf, ours first; imports Megatron-Core."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    leaves: dict[str, Leaf] = {}
+    for section in dataclasses.fields(tree.RunConfig):
+        owner = getattr(tree, f"{section.name.capitalize()}Config")
+        _add(leaves, section.name, owner, ours=True, skip={"megatron", "sources"})
+    parallel = {field.name for field in dataclasses.fields(ModelParallelConfig)}
+    _add(leaves, "parallel", ModelParallelConfig)
+    _add(leaves, "parallel", DistributedDataParallelConfig)
+    _add(leaves, "model", TransformerConfig, skip=parallel)
+    _add(leaves, "optimizer", OptimizerConfig)
+    return leaves
+
+
+def _add(
+    leaves: dict[str, Leaf], section: str, owner: type, *, ours: bool = False, skip: Iterable[str] = ()
+) -> None:
+    hints = typing.get_type_hints(owner)
+    for field in dataclasses.fields(owner):
+        settable = ours or (_settable(hints[field.name]) and not field.name.startswith("_"))
+        if field.name not in skip and field.name not in leaves and (settable or field.name in DECIDED):
+            leaves[field.name] = Leaf(field.name, section, hints[field.name], ours)
+
+
+def _settable(hint: Any) -> bool:
+    """Whether YAML can write such a value: no functions, dtypes or objects."""
+    origin, members = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_settable(member) for member in members if member is not type(None))
+    if origin is typing.Literal or origin in (list, tuple, Sequence, dict) or hint in (list, dict, tuple):
+        return True
+    return isinstance(hint, type) and (hint in (int, float, bool, str) or issubclass(hint, Enum))
+
+
+def find(name: str) -> Leaf:
+    """The leaf of that name.
+
+    Raises:
+        InputError: an unknown name (with the nearest), or one that cannot be set (with the reason).
+
+    """
+    if name in DECIDED:
+        raise InputError(f"{name} cannot be set: {DECIDED[name]}")
+    if name not in all_leaves():
+        raise InputError(f"{name} is no setting{nearest(name, all_leaves())}")
+    return all_leaves()[name]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at the known name most like `name`, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def coerce(value: Any, hint: Any, name: str) -> Any:
+    """`value` as the type that `hint` asks for; never a value that changes its meaning.
+
+    Raises:
+        InputError: a value of another type.
+
+    """
+    refusal = InputError(f"{name} is {value!r}; it must be {_describe(hint)}")
+    origin, members = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for member in members:
+            try:
+                return coerce(value, member, name)
+            except InputError:
+                continue
+        raise refusal
+    if origin is typing.Literal:
+        if value in members:
+            return value
+        raise refusal
+    if origin in (list, tuple, Sequence) or hint in (list, tuple):
+        if not isinstance(value, list | tuple):
+            raise refusal
+        element = members[0] if members else Any
+        return (tuple if origin is tuple or hint is tuple else list)(
+            item if element is Any else coerce(item, element, name) for item in value
+        )
+    if origin is dict or hint is dict:
+        return _checked(value, isinstance(value, dict), refusal)
+    return _coerce_scalar(value, hint, refusal)
+
+
+def _coerce_scalar(value: Any, hint: Any, refusal: InputError) -> Any:
+    if hint is type(None):
+        return _checked(value, value is None, refusal)
+    if hint is bool:
+        return _checked(value, isinstance(value, bool), refusal)
+    if hint is int:
+        return _checked(value, isinstance(value, int) and not isinstance(value, bool), refusal)
+    if hint is str:
+        return _checked(value, isinstance(value, str), refusal)
+    if hint is float:
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise refusal
+        try:
+            return float(value)  # YAML reads 2e-5 as a string
+        except ValueError:
+            raise refusal from None
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        if value in hint.__members__:
+            return hint[value]
+        raise refusal
+    raise refusal
+
+
+def _checked(value: Any, good: bool, refusal: InputError) -> Any:
+    if not good:
+        raise refusal
+    return value
+
+
+def _describe(hint: Any) -> str:
+    members = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_describe(member) for member in members)
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, members))
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return "one of " + ", ".join(hint.__members__)
+    names: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(hint, "null" if hint is type(None) else str(hint).removeprefix("typing."))
+
+
+def from_text(text: str, leaf: Leaf) -> Any:
+    """A flag's text as the leaf's type."""
+    if leaf.hint is str:
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    return coerce(value, leaf.hint, f"--{leaf.name.replace('_', '-')}")

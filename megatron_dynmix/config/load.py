@@ -1,0 +1,214 @@
+"""From RUN.yaml and flags to a resolved RunConfig, and back to YAML."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_dynmix.config import leaves, tree
+from megatron_dynmix.config.presets import COMMON, PRESETS
+from megatron_dynmix.errors import InputError
+
+PATH_LEAVES = ("tokenizer", "prepared_dir", "pretrained_checkpoint")
+SECTIONS = tuple(field.name for field in dataclasses.fields(tree.RunConfig))
+Values = dict[str, dict[str, Any]]
+
+
+def load_config(path: Path, flags: Sequence[str] = ()) -> tree.RunConfig:
+    """Read RUN.yaml, let the flags win over it, fill in the preset.
+
+    Relative paths are taken from the folder of the YAML file, those in flags from the current folder;
+    `${NAME}` stands for an environment variable.
+
+    Args:
+        path: the YAML file.
+        flags: Megatron-LM spelled flags, `--train-iters 100 --bf16`.
+
+    Raises:
+        InputError: anything in the file or the flags that cannot be used.
+
+    """
+    raw = _read_yaml(path)
+    values: Values = {section: {} for section in SECTIONS}
+    for section, settings in raw.items():
+        if section not in SECTIONS:
+            raise InputError(f"{path}: {section} is no section{leaves.nearest(section, SECTIONS)}")
+        if not isinstance(settings, dict):
+            raise InputError(f"{path}: section {section} holds {settings!r}; it must hold settings by name")
+        for name, value in settings.items():
+            values[section][name] = _yaml_value(path, section, name, value)
+    for name, value in parse_flags(flags).items():
+        values[leaves.find(name).section][name] = value
+    values["data"].setdefault("prepared_dir", _absolute("prepared", path.parent, "data.prepared_dir"))
+    return _build(values)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file; give the path of a RUN.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: it cannot be read as a UTF-8 text file: {error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: it is not valid YAML: {error}") from None
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise InputError(
+            f"{path}: it holds {type(raw).__name__}; it must hold sections: {', '.join(SECTIONS)}"
+        )
+    return raw
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, instead of keeping the last."""
+
+
+def _mapping_without_repeats(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key!r} is given twice", node.start_mark
+            )
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
+
+
+def _yaml_value(path: Path, section: str, name: Any, value: Any) -> Any:
+    where = f"{path}: {section}.{name}"
+    if (section, name) == ("data", "sources"):
+        return _sources(where, value, path.parent)
+    try:
+        leaf = leaves.find(str(name))
+    except InputError as error:
+        raise InputError(f"{path}: in section {section}: {error}") from None
+    if leaf.section != section:
+        raise InputError(f"{where} stands in the wrong section; put {name} under {leaf.section}")
+    value = leaves.coerce(value, leaf.hint, where)
+    return _absolute(value, path.parent, where) if name in PATH_LEAVES else value
+
+
+def _sources(where: str, value: Any, folder: Path) -> dict[str, tree.SourceConfig]:
+    if not isinstance(value, dict) or not value:
+        raise InputError(f"{where} holds {value!r}; it must hold at least one source, as name: {{path: ...}}")
+    hints = {"path": str, "weight": float | None, "probe": str | None}
+    sources = {}
+    for name, settings in value.items():
+        at = f"{where}.{name}"
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", str(name)):
+            raise InputError(f"{at}: a source's name may hold letters, digits and . _ - only")
+        if not isinstance(settings, dict) or "path" not in settings:
+            raise InputError(f"{at} holds {settings!r}; it must hold a path: {{path: data/{name}.jsonl}}")
+        for key in settings:
+            if key not in hints:
+                raise InputError(f"{at}.{key} is no setting of a source{leaves.nearest(str(key), hints)}")
+        checked = {key: leaves.coerce(item, hints[key], f"{at}.{key}") for key, item in settings.items()}
+        for key in ("path", "probe"):
+            checked[key] = _absolute(checked.get(key), folder, f"{at}.{key}")
+        try:
+            sources[str(name)] = tree.SourceConfig(**checked)
+        except InputError as error:
+            raise InputError(f"{at}: {error}") from None
+    return sources
+
+
+def _absolute(text: str | None, folder: Path, where: str) -> str | None:
+    if text is None:
+        return None
+    expanded = os.path.expanduser(os.path.expandvars(text))
+    if missing := re.search(r"\$\{?(\w+)", expanded):
+        raise InputError(f"{where} is {text!r}, but the variable {missing[1]} is not set; export it first")
+    return str((folder.absolute() / expanded).resolve())
+
+
+def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
+    """Flags -> leaf name -> value.
+
+    Raises:
+        InputError: an unknown flag (with the nearest), a missing or wrong value.
+
+    """
+    known = leaves.all_leaves()
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
+    parser.error = _refuse  # type: ignore[assignment, method-assign]
+    for leaf in known.values():
+        names = [f"--{leaf.name.replace('_', '-')}"]
+        names += [f"--{alias}" for alias, target in leaves.FLAG_ALIASES.items() if target == leaf.name]
+        if leaf.hint is bool:
+            parser.add_argument(*names, dest=leaf.name, action="store_const", const=True)
+            off = [f"--no-{name[2:]}" for name in names]
+            off += [f"--{alias}" for alias, to in leaves.FLAG_ALIASES.items() if to == f"no-{leaf.name}"]
+            parser.add_argument(*off, dest=leaf.name, action="store_const", const=False)
+        else:
+            parser.add_argument(*names, dest=leaf.name)
+    spaced, unknown = parser.parse_known_args(list(flags))
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        what = "flag" if unknown[0].startswith("-") else "argument"
+        raise InputError(f"{unknown[0]} is an unknown {what}{leaves.nearest(unknown[0], options)}")
+    parsed = {}
+    for name, value in vars(spaced).items():
+        value = value if isinstance(value, bool) else leaves.from_text(value, leaves.find(name))
+        parsed[name] = (
+            _absolute(value, Path.cwd(), f"--{name.replace('_', '-')}") if name in PATH_LEAVES else value
+        )
+    return parsed
+
+
+def _refuse(message: str) -> None:
+    raise InputError(message)
+
+
+def _build(values: Values) -> tree.RunConfig:
+    """The tree from checked values: preset filled in, Megatron's fields set apart from ours."""
+    preset = values["model"].setdefault("preset", tree.ModelConfig.preset)
+    if preset not in PRESETS:
+        raise InputError(f"model.preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
+    values["model"] = {**COMMON, **PRESETS[preset], **values["model"]}
+    sections = {}
+    for field in dataclasses.fields(tree.RunConfig):
+        owner = getattr(tree, f"{field.name.capitalize()}Config")
+        own = {item.name for item in dataclasses.fields(owner)}
+        settings = values[field.name]
+        arguments = {name: value for name, value in settings.items() if name in own}
+        if "megatron" in own:
+            arguments["megatron"] = {name: value for name, value in settings.items() if name not in own}
+        sections[field.name] = owner(**arguments)
+    return tree.RunConfig(**sections)
+
+
+def to_dict(config: tree.RunConfig) -> dict[str, dict[str, Any]]:
+    """The resolved configuration as plain values, flat as in RUN.yaml."""
+    sections = {}
+    for field in dataclasses.fields(config):
+        section = getattr(config, field.name)
+        flat = {item.name: getattr(section, item.name) for item in dataclasses.fields(section)}
+        flat.update(flat.pop("megatron", {}))
+        sections[field.name] = {name: _plain(value) for name, value in flat.items()}
+    return sections
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tree.SourceConfig):
+        return {name: item for name, item in dataclasses.asdict(value).items() if item is not None}
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return getattr(value, "name", value)
+
+
+def to_yaml(config: tree.RunConfig) -> str:
+    """The resolved configuration as RUN.yaml text that `load_config` reads back to the same tree."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)

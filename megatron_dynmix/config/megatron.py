@@ -1,0 +1,96 @@
+"""From a RunConfig to Megatron-Core's own configuration objects."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dynmix.config.tree import RunConfig
+from megatron_dynmix.errors import InputError
+
+
+def _fields(owner: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(owner)}
+
+
+def params_dtype(config: RunConfig) -> torch.dtype:
+    """Type of parameters and activations."""
+    return torch.bfloat16 if config.training.bf16 else torch.float32
+
+
+def transformer_config(config: RunConfig) -> TransformerConfig:
+    """Megatron-Core's model configuration, layout included.
+
+    Raises:
+        InputError: a combination that Megatron-Core refuses, in its own words.
+
+    """
+    parallel = config.parallel.megatron
+    layout = {name: value for name, value in parallel.items() if name in _fields(ModelParallelConfig)}
+    derived: dict[str, Any] = {
+        "activation_func": torch.nn.functional.silu,
+        "calculate_per_token_loss": True,
+        "bf16": config.training.bf16,
+        "params_dtype": params_dtype(config),
+        "pipeline_dtype": params_dtype(config),
+    }
+    try:
+        return TransformerConfig(**{**layout, **config.model.megatron, **derived})
+    except (ValueError, AssertionError, TypeError, ZeroDivisionError) as error:
+        raise InputError(f"Megatron-Core refuses the model or its layout: {error}") from error
+
+
+def ddp_config(config: RunConfig) -> DistributedDataParallelConfig:
+    """Megatron-Core's data-parallel configuration: gradients are reduced in float32."""
+    known = _fields(DistributedDataParallelConfig)
+    settings = {name: value for name, value in config.parallel.megatron.items() if name in known}
+    settings.setdefault("grad_reduce_in_fp32", True)
+    return DistributedDataParallelConfig(
+        **settings, use_distributed_optimizer=config.parallel.use_distributed_optimizer
+    )
+
+
+def optimizer_config(config: RunConfig) -> OptimizerConfig:
+    """Megatron-Core's optimizer configuration.
+
+    Raises:
+        InputError: a combination that Megatron-Core refuses, in its own words.
+
+    """
+    ours = config.optimizer
+    try:
+        return OptimizerConfig(
+            **{**ours.megatron, "lr": ours.lr, "min_lr": ours.min_lr, "weight_decay": ours.weight_decay},
+            bf16=config.training.bf16,
+            params_dtype=params_dtype(config),
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            overlap_param_gather=bool(config.parallel.megatron.get("overlap_param_gather", False)),
+        )
+    except (ValueError, AssertionError, TypeError) as error:
+        raise InputError(f"Megatron-Core refuses the optimizer settings: {error}") from error
+
+
+def padded_vocab_size(config: RunConfig) -> int:
+    """Rows of the embedding in memory: a multiple that every tensor-parallel rank gets an equal part of."""
+    assert config.model.vocab_size is not None, "the preset gives one"
+    multiple = config.model.make_vocab_size_divisible_by * config.parallel.size("tensor_model_parallel_size")
+    return -(-config.model.vocab_size // multiple) * multiple
+
+
+def moe_layers(transformer: TransformerConfig) -> list[int]:
+    """0-based decoder layers that are MoE, from `moe_layer_freq`; empty for a dense model."""
+    if not transformer.num_moe_experts:
+        return []
+    frequency = transformer.moe_layer_freq
+    pattern = (
+        [index % frequency == 0 for index in range(transformer.num_layers)]
+        if isinstance(frequency, int)
+        else frequency
+    )
+    return [index for index, is_moe in enumerate(pattern) if is_moe]

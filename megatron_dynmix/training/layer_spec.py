@@ -1,0 +1,58 @@
+"""Which classes Megatron-Core builds a decoder layer from."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dynmix.moe.router import GateLoadRouter
+from megatron_dynmix.training.local_layers import (
+    FullWidthKeyNorm,
+    FullWidthQueryNorm,
+    LocalNorm,
+    SegmentAttention,
+)
+
+
+def decoder_spec(
+    transformer: TransformerConfig, *, transformer_engine: bool, qk_layernorm_full_width: bool
+) -> TransformerBlockSubmodules:
+    """Spec of this pipeline stage's layers: Megatron-Core's own, with our router.
+
+    Without Transformer Engine, attention and norms are those of `local_layers.py`.
+    """
+    block = get_gpt_decoder_block_spec(
+        transformer, use_transformer_engine=transformer_engine, normalization=transformer.normalization
+    )
+    block = copy.deepcopy(block)  # Megatron-Core shares parts between specs
+    if not transformer_engine:
+        block.layer_norm = LocalNorm
+    for layer in block.layer_specs:
+        parts = layer.submodules
+        if parts.mlp.module is MoELayer:
+            parts.mlp.submodules.router = GateLoadRouter
+        if not transformer_engine:
+            _use_local_layers(parts, transformer)
+        if qk_layernorm_full_width:
+            attention = parts.self_attention.submodules
+            attention.q_layernorm, attention.k_layernorm = FullWidthQueryNorm, FullWidthKeyNorm
+    return block
+
+
+def _use_local_layers(parts: Any, transformer: TransformerConfig) -> None:
+    parts.input_layernorm = parts.pre_mlp_layernorm = LocalNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = SegmentAttention
+    if transformer.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = LocalNorm
+    if parts.mlp.module is MoELayer:
+        # The local spec renames this key in checkpoints as if the layer were dense; Transformer Engine's
+        # does not, and a checkpoint must not tell where it was written.
+        parts.sharded_state_dict_keys_map = {
+            old: new for old, new in parts.sharded_state_dict_keys_map.items() if old != "pre_mlp_layernorm."
+        }

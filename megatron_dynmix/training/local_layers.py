@@ -1,0 +1,136 @@
+"""Attention and norms of Megatron-Core's local (no Transformer Engine) layers, on CPU and GPU alike.
+
+Handed to Megatron-Core through its layer spec. Axes: S sequence, B batch, N heads, H head width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dynmix import platform
+
+
+class SegmentAttention(DotProductAttention):
+    """Core attention on `scaled_dot_product_attention`, for rows that hold several segments.
+
+    Takes either the block-diagonal mask `[B, 1, S, S]` (True = masked) or, as Transformer Engine does,
+    rows joined to one sequence with `PackedSeqParams`.
+    """
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """Attend causally inside each segment.
+
+        Args:
+            query: `[S, B, N, H]`, or `[T, N, H]` when packed.
+            key: as `query`, with fewer heads under grouped-query attention.
+            value: as `key`.
+            attention_mask: True = masked; None = causal over the whole row.
+            attn_mask_type: not read: attention here is always causal.
+            attention_bias: must be None.
+            packed_seq_params: segment borders of rows joined to one sequence.
+
+        Returns:
+            `[S, B, N * H]`, or `[T, N * H]` when packed.
+
+        """
+        assert attention_bias is None, "attention bias is not used by this model"
+        if packed_seq_params is not None:
+            query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+            attention_mask = _masked_between_segments(packed_seq_params.cu_seqlens_q, query.shape[0])
+        allowed = None if attention_mask is None else ~attention_mask
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        dropout = self.attention_dropout.p if self.training else 0.0
+        fork = dropout > 0.0 and not self.config.sequence_parallel  # as the parent does
+        with get_cuda_rng_tracker().fork() if fork else contextlib.nullcontext():
+            context = torch.nn.functional.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=allowed,
+                is_causal=allowed is None,
+                dropout_p=dropout,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        context = context.permute(2, 0, 1, 3).flatten(start_dim=2)
+        return context.squeeze(1) if packed_seq_params is not None else context
+
+
+def _masked_between_segments(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
+    position = torch.arange(length, device=cu_seqlens.device)
+    segment = torch.bucketize(position, cu_seqlens[1:], right=True)
+    return segment_mask(segment[None])
+
+
+def segment_mask(segment_BS: torch.Tensor) -> torch.Tensor:
+    """Attention mask of rows that hold several segments.
+
+    Args:
+        segment_BS: number of the segment that each position belongs to; padding is a segment too, so that
+            no position is left without anything to attend to.
+
+    Returns:
+        `[B, 1, S, S]`, True = masked: another segment, or later in the row.
+
+    """
+    length = segment_BS.shape[1]
+    later = torch.ones(length, length, dtype=torch.bool, device=segment_BS.device).triu(1)
+    return ((segment_BS[:, :, None] != segment_BS[:, None, :]) | later)[:, None]
+
+
+class LocalNorm:
+    """Builds torch's RMSNorm or LayerNorm so that it also works with sequence parallelism.
+
+    Megatron-Core's own wrapper refuses sequence parallelism, though all it takes is the attribute that
+    tells `finalize_model_grads` to sum the weight's gradient over the tensor-parallel ranks.
+    """
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> Any:
+        """Return the torch norm itself, on this rank's device."""
+        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        norm = kind(hidden_size, eps=eps).to(device=platform.start().device, dtype=config.params_dtype)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
+
+
+class FullWidthNorm(torch.nn.Module):
+    """RMSNorm of queries or keys over all heads together, as OLMoE has it (its `q_norm` and `k_norm`)."""
+
+    def __init__(self, num_heads: int, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.norm = LocalNorm(config, num_heads * hidden_size, eps)
+
+    def forward(self, heads: torch.Tensor) -> torch.Tensor:
+        """`[S, B, N, H]` in and out."""
+        return self.norm(heads.flatten(start_dim=-2)).view_as(heads)
+
+
+class FullWidthQueryNorm(FullWidthNorm):
+    """`FullWidthNorm` of the queries."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__(config.num_attention_heads, config, hidden_size, eps)
+
+
+class FullWidthKeyNorm(FullWidthNorm):
+    """`FullWidthNorm` of the keys."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__(config.num_query_groups, config, hidden_size, eps)

@@ -1,0 +1,71 @@
+"""The model of this rank: Megatron-Core's GPT, mixed precision and data parallelism around it."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.megatron import ddp_config, padded_vocab_size
+from megatron_dynmix.moe.router import GateLoadRouter
+from megatron_dynmix.platform import Platform
+from megatron_dynmix.training.layer_spec import decoder_spec
+
+
+def build_gpt(config: RunConfig, transformer: TransformerConfig, transformer_engine: bool) -> GPTModel:
+    """Build this pipeline stage's part of the model, in the parameters' own precision."""
+    spec = decoder_spec(
+        transformer,
+        transformer_engine=transformer_engine,
+        qk_layernorm_full_width=config.model.qk_layernorm_full_width,
+    )
+    return GPTModel(
+        transformer,
+        spec,
+        vocab_size=padded_vocab_size(config),
+        max_sequence_length=config.model.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=config.model.rotary_base,
+    )
+
+
+def build_model(
+    config: RunConfig, transformer: TransformerConfig, platform: Platform
+) -> DistributedDataParallel:
+    """The model ready to train: on its device, wrapped, its hooks given to the schedules."""
+    gpt = build_gpt(config, transformer, platform.transformer_engine)
+    if config.model.freeze_router:
+        freeze_router(gpt)
+    gpt = gpt.to(platform.device)
+    module = Float16Module(transformer, gpt) if config.training.bf16 else gpt
+    ddp = ddp_config(config)
+    model = DistributedDataParallel(transformer, ddp, module)
+    if ddp.overlap_grad_reduce:
+        transformer.no_sync_func = model.no_sync
+    if ddp.overlap_param_gather:
+        transformer.param_sync_func = model.start_param_sync
+    transformer.finalize_model_grads_func = finalize_model_grads
+    model.train()
+    return model
+
+
+def unwrap(model: torch.nn.Module) -> GPTModel:
+    """The GPT inside its wrappers."""
+    while hasattr(model, "module"):
+        model = model.module  # type: ignore[assignment]
+    return model  # type: ignore[return-value]
+
+
+def freeze_router(model: torch.nn.Module) -> None:
+    """Keep every router's weights as they are; experts and all else go on learning."""
+    for module in model.modules():
+        if isinstance(module, GateLoadRouter):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
