@@ -133,7 +133,8 @@ def _check_mixing(config: RunConfig, layers: list[int]) -> None:
     if len(sources) < MIN_GATE_LOAD_SOURCES:
         raise InputError(
             f"mixing.strategy is gate-load with {len(sources)} sources; it needs {MIN_GATE_LOAD_SOURCES}: "
-            "two are always equally far apart, so their weights never change; add a source, or use strategy fixed"
+            "two are always equally far apart, so their weights never change; add a source, or use strategy "
+            "fixed"
         )
     if mixing.signal == "probe":
         for name, source in sources.items():

@@ -35,6 +35,7 @@ DECIDED = {
     "enable_cuda_graph": "a captured graph would not run the router's counting",
     "external_cuda_graph": "a captured graph would not run the router's counting",
     "overlap_moe_expert_parallel_comm": "it runs layers after the micro-batch's sources were announced",
+    "overlap_param_gather": "probe and checkpoints would read parameters that are still being gathered",
     "mtp_num_layers": "multi-token prediction is not supported",
     "multi_latent_attention": "multi-latent attention is not supported",
     "use_megatron_fsdp": "checkpoints of FSDP models are not supported",

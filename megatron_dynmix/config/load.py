@@ -73,7 +73,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _mapping_without_repeats(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    keys = [loader.construct_object(key) for key, _ in node.value]
     for key in keys:
         if keys.count(key) > 1:
             raise yaml.constructor.ConstructorError(
@@ -159,10 +159,11 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
         raise InputError(f"{unknown[0]} is an unknown {what}{leaves.nearest(unknown[0], options)}")
     parsed = {}
     for name, value in vars(spaced).items():
-        value = value if isinstance(value, bool) else leaves.from_text(value, leaves.find(name))
-        parsed[name] = (
-            _absolute(value, Path.cwd(), f"--{name.replace('_', '-')}") if name in PATH_LEAVES else value
-        )
+        if not isinstance(value, bool):
+            value = leaves.from_text(value, leaves.find(name))
+        if name in PATH_LEAVES:
+            value = _absolute(str(value), Path.cwd(), f"--{name.replace('_', '-')}")
+        parsed[name] = value
     return parsed
 
 

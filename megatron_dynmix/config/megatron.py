@@ -70,7 +70,6 @@ def optimizer_config(config: RunConfig) -> OptimizerConfig:
             bf16=config.training.bf16,
             params_dtype=params_dtype(config),
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-            overlap_param_gather=bool(config.parallel.megatron.get("overlap_param_gather", False)),
         )
     except (ValueError, AssertionError, TypeError) as error:
         raise InputError(f"Megatron-Core refuses the optimizer settings: {error}") from error

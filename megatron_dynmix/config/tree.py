@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from megatron_dynmix.errors import InputError
 
-STRATEGIES = ("gate-load", "uniform", "fixed")
-SIGNALS = ("probe", "train")
-OVERLONG = ("drop", "truncate", "error")
-TEMPLATES = ("tokenizer", "vicuna")
-LR_DECAY_STYLES = ("linear", "cosine", "constant", "inverse-square-root")
+StrategyName = Literal["gate-load", "uniform", "fixed"]
+SignalName = Literal["probe", "train"]
+Overlong = Literal["drop", "truncate", "error"]
+Template = Literal["tokenizer", "vicuna"]
+DecayStyle = Literal["linear", "cosine", "constant", "inverse-square-root"]
 
 
 def _require(condition: bool, name: str, value: object, need: str) -> None:
@@ -25,7 +25,8 @@ def _require(condition: bool, name: str, value: object, need: str) -> None:
         raise InputError(f"{name} is {value!r}; it must be {need}")
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def _one_of(name: str, value: str, kind: Any) -> None:
+    allowed = get_args(kind)
     _require(value in allowed, name, value, f"one of {', '.join(allowed)}")
 
 
@@ -105,11 +106,11 @@ class DataConfig:
 
     tokenizer: str | None = None
     """Folder of a Hugging Face tokenizer."""
-    template: str = "tokenizer"
+    template: Template = "tokenizer"
     """How a conversation becomes text: the tokenizer's own chat template, or `vicuna`."""
     seq_length: int = 2048
     """Positions of a row."""
-    overlong: str = "drop"
+    overlong: Overlong = "drop"
     """What to do with an example longer than a row: drop and count it, truncate it, or stop."""
     num_workers: int = 1
     """Processes that read rows, per rank."""
@@ -121,18 +122,18 @@ class DataConfig:
     def __post_init__(self) -> None:
         _positive(self, "data", "seq_length")
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
-        _one_of("data.overlong", self.overlong, OVERLONG)
-        _one_of("data.template", self.template, TEMPLATES)
+        _one_of("data.overlong", self.overlong, Overlong)
+        _one_of("data.template", self.template, Template)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixingConfig:
     """How the weights change."""
 
-    strategy: str = "gate-load"
+    strategy: StrategyName = "gate-load"
     interval: int = 100
     """Iterations between two weight updates (the paper's m)."""
-    signal: str = "probe"
+    signal: SignalName = "probe"
     """Where gate loads are measured: on held-out rows, or while training."""
     probe_tokens: int = 16384
     """Positions of each source's held-out rows that a probe reads; the same ones every time."""
@@ -146,8 +147,8 @@ class MixingConfig:
     """MoE layers whose loads count: `last`, `all` or a list of indices."""
 
     def __post_init__(self) -> None:
-        _one_of("mixing.strategy", self.strategy, STRATEGIES)
-        _one_of("mixing.signal", self.signal, SIGNALS)
+        _one_of("mixing.strategy", self.strategy, StrategyName)
+        _one_of("mixing.signal", self.signal, SignalName)
         _positive(self, "mixing", "interval", "probe_tokens")
 
 
@@ -173,7 +174,7 @@ class OptimizerConfig:
 
     lr: float = 2.0e-5
     min_lr: float = 0.0
-    lr_decay_style: str = "cosine"
+    lr_decay_style: DecayStyle = "cosine"
     lr_decay_iters: int | None = None
     """Iterations until `min_lr`; `train_iters` if not given."""
     lr_warmup_iters: int = 0
@@ -186,7 +187,7 @@ class OptimizerConfig:
         _require(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"from 0 to lr ({self.lr})")
         _require(self.lr_warmup_iters >= 0, "optimizer.lr_warmup_iters", self.lr_warmup_iters, "0 or more")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
-        _one_of("optimizer.lr_decay_style", self.lr_decay_style, LR_DECAY_STYLES)
+        _one_of("optimizer.lr_decay_style", self.lr_decay_style, DecayStyle)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,7 @@ class DynamicBlendedDataset(BlendedDataset):
     def __len__(self) -> int:
         return len(self.chunk.dataset_index_N)
 
-    def __getitem__(self, pair: tuple[int, int]) -> dict[str, Any]:  # type: ignore[override]
+    def __getitem__(self, pair: tuple[int, int]) -> dict[str, Any]:
         """Row `pair = (dataset_id, row)`, with its `dataset_id` beside the row's own arrays."""
         dataset_id, row = pair
         return {"dataset_id": np.int16(dataset_id), **self.datasets[dataset_id][row]}

@@ -15,12 +15,13 @@ class Signal:
     """What was measured in one interval. A strategy reads the part it needs.
 
     Attributes:
-        counts_DLE: tokens routed to each expert, padding not counted; None where not measured.
+        counts_DLE: tokens routed to each expert (or loads given from outside), padding not counted; None
+            where not measured.
         loss_D: mean loss per trained token in nats; None where not measured.
 
     """
 
-    counts_DLE: NDArray[np.int64] | None = None
+    counts_DLE: NDArray[np.int64] | NDArray[np.float64] | None = None
     loss_D: NDArray[np.float64] | None = None
 
 

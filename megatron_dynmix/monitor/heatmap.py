@@ -56,8 +56,8 @@ def _draw(
         axes.set_yticks(range(n_rows), labels=[_verbatim(name) for name in row_names])
     if column_names is not None and n_columns <= MOST_NAMES:
         axes.set_xticks(range(n_columns), labels=[_verbatim(name) for name in column_names], rotation=90)
-    canvas.draw()  # type: ignore[no-untyped-call]
-    pixels_HW4 = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+    canvas.draw()
+    pixels_HW4 = np.asarray(canvas.buffer_rgba())
     return pixels_HW4[..., :3].copy()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -44,8 +45,15 @@ def start() -> Platform:
     """
     global _started  # the stand-ins are process-wide, so is the decision
     if _started is None:
+        _silence_expected_warnings()
         _started = _cuda() if torch.cuda.is_available() else _cpu()
     return _started
+
+
+def _silence_expected_warnings() -> None:
+    """Drop what Megatron-Core makes every run say: what is not installed, and names torch has renamed."""
+    for message in (".*Falling back to", ".*is deprecated. Please use", ".*No fp8 recipe.*"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _cuda() -> Platform:

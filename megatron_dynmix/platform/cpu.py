@@ -87,14 +87,14 @@ def install() -> None:
 
 def _replace_torch_cuda() -> None:
     cuda, stream = torch.cuda, Stream()
-    cuda.Stream, cuda.Event = Stream, Event  # type: ignore[assignment, misc]
-    cuda.current_stream = cuda.default_stream = lambda device=None: stream  # type: ignore[assignment]
-    cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
-    cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
+    cuda.Stream, cuda.Event = Stream, Event
+    cuda.current_stream = cuda.default_stream = lambda device=None: stream
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.current_device = lambda: CPU
     cuda.synchronize = lambda device=None: None
     cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
     cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
-    cuda.manual_seed = lambda seed: torch.manual_seed(seed) and None  # type: ignore[assignment, func-returns-value]
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed) and None
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -114,7 +114,7 @@ def _redirect_tensor_factories() -> None:
     # A TorchFunctionMode would be tidier, but it is off inside backward().
     for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment, method-assign]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
     tensor_type = torch.Tensor.type
 
     def type_for_megatron(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -125,7 +125,7 @@ def _redirect_tensor_factories() -> None:
             return answer.replace("torch.", "torch.cuda.", 1)
         return answer
 
-    torch.Tensor.type = type_for_megatron  # type: ignore[assignment, method-assign]
+    torch.Tensor.type = type_for_megatron
 
 
 def _complete_megatron_without_te() -> None:

@@ -49,8 +49,6 @@ def build_model(
     model = DistributedDataParallel(transformer, ddp, module)
     if ddp.overlap_grad_reduce:
         transformer.no_sync_func = model.no_sync
-    if ddp.overlap_param_gather:
-        transformer.param_sync_func = model.start_param_sync
     transformer.finalize_model_grads_func = finalize_model_grads
     model.train()
     return model
@@ -59,8 +57,8 @@ def build_model(
 def unwrap(model: torch.nn.Module) -> GPTModel:
     """The GPT inside its wrappers."""
     while hasattr(model, "module"):
-        model = model.module  # type: ignore[assignment]
-    return model  # type: ignore[return-value]
+        model = model.module
+    return model
 
 
 def freeze_router(model: torch.nn.Module) -> None:

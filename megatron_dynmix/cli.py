@@ -1,0 +1,281 @@
+"""The console script: one small function per subcommand.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or bad input. Heavy imports wait inside the functions, so that
+`--help` and `update` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_dynmix import __version__
+from megatron_dynmix.errors import InputError
+
+if TYPE_CHECKING:
+    from megatron_dynmix.config import RunConfig
+    from megatron_dynmix.data.prepare import SourceReport
+    from megatron_dynmix.training.run import Data
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not arguments.takes_flags:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    try:
+        return int(arguments.command(arguments, rest))
+    except InputError as error:
+        print(f"megatron-dynmix: {error}", file=sys.stderr)
+        return 2
+    except _stopped() as error:
+        print(f"megatron-dynmix: stopped: {error}", file=sys.stderr)
+        return 1
+
+
+def _stopped() -> type[BaseException] | tuple[()]:
+    """The exception of a run that ended early, if the training modules were loaded at all."""
+    trainer = sys.modules.get("megatron_dynmix.training.trainer")
+    return trainer.TrainingStopped if trainer else ()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-dynmix", description="Dynamic data mixing for MoE fine-tuning."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, summary: str, *, takes_flags: bool = False) -> Any:
+        sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        sub.set_defaults(command=function, takes_flags=takes_flags)
+        return sub
+
+    sub = command("quickstart", quickstart, "train a tiny MoE on four generated sources, on two ranks")
+    sub.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
+
+    sub = command("prepare", prepare, "turn JSONL sources into tokens on disk", takes_flags=True)
+    sub.add_argument("run_yaml", nargs="?", type=Path, metavar="RUN.yaml")
+    sub.add_argument("--input", nargs="+", type=Path, metavar="FILE")
+    sub.add_argument("--output", type=Path, metavar="PREFIX")
+    sub.add_argument("--tokenizer", type=Path, metavar="DIR")
+    sub.add_argument("--template", default="tokenizer", choices=["tokenizer", "vicuna"])
+
+    sub = command(
+        "train",
+        train,
+        "train; every setting of RUN.yaml is also a flag, Megatron-LM's name",
+        takes_flags=True,
+    )
+    sub.add_argument("run_yaml", type=Path, metavar="RUN.yaml")
+    sub.add_argument("--run-dir", type=Path, required=True, help="where everything is written")
+    sub.add_argument("--nproc-per-node", type=int, help="start this many ranks here")
+    sub.add_argument("--resume", choices=["no", "must", "auto"], default="no")
+
+    sub = command("update", update, "one weight update on given gate loads, without a model")
+    sub.add_argument("--load", type=Path, required=True, help='JSON: {"source": [load per expert], ...}')
+    sub.add_argument("--weights", type=Path, help='JSON: {"source": weight, ...}; default uniform')
+    sub.add_argument("--strategy", choices=["gate-load", "uniform", "fixed"], default="gate-load")
+    sub.add_argument("--eta", type=float, default=10.0)
+    sub.add_argument("--smoothing", type=float, default=0.05)
+    sub.add_argument("--metric", choices=["l2", "cos"], default="l2")
+    sub.add_argument("--aggregate", choices=["mean", "max"], default="mean")
+    return parser
+
+
+def quickstart(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Generate, prepare, train, and say what to open."""
+    from megatron_dynmix.quickstart import make_quickstart
+    from megatron_dynmix.training.run import resolve_resume
+
+    run_dir = arguments.run_dir
+    resolve_resume(run_dir, "no")
+    run_yaml = make_quickstart(run_dir / "data")
+    code = _start_ranks(run_yaml, run_dir, 2, "no", [])
+    if code == 0:
+        print(
+            f"\nDone. What to open:\n"
+            f"  {run_dir}/mixing.jsonl    every weight update: loads, distances, old and new weights\n"
+            f"  {run_dir}/metrics.jsonl   loss of each source over time\n"
+            f"  tensorboard --logdir {run_dir}/tensorboard\n"
+            f"  {run_yaml}    the run: change it and train again:\n"
+            f"  megatron-dynmix train {run_yaml} --run-dir runs/mine --nproc-per-node 2"
+        )
+    return code
+
+
+def prepare(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Prepare the sources of a RUN.yaml, or one source from files."""
+    from megatron_dynmix.data.prepare import prepare_source
+    from megatron_dynmix.data.tokenizer import load_tokenizer
+
+    if arguments.run_yaml is not None:
+        if arguments.input or arguments.output:
+            raise InputError("give either RUN.yaml or --input and --output, not both")
+        return _prepare_run(arguments, rest)
+    if rest:
+        raise InputError(f"unknown arguments: {' '.join(rest)}")
+    missing = [name for name in ("input", "output", "tokenizer") if not getattr(arguments, name)]
+    if missing:
+        raise InputError(f"--{missing[0]} is missing; give RUN.yaml, or --input, --output and --tokenizer")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    report = prepare_source(
+        name=arguments.output.name,
+        inputs=arguments.input,
+        prefix=arguments.output,
+        tokenizer=load_tokenizer(arguments.tokenizer),
+        template=arguments.template,
+    )
+    _print_reports([report])
+    return 0
+
+
+def _prepare_run(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from megatron_dynmix.config.check import check_data, check_tokenizer
+    from megatron_dynmix.config.load import load_config
+    from megatron_dynmix.data.tokenizer import load_tokenizer
+    from megatron_dynmix.training.sources import prepare_sources
+
+    flags = [*rest, *(["--tokenizer", str(arguments.tokenizer)] if arguments.tokenizer else [])]
+    config = load_config(arguments.run_yaml, flags)
+    check_data(config)
+    tokenizer = load_tokenizer(Path(config.data.tokenizer or ""))
+    check_tokenizer(config, tokenizer.vocab_size)
+    _print_reports([report for _, report in prepare_sources(config, tokenizer)])
+    return 0
+
+
+def _print_reports(reports: Sequence[SourceReport]) -> None:
+    from megatron_dynmix.monitor.tables import table
+
+    header = ["source", "examples", "tokens", "trained", "longest", "broken", "untrained", "duplicates"]
+    rows = [
+        [
+            *(report.name, report.examples, report.tokens, report.trained_tokens, report.max_length),
+            *(report.broken, report.untrained, report.duplicates),
+        ]
+        for report in reports
+    ]
+    print(table(header, rows))
+    for report in reports:
+        for line in report.first_broken:
+            print(f"  broken: {line}")
+
+
+def train(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Train on this rank, or start the ranks of this machine."""
+    nproc = arguments.nproc_per_node
+    joined = "RANK" in os.environ
+    if nproc is not None and joined:
+        raise InputError(
+            f"--nproc-per-node {nproc} is given, but this is a rank of a started job; leave it out"
+        )
+    if nproc is not None and nproc < 1:
+        raise InputError(f"--nproc-per-node is {nproc}; it must be 1 or more")
+    if nproc is not None and nproc > 1:
+        return _start_ranks(arguments.run_yaml, arguments.run_dir, nproc, arguments.resume, rest)
+
+    from megatron_dynmix import platform
+
+    platform.start()
+    from megatron_dynmix.config.load import load_config
+    from megatron_dynmix.training import run
+
+    run.train(load_config(arguments.run_yaml, rest), arguments.run_dir, resume=arguments.resume)
+    return 0
+
+
+def _start_ranks(run_yaml: Path, run_dir: Path, nproc: int, resume: str, flags: list[str]) -> int:
+    """Check everything here, where it can be refused in one message, then let torchrun start the ranks."""
+    from megatron_dynmix import platform
+
+    platform.start()
+    from megatron_dynmix.config.load import load_config
+    from megatron_dynmix.training import run
+
+    config = load_config(run_yaml, flags)
+    tokenizer = run.check_before_start(config, nproc)
+    run.resolve_resume(run_dir, resume)
+    _print_start(config, run.read_data(config, tokenizer), run_dir, nproc)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"),
+        *("-m", "megatron_dynmix", "train", str(run_yaml), "--run-dir", str(run_dir)),
+        *("--resume", resume, *flags),
+    ]
+    return subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}, check=False).returncode
+
+
+def _print_start(config: RunConfig, data: Data, run_dir: Path, nproc: int) -> None:
+    from megatron_dynmix.config.load import to_yaml
+    from megatron_dynmix.monitor.tables import table
+
+    print(f"------------------------ arguments ------------------------\n{to_yaml(config).rstrip()}")
+    print("-------------------- end of arguments ---------------------")
+    _print_reports(data.reports)
+    header = ["source", "rows", "examples", "over-long dropped", "truncated", "untrained", "useful tokens"]
+    print()
+    print(
+        table(
+            header,
+            [
+                [
+                    *(rows.name, report.rows, report.examples, report.dropped_overlong, report.truncated),
+                    *(report.untrained, f"{report.useful_token_share:.3f}"),
+                ]
+                for rows in data.train
+                for report in [rows.packing_report]
+            ],
+        )
+    )
+    print(f"\nstarting {nproc} ranks; everything is written to {run_dir}\n", flush=True)
+
+
+def update(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Print the weights and deltas of one update as JSON."""
+    import numpy as np
+
+    from megatron_dynmix.mixing.controller import MixingController
+    from megatron_dynmix.mixing.gate_load import GateLoad
+    from megatron_dynmix.mixing.static import Fixed, Uniform
+    from megatron_dynmix.mixing.strategy import Signal, Strategy
+    from megatron_dynmix.mixing.weights import normalise_weights
+
+    loads = _read_json_object(arguments.load)
+    weights = _read_json_object(arguments.weights) if arguments.weights else dict.fromkeys(loads, 1.0)
+    try:
+        if len({len(load) for load in loads.values()}) != 1:
+            raise ValueError("every source must have the same number of experts")
+        counts_DLE = np.array(list(loads.values()), dtype=np.float64)[:, None, :]
+        gate_load = GateLoad(
+            **{name: getattr(arguments, name) for name in ("eta", "smoothing", "metric", "aggregate")}
+        )
+        strategies: dict[str, Strategy] = {"gate-load": gate_load, "uniform": Uniform(), "fixed": Fixed()}
+        strategy = strategies[arguments.strategy]
+        controller = MixingController(list(loads), normalise_weights(weights, list(loads)), strategy)
+        proposal, note = controller.update(Signal(counts_DLE=counts_DLE))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{arguments.load}: {error}") from None
+    answer = {
+        "weights": dict(zip(loads, proposal.weights_D.tolist(), strict=True)),
+        "delta": dict(zip(loads, proposal.delta_D.tolist(), strict=True)),
+        "note": note,
+    }
+    print(json.dumps(answer, indent=2))
+    return 0
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict) or not content:
+        raise InputError(f'{path} holds {content!r}; it must hold an object: {{"source": ..., ...}}')
+    return content

@@ -1,0 +1,83 @@
+"""A micro-batch on its device, in the form the model takes.
+
+Axes: B rows, S positions, T = B * S tokens of this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from megatron_dynmix.data.loader import MicroBatch
+from megatron_dynmix.moe.router import router_token_slice
+from megatron_dynmix.training.local_layers import segment_mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one forward pass needs; with `packed_seq_params`, all rows are joined to one sequence (B = 1)."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    """1.0 where the label is trained on."""
+    padding_mask: torch.Tensor
+    """True = padding."""
+    source: torch.Tensor
+    """dataset_id of each position, -1 for padding; shaped like `tokens`."""
+    attention_mask: torch.Tensor | None
+    packed_seq_params: PackedSeqParams | None
+
+    def routed_source_T(self, sequence_parallel: bool) -> torch.Tensor:
+        """`source` in the order in which this rank's routers see their tokens."""
+        return router_token_slice(self.source.t(), sequence_parallel)
+
+
+def to_batch(micro_batch: MicroBatch, device: torch.device, *, join_rows: bool) -> Batch:
+    """Move a micro-batch to its device and derive what follows from it.
+
+    Args:
+        micro_batch: `dataset_id` [B] and the arrays [B, S] of `PackedRows`.
+        device: where the model is.
+        join_rows: True for Transformer Engine, which wants all rows as one sequence with the borders of
+            the segments; False for the local layers, which take a block-diagonal mask.
+
+    """
+    packed = _packed_seq_params(micro_batch["segment_ids"], device) if join_rows else None
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
+    padding_BS = moved["padding_mask"].bool()
+    source_BS = moved["dataset_id"].long()[:, None].expand_as(padding_BS).masked_fill(padding_BS, -1)
+    attention_mask = None if join_rows else segment_mask(moved["segment_ids"])
+
+    def shaped(tensor_BS: torch.Tensor) -> torch.Tensor:
+        return tensor_BS.reshape(1, -1) if join_rows else tensor_BS
+
+    return Batch(
+        tokens=shaped(moved["tokens"]),
+        labels=shaped(moved["labels"]),
+        position_ids=shaped(moved["position_ids"]),
+        loss_mask=shaped(moved["loss_mask"]),
+        padding_mask=shaped(padding_BS),
+        source=shaped(source_BS),
+        attention_mask=attention_mask,
+        packed_seq_params=packed,
+    )
+
+
+def _packed_seq_params(segment_BS: torch.Tensor, device: torch.device) -> PackedSeqParams:
+    """Borders of all segments of all rows laid end to end; a row's padding is a segment of its own."""
+    starts_BS = torch.ones_like(segment_BS, dtype=torch.bool)
+    starts_BS[:, 1:] = segment_BS[:, 1:] != segment_BS[:, :-1]
+    borders = torch.cat([starts_BS.flatten().nonzero().flatten(), torch.tensor([segment_BS.numel()])])
+    longest = int(borders.diff().max())
+    cu_seqlens = borders.to(device=device, dtype=torch.int32)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )

@@ -1,0 +1,135 @@
+"""One pass over the micro-batches of a step, through Megatron-Core's schedules.
+
+Axes: D sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_dynmix.data.loader import MicroBatch
+from megatron_dynmix.moe.counter import GateLoadCounter
+from megatron_dynmix.platform import Platform
+from megatron_dynmix.training.batch import Batch, to_batch
+
+
+@dataclass(frozen=True)
+class SourceStats:
+    """Sums over the tokens of one or several passes, the same on every rank."""
+
+    loss_sum_D: torch.Tensor
+    """Sum of the token losses, float64, in nats."""
+    trained_D: torch.Tensor
+    """Trained tokens, float64 (exact)."""
+    tokens_D: torch.Tensor
+    """Tokens that are not padding, float64 (exact)."""
+
+    @classmethod
+    def zero(cls, num_sources: int) -> SourceStats:
+        """Nothing seen yet."""
+        return cls(*torch.zeros(3, num_sources, dtype=torch.float64))
+
+    def __add__(self, other: SourceStats) -> SourceStats:
+        return SourceStats(
+            self.loss_sum_D + other.loss_sum_D,
+            self.trained_D + other.trained_D,
+            self.tokens_D + other.tokens_D,
+        )
+
+    @property
+    def lm_loss(self) -> float:
+        """Mean over all trained tokens."""
+        return float(self.loss_sum_D.sum() / self.trained_D.sum())
+
+    def source_losses(self) -> list[float | None]:
+        """Mean over each source's trained tokens; None for a source without any."""
+        pairs = zip(self.loss_sum_D.tolist(), self.trained_D.tolist(), strict=True)
+        return [loss / trained if trained else None for loss, trained in pairs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassRunner:
+    """Runs forward (and backward) passes of one model and sums what they saw, per source."""
+
+    model: DistributedDataParallel
+    platform: Platform
+    counter: GateLoadCounter
+    seq_length: int
+    sequence_parallel: bool
+
+    def __call__(self, micro_batches: Sequence[MicroBatch], *, forward_only: bool) -> SourceStats:
+        """Run one pass.
+
+        Args:
+            micro_batches: this rank's, the same number on every rank.
+            forward_only: True to evaluate; otherwise gradients of the sum over the whole step's trained
+                tokens, divided by their number, are left in the model's buffers.
+
+        Returns:
+            Sums over all ranks, on the CPU.
+
+        """
+        rows = len(micro_batches[0]["dataset_id"])
+        join_rows = self.platform.transformer_engine
+        reports = get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=iter(micro_batches),
+            model=self.model,
+            num_microbatches=len(micro_batches),
+            seq_length=self.seq_length * rows if join_rows else self.seq_length,
+            micro_batch_size=1 if join_rows else rows,
+            forward_only=forward_only,
+        )
+        return self._reduce([report["source_stats"] for report in reports])
+
+    def _forward_step(
+        self, micro_batches: Iterator[MicroBatch], model: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable[..., Any]]:
+        batch = to_batch(
+            next(micro_batches), self.platform.device, join_rows=self.platform.transformer_engine
+        )
+        self.counter.set_sources(batch.routed_source_T(self.sequence_parallel))
+        output = model(
+            batch.tokens,
+            batch.position_ids,
+            batch.attention_mask,
+            labels=batch.labels,
+            packed_seq_params=batch.packed_seq_params,
+            padding_mask=batch.padding_mask,
+        )
+        return output, lambda token_loss: self._loss(token_loss, batch)
+
+    def _loss(
+        self, token_loss: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Sum of the trained tokens' losses, their number, and both per source.
+
+        Megatron-Core divides by the number over the whole global batch, so micro-batch size, data
+        parallelism and packing do not change the loss.
+        """
+        weighted = token_loss.float() * batch.loss_mask
+        sources = torch.arange(self.counter.num_sources, device=weighted.device)
+        one_hot_DT = (sources[:, None] == batch.source.reshape(1, -1)).double()
+        seen_T3 = torch.stack(
+            [weighted.detach(), batch.loss_mask, torch.ones_like(batch.loss_mask)], dim=-1
+        ).reshape(-1, 3)
+        report = {"source_stats": (one_hot_DT @ seen_T3.double()).t()}
+        return weighted.sum(), batch.loss_mask.sum().to(torch.int), report
+
+    def _reduce(self, stats_3D: list[torch.Tensor]) -> SourceStats:
+        """Sum over micro-batches and data-parallel ranks of the last stage, then tell the other stages."""
+        total = torch.zeros(3, self.counter.num_sources, dtype=torch.float64, device=self.platform.device)
+        for stats in stats_3D:
+            total += stats
+        data = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        for group in (data, parallel_state.get_pipeline_model_parallel_group()):
+            if group.size() > 1:
+                torch.distributed.all_reduce(total, group=group)
+        return SourceStats(*total.cpu())
