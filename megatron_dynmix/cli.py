@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--input", nargs="+", type=Path, metavar="FILE")
     sub.add_argument("--output", type=Path, metavar="PREFIX")
     sub.add_argument("--tokenizer", type=Path, metavar="DIR")
-    sub.add_argument("--template", default="tokenizer", choices=["tokenizer", "vicuna"])
+    sub.add_argument("--template", choices=["tokenizer", "vicuna"])
 
     sub = command(
         "train",
@@ -92,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def quickstart(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Generate, prepare, train, and say what to open."""
+    from megatron_dynmix import platform
+
+    platform.start()
     from megatron_dynmix.quickstart import make_quickstart
     from megatron_dynmix.training.run import resolve_resume
 
@@ -113,6 +116,9 @@ def quickstart(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def prepare(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Prepare the sources of a RUN.yaml, or one source from files."""
+    from megatron_dynmix import platform
+
+    platform.start()
     from megatron_dynmix.data.prepare import prepare_source
     from megatron_dynmix.data.tokenizer import load_tokenizer
 
@@ -131,7 +137,7 @@ def prepare(arguments: argparse.Namespace, rest: list[str]) -> int:
         inputs=arguments.input,
         prefix=arguments.output,
         tokenizer=load_tokenizer(arguments.tokenizer),
-        template=arguments.template,
+        template=arguments.template or "tokenizer",
     )
     _print_reports([report])
     return 0
@@ -143,7 +149,8 @@ def _prepare_run(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix.data.tokenizer import load_tokenizer
     from megatron_dynmix.training.sources import prepare_sources
 
-    flags = [*rest, *(["--tokenizer", str(arguments.tokenizer)] if arguments.tokenizer else [])]
+    given = {"--tokenizer": arguments.tokenizer, "--template": arguments.template}
+    flags = [*rest, *(text for name, value in given.items() if value for text in (name, str(value)))]
     config = load_config(arguments.run_yaml, flags)
     check_data(config)
     tokenizer = load_tokenizer(Path(config.data.tokenizer or ""))
@@ -250,6 +257,10 @@ def update(arguments: argparse.Namespace, rest: list[str]) -> int:
     loads = _read_json_object(arguments.load)
     weights = _read_json_object(arguments.weights) if arguments.weights else dict.fromkeys(loads, 1.0)
     try:
+        weights_D = normalise_weights(weights, list(loads))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{arguments.weights}: {error}") from None
+    try:
         if len({len(load) for load in loads.values()}) != 1:
             raise ValueError("every source must have the same number of experts")
         counts_DLE = np.array(list(loads.values()), dtype=np.float64)[:, None, :]
@@ -258,7 +269,7 @@ def update(arguments: argparse.Namespace, rest: list[str]) -> int:
         )
         strategies: dict[str, Strategy] = {"gate-load": gate_load, "uniform": Uniform(), "fixed": Fixed()}
         strategy = strategies[arguments.strategy]
-        controller = MixingController(list(loads), normalise_weights(weights, list(loads)), strategy)
+        controller = MixingController(list(loads), weights_D, strategy)
         proposal, note = controller.update(Signal(counts_DLE=counts_DLE))
     except (ValueError, TypeError) as error:
         raise InputError(f"{arguments.load}: {error}") from None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron.core.transformer.transformer_config import TransformerConfig
+
 from megatron_dynmix.config.megatron import moe_layers, optimizer_config, transformer_config
 from megatron_dynmix.config.tree import RunConfig
 from megatron_dynmix.errors import InputError
@@ -27,6 +29,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_layout(config, world_size)
     transformer = transformer_config(config)
     optimizer_config(config)
+    _check_model(transformer)
     _check_mixing(config, moe_layers(transformer))
     _check_lengths(config)
 
@@ -46,6 +49,10 @@ def check_data(config: RunConfig) -> None:
                 raise InputError(
                     f"source {name}: {key} is {path}, but there is no such file and no prepared {path}.idx"
                 )
+        if source.probe is not None and f"{name}.probe" in data.sources:
+            raise InputError(
+                f"source {name}.probe has the name that the probe of source {name} is kept under; rename it"
+            )
     weights = [source.weight for source in data.sources.values()]
     given = [weight for weight in weights if weight is not None]
     if given and len(given) < len(weights):
@@ -117,6 +124,19 @@ def _check_recompute(config: RunConfig) -> None:
             "recompute_method block hides the padding mask from the router of recomputed layers "
             "(Megatron-Core 0.16.1); use uniform"
         )
+
+
+def _check_model(transformer: TransformerConfig) -> None:
+    """What Megatron-Core would only find while it builds the model, or route into nothing."""
+    heads, groups = transformer.num_attention_heads, transformer.num_query_groups or 1
+    if heads % groups:
+        raise InputError(
+            f"num_attention_heads is {heads}, which num_query_groups {groups} does not divide; use "
+            f"{_divisors(heads, 64)}"
+        )
+    experts, topk = transformer.num_moe_experts, transformer.moe_router_topk
+    if experts and not 1 <= topk <= experts:
+        raise InputError(f"moe_router_topk is {topk}, but there are {experts} experts; use 1 to {experts}")
 
 
 def _check_mixing(config: RunConfig, layers: list[int]) -> None:

@@ -201,6 +201,8 @@ def from_text(text: str, leaf: Leaf) -> Any:
     """A flag's text as the leaf's type."""
     if leaf.hint is str:
         return text
+    if leaf.hint == str | None:  # YAML would read a folder called 2024 as a number
+        return None if text == "null" else text
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:

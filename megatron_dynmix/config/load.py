@@ -106,7 +106,9 @@ def _sources(where: str, value: Any, folder: Path) -> dict[str, tree.SourceConfi
     sources = {}
     for name, settings in value.items():
         at = f"{where}.{name}"
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+", str(name)):
+        if not isinstance(name, str):  # YAML reads 010 as 8 and `on` as true
+            raise InputError(f"{at}: the source's name is read as {name!r}, not as text; put it in quotes")
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
             raise InputError(f"{at}: a source's name may hold letters, digits and . _ - only")
         if not isinstance(settings, dict) or "path" not in settings:
             raise InputError(f"{at} holds {settings!r}; it must hold a path: {{path: data/{name}.jsonl}}")
@@ -117,7 +119,7 @@ def _sources(where: str, value: Any, folder: Path) -> dict[str, tree.SourceConfi
         for key in ("path", "probe"):
             checked[key] = _absolute(checked.get(key), folder, f"{at}.{key}")
         try:
-            sources[str(name)] = tree.SourceConfig(**checked)
+            sources[name] = tree.SourceConfig(**checked)
         except InputError as error:
             raise InputError(f"{at}: {error}") from None
     return sources
@@ -162,7 +164,7 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
         if not isinstance(value, bool):
             value = leaves.from_text(value, leaves.find(name))
         if name in PATH_LEAVES:
-            value = _absolute(str(value), Path.cwd(), f"--{name.replace('_', '-')}")
+            value = _absolute(value, Path.cwd(), f"--{name.replace('_', '-')}")
         parsed[name] = value
     return parsed
 

@@ -83,10 +83,20 @@ def padded_vocab_size(config: RunConfig) -> int:
 
 
 def moe_layers(transformer: TransformerConfig) -> list[int]:
-    """0-based decoder layers that are MoE, from `moe_layer_freq`; empty for a dense model."""
+    """0-based decoder layers that are MoE, from `moe_layer_freq`; empty for a dense model.
+
+    Raises:
+        InputError: a frequency that does not say of every layer which it is.
+
+    """
     if not transformer.num_moe_experts:
         return []
     frequency = transformer.moe_layer_freq
+    if frequency == 0 or (not isinstance(frequency, int) and len(frequency) != transformer.num_layers):
+        raise InputError(
+            f"moe_layer_freq is {frequency}; give 1 or more (every so many layers is MoE), or one 0 or 1 for "
+            f"each of the {transformer.num_layers} layers"
+        )
     pattern = (
         [index % frequency == 0 for index in range(transformer.num_layers)]
         if isinstance(frequency, int)

@@ -77,6 +77,9 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "parallel", "distributed_timeout_minutes")
+        for name, value in self.megatron.items():
+            if name.endswith("_parallel_size") and value is not None:
+                _require(value >= 1, f"parallel.{name}", value, "1 or more")
 
     def size(self, name: str) -> int:
         """A group size such as `tensor_model_parallel_size`; 1 if not given."""

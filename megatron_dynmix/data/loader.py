@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from megatron_dynmix.data.blend import Chunk
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
+from megatron_dynmix.errors import InputError
 
 MicroBatch = dict[str, torch.Tensor]
 
@@ -63,7 +65,7 @@ class BlendLoader:
             pin_memory=torch.cuda.is_initialized(),
         )
         self._iterator: Iterator[MicroBatch] | None = None
-        self._chunk_start = -1
+        self._chunk: Chunk | None = None
         self._next_sample = -1
 
     def step(self, consumed_samples: int, num_micro_batches: int) -> list[MicroBatch]:
@@ -72,16 +74,22 @@ class BlendLoader:
         Returns:
             `num_micro_batches` dicts of `dataset_id` [B] and the row arrays [B, S] of `PackedRows`.
 
+        Raises:
+            InputError: a step that would cross the end of a chunk: the batch size of a resumed run changed.
+
         """
         self.blend.advance_to(consumed_samples)
-        fresh = self._iterator is None or self._chunk_start != self.blend.chunk.start.sample
-        if fresh or self._next_sample != consumed_samples:
+        batch_size = num_micro_batches * self._sampler.micro_batch_size * self._sampler.dp_size
+        if (left := self.blend.chunk.end_sample - consumed_samples) % batch_size:
+            raise InputError(
+                f"global_batch_size is {batch_size}, which does not divide the {left} samples left of "
+                f"the blend's chunk of {self.blend.chunk_size}; resume with the batch size of the checkpoint"
+            )
+        if self._chunk is not self.blend.chunk or self._next_sample != consumed_samples:
             self._sampler.start_sample = consumed_samples
-            self._chunk_start = self.blend.chunk.start.sample
+            self._chunk = self.blend.chunk
             self._iterator = iter(self._loader)
         assert self._iterator is not None
         batches = [next(self._iterator) for _ in range(num_micro_batches)]
-        self._next_sample = consumed_samples + (
-            num_micro_batches * self._sampler.micro_batch_size * self._sampler.dp_size
-        )
+        self._next_sample = consumed_samples + batch_size
         return batches

@@ -25,6 +25,7 @@ from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.controller import MixingController
+from megatron_dynmix.mixing.load import select_layers
 from megatron_dynmix.moe.counter import GateLoadCounter
 from megatron_dynmix.moe.router import attach_counter
 from megatron_dynmix.monitor.logline import loaded_line, loading_line
@@ -82,6 +83,8 @@ def check_before_start(config: RunConfig, world_size: int) -> Tokenizer:
     check_run(config, world_size)
     try:
         build_strategy(config.mixing)
+        if config.mixing.strategy == "gate-load":
+            select_layers(config.mixing.layers, len(moe_layers(transformer_config(config))))
     except ValueError as error:
         raise InputError(f"mixing: {error}") from None
     tokenizer = load_tokenizer(Path(config.data.tokenizer or ""))
@@ -200,14 +203,7 @@ def _build_trainer(
     )
     say = _say if rank0 else _silent
     progress = _restore(config, checkpointer, reweighting, len(data.train), say, resuming=resuming)
-    writer = None
-    if rank0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / "config.yaml", to_yaml(config))
-        writer = MetricsWriter(
-            run_dir, controller.sources, resume_iteration=progress.iteration if resuming else None
-        )
-        writer.text("config", f"```yaml\n{to_yaml(config)}```")
+    resume_iteration = progress.iteration if resuming else None
     return Trainer(
         config=config,
         run=run,
@@ -216,10 +212,18 @@ def _build_trainer(
         loader=BlendLoader(blend, num_workers=config.data.num_workers, **batching),
         reweighting=reweighting,
         checkpointer=checkpointer,
-        writer=writer,
+        writer=_open_writer(config, run_dir, resume_iteration) if rank0 else None,
         progress=progress,
         say=say,
     )
+
+
+def _open_writer(config: RunConfig, run_dir: Path, resume_iteration: int | None) -> MetricsWriter:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_dir / "config.yaml", to_yaml(config))
+    writer = MetricsWriter(run_dir, tuple(config.data.sources), resume_iteration=resume_iteration)
+    writer.text("config", f"```yaml\n{to_yaml(config)}```")
+    return writer
 
 
 def _restore(

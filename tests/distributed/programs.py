@@ -1,0 +1,84 @@
+"""What the ranks of a test run. Axes: D sources, L MoE layers, E experts."""
+
+import torch
+
+from megatron_dynmix.config.load import load_config
+from megatron_dynmix.moe.reduction import reduce_counts
+from megatron_dynmix.monitor.jsonl import read_records
+from megatron_dynmix.training import run as training_run
+from megatron_dynmix.training.trainer import TrainingStopped
+
+
+def train(run_yaml, flags, run_dir, resume="no"):
+    """A whole run; returns what it wrote."""
+    trainer = training_run.train(load_config(run_yaml, flags), run_dir, resume=resume)
+    torch.distributed.barrier()
+    return {
+        "metrics": read_records(run_dir / "metrics.jsonl"),
+        "mixing": read_records(run_dir / "mixing.jsonl"),
+        "blend": trainer.loader.blend.state_dict(),
+        "routers": {
+            name: parameter.detach().clone().numpy()
+            for name, parameter in trainer.run.model.named_parameters()
+            if name.endswith("router.weight")
+        },
+    }
+
+
+def train_until_stopped(run_yaml, flags, run_dir):
+    """A run that is to end early; returns the message."""
+    try:
+        train(run_yaml, flags, run_dir)
+    except TrainingStopped as stopped:
+        return str(stopped)
+    return None
+
+
+def build(run_yaml, flags, run_dir):
+    """The trainer of a run that has not begun."""
+    config = load_config(run_yaml, flags)
+    tokenizer = training_run.check_before_start(config, torch_world_size())
+    here = training_run.platform.start()
+    training_run._join_job(config)
+    data = training_run.read_data(config, tokenizer)
+    return training_run._build_trainer(config, run_dir, data, here, resuming=False)
+
+
+def torch_world_size():
+    import os
+
+    return int(os.environ["WORLD_SIZE"])
+
+
+def save_initial_weights(run_yaml, flags, run_dir):
+    """Weights that every layout can start from."""
+    trainer = build(run_yaml, flags, run_dir)
+    trainer.checkpointer.save(0, {})
+
+
+def count_one_step(run_yaml, flags, run_dir):
+    """Counts [L, D, E] of one training step and of one probe; the step's sums; the gradient norm."""
+    trainer = build(run_yaml, flags, run_dir)
+    batches = trainer.loader.step(0, training_run_num_micro_batches())
+    with trainer.run.counter.recording():
+        stats = trainer.run(batches, forward_only=False)
+    step_LDE = reduce_counts(trainer.run.counter.take()).numpy()
+    probe_LDE = None
+    if trainer.reweighting.probe is not None:
+        probe_LDE = trainer.reweighting.probe.measure(trainer.run, {})[0].numpy()
+    _, grad_norm, _ = trainer.optimizer.step()
+    return {
+        "step_LDE": step_LDE,
+        "probe_LDE": probe_LDE,
+        "tokens_D": stats.tokens_D.numpy(),
+        "trained_D": stats.trained_D.numpy(),
+        "loss_sum_D": stats.loss_sum_D.numpy(),
+        "lm_loss": stats.lm_loss,
+        "grad_norm": float(grad_norm),
+    }
+
+
+def training_run_num_micro_batches():
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    return get_num_microbatches()

@@ -1,0 +1,65 @@
+"""Ranks for a test: forked from one process that has torch and Megatron-Core loaded, joined over gloo."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from multiprocessing.connection import Connection, wait
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
+
+
+def run_ranks(world_size, program, *args, timeout=240, **kwargs):
+    """Call `program(*args, **kwargs)` on every rank of a fresh job; returns the answers in rank order.
+
+    The first rank that fails ends the job, and its traceback is the test's.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes, processes = [], []
+    for rank in range(world_size):
+        here, there = _CONTEXT.Pipe()
+        process = _CONTEXT.Process(target=_rank, args=(there, rank, world_size, port, program, args, kwargs))
+        process.start()
+        there.close()
+        pipes.append(here)
+        processes.append(process)
+    try:
+        return _collect(pipes, timeout)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _collect(pipes: list[Connection], timeout):
+    answers = {}
+    while len(answers) < len(pipes):
+        ready = wait([pipe for pipe in pipes if pipe not in answers], timeout)
+        assert ready, f"no rank answered within {timeout} s"
+        for pipe in ready:
+            rank = pipes.index(pipe)
+            try:
+                failure, answer = pipe.recv()
+            except EOFError:
+                failure, answer = "died without a word", None
+            assert failure is None, f"rank {rank}: {failure}"
+            answers[pipe] = answer
+    return [answers[pipe] for pipe in pipes]
+
+
+def _rank(pipe, rank, world_size, port, program, args, kwargs):
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    try:
+        pipe.send((None, program(*args, **kwargs)))
+    except BaseException:
+        pipe.send((traceback.format_exc(), None))
