@@ -1,9 +1,12 @@
 """What counting gate loads costs: iterations of the tiny MoE with it and without it, in one process.
 
 The iteration is the trainer's own (reading, forward, backward, optimizer). Each pair trains twice on the
-same micro-batches, once counting and once not, in an order that is swapped from pair to pair. Beside the
-ratio of their times stands the time spent in the counter itself: a difference of two iterations drowns
-in the noise of a busy machine, a sum of short spans does not.
+same micro-batches, once counting and once not, in an order that is swapped from pair to pair. Both clocks
+are read: wall time, which is what a user waits, and CPU time of the process, which other programs on the
+machine disturb less. Beside the ratio stands the time spent in the counter itself: a difference of two
+iterations drowns in noise, a sum of short spans does not.
+
+Shape legend: P pairs; 2 clocks (wall, CPU).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_dynmix import platform
 from megatron_dynmix.monitor.tables import table
@@ -30,24 +34,25 @@ from megatron_dynmix.training import run  # noqa: E402
 from megatron_dynmix.training.trainer import Trainer  # noqa: E402
 
 TARGET = 1.01
-MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE = 8, 32
+MICRO_BATCH_POSITIONS = 1024  # as in the quickstart; counting weighs most when micro-batches are small
+MICRO_BATCHES = 4
+CLOCKS = ("wall", "CPU")
 
 
 class Stopwatch:
-    """Sums the seconds spent in the functions that it was put around."""
+    """Sums the milliseconds spent in the functions that it was put around, on both clocks."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.milliseconds_2 = np.zeros(2)
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, timed."""
 
         @wraps(function)
         def timed(*arguments: Any) -> Any:
-            start = time.perf_counter()
+            start_2 = clocks()
             result = function(*arguments)
-            HERE.synchronize()
-            self.seconds += time.perf_counter() - start
+            self.milliseconds_2 += clocks() - start_2
             return result
 
         return timed
@@ -55,31 +60,39 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of each pair of iterations, P pairs."""
+    """Milliseconds of each pair of iterations."""
 
-    on_P: np.ndarray
-    off_P: np.ndarray
-    counter_P: np.ndarray
-    """Part of `on_P` that was spent in the counter."""
+    on_P2: NDArray[np.float64]
+    off_P2: NDArray[np.float64]
+    counter_P2: NDArray[np.float64]
+    """Part of `on_P2` that was spent in the counter."""
 
-    def row(self, seq_length: int) -> list[object]:
-        """One line of the table; times in milliseconds."""
-        ratio_P = self.on_P / self.off_P
+    def row(self, clock: int) -> list[object]:
+        """What one clock says, for the table."""
+        on_P, off_P, counter_P = (times[:, clock] for times in (self.on_P2, self.off_P2, self.counter_P2))
         return [
-            f"{seq_length:,}",
-            *(f"{1e3 * np.median(times_P):.1f}" for times_P in (self.on_P, self.off_P)),
-            *(f"{quantile:.4f}" for quantile in np.quantile(ratio_P, [0.5, 0.25, 0.75, 0, 1])),
-            f"{1e3 * np.median(self.counter_P):.2f}",
-            f"{1 + np.median(self.counter_P / (self.on_P - self.counter_P)):.4f}",
+            *(f"{np.median(times_P):.1f}" for times_P in (on_P, off_P)),
+            *(f"{quantile:.4f}" for quantile in np.quantile(on_P / off_P, [0.5, 0.25, 0.75, 0, 1])),
+            f"{np.median(counter_P):.2f}",
+            f"{1 + np.median(counter_P / (on_P - counter_P)):.4f}",
         ]
+
+
+def clocks() -> NDArray[np.float64]:
+    """Milliseconds on the wall and of this process, once the device has done its work."""
+    HERE.synchronize()
+    return 1e3 * np.array([time.perf_counter(), time.process_time()])
 
 
 def build_trainer(folder: Path, run_yaml: Path, seq_length: int, pairs: int) -> Trainer:
     """A one-rank run on the quickstart's sources, as `train` builds it."""
+    rows = max(MICRO_BATCH_POSITIONS // seq_length, 1)
     steps = 2 * pairs  # also the interval: one chunk of the blend holds all of them
-    flags = f"--seq-length {seq_length} --expert-model-parallel-size 1 --signal train --num-workers 0"
-    flags += f" --micro-batch-size {MICRO_BATCH_SIZE} --global-batch-size {GLOBAL_BATCH_SIZE}"
-    config = load_config(run_yaml, f"{flags} --train-iters {steps} --interval {steps}".split())
+    flags = f"--seq-length {seq_length} --micro-batch-size {rows} --global-batch-size {MICRO_BATCHES * rows}"
+    flags += f" --train-iters {steps} --interval {steps} --signal train"
+    # reading is part of the iteration here, not beside it
+    flags += " --num-workers 0 --expert-model-parallel-size 1"
+    config = load_config(run_yaml, flags.split())
     tokenizer = run.check_before_start(config, world_size=1)
     data = run.read_data(config, tokenizer)
     run._join_job(config)
@@ -91,32 +104,28 @@ def measure(trainer: Trainer, pairs: int, warmup: int) -> Timings:
     counter, stopwatch = trainer.run.counter, Stopwatch()
     for name in ("set_sources", "add"):
         setattr(counter, name, stopwatch.around(getattr(counter, name)))
-    signals = {"on": "train", "off": "probe"}
     mixing = trainer.reweighting.mixing
-    seconds_P: dict[str, list[float]] = {"on": [], "off": [], "counter": []}
+    signals = {"on": "train", "off": "probe"}
+    times: dict[str, list[NDArray[np.float64]]] = {"on": [], "off": [], "counter": []}
     for pair in range(pairs + warmup):
         for name in ("on", "off") if pair % 2 else ("off", "on"):
             trainer.reweighting.mixing = replace(mixing, signal=signals[name])
             assert trainer.reweighting.counts_training == (name == "on")
-            # every other batch only: else the loader would go on in one of the two and start anew in the other
+            # Every other batch only, or the loader would go on in one of the two and start anew in the other.
             trainer.progress.iteration = 2 * pair
-            trainer.progress.consumed_samples = 2 * pair * GLOBAL_BATCH_SIZE
-            stopwatch.seconds = 0.0
-            HERE.synchronize()
-            start = time.perf_counter()
+            trainer.progress.consumed_samples = 2 * pair * trainer.config.training.global_batch_size
+            stopwatch.milliseconds_2 = np.zeros(2)
+            start_2 = clocks()
             trainer._train_step()
-            HERE.synchronize()
-            seconds_P[name].append(time.perf_counter() - start)
+            times[name].append(clocks() - start_2)
             if name == "on":
-                seconds_P["counter"].append(stopwatch.seconds)
-    return Timings(*(np.array(seconds_P[name][warmup:]) for name in ("on", "off", "counter")))
+                times["counter"].append(stopwatch.milliseconds_2)
+    return Timings(*(np.array(times[name][warmup:]) for name in ("on", "off", "counter")))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seq-lengths", type=int, nargs="+", default=[128, 512])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seq-lengths", type=int, nargs="+", default=[128, 1024])
     parser.add_argument("--pairs", type=int, default=60, help="pairs of iterations for each length")
     parser.add_argument("--warmup", type=int, default=4, help="pairs before the first that is timed")
     arguments = parser.parse_args()
@@ -125,13 +134,14 @@ def main() -> None:
         run_yaml = make_quickstart(Path(name) / "data")
         for seq_length in arguments.seq_lengths:
             trainer = build_trainer(Path(name), run_yaml, seq_length, arguments.pairs + arguments.warmup)
-            rows.append(measure(trainer, arguments.pairs, arguments.warmup).row(seq_length))
+            timings = measure(trainer, arguments.pairs, arguments.warmup)
+            rows += [[f"{seq_length:,} {clock}", *timings.row(c)] for c, clock in enumerate(CLOCKS)]
             trainer.writer.close()
     print(
-        f"Gate-load counting: tiny MoE, one {HERE.device.type} rank, {GLOBAL_BATCH_SIZE // MICRO_BATCH_SIZE} "
-        f"micro-batches of {MICRO_BATCH_SIZE} rows, {arguments.pairs} pairs of iterations each, milliseconds.\n"
-        f"Target: median of on/off at most {TARGET}. 'by counter' is the same ratio from the time spent in the "
-        "counter alone.\n"
+        f"Gate-load counting: tiny MoE, one {HERE.device.type} rank, {MICRO_BATCHES} micro-batches of "
+        f"{MICRO_BATCH_POSITIONS:,} positions,\n{arguments.pairs} pairs of iterations, in milliseconds. "
+        f"Target: median of on/off at most {TARGET}.\n"
+        "'by counter' is the ratio that follows from the time spent in the counter.\n"
     )
     header = ["seq_length", "on", "off", "on/off", "q1", "q3", "min", "max", "in counter", "by counter"]
     print(table(header, rows))

@@ -54,11 +54,13 @@ def train_tokenizer(files: list[Path], vocab_size: int, folder: Path) -> Tokeniz
     return train_bpe(texts(), vocab_size, folder / "tokenizer")
 
 
-def pack_source(name: str, path: Path, tokenizer: Tokenizer, seq_length: int, folder: Path) -> PackedRows:
-    """Prepare and pack one source, as a run would."""
+def pack_source(
+    name: str, path: Path, tokenizer: Tokenizer, seq_length: int, folder: Path
+) -> tuple[PackedRows, int]:
+    """Prepare and pack one source, as a run would; returns how many examples cannot be trained on, too."""
     prefix = folder / "prepared" / name
-    prepare_source(name=name, inputs=[path], prefix=prefix, tokenizer=tokenizer, template=TEMPLATE)
-    return PackedRows.build(
+    report = prepare_source(name=name, inputs=[path], prefix=prefix, tokenizer=tokenizer, template=TEMPLATE)
+    rows = PackedRows.build(
         name=name,
         prefix=prefix,
         seq_length=seq_length,
@@ -67,6 +69,7 @@ def pack_source(name: str, path: Path, tokenizer: Tokenizer, seq_length: int, fo
         cache_dir=None,
         pad_id=tokenizer.pad_id,
     )
+    return rows, report.broken + report.untrained + rows.packing_report.untrained
 
 
 def example_lengths(rows: PackedRows) -> NDArray[np.int64]:
@@ -83,24 +86,24 @@ def longest_of_batch_share(lengths_N: NDArray[np.int64], batch_size: int, seed: 
 
 
 def shares(
-    name: str, lengths_N: NDArray[np.int64], num_rows: int, arguments: argparse.Namespace
-) -> list[object]:
-    """One line of the table."""
+    name: str, lengths: list[NDArray[np.int64]], rows: int, arguments: argparse.Namespace
+) -> list[str]:
+    """One line of the table, for the examples of one source or of several."""
     size = arguments.seq_length
+    lengths_N = np.concatenate(lengths)
     tokens = int(lengths_N.sum())
-    packed = tokens / (num_rows * size)
-    best = tokens / (-(-tokens // size) * size)
-    alone = tokens / (len(lengths_N) * size)
+    best = tokens / size / sum(-(-int(source_N.sum()) // size) for source_N in lengths)
+    packed, alone = tokens / (rows * size), tokens / (len(lengths_N) * size)
     batched = [longest_of_batch_share(lengths_N, arguments.batch_size, s) for s in range(arguments.shuffles)]
     longest = float(np.median(batched))
     return [
         name,
         f"{len(lengths_N):,}",
         f"{lengths_N.mean():.0f}",
-        f"{num_rows:,}",
+        f"{rows:,}",
         *(f"{100 * share:.2f}" for share in (packed, best, alone, longest, min(batched), max(batched))),
         f"{packed / best:.4f}",
-        f"{packed / alone:.1f}",
+        f"{packed / alone:.2f}",
         f"{packed / longest:.2f}",
     ]
 
@@ -119,23 +122,25 @@ def main() -> None:
         folder = Path(name)
         files = find_sources(arguments.data, folder / "sources")
         tokenizer = train_tokenizer(list(files.values()), arguments.vocab_size, folder)
-        packed = [pack_source(*file, tokenizer, arguments.seq_length, folder) for file in files.items()]
+        sources = [pack_source(*file, tokenizer, arguments.seq_length, folder) for file in files.items()]
+        packed, left_out = zip(*sources, strict=True)
         lengths = [example_lengths(rows) for rows in packed]
-    table_rows = [
-        shares(rows.name, lengths_N, len(rows), arguments)
+    lines = [
+        shares(rows.name, [lengths_N], len(rows), arguments)
         for rows, lengths_N in zip(packed, lengths, strict=True)
     ]
-    table_rows.append(shares("all", np.concatenate(lengths), sum(map(len, packed)), arguments))
+    lines.append(shares("all", lengths, sum(map(len, packed)), arguments))
     truncated = sum(rows.packing_report.truncated for rows in packed)
     print(
         f"Useful-token share in percent at seq_length {arguments.seq_length:,}: "
         f"{'the given' if arguments.data else 'generated'} sources, vocabulary {tokenizer.vocab_size:,}, "
-        f"{truncated} examples truncated.\n'best' is that of the fewest rows the tokens could fill, 'alone' one "
-        f"padded row per example, 'longest' padded to the longest of {arguments.batch_size} (median, min, max of "
-        f"{arguments.shuffles} shuffles).\n"
+        f"{truncated} examples truncated,\n{sum(left_out)} left out that have no token to train on within "
+        "seq_length.\n'best': the fewest rows the tokens could fill, no row shared by "
+        "sources; 'alone': one padded row per example;\n'longest': padded to the longest of "
+        f"{arguments.batch_size} (median, min and max of {arguments.shuffles} shuffles).\n"
     )
     header = ["source", "examples", "mean length", "rows", "packed", "best", "alone", "longest", "min", "max"]
-    print(table([*header, "packed/best", "packed/alone", "packed/longest"], table_rows))
+    print(table([*header, "packed/best", "packed/alone", "packed/longest"], lines))
 
 
 if __name__ == "__main__":

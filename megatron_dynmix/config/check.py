@@ -66,6 +66,14 @@ def _check_required(config: RunConfig) -> None:
     for name in ("train_iters", "global_batch_size"):
         if getattr(config.training, name) is None:
             raise InputError(f"training.{name} is missing; give a whole number, 1 or more")
+    warmup = config.optimizer.lr_warmup_iters
+    decay = config.optimizer.lr_decay_iters or config.training.train_iters
+    assert decay is not None, "checked above"
+    if warmup >= decay:
+        raise InputError(
+            f"optimizer.lr_warmup_iters is {warmup}, but the learning rate is to have decayed after {decay} "
+            f"iterations; use {decay - 1} or less"
+        )
 
 
 def _check_layout(config: RunConfig, world_size: int) -> None:

@@ -85,19 +85,18 @@ def build_chunk(start: Cursor, weights_D: NDArray[np.float64], length: int) -> C
         The chunk; `ordinal_N` counts the rows of a source over the whole run.
 
     """
-    due_D = np.where(weights_D > 0, np.maximum(weights_D * length + start.owed_D, 0.0), 0.0)
-    if not due_D.any():  # a chunk so short that every source is ahead already
-        due_D = weights_D
-    due_D = due_D * (length / due_D.sum())
+    # In shares, not rows: with nothing owed they are the weights bit for bit, as a stock blend has them.
+    share_D = np.where(weights_D > 0, np.maximum(weights_D + start.owed_D / length, 0.0), 0.0)
+    if not share_D.any():  # a chunk so short that every source is ahead already
+        share_D = weights_D
+    share_D = share_D / share_D.sum()
     # The helper may pick a source of weight 0 when all others are exactly on target: leave those out.
-    active = np.flatnonzero(due_D > 0)
+    active = np.flatnonzero(share_D > 0)
     dataset_index_N = np.zeros(length, np.int16)
     ordinal_N = np.zeros(length, np.int64)
-    helpers.build_blending_indices(
-        dataset_index_N, ordinal_N, due_D[active] / length, len(active), length, False
-    )
+    helpers.build_blending_indices(dataset_index_N, ordinal_N, share_D[active], len(active), length, False)
     dataset_index_N = active.astype(np.int16)[dataset_index_N]
-    for dataset_id in _exchange_last_rows(dataset_index_N, largest_remainder(due_D)):
+    for dataset_id in _exchange_last_rows(dataset_index_N, largest_remainder(share_D * length)):
         here = dataset_index_N == dataset_id
         ordinal_N[here] = np.arange(np.count_nonzero(here))
     ordinal_N += start.drawn_D[dataset_index_N]

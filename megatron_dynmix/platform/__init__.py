@@ -52,7 +52,12 @@ def start() -> Platform:
 
 def _silence_expected_warnings() -> None:
     """Drop what Megatron-Core makes every run say: what is not installed, and names torch has renamed."""
-    for message in (".*Falling back to", ".*is deprecated. Please use", ".*No fp8 recipe.*"):
+    for message in (
+        ".*Falling back to",
+        ".*is deprecated. Please use",
+        "full scope is deprecated",
+        "moe_ffn_hidden_size is not set",
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 

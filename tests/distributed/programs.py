@@ -18,7 +18,7 @@ def train(run_yaml, flags, run_dir, resume="no"):
         "mixing": read_records(run_dir / "mixing.jsonl"),
         "blend": trainer.loader.blend.state_dict(),
         "routers": {
-            name: parameter.detach().clone().numpy()
+            name: parameter.detach().float().numpy().copy()
             for name, parameter in trainer.run.model.named_parameters()
             if name.endswith("router.weight")
         },

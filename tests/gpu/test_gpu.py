@@ -1,0 +1,51 @@
+"""What only a CUDA device can show. Run by `make gpu-check`. Axes: D sources, L MoE layers, E experts."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed import programs
+from tests.distributed.conftest import SMALL, run_yaml  # noqa: F401
+from tests.distributed.ranks import run_ranks
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+FLAGS = [*SMALL, "--expert-model-parallel-size", "1"]
+
+
+def test_the_platform_patches_nothing_on_cuda(tmp_path):
+    import megatron.core.tensor_parallel.mappings as mappings
+
+    before = (torch.zeros, torch.cuda.Stream, torch.Tensor.type, mappings._gather_along_first_dim)
+    from megatron_dynmix import platform
+
+    assert platform.start().backend == "nccl"
+    assert before == (torch.zeros, torch.cuda.Stream, torch.Tensor.type, mappings._gather_along_first_dim)
+
+
+@pytest.mark.parametrize("precision", [[], ["--bf16"]], ids=["fp32", "bf16"])
+def test_a_run_on_cuda_learns_and_updates_its_weights(precision, run_yaml, tmp_path):  # noqa: F811
+    flags = [*FLAGS, *precision, "--train-iters", "20", "--interval", "5"]
+    result = run_ranks(1, programs.train, run_yaml, flags, tmp_path)[0]
+    losses = [record["lm_loss"] for record in result["metrics"]]
+    assert losses[-1] < losses[0]
+    assert len(result["mixing"]) == 4
+
+
+def test_I6_counts_on_cuda_are_topk_times_the_real_tokens(run_yaml, tmp_path):  # noqa: F811
+    result = run_ranks(1, programs.count_one_step, run_yaml, FLAGS, tmp_path)[0]
+    assert (result["step_LDE"].sum(axis=2) == 2 * result["tokens_D"]).all()
+
+
+def test_I2_a_run_on_cuda_resumes_where_it_was(run_yaml, tmp_path):  # noqa: F811
+    settings = [*FLAGS, "--interval", "3", "--train-iters", "6"]
+    whole = run_ranks(1, programs.train, run_yaml, settings, tmp_path / "whole")[0]
+    first = [*settings, "--train-iters", "4", "--lr-decay-iters", "6"]
+    run_ranks(1, programs.train, run_yaml, first, tmp_path / "parts")
+    parts = run_ranks(1, programs.train, run_yaml, settings, tmp_path / "parts", resume="must")[0]
+    assert [r["tokens"] for r in parts["metrics"]] == [r["tokens"] for r in whole["metrics"]]
+    np.testing.assert_allclose(
+        [r["lm_loss"] for r in parts["metrics"]], [r["lm_loss"] for r in whole["metrics"]], rtol=1e-4
+    )

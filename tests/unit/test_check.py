@@ -1,0 +1,236 @@
+"""What is refused before a run starts; each message names what was given and what would work."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from config_fixtures import good_settings, load
+
+from megatron_dynmix.config.check import check_data, check_run, check_tokenizer
+from megatron_dynmix.errors import InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore:moe_ffn_hidden_size")
+NONE = object()
+"""Takes a setting away."""
+
+
+def changed(folder: Path, changes: dict[str, Any]) -> dict:
+    """The good settings with `section.name[.name...]` set to other values."""
+    content = good_settings(folder)
+    for where, value in changes.items():
+        *parents, last = where.split(".")
+        target: dict = content
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        if value is NONE:
+            del target[last]
+        else:
+            target[last] = value
+    return content
+
+
+def refused(folder: Path, changes: dict[str, Any], world_size: int = 2) -> str:
+    with pytest.raises(InputError) as caught:
+        check_run(load(folder, changed(folder, changes)), world_size)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_good_run_passes(tmp_path, world_size):
+    check_run(load(tmp_path, good_settings(tmp_path)), world_size)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mixing.strategy": "fixed", "data.sources.chat.probe": NONE},
+        {"mixing.signal": "train", "data.sources.chat.probe": NONE},
+        {"mixing.strategy": "uniform", "data.sources.chat.probe": NONE},
+        {"mixing.strategy": "fixed", "data.sources": {"chat": {"path": "chat.jsonl", "weight": 3}}},
+        {"mixing.strategy": "fixed", "model.num_moe_experts": None, "parallel": {}},
+        {
+            "data.sources.chat.weight": 0,
+            "data.sources.math.weight": 1,
+            "data.sources.code.weight": 2,
+        },
+        {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
+        {"model.recompute_granularity": "full", "model.recompute_method": "uniform"},
+    ],
+)
+def test_other_good_runs_pass(tmp_path, changes):
+    content = changed(tmp_path, changes)
+    if "recompute_method" in content["model"]:
+        content["model"]["recompute_num_layers"] = 1
+    check_run(load(tmp_path, content), 2)
+
+
+def test_a_prepared_prefix_stands_for_its_source(tmp_path):
+    (tmp_path / "ready.idx").touch()
+    check_run(load(tmp_path, changed(tmp_path, {"data.sources.chat.path": "ready"})), 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"data.sources": NONE}, ["data.sources is missing", "name at least one"]),
+        ({"data.tokenizer": NONE}, ["data.tokenizer is missing", "give the folder of a Hugging Face"]),
+        ({"data.tokenizer": "chat.jsonl"}, ["data.tokenizer is", "chat.jsonl, which is no folder"]),
+        (
+            {"data.sources.math.path": "gone.jsonl"},
+            [
+                "source math: path is",
+                "gone.jsonl, but there is no such file and no prepared",
+                "gone.jsonl.idx",
+            ],
+        ),
+        ({"data.sources.math.probe": "gone"}, ["source math: probe is", "no prepared", "gone.idx"]),
+        (
+            {"data.sources.chat.weight": 1},
+            ["some sources have a weight, but not math, code; give all or none"],
+        ),
+        (
+            {f"data.sources.{name}.weight": 0 for name in ("chat", "math", "code")},
+            ["all sources have weight 0; at least one must be drawn from"],
+        ),
+        ({"training.train_iters": NONE}, ["training.train_iters is missing; give a whole number, 1 or more"]),
+        ({"training.global_batch_size": NONE}, ["training.global_batch_size is missing", "1 or more"]),
+        ({"parallel.context_parallel_size": 2}, ["context_parallel_size is 2; only 1 is supported"]),
+        (
+            {"parallel.tensor_model_parallel_size": 2},
+            ["tensor_model_parallel_size is 2 without sequence_parallel", "add --sequence-parallel"],
+        ),
+        (
+            {
+                "model.qk_layernorm_full_width": True,
+                "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+            },
+            ["qk_layernorm_full_width", "tensor_model_parallel_size must be 1"],
+        ),
+        (
+            {"parallel.virtual_pipeline_model_parallel_size": 2},
+            ["virtual_pipeline_model_parallel_size is not supported; leave it out"],
+        ),
+        (
+            {"model.recompute_granularity": "full", "model.recompute_method": "block"},
+            ["recompute_method block hides the padding mask", "use uniform"],
+        ),
+        (
+            {"model.num_moe_experts": 6, "parallel.expert_model_parallel_size": 4},
+            ["num_moe_experts is 6, which expert_model_parallel_size 4 does not divide; use 1, 2, 3, 6"],
+        ),
+        ({"model.num_moe_experts": None}, ["num_moe_experts is None, which expert_model_parallel_size 2"]),
+        (
+            {"parallel.expert_model_parallel_size": 4},
+            ["2 ranks cannot hold expert TP x EP x PP = 4; start a multiple of 4 ranks"],
+        ),
+        (
+            {"parallel": {"pipeline_model_parallel_size": 4}},
+            ["2 ranks cannot hold TP x PP x CP = 4; start a multiple of 4 ranks"],
+        ),
+        (
+            {"training.global_batch_size": 10},
+            [
+                "global_batch_size 10 is not a multiple of micro_batch_size 2 x data-parallel size 2 = 4",
+                "use 8 or 12",
+            ],
+        ),
+        ({"training.global_batch_size": 2}, ["global_batch_size 2 is not a multiple", "use 4 or 4"]),
+        ({"model.num_attention_heads": 3}, ["num_attention_heads is 3, which num_query_groups 2 does not"]),
+        ({"model.moe_router_topk": 9}, ["moe_router_topk is 9, but there are 8 experts; use 1 to 8"]),
+        ({"model.moe_layer_freq": 0}, ["moe_layer_freq is 0; give 1 or more"]),
+        ({"model.moe_layer_freq": [1]}, ["moe_layer_freq is [1]", "each of the 2 layers"]),
+        ({"model.num_layers": 0}, ["Megatron-Core refuses the model or its layout"]),
+        (
+            {f"data.sources.{name}.weight": n for n, name in enumerate(("chat", "math", "code"))}
+            | {"mixing.strategy": "uniform"},
+            ["mixing.strategy is uniform, but the sources have different weights; use fixed"],
+        ),
+        (
+            {"model.num_moe_experts": None, "parallel": {}},
+            ["mixing.strategy is gate-load, but the model is dense", "use strategy uniform or fixed"],
+        ),
+        (
+            {"data.sources.code": NONE},
+            ["gate-load with 2 sources; it needs 3", "add a source, or use strategy fixed"],
+        ),
+        (
+            {"data.sources.math.probe": NONE},
+            ["source math has no probe; add data.sources.math.probe", "or use signal train"],
+        ),
+        (
+            {"data.seq_length": 8192},
+            ["seq_length is 8192, but the model allows 4096 positions; use 4096 or less"],
+        ),
+        (
+            {
+                "data.seq_length": 63,
+                "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+            },
+            ["seq_length 63 is not a multiple of tensor-parallel size 2"],
+        ),
+    ],
+)
+def test_a_run_that_cannot_work_is_refused(tmp_path, changes, parts):
+    message = refused(tmp_path, changes)
+    for part in parts:
+        assert part in message
+
+
+def test_a_source_may_not_have_the_name_of_anothers_probe(tmp_path):
+    other = {"path": "code.jsonl", "probe": "code.probe.jsonl"}
+    content = good_settings(tmp_path)
+    content["data"]["sources"]["chat.probe"] = other
+    with pytest.raises(InputError, match=r"source chat\.probe has the name .*; rename it"):
+        check_data(load(tmp_path, content))
+
+
+def test_prepare_needs_no_more_than_data(tmp_path):
+    content = good_settings(tmp_path)
+    check_data(load(tmp_path, {"data": content["data"]}))
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
+    config = load(tmp_path, changed(tmp_path, {"model.vocab_size": 1000}))
+    check_tokenizer(config, 1000)
+    message = f"the tokenizer {tmp_path / 'tokenizer'} has 1001 tokens, but model.vocab_size is 1000"
+    with pytest.raises(InputError, match=re.escape(message) + ".*set vocab_size to 1001 or more"):
+        check_tokenizer(config, 1001)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "need"),
+    [
+        ("model", "vocab_size", 0, "a positive number"),
+        ("model", "make_vocab_size_divisible_by", 0, "a positive number"),
+        ("model", "max_position_embeddings", -1, "a positive number"),
+        ("model", "rotary_base", 0.0, "a positive number"),
+        ("parallel", "distributed_timeout_minutes", 0.0, "a positive number"),
+        ("parallel", "expert_model_parallel_size", -2, "1 or more"),
+        ("data", "seq_length", 0, "a positive number"),
+        ("data", "num_workers", -1, "0 or more"),
+        ("data", "overlong", "keep", "one of drop, truncate, error"),
+        ("data", "template", "chatml", "one of tokenizer, vicuna"),
+        ("mixing", "strategy", "doremi", "one of gate-load, uniform, fixed"),
+        ("mixing", "signal", "loss", "one of probe, train"),
+        ("mixing", "interval", 0, "a positive number"),
+        ("mixing", "probe_tokens", 0, "a positive number"),
+        ("training", "train_iters", 0, "a positive number"),
+        ("training", "micro_batch_size", 0, "a positive number"),
+        ("training", "global_batch_size", -8, "a positive number"),
+        ("training", "seed", -1, "0 or more"),
+        ("optimizer", "lr", 0.0, "a positive number"),
+        ("optimizer", "min_lr", -1.0, "from 0 to lr (2e-05)"),
+        ("optimizer", "lr_decay_iters", 0, "a positive number"),
+        ("optimizer", "lr_warmup_iters", -1, "0 or more"),
+        ("optimizer", "weight_decay", -0.1, "0 or more"),
+        ("optimizer", "lr_decay_style", "step", "one of linear, cosine, constant, inverse-square-root"),
+        ("checkpoint", "save_interval", 0, "a positive number"),
+        ("logging", "log_interval", 0, "a positive number"),
+    ],
+)
+def test_one_value_out_of_range_is_refused(tmp_path, section, name, value, need):
+    with pytest.raises(InputError) as caught:
+        load(tmp_path, {section: {name: value}})
+    message = str(caught.value)
+    assert f"{section}.{name} is {value!r}" in message and need in message

@@ -1,0 +1,100 @@
+"""A blended dataset of stages: appending, going on, saving and loading."""
+
+import json
+
+import numpy as np
+import pytest
+from blend_fixtures import blend_of, sources
+
+from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
+from megatron_dynmix.errors import InputError
+
+SIZES = (11, 5, 30)
+STAGES = {24: (0.1, 0.8, 0.1), 48: (0.0, 0.5, 0.5), 72: (0.6, 0.2, 0.2)}
+STEP = 6
+
+
+def draw(blend: DynamicBlendedDataset, first: int, last: int) -> list[tuple[int, int]]:
+    """Pairs of the samples first <= i < last, step by step, with the stages of `STAGES`."""
+    pairs = []
+    for sample in range(first, last, STEP):
+        if sample in STAGES and sample > blend.stages[-1].start_sample:
+            blend.append_stage(sample, np.array(STAGES[sample]))
+        blend.advance_to(sample)
+        pairs += blend.pairs(sample, sample + STEP)
+    return pairs
+
+
+def test_an_item_is_its_row_with_its_dataset_id():
+    item = blend_of(SIZES, (1, 1, 1), 12)[(2, 17)]
+    assert item["dataset_id"] == 2 and item["dataset_id"].dtype == np.int16
+    assert item["tokens"].tolist() == [2, 17]
+
+
+def test_only_one_chunk_is_held():
+    blend = blend_of(SIZES, (1, 1, 1), 12)
+    assert len(blend) == 12
+    blend.advance_to(120)
+    assert len(blend) == 12 and blend.chunk.start.sample == 120
+
+
+def test_stages_are_the_whole_history():
+    blend = blend_of(SIZES, (1, 1, 1), 24)
+    draw(blend, 0, 96)
+    assert [stage.start_sample for stage in blend.stages] == [0, *STAGES]
+    assert blend.stages[1].weights == STAGES[24]
+    assert blend.weights_D.tolist() == list(STAGES[72])
+
+
+def test_a_stage_changes_nothing_before_it():
+    changed, unchanged = blend_of(SIZES, (1, 1, 1), 48), blend_of(SIZES, (1, 1, 1), 48)
+    assert draw(changed, 0, 24) == unchanged.pairs(0, 24)
+    changed.append_stage(24, np.array(STAGES[24]))
+    assert changed.pairs(24, 48) != unchanged.pairs(24, 48)
+
+
+def test_I4_every_row_once_per_epoch_before_any_twice():
+    blend = blend_of(SIZES, (1, 1, 1), 24)
+    pairs = draw(blend, 0, 300)
+    for dataset_id, size in enumerate(SIZES):
+        rows = [row for source, row in pairs if source == dataset_id]
+        assert len(rows) > 2 * size
+        for start in range(0, len(rows) - size + 1, size):
+            assert sorted(rows[start : start + size]) == list(range(size))
+
+
+def test_rows_drawn_are_counted_over_all_stages():
+    blend = blend_of(SIZES, (1, 1, 1), 24)
+    pairs = draw(blend, 0, 90)
+    drawn = [sum(source == dataset_id for source, _ in pairs) for dataset_id in range(3)]
+    assert blend.drawn_D(90).tolist() == drawn
+
+
+@pytest.mark.parametrize("stop", [0, 6, 18, 24, 42, 66, 78, 90, 126])
+def test_I2_a_blend_resumes_bit_exactly(stop):
+    whole, first, resumed = (blend_of(SIZES, (1, 2, 3), 24) for _ in range(3))
+    expected = draw(whole, 0, 180)
+    assert draw(first, 0, stop) == expected[:stop]
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert draw(resumed, stop, 180) == expected[stop:]
+    assert resumed.state_dict() == whole.state_dict()
+
+
+def test_the_chunk_size_of_the_checkpoint_stays():
+    first, resumed = blend_of(SIZES, (1, 1, 1), 24), blend_of(SIZES, (1, 1, 1), 99)
+    resumed.load_state_dict(first.state_dict())
+    assert resumed.chunk_size == 24 and len(resumed) == 24
+
+
+@pytest.mark.parametrize(("sizes", "seed"), [((11, 5, 31), 7), ((11, 5), 7), (SIZES, 8)])
+def test_other_data_or_seed_is_refused(sizes, seed):
+    state = blend_of(SIZES, (1, 1, 1), 12).state_dict()
+    other = blend_of(sizes, (1,) * len(sizes), 12, seed=seed)
+    with pytest.raises(InputError, match=r"seed 7 and sources of \[11, 5, 30\] rows.*same data"):
+        other.load_state_dict(state)
+
+
+def test_more_sources_than_a_dataset_id_can_name_are_refused():
+    one = sources(1) * 32_767
+    with pytest.raises(InputError, match=r"32767 sources given.*at most 32,766"):
+        DynamicBlendedDataset(one, np.full(len(one), 1 / len(one)), seed=1, chunk_size=1)

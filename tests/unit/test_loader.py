@@ -1,0 +1,104 @@
+"""From the blend to the micro-batches of the ranks."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from blend_fixtures import blend_of
+
+from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
+from megatron_dynmix.data.loader import BlendLoader
+from megatron_dynmix.errors import InputError
+
+SIZES = (11, 5, 30)
+STAGES = {16: (0.0, 0.9, 0.1), 40: (0.8, 0.1, 0.1), 64: (0.2, 0.3, 0.5)}
+"""One at a chunk's end, one in the middle of a chunk, one at an end again."""
+BATCH, CHUNK, STEPS = 8, 16, 12
+
+
+def blend() -> DynamicBlendedDataset:
+    return blend_of(SIZES, (1, 1, 1), CHUNK)
+
+
+def loader(
+    blended: DynamicBlendedDataset, micro: int = 4, rank: int = 0, ranks: int = 1, workers: int = 0
+) -> BlendLoader:
+    return BlendLoader(blended, micro_batch_size=micro, dp_rank=rank, dp_size=ranks, num_workers=workers)
+
+
+def run(blended: DynamicBlendedDataset, rank_loader: BlendLoader, micro_batches: int) -> list[torch.Tensor]:
+    """Tokens of all micro-batches of a run that changes its weights."""
+    batches = []
+    for sample in range(0, STEPS * BATCH, BATCH):
+        if sample in STAGES:
+            blended.append_stage(sample, np.array(STAGES[sample]))
+        for batch in rank_loader.step(sample, micro_batches):
+            assert batch["dataset_id"].tolist() == batch["tokens"][:, 0].tolist()
+            batches.append(batch["tokens"])
+    return batches
+
+
+def samples(batches: list[torch.Tensor]) -> list[list[int]]:
+    return torch.cat(batches).tolist()
+
+
+def one_rank() -> list[list[int]]:
+    blended = blend()
+    return samples(run(blended, loader(blended, BATCH), 1))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_I3_the_order_does_not_depend_on_ranks_or_micro_batch_size(ranks, micro):
+    count = BATCH // (micro * ranks)
+    per_rank = []
+    for rank in range(ranks):
+        blended = blend()
+        per_rank.append(run(blended, loader(blended, micro, rank, ranks), count))
+    together = [batches[k] for k in range(STEPS * count) for batches in per_rank]
+    assert samples(together) == one_rank()
+
+
+def test_I4_the_ranks_share_no_sample_and_leave_none_out():
+    rows = [row for source, row in one_rank() if source == 1]
+    assert sorted(rows[:5]) == [0, 1, 2, 3, 4] and len(rows) > 10
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_never_bring_rows_of_old_weights(workers):
+    blended = blend()
+    assert samples(run(blended, loader(blended, 4, workers=workers), 2)) == one_rank()
+
+
+def test_weights_loaded_from_a_checkpoint_are_in_force_at_once():
+    """Also where the checkpoint's chunk begins at the sample at which the old one did."""
+    other = blend_of(SIZES, (0, 0, 1), CHUNK)
+    blended = blend()
+    rank_loader = loader(blended, BATCH)
+    rank_loader.step(0, 1)
+    blended.load_state_dict(json.loads(json.dumps(other.state_dict())))
+    (batch,) = rank_loader.step(BATCH, 1)
+    assert batch["dataset_id"].tolist() == [2] * BATCH
+
+
+def test_I2_a_run_resumes_in_the_middle_of_a_chunk():
+    first = blend()
+    first_loader = loader(first, BATCH)
+    expected = [first_loader.step(sample, 1)[0]["tokens"].tolist() for sample in (0, 8, 16)]
+    resumed = blend()
+    resumed.load_state_dict(first.state_dict())
+    expected.append(first_loader.step(24, 1)[0]["tokens"].tolist())
+    assert loader(resumed, BATCH).step(24, 1)[0]["tokens"].tolist() == expected[-1]
+
+
+def test_steps_may_be_asked_for_again():
+    blended = blend()
+    rank_loader = loader(blended, BATCH)
+    first = rank_loader.step(0, 1)[0]["tokens"]
+    assert rank_loader.step(0, 1)[0]["tokens"].equal(first)
+
+
+def test_a_batch_size_that_does_not_fit_the_checkpoint_is_refused():
+    with pytest.raises(InputError, match=r"batch_size is 6, .*16 samples left.*of the checkpoint"):
+        loader(blend(), 6).step(0, 1)
