@@ -124,8 +124,8 @@ def report(arguments: argparse.Namespace, young: NDArray, old: NDArray, stock: N
     return "\n".join(
         [
             f"Blend rebuild of one weight update: {arguments.sources} sources, "
-            f"{arguments.interval_rows:,} rows per interval,\nin milliseconds; {arguments.pairs} pairs of updates, "
-            f"{arguments.stock_builds} stock builds.\n"
+            f"{arguments.interval_rows:,} rows per interval,\nin milliseconds; {arguments.pairs} pairs of "
+            f"updates, {arguments.stock_builds} stock builds.\n"
             f"Target: median at most {TARGET_MS:g}, and the same at the start and later.",
             "",
             table(["rebuild", "wall", "min", "max", "CPU", "min", "max"], rows),

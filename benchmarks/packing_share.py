@@ -8,7 +8,6 @@ sources are the quickstart's generated ones, whose examples are short.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from megatron_dynmix.quickstart import write_sources
 platform.start()  # before anything that imports megatron.core
 
 from megatron_dynmix.data.conversation import parse_sharegpt  # noqa: E402
+from megatron_dynmix.data.jsonl import read_jsonl  # noqa: E402
 from megatron_dynmix.data.prepare import prepare_source  # noqa: E402
 from megatron_dynmix.data.rows import PackedRows  # noqa: E402
 from megatron_dynmix.data.template import render  # noqa: E402
@@ -36,9 +36,9 @@ SEED = 1234
 
 def find_sources(data: Path | None, folder: Path) -> dict[str, Path]:
     """Name -> JSONL file: the given folder's, or generated ones."""
-    if data is not None:
-        return {name: data / name / "train.jsonl" for name in SOURCES}
-    return {name: files["train"] for name, files in write_sources(folder, SEED).items()}
+    if data is None:
+        return {name: files["train"] for name, files in write_sources(folder, SEED).items()}
+    return {name: data / name / "train.jsonl" for name in SOURCES}
 
 
 def train_tokenizer(files: list[Path], vocab_size: int, folder: Path) -> Tokenizer:
@@ -47,9 +47,13 @@ def train_tokenizer(files: list[Path], vocab_size: int, folder: Path) -> Tokeniz
 
     def texts() -> Iterator[str]:
         for path in files:
-            for line in path.read_bytes().splitlines():
-                text = render(parse_sharegpt(json.loads(line)), bytes_only, TEMPLATE).text
-                yield text.replace(bytes_only.eos, "")  # it has its id already
+            for _, row in read_jsonl(path):
+                try:
+                    conversation = parse_sharegpt(row)
+                except ValueError:
+                    continue  # a broken row is counted when the source is prepared
+                # the end token has its id already, no merge shall be spent on its letters
+                yield render(conversation, bytes_only, TEMPLATE).text.replace(bytes_only.eos, "")
 
     return train_bpe(texts(), vocab_size, folder / "tokenizer")
 
@@ -134,8 +138,8 @@ def main() -> None:
     print(
         f"Useful-token share in percent at seq_length {arguments.seq_length:,}: "
         f"{'the given' if arguments.data else 'generated'} sources, vocabulary {tokenizer.vocab_size:,}, "
-        f"{truncated} examples truncated,\n{sum(left_out)} left out that have no token to train on within "
-        "seq_length.\n'best': the fewest rows the tokens could fill, no row shared by "
+        f"{truncated} examples truncated,\n{sum(left_out)} left out: broken, or without a token to train on "
+        "within seq_length.\n'best': the fewest rows the tokens could fill, no row shared by "
         "sources; 'alone': one padded row per example;\n'longest': padded to the longest of "
         f"{arguments.batch_size} (median, min and max of {arguments.shuffles} shuffles).\n"
     )

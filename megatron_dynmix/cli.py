@@ -33,11 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.command(arguments, rest))
     except InputError as error:
-        print(f"megatron-dynmix: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error), 2)
     except _stopped() as error:
-        print(f"megatron-dynmix: stopped: {error}", file=sys.stderr)
-        return 1
+        return _fail(f"stopped: {error}", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    """Say it once on each node: the ranks of a job fail together."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"megatron-dynmix: {message}", file=sys.stderr)
+    return code
 
 
 def _stopped() -> type[BaseException] | tuple[()]:
@@ -186,21 +191,27 @@ def train(arguments: argparse.Namespace, rest: list[str]) -> int:
         )
     if nproc is not None and nproc < 1:
         raise InputError(f"--nproc-per-node is {nproc}; it must be 1 or more")
-    if nproc is not None and nproc > 1:
-        return _start_ranks(arguments.run_yaml, arguments.run_dir, nproc, arguments.resume, rest)
+    if not joined:
+        return _start_ranks(arguments.run_yaml, arguments.run_dir, nproc or 1, arguments.resume, rest)
+    return _train_here(arguments.run_yaml, arguments.run_dir, arguments.resume, rest)
 
+
+def _train_here(run_yaml: Path, run_dir: Path, resume: str, flags: list[str]) -> int:
     from megatron_dynmix import platform
 
     platform.start()
     from megatron_dynmix.config.load import load_config
     from megatron_dynmix.training import run
 
-    run.train(load_config(arguments.run_yaml, rest), arguments.run_dir, resume=arguments.resume)
+    run.train(load_config(run_yaml, flags), run_dir, resume=resume)
     return 0
 
 
 def _start_ranks(run_yaml: Path, run_dir: Path, nproc: int, resume: str, flags: list[str]) -> int:
-    """Check everything here, where it can be refused in one message, then let torchrun start the ranks."""
+    """Check everything here, where it can be refused in one message, then start the ranks.
+
+    More than one are started by torchrun; one trains in this process.
+    """
     from megatron_dynmix import platform
 
     platform.start()
@@ -211,6 +222,8 @@ def _start_ranks(run_yaml: Path, run_dir: Path, nproc: int, resume: str, flags: 
     tokenizer = run.check_before_start(config, nproc)
     run.resolve_resume(run_dir, resume)
     _print_start(config, run.read_data(config, tokenizer), run_dir, nproc)
+    if nproc == 1:
+        return _train_here(run_yaml, run_dir, resume, flags)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"),
         *("-m", "megatron_dynmix", "train", str(run_yaml), "--run-dir", str(run_dir)),
@@ -241,7 +254,8 @@ def _print_start(config: RunConfig, data: Data, run_dir: Path, nproc: int) -> No
             ],
         )
     )
-    print(f"\nstarting {nproc} ranks; everything is written to {run_dir}\n", flush=True)
+    ranks = "1 rank" if nproc == 1 else f"{nproc} ranks"
+    print(f"\nstarting {ranks}; everything is written to {run_dir}\n", flush=True)
 
 
 def update(arguments: argparse.Namespace, rest: list[str]) -> int:

@@ -86,7 +86,10 @@ def build_chunk(start: Cursor, weights_D: NDArray[np.float64], length: int) -> C
 
     """
     # In shares, not rows: with nothing owed they are the weights bit for bit, as a stock blend has them.
-    share_D = np.where(weights_D > 0, np.maximum(weights_D + start.owed_D / length, 0.0), 0.0)
+    drawn_from_D = weights_D > 0
+    # What paused sources are owed waits for them: the others bear it in equal parts, not by their weights.
+    owed_D = start.owed_D - start.owed_D[drawn_from_D].mean()
+    share_D = np.where(drawn_from_D, np.maximum(weights_D + owed_D / length, 0.0), 0.0)
     if not share_D.any():  # a chunk so short that every source is ahead already
         share_D = weights_D
     share_D = share_D / share_D.sum()

@@ -54,6 +54,7 @@ class BlendLoader:
         dp_rank: int,
         dp_size: int,
         num_workers: int,
+        pin_memory: bool,
     ) -> None:
         self.blend = blend
         self._sampler = ChunkSampler(blend, micro_batch_size, dp_rank, dp_size)
@@ -62,7 +63,7 @@ class BlendLoader:
             batch_sampler=self._sampler,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_initialized(),
+            pin_memory=pin_memory,
         )
         self._iterator: Iterator[MicroBatch] | None = None
         self._chunk: Chunk | None = None

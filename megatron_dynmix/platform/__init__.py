@@ -63,7 +63,6 @@ def _silence_expected_warnings() -> None:
 
 def _cuda() -> Platform:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
     with_te = importlib.util.find_spec("transformer_engine") is not None
     return Platform(device=device, backend="nccl", transformer_engine=with_te)
 
@@ -85,6 +84,8 @@ def init_process_group(timeout_minutes: float) -> None:
     if torch.distributed.is_initialized():
         return
     platform = start()
+    if platform.device.type == "cuda":
+        torch.cuda.set_device(platform.device)
     alone = "RANK" not in os.environ
     torch.distributed.init_process_group(
         platform.backend,

@@ -111,7 +111,7 @@ class Reweighting:
             old_weights=old_D,
             new_weights=new_D,
             delta=proposal.delta_D if proposal else None,
-            load=proposal.load_DE if proposal else None,
+            load=self._by_layer(proposal.load_DE) if proposal else None,
             distance=proposal.distance_DD if proposal else None,
             tokens=tokens_D.long().numpy(),
             rows=rows_D,
@@ -149,6 +149,13 @@ class Reweighting:
         if weights_D.isnan().any():
             raise MixingError(failure or "rank 0 could not make new weights; its message says why")
         return weights_D.cpu().numpy(), proposal, note
+
+    def _by_layer(self, load_DE: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
+        """Loads of several layers, which a strategy lays side by side, as `[D, L, E]` for the record."""
+        num_experts = self.run.counter.counts_LDE.shape[2]
+        if load_DE is None or load_DE.shape[1] == num_experts:
+            return load_DE
+        return load_DE.reshape(len(load_DE), -1, num_experts)
 
     @contextmanager
     def _timed(self, seconds: dict[str, float], phase: str) -> Iterator[None]:

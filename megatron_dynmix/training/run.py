@@ -30,7 +30,13 @@ from megatron_dynmix.moe.counter import GateLoadCounter
 from megatron_dynmix.moe.router import attach_counter
 from megatron_dynmix.monitor.logline import loaded_line, loading_line
 from megatron_dynmix.monitor.metrics import MetricsWriter
-from megatron_dynmix.training.checkpoint import TRACKER, Checkpointer, write_atomically
+from megatron_dynmix.training.checkpoint import (
+    TRACKER,
+    Checkpointer,
+    latest_checkpoint,
+    read_run_state,
+    write_atomically,
+)
 from megatron_dynmix.training.model import build_model
 from megatron_dynmix.training.optimizer import build_optimizer
 from megatron_dynmix.training.probe import Probe
@@ -70,6 +76,8 @@ def resolve_resume(run_dir: Path, resume: str) -> bool:
         raise InputError(
             f"{run_dir} holds a run already; give another --run-dir, or go on with it: --resume auto"
         )
+    if has_checkpoint:
+        read_run_state(latest_checkpoint(run_dir / "checkpoints"))
     return has_checkpoint
 
 
@@ -89,6 +97,8 @@ def check_before_start(config: RunConfig, world_size: int) -> Tokenizer:
         raise InputError(f"mixing: {error}") from None
     tokenizer = load_tokenizer(Path(config.data.tokenizer or ""))
     check_tokenizer(config, tokenizer.vocab_size)
+    if config.checkpoint.pretrained_checkpoint is not None:
+        latest_checkpoint(Path(config.checkpoint.pretrained_checkpoint))
     return tokenizer
 
 
@@ -209,7 +219,12 @@ def _build_trainer(
         run=run,
         optimizer=optimizer,
         scheduler=scheduler,
-        loader=BlendLoader(blend, num_workers=config.data.num_workers, **batching),
+        loader=BlendLoader(
+            blend,
+            num_workers=config.data.num_workers,
+            pin_memory=here.device.type == "cuda",
+            **batching,
+        ),
         reweighting=reweighting,
         checkpointer=checkpointer,
         writer=_open_writer(config, run_dir, resume_iteration) if rank0 else None,

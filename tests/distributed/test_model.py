@@ -137,4 +137,6 @@ def test_variant_of_model_and_mixing_runs(flags, run_yaml, start_from, tmp_path)
     assert all(np.isfinite(record["lm_loss"]) for record in result["metrics"])
     for record in result["mixing"]:
         assert abs(sum(record["new_weights"]) - 1) < 1e-9
-        np.testing.assert_allclose(np.array(record["load"]).sum(axis=1), 1)
+        load = np.array(record["load"])
+        assert load.shape == ((4, 2, 8) if "all" in flags else (4, 8))
+        np.testing.assert_allclose(load.reshape(4, -1).sum(axis=1), 1)
