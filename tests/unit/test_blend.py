@@ -62,7 +62,7 @@ def test_I5_next_to_no_stage_has_a_prefix_that_strays_by_two_rows():
 
 
 def strayed_from_the_run(stages) -> float:
-    """Largest distance of an active source's draws from the sum of weight x stage length, at any stage's end."""
+    """Rows an active source is off the sum of weight x stage length, at worst, at a stage's end."""
     due_D, worst = np.zeros(len(stages[0][0])), 0.0
     for chunk, (weights_D, length) in zip(chunks_of(stages), stages, strict=True):
         due_D += weights_D * length
@@ -87,9 +87,12 @@ def test_I5_pauses_cost_the_other_sources_no_more_than_a_row(stages):
 
 
 def test_I5_a_heavy_source_does_not_bear_alone_what_paused_ones_are_owed():
-    light = np.array([0.25] * 2 + [0.5 / 30] * 30)  # 33 rows: each light source is owed half a row
-    heavy = np.array([0.5, 0.5] + [0.0] * 30)
-    assert strayed_from_the_run([(light, 330), (light, 33 * 3), (heavy, 330)]) < 2
+    """Sixty sources are due 1.4 rows each; those that got one and are owed 0.4 are paused."""
+    first_D = np.array([0.29, 0.29] + [0.007] * 60)
+    (chunk,) = chunks_of([(first_D, 200)])
+    then_D = np.where(chunk.cursor_at(200).owed_D > 0.1, 0.0, first_D)
+    assert np.count_nonzero(then_D) == 26
+    assert strayed_from_the_run([(first_D, 200), (then_D / then_D.sum(), 520)]) < 2
 
 
 def test_I5_small_sources_are_drawn_however_short_the_chunks():

@@ -24,7 +24,9 @@ def blend() -> DynamicBlendedDataset:
 def loader(
     blended: DynamicBlendedDataset, micro: int = 4, rank: int = 0, ranks: int = 1, workers: int = 0
 ) -> BlendLoader:
-    return BlendLoader(blended, micro_batch_size=micro, dp_rank=rank, dp_size=ranks, num_workers=workers)
+    return BlendLoader(
+        blended, micro_batch_size=micro, dp_rank=rank, dp_size=ranks, num_workers=workers, pin_memory=False
+    )
 
 
 def run(blended: DynamicBlendedDataset, rank_loader: BlendLoader, micro_batches: int) -> list[torch.Tensor]:
