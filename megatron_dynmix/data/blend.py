@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 from megatron_dynmix.data.shuffle import permute
 
+MAX_STRAY = 2.0
+"""No prefix of a stage may be this many rows off its weights, for any source."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -72,9 +75,12 @@ def build_chunk(start: Cursor, weights_D: NDArray[np.float64], length: int) -> C
 
     Megatron-Core's greedy helper draws them: it always takes the source furthest behind. Restarting the
     greedy would forget the rounding at every chunk (a source due less than one row per chunk would never
-    be drawn), so what is owed is added to what the helper is asked for. The helper may end a row or two
-    off; the last rows are then exchanged until every source has its share to within one row. From a
-    fresh cursor, with whole numbers of rows due, the result is that of a stock `BlendedDataset`.
+    be drawn), so what is owed is added to what the helper is asked for. From a fresh cursor, with whole
+    numbers of rows due, the result is that of a stock `BlendedDataset`.
+
+    The helper may end a row or two off; the last rows are then exchanged until every source has its share
+    to within one row. Once in a thousand chunks its own unevenness and the row it has to pay back add up
+    to a prefix two rows off; such a chunk is drawn by deadline instead, which is slower and never is.
 
     Args:
         start: cursor at the first sample.
@@ -85,25 +91,86 @@ def build_chunk(start: Cursor, weights_D: NDArray[np.float64], length: int) -> C
         The chunk; `ordinal_N` counts the rows of a source over the whole run.
 
     """
-    # In shares, not rows: with nothing owed they are the weights bit for bit, as a stock blend has them.
     drawn_from_D = weights_D > 0
     # What paused sources are owed waits for them: the others bear it in equal parts, not by their weights.
     owed_D = start.owed_D - start.owed_D[drawn_from_D].mean()
-    share_D = np.where(drawn_from_D, np.maximum(weights_D + owed_D / length, 0.0), 0.0)
+    dataset_index_N, count_N = _draw_greedily(weights_D, owed_D, length)
+    if _worst_prefix(weights_D, dataset_index_N, count_N) >= MAX_STRAY:
+        dataset_index_N = _draw_by_deadline(weights_D, owed_D, length)
+        count_N = _running_count(dataset_index_N)
+    return Chunk(start, weights_D, dataset_index_N, count_N + start.drawn_D[dataset_index_N])
+
+
+def _draw_greedily(
+    weights_D: NDArray[np.float64], owed_D: NDArray[np.float64], length: int
+) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+    """Draw with Megatron-Core's helper, then correct its last rows.
+
+    Returns:
+        Source of each sample, and how many samples of the chunk before it have the same source.
+
+    """
+    # In shares, not rows: with nothing owed they are the weights bit for bit, as a stock blend has them.
+    share_D = np.where(weights_D > 0, np.maximum(weights_D + owed_D / length, 0.0), 0.0)
     if not share_D.any():  # a chunk so short that every source is ahead already
         share_D = weights_D
     share_D = share_D / share_D.sum()
     # The helper may pick a source of weight 0 when all others are exactly on target: leave those out.
     active = np.flatnonzero(share_D > 0)
-    dataset_index_N = np.zeros(length, np.int16)
-    ordinal_N = np.zeros(length, np.int64)
-    helpers.build_blending_indices(dataset_index_N, ordinal_N, share_D[active], len(active), length, False)
+    dataset_index_N, count_N = np.zeros(length, np.int16), np.zeros(length, np.int64)
+    helpers.build_blending_indices(dataset_index_N, count_N, share_D[active], len(active), length, False)
     dataset_index_N = active.astype(np.int16)[dataset_index_N]
-    for dataset_id in _exchange_last_rows(dataset_index_N, largest_remainder(share_D * length)):
-        here = dataset_index_N == dataset_id
-        ordinal_N[here] = np.arange(np.count_nonzero(here))
-    ordinal_N += start.drawn_D[dataset_index_N]
-    return Chunk(start, weights_D, dataset_index_N, ordinal_N)
+    moved = _exchange_last_rows(dataset_index_N, largest_remainder(share_D * length))
+    before_D = np.bincount(dataset_index_N[:moved], minlength=len(weights_D))
+    count_N[moved:] = before_D[dataset_index_N[moved:]] + _running_count(dataset_index_N[moved:])
+    return dataset_index_N, count_N
+
+
+def _draw_by_deadline(
+    weights_D: NDArray[np.float64], owed_D: NDArray[np.float64], length: int
+) -> NDArray[np.int16]:
+    """Of the sources that are behind, always take the one that would first be a whole row behind.
+
+    This is Tijdeman's rule for the chairman assignment problem (Discrete Math. 32, 1980): what is drawn
+    of a source stays within one row of what is due, at every sample.
+    """
+    active = np.flatnonzero(weights_D > 0)
+    weights_A, owed_A, count_A = weights_D[active], owed_D[active], np.zeros(len(active))
+    dataset_index_N = np.zeros(length, np.int16)
+    for sample in range(length):
+        behind_A = owed_A + weights_A * (sample + 1) > count_A + 1e-9
+        deadline_A = np.where(behind_A, (count_A + 1 - owed_A) / weights_A, np.inf)
+        chosen = int(np.argmin(deadline_A))
+        dataset_index_N[sample] = active[chosen]
+        count_A[chosen] += 1
+    return dataset_index_N
+
+
+def _worst_prefix(
+    weights_D: NDArray[np.float64], dataset_index_N: NDArray[np.int16], count_N: NDArray[np.int64]
+) -> float:
+    """Most rows by which any source, in any prefix of the chunk, is off its weight.
+
+    A source is furthest behind just before one of its rows (or at the end), furthest ahead just after.
+    """
+    weight_N = weights_D[dataset_index_N]
+    behind_N = np.arange(len(count_N), dtype=np.float64)
+    behind_N *= weight_N
+    behind_N -= count_N
+    most_behind = behind_N.max()
+    behind_N += weight_N
+    most_ahead = 1 - behind_N.min()
+    drawn_D = np.bincount(dataset_index_N, minlength=len(weights_D))
+    return float(max(most_behind, most_ahead, (weights_D * len(count_N) - drawn_D).max()))
+
+
+def _running_count(dataset_index_N: NDArray[np.int16]) -> NDArray[np.int64]:
+    """How many samples before each one have the same source."""
+    order_N = np.argsort(dataset_index_N, kind="stable")
+    sizes_D = np.bincount(dataset_index_N)
+    count_N = np.empty(len(order_N), np.int64)
+    count_N[order_N] = np.arange(len(order_N)) - np.repeat(np.cumsum(sizes_D) - sizes_D, sizes_D)
+    return count_N
 
 
 def largest_remainder(due_D: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -114,15 +181,17 @@ def largest_remainder(due_D: NDArray[np.float64]) -> NDArray[np.int64]:
     return counts_D
 
 
-def _exchange_last_rows(dataset_index_N: NDArray[np.int16], counts_D: NDArray[np.int64]) -> set[int]:
-    """Make the index hold exactly `counts_D`, in place; returns the sources whose rows moved."""
+def _exchange_last_rows(dataset_index_N: NDArray[np.int16], counts_D: NDArray[np.int64]) -> int:
+    """Make the index hold exactly `counts_D`, in place; returns the first sample that was changed."""
     surplus_D = np.bincount(dataset_index_N, minlength=len(counts_D)) - counts_D
     ahead = np.repeat(np.arange(len(counts_D)), np.maximum(surplus_D, 0))
     behind = np.repeat(np.arange(len(counts_D)), np.maximum(-surplus_D, 0))
+    first = len(dataset_index_N)
     for giver, taker in zip(ahead, behind, strict=True):
         last = len(dataset_index_N) - 1 - int(np.argmax(dataset_index_N[::-1] == giver))
         dataset_index_N[last] = taker
-    return {*ahead.tolist(), *behind.tolist()}
+        first = min(first, last)
+    return first
 
 
 def rows_of(
