@@ -95,8 +95,8 @@ def build_trainer(folder: Path, run_yaml: Path, seq_length: int, pairs: int) -> 
     config = load_config(run_yaml, flags.split())
     tokenizer = run.check_before_start(config, world_size=1)
     data = run.read_data(config, tokenizer)
-    run._join_job(config)
-    return run._build_trainer(config, folder / f"run-{seq_length}", data, HERE, resuming=False)
+    run.join_job(config)
+    return run.build_trainer(config, folder / f"run-{seq_length}", data, HERE, resume="no")
 
 
 def measure(trainer: Trainer, pairs: int, warmup: int) -> Timings:

@@ -101,10 +101,10 @@ def quickstart(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     platform.start()
     from megatron_dynmix.quickstart import make_quickstart
-    from megatron_dynmix.training.run import resolve_resume
+    from megatron_dynmix.training.run import check_run_dir
 
     run_dir = arguments.run_dir
-    resolve_resume(run_dir, "no")
+    check_run_dir(run_dir, "no")
     run_yaml = make_quickstart(run_dir / "data")
     code = _start_ranks(run_yaml, run_dir, 2, "no", [])
     if code == 0:
@@ -220,7 +220,7 @@ def _start_ranks(run_yaml: Path, run_dir: Path, nproc: int, resume: str, flags: 
 
     config = load_config(run_yaml, flags)
     tokenizer = run.check_before_start(config, nproc)
-    run.resolve_resume(run_dir, resume)
+    run.check_run_dir(run_dir, resume)
     _print_start(config, run.read_data(config, tokenizer), run_dir, nproc)
     if nproc == 1:
         return _train_here(run_yaml, run_dir, resume, flags)

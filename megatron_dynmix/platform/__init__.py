@@ -27,6 +27,11 @@ class Platform:
     transformer_engine: bool
     """Whether Transformer Engine layers are used; without them Megatron-Core's local layers are."""
 
+    @property
+    def pin_memory(self) -> bool:
+        """Whether batches are to be put where a copy to the device is fastest."""
+        return self.device.type == "cuda"
+
     def synchronize(self) -> None:
         """Wait until the device has done what it was given, so that a clock reads true."""
         if self.device.type == "cuda":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,17 +57,23 @@ class Data:
     probe: list[PackedRows]
 
 
-def resolve_resume(run_dir: Path, resume: str) -> bool:
-    """Whether the run directory is to be gone on from.
+def check_run_dir(run_dir: Path, resume: str) -> None:
+    """Refuse a run directory that does not go with `resume`.
 
     Args:
         run_dir: the run directory.
         resume: `no`, `must` or `auto`.
 
     Raises:
-        InputError: the directory holds a run and must not, or holds none and must.
+        InputError: the directory holds a run and must not, or holds none and must, or cannot be written.
 
     """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        raise InputError(f"{run_dir} cannot be written ({error.strerror}); give another --run-dir") from None
     has_checkpoint = (run_dir / "checkpoints" / TRACKER).is_file()
     if resume == "must" and not has_checkpoint:
         raise InputError(
@@ -78,7 +85,6 @@ def resolve_resume(run_dir: Path, resume: str) -> bool:
         )
     if has_checkpoint:
         read_run_state(latest_checkpoint(run_dir / "checkpoints"))
-    return has_checkpoint
 
 
 def check_before_start(config: RunConfig, world_size: int) -> Tokenizer:
@@ -120,20 +126,20 @@ def train(config: RunConfig, run_dir: Path, *, resume: str = "no") -> Trainer:
     """
     here = platform.start()
     tokenizer = check_before_start(config, int(os.environ.get("WORLD_SIZE", "1")))
-    resuming = resolve_resume(run_dir, resume)
+    check_run_dir(run_dir, resume)
     # The first rank of each node (which may have a disk of its own) prepares and packs before it joins, so
     # that nothing can still be refused once the others wait for it; they find its files.
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     data = read_data(config, tokenizer) if first else None
-    _join_job(config)
+    join_job(config)
     torch.distributed.barrier()
     data = data or read_data(config, tokenizer)
-    trainer = _build_trainer(config, run_dir, data, here, resuming=resuming)
+    trainer = build_trainer(config, run_dir, data, here, resume=resume)
     trainer.fit()
     return trainer
 
 
-def _join_job(config: RunConfig) -> None:
+def join_job(config: RunConfig) -> None:
     """Process groups, micro-batch arithmetic and one thread per rank."""
     torch.set_num_threads(1)  # ranks share the cores; more threads would also change the order of sums
     platform.init_process_group(config.parallel.distributed_timeout_minutes)
@@ -172,12 +178,13 @@ def read_data(config: RunConfig, tokenizer: Tokenizer) -> Data:
     )
 
 
-def _build_trainer(
-    config: RunConfig, run_dir: Path, data: Data, here: platform.Platform, *, resuming: bool
+def build_trainer(
+    config: RunConfig, run_dir: Path, data: Data, here: platform.Platform, *, resume: str
 ) -> Trainer:
+    """Model, optimizer, blend, probe and writers of this rank, at the state that `resume` asks for."""
     rank0 = torch.distributed.get_rank() == 0
     transformer = transformer_config(config)
-    seed_iteration(config.training.seed, 0)
+    seed_iteration(config.training.seed, -1)  # of the time before the first iteration
     model = build_model(config, transformer, here)
     optimizer, scheduler = build_optimizer(config, model)
     layers = moe_layers(transformer)
@@ -212,8 +219,10 @@ def _build_trainer(
         directory=run_dir / "checkpoints", model=model, optimizer=optimizer, scheduler=scheduler
     )
     say = _say if rank0 else _silent
+    resuming = resume != "no" and (checkpointer.directory / TRACKER).is_file()
     progress = _restore(config, checkpointer, reweighting, len(data.train), say, resuming=resuming)
-    resume_iteration = progress.iteration if resuming else None
+    # A run that died before its first checkpoint begins again: its records are those of no state.
+    resume_iteration = None if resume == "no" else progress.iteration
     return Trainer(
         config=config,
         run=run,
@@ -222,7 +231,7 @@ def _build_trainer(
         loader=BlendLoader(
             blend,
             num_workers=config.data.num_workers,
-            pin_memory=here.device.type == "cuda",
+            pin_memory=here.pin_memory,
             **batching,
         ),
         reweighting=reweighting,

@@ -39,9 +39,9 @@ def build(run_yaml, flags, run_dir):
     config = load_config(run_yaml, flags)
     tokenizer = training_run.check_before_start(config, torch_world_size())
     here = training_run.platform.start()
-    training_run._join_job(config)
+    training_run.join_job(config)
     data = training_run.read_data(config, tokenizer)
-    return training_run._build_trainer(config, run_dir, data, here, resuming=False)
+    return training_run.build_trainer(config, run_dir, data, here, resume="no")
 
 
 def torch_world_size():
