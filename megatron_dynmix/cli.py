@@ -19,9 +19,7 @@ from megatron_dynmix import __version__
 from megatron_dynmix.errors import InputError
 
 if TYPE_CHECKING:
-    from megatron_dynmix.config import RunConfig
-    from megatron_dynmix.data.prepare import SourceReport
-    from megatron_dynmix.training.run import Data
+    from megatron_dynmix.training.resume import Resume
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,12 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2)
     except _stopped() as error:
         return _fail(f"stopped: {error}", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; go on from the last checkpoint with --resume auto", 130)
 
 
 def _fail(message: str, code: int) -> int:
-    """Say it once on each node: the ranks of a job fail together."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"megatron-dynmix: {message}", file=sys.stderr)
+    """Say it, and from which rank."""
+    rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+    print(f"megatron-dynmix{rank}: {message}", file=sys.stderr)
     return code
 
 
@@ -101,7 +101,7 @@ def quickstart(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     platform.start()
     from megatron_dynmix.quickstart import make_quickstart
-    from megatron_dynmix.training.run import check_run_dir
+    from megatron_dynmix.training.resume import check_run_dir
 
     run_dir = arguments.run_dir
     check_run_dir(run_dir, "no")
@@ -112,11 +112,19 @@ def quickstart(arguments: argparse.Namespace, rest: list[str]) -> int:
             f"\nDone. What to open:\n"
             f"  {run_dir}/mixing.jsonl    every weight update: loads, distances, old and new weights\n"
             f"  {run_dir}/metrics.jsonl   loss of each source over time\n"
-            f"  tensorboard --logdir {run_dir}/tensorboard\n"
+            f"  {_command('tensorboard')} --logdir {run_dir}/tensorboard\n"
             f"  {run_yaml}    the run: change it and train again:\n"
-            f"  megatron-dynmix train {run_yaml} --run-dir runs/mine --nproc-per-node 2"
+            f"  {_command('megatron-dynmix')} train {run_yaml} --run-dir runs/mine --nproc-per-node 2"
         )
     return code
+
+
+def _command(name: str) -> str:
+    """How to call a program that was installed beside this one, from here."""
+    path = Path(sys.executable).parent / name
+    if not path.exists():
+        return name
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def prepare(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -126,6 +134,7 @@ def prepare(arguments: argparse.Namespace, rest: list[str]) -> int:
     platform.start()
     from megatron_dynmix.data.prepare import prepare_source
     from megatron_dynmix.data.tokenizer import load_tokenizer
+    from megatron_dynmix.training.report import prepared_table
 
     if arguments.run_yaml is not None:
         if arguments.input or arguments.output:
@@ -144,7 +153,7 @@ def prepare(arguments: argparse.Namespace, rest: list[str]) -> int:
         tokenizer=load_tokenizer(arguments.tokenizer),
         template=arguments.template or "tokenizer",
     )
-    _print_reports([report])
+    print(prepared_table([report]))
     return 0
 
 
@@ -152,7 +161,8 @@ def _prepare_run(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix.config.check import check_data, check_tokenizer
     from megatron_dynmix.config.load import load_config
     from megatron_dynmix.data.tokenizer import load_tokenizer
-    from megatron_dynmix.training.sources import prepare_sources
+    from megatron_dynmix.training.report import packed_table, prepared_table
+    from megatron_dynmix.training.sources import build_rows, prepare_sources
 
     given = {"--tokenizer": arguments.tokenizer, "--template": arguments.template}
     flags = [*rest, *(text for name, value in given.items() if value for text in (name, str(value)))]
@@ -160,25 +170,14 @@ def _prepare_run(arguments: argparse.Namespace, rest: list[str]) -> int:
     check_data(config)
     tokenizer = load_tokenizer(Path(config.data.tokenizer or ""))
     check_tokenizer(config, tokenizer.vocab_size)
-    _print_reports([report for _, report in prepare_sources(config, tokenizer)])
+    print(prepared_table(list(prepare_sources(config, tokenizer))))
+    print()
+    print(
+        packed_table(
+            [*build_rows(config, tokenizer, probe=False), *build_rows(config, tokenizer, probe=True)]
+        )
+    )
     return 0
-
-
-def _print_reports(reports: Sequence[SourceReport]) -> None:
-    from megatron_dynmix.monitor.tables import table
-
-    header = ["source", "examples", "tokens", "trained", "longest", "broken", "untrained", "duplicates"]
-    rows = [
-        [
-            *(report.name, report.examples, report.tokens, report.trained_tokens, report.max_length),
-            *(report.broken, report.untrained, report.duplicates),
-        ]
-        for report in reports
-    ]
-    print(table(header, rows))
-    for report in reports:
-        for line in report.first_broken:
-            print(f"  broken: {line}")
 
 
 def train(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -196,7 +195,7 @@ def train(arguments: argparse.Namespace, rest: list[str]) -> int:
     return _train_here(arguments.run_yaml, arguments.run_dir, arguments.resume, rest)
 
 
-def _train_here(run_yaml: Path, run_dir: Path, resume: str, flags: list[str]) -> int:
+def _train_here(run_yaml: Path, run_dir: Path, resume: Resume, flags: list[str]) -> int:
     from megatron_dynmix import platform
 
     platform.start()
@@ -207,7 +206,7 @@ def _train_here(run_yaml: Path, run_dir: Path, resume: str, flags: list[str]) ->
     return 0
 
 
-def _start_ranks(run_yaml: Path, run_dir: Path, nproc: int, resume: str, flags: list[str]) -> int:
+def _start_ranks(run_yaml: Path, run_dir: Path, nproc: int, resume: Resume, flags: list[str]) -> int:
     """Check everything here, where it can be refused in one message, then start the ranks.
 
     More than one are started by torchrun; one trains in this process.
@@ -217,45 +216,22 @@ def _start_ranks(run_yaml: Path, run_dir: Path, nproc: int, resume: str, flags: 
     platform.start()
     from megatron_dynmix.config.load import load_config
     from megatron_dynmix.training import run
+    from megatron_dynmix.training.resume import check_resume, check_run_dir
 
     config = load_config(run_yaml, flags)
     tokenizer = run.check_before_start(config, nproc)
-    run.check_run_dir(run_dir, resume)
-    _print_start(config, run.read_data(config, tokenizer), run_dir, nproc)
+    check_run_dir(run_dir, resume)
+    data = run.read_data(config, tokenizer)
+    check_resume(config, data.reports, run_dir, resume)
     if nproc == 1:
         return _train_here(run_yaml, run_dir, resume, flags)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"),
-        *("-m", "megatron_dynmix", "train", str(run_yaml), "--run-dir", str(run_dir)),
+        # the dashes keep torchrun from taking our flags for abbreviations of its own
+        *("-m", "--", "megatron_dynmix", "train", str(run_yaml), "--run-dir", str(run_dir)),
         *("--resume", resume, *flags),
     ]
     return subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}, check=False).returncode
-
-
-def _print_start(config: RunConfig, data: Data, run_dir: Path, nproc: int) -> None:
-    from megatron_dynmix.config.load import to_yaml
-    from megatron_dynmix.monitor.tables import table
-
-    print(f"------------------------ arguments ------------------------\n{to_yaml(config).rstrip()}")
-    print("-------------------- end of arguments ---------------------")
-    _print_reports(data.reports)
-    header = ["source", "rows", "examples", "over-long dropped", "truncated", "untrained", "useful tokens"]
-    print()
-    print(
-        table(
-            header,
-            [
-                [
-                    *(rows.name, report.rows, report.examples, report.dropped_overlong, report.truncated),
-                    *(report.untrained, f"{report.useful_token_share:.3f}"),
-                ]
-                for rows in data.train
-                for report in [rows.packing_report]
-            ],
-        )
-    )
-    ranks = "1 rank" if nproc == 1 else f"{nproc} ranks"
-    print(f"\nstarting {ranks}; everything is written to {run_dir}\n", flush=True)
 
 
 def update(arguments: argparse.Namespace, rest: list[str]) -> int:

@@ -109,7 +109,18 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
                 f"{world_size} ranks cannot hold {what} = {product}; start a multiple of {product} ranks "
                 "(--nproc-per-node), or make the groups smaller"
             )
+    _check_stages(config, pp)
     _check_batch(config, world_size // (tp * pp * cp))
+
+
+def _check_stages(config: RunConfig, pp: int) -> None:
+    layers = int(config.model.megatron["num_layers"])
+    uneven = any(name.startswith("num_layers_in_") for name in config.model.megatron)
+    if pp > 1 and not uneven and layers % pp:
+        raise InputError(
+            f"num_layers is {layers}, which pipeline_model_parallel_size {pp} does not divide; use "
+            f"{_divisors(layers, 64)} stages"
+        )
 
 
 def _check_batch(config: RunConfig, dp: int) -> None:
@@ -160,7 +171,8 @@ def _check_mixing(config: RunConfig, layers: list[int]) -> None:
         )
     if len(sources) < MIN_GATE_LOAD_SOURCES:
         raise InputError(
-            f"mixing.strategy is gate-load with {len(sources)} sources; it needs {MIN_GATE_LOAD_SOURCES}: "
+            f"mixing.strategy is gate-load with {len(sources)} source{'s' * (len(sources) > 1)}; it needs "
+            f"{MIN_GATE_LOAD_SOURCES}: "
             "two are always equally far apart, so their weights never change; add a source, or use strategy "
             "fixed"
         )

@@ -54,7 +54,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file; give the path of a RUN.yaml") from None
+        raise InputError(
+            f"{path}: there is no such file; give the path of a RUN.yaml, and flags after it"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: it cannot be read as a UTF-8 text file: {error}") from None
     except yaml.YAMLError as error:
@@ -148,7 +150,7 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
         names = [f"--{leaf.name.replace('_', '-')}"]
         names += [f"--{alias}" for alias, target in leaves.FLAG_ALIASES.items() if target == leaf.name]
         if leaf.hint is bool:
-            parser.add_argument(*names, dest=leaf.name, action="store_const", const=True)
+            parser.add_argument(*names, dest=leaf.name, nargs="?", const="true")
             off = [f"--no-{name[2:]}" for name in names]
             off += [f"--{alias}" for alias, to in leaves.FLAG_ALIASES.items() if to == f"no-{leaf.name}"]
             parser.add_argument(*off, dest=leaf.name, action="store_const", const=False)

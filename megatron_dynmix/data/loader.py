@@ -64,6 +64,7 @@ class BlendLoader:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
+            generator=torch.Generator(),  # the loader draws from it; the global one belongs to the model
         )
         self._iterator: Iterator[MicroBatch] | None = None
         self._chunk: Chunk | None = None

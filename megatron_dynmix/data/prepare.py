@@ -17,9 +17,10 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from numpy.typing import NDArray
 
+from megatron_dynmix.config.tree import Template
 from megatron_dynmix.data.conversation import parse_sharegpt
 from megatron_dynmix.data.jsonl import BadLine, read_jsonl
-from megatron_dynmix.data.template import Rendered, Template, render, token_mask
+from megatron_dynmix.data.template import Rendered, render, token_mask
 from megatron_dynmix.data.tokenizer import Tokenizer
 from megatron_dynmix.errors import InputError
 

@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
@@ -21,11 +21,10 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
 
+from megatron_dynmix.config.tree import Overlong
 from megatron_dynmix.data.packing import Packing, pack
 from megatron_dynmix.data.prepare import load_report
 from megatron_dynmix.errors import InputError
-
-Overlong = Literal["drop", "truncate", "error"]
 
 _PACKING_VERSION = 1  # raised when the same source would be packed otherwise
 

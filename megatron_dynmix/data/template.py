@@ -5,17 +5,15 @@ Shape legend: T tokens of one text.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 
+from megatron_dynmix.config.tree import Template
 from megatron_dynmix.data.conversation import Conversation
 from megatron_dynmix.data.tokenizer import Tokenizer
 from megatron_dynmix.errors import InputError
-
-Template = Literal["vicuna", "tokenizer"]
 
 _VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

@@ -49,6 +49,10 @@ class GateLoadRouter(TopKRouter):
             padding_mask: `[S, B]`, True = padding (the parent's docstring has it the wrong way round).
 
         """
+        if padding_mask is not None and padding_mask.shape[0] != logits.shape[0]:
+            # Megatron-Core slices the mask for sequence parallelism on the first pipeline stage only.
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            padding_mask = padding_mask.split(logits.shape[0], dim=0)[rank]
         probs, routing_map_TE = super().routing(logits, padding_mask)
         if self.counter is not None and self.counter.is_recording and not in_backward():
             self.counter.add(self.moe_layer_index, routing_map_TE)

@@ -10,17 +10,11 @@ from pathlib import Path
 from typing import Any
 
 
-def training_line(
-    record: Mapping[str, Any],
-    train_iters: int,
-    now: datetime,
-    *,
-    loss_scale: float = 1.0,
-    nan_iterations: int = 0,
-) -> str:
+def training_line(record: Mapping[str, Any], train_iters: int, now: datetime) -> str:
     """The line of one log interval: Megatron-LM's fields in its order, then tokens/s and useful tokens.
 
-    `record` is the training record of `MetricsWriter.training`. `loss_scale` is 1.0 unless training in fp16.
+    `record` is the training record of `MetricsWriter.training`. The loss is not scaled, as in bf16, and a
+    run stops at its first iteration that is not a number, so Megatron-LM's fields for those do not vary.
     """
     losses = {"lm loss": record["lm_loss"], **record["aux_losses"]}
     fields = [
@@ -30,10 +24,10 @@ def training_line(
         f" learning rate: {record['lr']:.6E} |",
         f" global batch size: {record['global_batch_size']:5d} |",
         *(f" {name}: {loss:.6E} |" for name, loss in losses.items()),
-        f" loss scale: {loss_scale:.1f} |",
+        " loss scale: 1.0 |",
         f" grad norm: {record['grad_norm']:.3f} |",
         f" number of skipped iterations: {record['skipped_iterations']:3d} |",
-        f" number of nan iterations: {nan_iterations:3d} |",
+        " number of nan iterations:   0 |",
         f" tokens per second: {record['tokens_per_second']:.1f} |",
         f" useful token share: {record['useful_token_share']:.3f} |",
     ]

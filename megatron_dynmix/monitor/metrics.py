@@ -26,7 +26,7 @@ MIXING_KEYS = frozenset(
             "load",
             "distance",
         ),
-        *("tokens", "rows", "epochs", "probe_loss", "note", "seconds"),
+        *("tokens", "rows", "epochs", "probe_loss", "entropy", "kl_step", "note", "seconds"),
     }
 )
 
@@ -70,7 +70,8 @@ class MetricsWriter:
 
         Keys: iteration, consumed_samples, sources, old_weights, new_weights, delta (or None), load (D x E
         or D x L x E, or None), distance (D x D, or None), tokens, rows, epochs (per source, so far),
-        probe_loss (per source, or None), note (or None), seconds {signal, reduce, update, rebuild}.
+        probe_loss (per source, or None), entropy of the new weights and kl_step from the old to them (nats),
+        note (or None), seconds {signal, reduce, update, rebuild}.
         """
         assert update.keys() >= MIXING_KEYS, f"missing: {sorted(MIXING_KEYS - update.keys())}"
         assert list(update["sources"]) == self._sources, f"{update['sources']} are not {self._sources}"

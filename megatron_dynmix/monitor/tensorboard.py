@@ -45,10 +45,9 @@ class TensorBoardWriter:
     def mixing(self, update: Mapping[str, Any]) -> None:
         """Write one weight update (see `MetricsWriter.mixing`); what it holds as None gets no point."""
         iteration, sources = update["iteration"], update["sources"]
-        old_D, new_D = np.asarray(update["old_weights"]), np.asarray(update["new_weights"])
         tokens_D = np.asarray(update["tokens"], dtype=np.float64)
         per_source = {
-            "weight": new_D,
+            "weight": update["new_weights"],
             "delta": update["delta"],
             "token-share": tokens_D / tokens_D.sum() if tokens_D.any() else None,
             "epochs": update["epochs"],
@@ -58,9 +57,7 @@ class TensorBoardWriter:
             if values_D is not None:
                 tagged = zip(sources, values_D, strict=True)
                 self._scalars({f"dynmix/{name}/{source}": value for source, value in tagged}, iteration)
-        self._scalars(
-            {"dynmix/entropy": entropy(new_D), "dynmix/kl-step": kl_divergence(new_D, old_D)}, iteration
-        )
+        self._scalars({"dynmix/entropy": update["entropy"], "dynmix/kl-step": update["kl_step"]}, iteration)
         self._scalars(
             {f"dynmix/seconds/{part}": value for part, value in update["seconds"].items()}, iteration
         )
@@ -90,21 +87,6 @@ class TensorBoardWriter:
 
     def _image(self, tag: str, image_HWC: npt.NDArray[np.uint8], step: int) -> None:
         self._writer.add_image(tag, image_HWC, step, dataformats="HWC")
-
-
-def entropy(weights: npt.ArrayLike) -> float:
-    """Entropy of weights `[D]` in nats; a weight of 0 adds nothing."""
-    weights_D = np.asarray(weights, dtype=np.float64)
-    drawn_D = weights_D[weights_D > 0]
-    return float(-(drawn_D * np.log(drawn_D)).sum())
-
-
-def kl_divergence(new: npt.ArrayLike, old: npt.ArrayLike) -> float:
-    """KL(new || old) of weights `[D]` in nats; infinite where a source comes in that had weight 0."""
-    new_D, old_D = np.asarray(new, dtype=np.float64), np.asarray(old, dtype=np.float64)
-    drawn_D = new_D > 0
-    with np.errstate(divide="ignore"):
-        return float((new_D[drawn_D] * np.log(new_D[drawn_D] / old_D[drawn_D])).sum())
 
 
 def _megatron_scalars(record: Mapping[str, Any]) -> dict[str, float]:

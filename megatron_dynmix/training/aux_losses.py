@@ -28,10 +28,17 @@ def take_aux_losses(model: DistributedDataParallel, micro_batches: int) -> dict[
     if not config.num_moe_experts:
         return {}
     types = config.moe_router_load_balancing_type
-    names = [NAMES[kind] for kind in ([types] if isinstance(types, str) else types) if kind in NAMES]
+    coefficients = config.moe_aux_loss_coeff
+    if isinstance(types, str):
+        types, coefficients = [types], [coefficients]
+    names = [
+        NAMES[kind]
+        for kind, coefficient in zip(types, coefficients, strict=True)
+        if kind in NAMES and coefficient
+    ]
     if config.moe_z_loss_coeff is not None:
         names.append("z_loss")
-    if not names or not (config.moe_aux_loss_coeff or config.moe_z_loss_coeff):
+    if not names:
         return {}
     losses: dict[str, torch.Tensor] = {}
     track_moe_metrics(

@@ -62,6 +62,12 @@ class Checkpointer:
         torch.distributed.barrier()
         return target
 
+    def point_at(self, iteration: int) -> Path:
+        """Make an older checkpoint the one that is resumed from."""
+        if torch.distributed.get_rank() == 0:
+            write_atomically(self.directory / TRACKER, str(iteration))
+        return self.directory / f"iter_{iteration:07d}"
+
     def load(self) -> dict[str, Any]:
         """Restore model, optimizer and schedule from the newest checkpoint; returns its run state."""
         source = latest_checkpoint(self.directory)

@@ -39,6 +39,8 @@ def build_optimizer(
         end_wd=settings.weight_decay,
         wd_incr_steps=config.training.train_iters * batch,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # the configuration decides, also when a run is resumed
     )
     return optimizer, scheduler
 
@@ -84,6 +86,19 @@ def _set_states_but_step(
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:
+    """Load moments and steps; learning rates stay those of the configuration.
+
+    Raises:
+        KeyError, CheckpointingException: a state of another optimizer.
+
+    """
+    rates = [(group["max_lr"], group["min_lr"]) for group in optimizer.param_groups]
+    _load_across_layouts(optimizer, loaded)
+    for group, (max_lr, min_lr) in zip(optimizer.param_groups, rates, strict=True):
+        group["max_lr"], group["min_lr"] = max_lr, min_lr
+
+
+def _load_across_layouts(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:
     """`optimizer.load_state_dict` that also takes a checkpoint of another expert-parallel layout.
 
     Megatron-Core has one optimizer without expert parallelism and two (dense, expert) with it, so the

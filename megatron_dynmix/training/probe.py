@@ -66,7 +66,8 @@ class Probe:
         """
         run.model.eval()
         try:
-            with run.counter.recording():
+            # Megatron-Core's schedules leave autograd on, and expert bias takes that for training.
+            with torch.no_grad(), run.counter.recording():
                 stats = run(self._micro_batches, forward_only=True)
         finally:
             run.model.train()

@@ -20,6 +20,7 @@ from megatron_dynmix.mixing.controller import MixingController, MixingUpdate
 from megatron_dynmix.mixing.gate_load import GateLoad
 from megatron_dynmix.mixing.static import Fixed, Uniform
 from megatron_dynmix.mixing.strategy import Proposal, Signal, Strategy
+from megatron_dynmix.mixing.weights import entropy, kl_divergence
 from megatron_dynmix.moe.reduction import reduce_counts
 from megatron_dynmix.training.probe import Probe
 from megatron_dynmix.training.step import PassRunner, SourceStats
@@ -119,7 +120,12 @@ class Reweighting:
             seconds=seconds,
             note=note,
         ).to_json()
-        return {**record, "probe_loss": probe_stats.source_losses() if probe_stats else None}
+        return {
+            **record,
+            "probe_loss": probe_stats.source_losses() if probe_stats else None,
+            "entropy": entropy(new_D),
+            "kl_step": kl_divergence(new_D, old_D),
+        }
 
     def _measure(self, seconds: dict[str, float]) -> tuple[torch.Tensor, SourceStats | None]:
         if self.probe is not None:
@@ -143,7 +149,7 @@ class Reweighting:
             try:
                 proposal, note = self.controller.update(Signal(counts_DLE=counts_DLE, loss_D=loss_D))
                 weights_D.copy_(torch.from_numpy(self.controller.weights_D.copy()))
-            except ValueError as error:
+            except Exception as error:  # whatever it is, the other ranks are waiting to be told
                 failure = str(error)
         torch.distributed.broadcast(weights_D, src=0)  # NaN says: rank 0 could not decide
         if weights_D.isnan().any():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -31,20 +31,23 @@ from megatron_dynmix.moe.counter import GateLoadCounter
 from megatron_dynmix.moe.router import attach_counter
 from megatron_dynmix.monitor.logline import loaded_line, loading_line
 from megatron_dynmix.monitor.metrics import MetricsWriter
-from megatron_dynmix.training.checkpoint import (
-    TRACKER,
-    Checkpointer,
-    latest_checkpoint,
-    read_run_state,
-    write_atomically,
-)
+from megatron_dynmix.training.checkpoint import Checkpointer, write_atomically
 from megatron_dynmix.training.model import build_model
 from megatron_dynmix.training.optimizer import build_optimizer
 from megatron_dynmix.training.probe import Probe
+from megatron_dynmix.training.report import report_start
+from megatron_dynmix.training.resume import (
+    Resume,
+    check_pretrained,
+    check_resume,
+    check_run_dir,
+    has_checkpoint,
+    identity,
+)
 from megatron_dynmix.training.reweighting import Reweighting, build_strategy
 from megatron_dynmix.training.sources import build_blend, build_rows, initial_weights, prepare_sources
 from megatron_dynmix.training.step import PassRunner
-from megatron_dynmix.training.trainer import Progress, Trainer, seed_iteration
+from megatron_dynmix.training.trainer import LogInterval, Progress, Trainer, seed_iteration
 
 
 @dataclass(frozen=True)
@@ -52,39 +55,9 @@ class Data:
     """What a run reads."""
 
     reports: list[SourceReport]
-    """What became of each source's examples when it was prepared."""
+    """What became of each input's examples when it was prepared: the sources', then their probes'."""
     train: list[PackedRows]
     probe: list[PackedRows]
-
-
-def check_run_dir(run_dir: Path, resume: str) -> None:
-    """Refuse a run directory that does not go with `resume`.
-
-    Args:
-        run_dir: the run directory.
-        resume: `no`, `must` or `auto`.
-
-    Raises:
-        InputError: the directory holds a run and must not, or holds none and must, or cannot be written.
-
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir):
-            pass
-    except OSError as error:
-        raise InputError(f"{run_dir} cannot be written ({error.strerror}); give another --run-dir") from None
-    has_checkpoint = (run_dir / "checkpoints" / TRACKER).is_file()
-    if resume == "must" and not has_checkpoint:
-        raise InputError(
-            f"--resume must, but {run_dir / 'checkpoints'} holds no checkpoint; use --resume auto"
-        )
-    if resume == "no" and (has_checkpoint or (run_dir / "metrics.jsonl").is_file()):
-        raise InputError(
-            f"{run_dir} holds a run already; give another --run-dir, or go on with it: --resume auto"
-        )
-    if has_checkpoint:
-        read_run_state(latest_checkpoint(run_dir / "checkpoints"))
 
 
 def check_before_start(config: RunConfig, world_size: int) -> Tokenizer:
@@ -103,12 +76,25 @@ def check_before_start(config: RunConfig, world_size: int) -> Tokenizer:
         raise InputError(f"mixing: {error}") from None
     tokenizer = load_tokenizer(Path(config.data.tokenizer or ""))
     check_tokenizer(config, tokenizer.vocab_size)
-    if config.checkpoint.pretrained_checkpoint is not None:
-        latest_checkpoint(Path(config.checkpoint.pretrained_checkpoint))
+    check_pretrained(config)
+    _check_transformer_engine(config)
     return tokenizer
 
 
-def train(config: RunConfig, run_dir: Path, *, resume: str = "no") -> Trainer:
+def _check_transformer_engine(config: RunConfig) -> None:
+    """Transformer Engine takes all rows of a micro-batch as one sequence, in 16 bits."""
+    if not platform.start().transformer_engine:
+        return
+    if not config.training.bf16:
+        raise InputError("Transformer Engine attends to packed rows in bf16 only; add --bf16")
+    if "seq_aux_loss" in str(config.model.megatron.get("moe_router_load_balancing_type")):
+        raise InputError(
+            "moe_router_load_balancing_type seq_aux_loss would balance over a whole micro-batch: with "
+            "Transformer Engine its rows are one sequence; use aux_loss or global_aux_loss"
+        )
+
+
+def train(config: RunConfig, run_dir: Path, *, resume: Resume = "no") -> Trainer:
     """Train on this rank; every rank of the job calls it with the same arguments.
 
     Args:
@@ -127,13 +113,13 @@ def train(config: RunConfig, run_dir: Path, *, resume: str = "no") -> Trainer:
     here = platform.start()
     tokenizer = check_before_start(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_run_dir(run_dir, resume)
-    # The first rank of each node (which may have a disk of its own) prepares and packs before it joins, so
-    # that nothing can still be refused once the others wait for it; they find its files.
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    data = read_data(config, tokenizer) if first else None
+    # Before the ranks wait for one another: nothing can be refused after that, and preparing takes its time.
+    data = read_data(config, tokenizer)
+    changes = check_resume(config, data.reports, run_dir, resume)
     join_job(config)
     torch.distributed.barrier()
-    data = data or read_data(config, tokenizer)
+    if torch.distributed.get_rank() == 0:
+        report_start(config, data, run_dir, changes)
     trainer = build_trainer(config, run_dir, data, here, resume=resume)
     trainer.fit()
     return trainer
@@ -150,7 +136,7 @@ def join_job(config: RunConfig) -> None:
             pipeline_model_parallel_size=size("pipeline_model_parallel_size"),
             expert_model_parallel_size=size("expert_model_parallel_size"),
             expert_tensor_parallel_size=config.parallel.megatron.get("expert_tensor_parallel_size"),
-            distributed_timeout_minutes=int(config.parallel.distributed_timeout_minutes) or 1,
+            distributed_timeout_minutes=math.ceil(config.parallel.distributed_timeout_minutes),
         )
     unset_num_microbatches_calculator()
     init_num_microbatches_calculator(
@@ -169,34 +155,23 @@ def read_data(config: RunConfig, tokenizer: Tokenizer) -> Data:
         InputError: data that cannot be used.
 
     """
-    reports = [report for _, report in prepare_sources(config, tokenizer)]
+    reports = list(prepare_sources(config, tokenizer))
     probing = config.mixing.strategy == "gate-load" and config.mixing.signal == "probe"
     return Data(
-        reports=reports[: len(config.data.sources)],
+        reports=reports,
         train=build_rows(config, tokenizer, probe=False),
         probe=build_rows(config, tokenizer, probe=True) if probing else [],
     )
 
 
 def build_trainer(
-    config: RunConfig, run_dir: Path, data: Data, here: platform.Platform, *, resume: str
+    config: RunConfig, run_dir: Path, data: Data, here: platform.Platform, *, resume: Resume
 ) -> Trainer:
     """Model, optimizer, blend, probe and writers of this rank, at the state that `resume` asks for."""
     rank0 = torch.distributed.get_rank() == 0
-    transformer = transformer_config(config)
     seed_iteration(config.training.seed, -1)  # of the time before the first iteration
-    model = build_model(config, transformer, here)
-    optimizer, scheduler = build_optimizer(config, model)
-    layers = moe_layers(transformer)
-    counter = GateLoadCounter(len(data.train), len(layers), transformer.num_moe_experts or 1, here.device)
-    attach_counter([model], counter, layers)
-    run = PassRunner(
-        model=model,
-        platform=here,
-        counter=counter,
-        seq_length=config.data.seq_length,
-        sequence_parallel=transformer.sequence_parallel,
-    )
+    run = _build_runner(config, len(data.train), here)
+    optimizer, scheduler = build_optimizer(config, run.model)
     blend = build_blend(config, data.train)
     controller = MixingController(
         list(config.data.sources), initial_weights(config), build_strategy(config.mixing)
@@ -216,11 +191,11 @@ def build_trainer(
         )
     reweighting = Reweighting(config.mixing, controller, blend, run, probe)
     checkpointer = Checkpointer(
-        directory=run_dir / "checkpoints", model=model, optimizer=optimizer, scheduler=scheduler
+        directory=run_dir / "checkpoints", model=run.model, optimizer=optimizer, scheduler=scheduler
     )
     say = _say if rank0 else _silent
-    resuming = resume != "no" and (checkpointer.directory / TRACKER).is_file()
-    progress = _restore(config, checkpointer, reweighting, len(data.train), say, resuming=resuming)
+    resuming = resume != "no" and has_checkpoint(run_dir)
+    progress, interval = _restore(config, checkpointer, reweighting, say, resuming=resuming)
     # A run that died before its first checkpoint begins again: its records are those of no state.
     resume_iteration = None if resume == "no" else progress.iteration
     return Trainer(
@@ -237,8 +212,26 @@ def build_trainer(
         reweighting=reweighting,
         checkpointer=checkpointer,
         writer=_open_writer(config, run_dir, resume_iteration) if rank0 else None,
+        identity=identity(config, data.reports),
         progress=progress,
+        interval=interval,
         say=say,
+    )
+
+
+def _build_runner(config: RunConfig, num_sources: int, here: platform.Platform) -> PassRunner:
+    """The model, and the counter that its routers write into."""
+    transformer = transformer_config(config)
+    model = build_model(config, transformer, here)
+    layers = moe_layers(transformer)
+    counter = GateLoadCounter(num_sources, len(layers), transformer.num_moe_experts or 1, here.device)
+    attach_counter([model], counter, layers)
+    return PassRunner(
+        model=model,
+        platform=here,
+        counter=counter,
+        seq_length=config.data.seq_length,
+        sequence_parallel=transformer.sequence_parallel,
     )
 
 
@@ -254,27 +247,25 @@ def _restore(
     config: RunConfig,
     checkpointer: Checkpointer,
     reweighting: Reweighting,
-    num_sources: int,
-    say: Any,
+    say: Callable[[str], None],
     *,
     resuming: bool,
-) -> Progress:
+) -> tuple[Progress, LogInterval]:
     """Where the run starts: at its checkpoint, at another run's weights, or at nothing."""
-    size = config.parallel.size
-    layout = {
-        "tp_size": size("tensor_model_parallel_size"),
-        "pp_size": size("pipeline_model_parallel_size"),
-    }
     if resuming:
         state = checkpointer.load()
         reweighting.load_state_dict(state["mixing"])
+        size = config.parallel.size
+        tp, pp = size("tensor_model_parallel_size"), size("pipeline_model_parallel_size")
         say(loading_line(state["iteration"], checkpointer.directory))
-        say(loaded_line(state["iteration"], checkpointer.directory, **layout))
+        say(loaded_line(state["iteration"], checkpointer.directory, tp_size=tp, pp_size=pp))
         tokens_D = torch.tensor(state["tokens"], dtype=torch.float64)
-        return Progress(state["iteration"], state["consumed_samples"], tokens_D)
+        interval = LogInterval.from_state_dict(state["log_interval"])
+        return Progress(state["iteration"], state["consumed_samples"], tokens_D), interval
     if config.checkpoint.pretrained_checkpoint is not None:
         checkpointer.load_weights(Path(config.checkpoint.pretrained_checkpoint))
-    return Progress(0, 0, torch.zeros(num_sources, dtype=torch.float64))
+    num_sources = len(config.data.sources)
+    return Progress(0, 0, torch.zeros(num_sources, dtype=torch.float64)), LogInterval.start(num_sources)
 
 
 def _say(text: str) -> None:

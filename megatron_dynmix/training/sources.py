@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,35 +49,45 @@ def source_files(config: RunConfig) -> Iterator[SourceFile]:
             yield SourceFile(name, True, Path(source.probe))
 
 
-def prepare_sources(config: RunConfig, tokenizer: Tokenizer) -> Iterator[tuple[SourceFile, SourceReport]]:
-    """Prepare what is not prepared yet, and yield the report of each source as it is done.
+def prepare_sources(config: RunConfig, tokenizer: Tokenizer) -> Iterator[SourceReport]:
+    """Prepare what is not prepared yet, and yield the report of each input as it is done.
+
+    Ranks and nodes may do so at once: one prepares a source, the others wait for it and find it.
 
     Raises:
-        InputError: an input that cannot be read, or a prepared one made with another tokenizer.
+        InputError: an input that cannot be read, or a prepared one made with another tokenizer or template.
 
     """
+    template = config.data.template
     for file in source_files(config):
         prefix = file.prefix(config)
-        if file.path.is_file() and not is_current(prefix, [file.path], tokenizer, config.data.template):
+        if file.path.is_file():
             prefix.parent.mkdir(parents=True, exist_ok=True)
-            yield (
-                file,
-                prepare_source(
-                    name=file.label,
-                    inputs=[file.path],
-                    prefix=prefix,
-                    tokenizer=tokenizer,
-                    template=config.data.template,
-                ),
-            )
-            continue
+            with _locked(prefix):
+                if not is_current(prefix, [file.path], tokenizer, template):
+                    prepare_source(
+                        name=file.label,
+                        inputs=[file.path],
+                        prefix=prefix,
+                        tokenizer=tokenizer,
+                        template=template,
+                    )
         report = load_report(prefix)
-        if report.tokenizer != tokenizer.fingerprint:
+        if (report.tokenizer, report.template) != (tokenizer.fingerprint, template):
             raise InputError(
-                f"source {file.label}: {prefix} was prepared with another tokenizer than "
-                f"{config.data.tokenizer}; prepare it again, or give the tokenizer it was prepared with"
+                f"source {file.label}: {prefix} was prepared with template {report.template} and another "
+                f"tokenizer than {config.data.tokenizer}, or another template than {template}; prepare it "
+                "again, or give what it was prepared with"
             )
-        yield file, report
+        yield report
+
+
+@contextmanager
+def _locked(prefix: Path) -> Iterator[None]:
+    """Hold a source's lock file; also between nodes where the file system locks over the network."""
+    with prefix.with_name(f".{prefix.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def build_rows(config: RunConfig, tokenizer: Tokenizer, *, probe: bool) -> list[PackedRows]:

@@ -133,3 +133,12 @@ class PassRunner:
             if group.size() > 1:
                 torch.distributed.all_reduce(total, group=group)
         return SourceStats(*total.cpu())
+
+
+def gradients_are_finite(model: DistributedDataParallel) -> bool:
+    """Whether no rank holds a gradient that is NaN or infinite; the same answer on every rank."""
+    bad = torch.zeros((), device=next(model.parameters()).device)
+    for buffer in [*model.buffers, *model.expert_parallel_buffers]:
+        bad += ~buffer.grad_data.sum().isfinite()
+    torch.distributed.all_reduce(bad)
+    return not bad.item()

@@ -10,7 +10,7 @@ SMALL = [
     *("--train-iters", "4", "--interval", "2", "--log-interval", "1", "--probe-tokens", "1024"),
     *("--lr", "1e-2", "--lr-warmup-iters", "0"),
 ]
-"""A model small enough for seconds, of three layers, one expert of four per rank at EP=2."""
+"""A model small enough for seconds: three layers of eight experts."""
 
 
 @pytest.fixture(scope="session")

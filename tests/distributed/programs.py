@@ -53,7 +53,7 @@ def torch_world_size():
 def save_initial_weights(run_yaml, flags, run_dir):
     """Weights that every layout can start from."""
     trainer = build(run_yaml, flags, run_dir)
-    trainer.checkpointer.save(0, {})
+    trainer.checkpointer.save(0, trainer.identity)
 
 
 def count_one_step(run_yaml, flags, run_dir):

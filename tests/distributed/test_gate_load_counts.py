@@ -17,6 +17,14 @@ LAYOUTS = {
     "EP2 x DP2": (4, []),
     "EP4": (4, ["--expert-model-parallel-size", "4"]),
     "TP2 x EP2": (2, [*TP2, "--expert-tensor-parallel-size", "1"]),
+    "TP2 x ETP2": (2, [*TP2, *EP1]),
+    "PP2 x TP2 x EP2": (
+        4,
+        [
+            *("--num-layers", "4", "--pipeline-model-parallel-size", "2"),
+            *(*TP2, "--expert-tensor-parallel-size", "1"),
+        ],
+    ),
     "PP2 x EP2": (4, ["--num-layers", "4", "--pipeline-model-parallel-size", "2"]),
     "EP2, full recompute": (
         2,
@@ -52,8 +60,9 @@ def test_I6_counts_of_layout_equal_one_rank(layout, one_rank, run_yaml, start_fr
         np.testing.assert_allclose(rank["grad_norm"], one_rank["grad_norm"], rtol=1e-4)
 
 
-def test_I6_pipeline_stages_count_their_own_layers(run_yaml, start_from, tmp_path_factory):
-    world_size, flags = LAYOUTS["PP2 x EP2"]
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name.startswith("PP")])
+def test_I6_pipeline_stages_count_their_own_layers(layout, run_yaml, start_from, tmp_path_factory):
+    world_size, flags = LAYOUTS[layout]
     begin = start_from[: start_from.index("--pretrained-checkpoint")]
     initial = tmp_path_factory.mktemp("four-layers")
     layers = ["--num-layers", "4"]

@@ -18,8 +18,13 @@ def weights(result):
 
 
 @pytest.fixture(scope="module")
-def ep2(run_yaml, start_from, tmp_path_factory):
-    return run_ranks(2, programs.train, run_yaml, start_from, tmp_path_factory.mktemp("ep2"))[0]
+def ep2_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("ep2")
+
+
+@pytest.fixture(scope="module")
+def ep2(run_yaml, start_from, ep2_dir):
+    return run_ranks(2, programs.train, run_yaml, start_from, ep2_dir)[0]
 
 
 def test_I1_two_runs_with_one_seed_are_equal(ep2, run_yaml, start_from, tmp_path):
@@ -30,7 +35,14 @@ def test_I1_two_runs_with_one_seed_are_equal(ep2, run_yaml, start_from, tmp_path
     assert again["blend"] == ep2["blend"]
 
 
-@pytest.mark.parametrize("world_size, layout", [(1, EP1), (4, [])], ids=["1 rank", "EP2 x DP2"])
+TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1"]
+
+
+@pytest.mark.parametrize(
+    "world_size, layout",
+    [(1, EP1), (4, []), (4, EP1), (2, TP2)],
+    ids=["1 rank", "EP2 x DP2", "DP4", "TP2 x EP2"],
+)
 def test_I3_the_order_does_not_depend_on_the_layout(world_size, layout, ep2, run_yaml, start_from, tmp_path):
     other = run_ranks(world_size, programs.train, run_yaml, [*start_from, *layout], tmp_path)[0]
     # tokens per source after every iteration: another order would show
@@ -45,10 +57,20 @@ def test_I1_another_seed_gives_another_run(ep2, run_yaml, start_from, tmp_path):
     assert losses(other) != losses(ep2)
 
 
-@pytest.mark.parametrize("signal", ["probe", "train"])
-def test_I7_measuring_changes_nothing(signal, run_yaml, start_from, tmp_path):
-    off = run_ranks(2, programs.train, run_yaml, [*start_from, "--strategy", "uniform"], tmp_path / "off")[0]
-    measured = [*start_from, "--signal", signal, "--eta", "0"]
+EXPERT_BIAS = ["--moe-router-enable-expert-bias", "--moe-router-score-function", "sigmoid"]
+
+
+@pytest.mark.parametrize(
+    "signal, extra",
+    [("probe", []), ("train", []), ("probe", EXPERT_BIAS)],
+    ids=["probe", "train", "expert bias"],
+)
+def test_I7_measuring_changes_nothing(signal, extra, run_yaml, start_from, tmp_path):
+    if extra:  # other tensors than the common start has
+        start_from = start_from[: start_from.index("--pretrained-checkpoint")]
+    alike = [*start_from, *extra]
+    off = run_ranks(2, programs.train, run_yaml, [*alike, "--strategy", "uniform"], tmp_path / "off")[0]
+    measured = [*alike, "--signal", signal, "--eta", "0"]
     on = run_ranks(2, programs.train, run_yaml, measured, tmp_path / "on")[0]
     assert len(on["mixing"]) == 2 and not off["mixing"]
     assert losses(on) == losses(off)
@@ -61,7 +83,7 @@ def test_I7_measuring_changes_nothing(signal, run_yaml, start_from, tmp_path):
 @pytest.mark.parametrize(
     "world_size, flags",
     [(1, [*EP1, "--micro-batch-size", "1"]), (1, [*EP1, "--micro-batch-size", "8"]), (4, [])],
-    ids=["micro-batch 1", "micro-batch 8", "DP4"],
+    ids=["micro-batch 1", "micro-batch 8", "EP2 x DP2"],
 )
 def test_I10_loss_is_the_mean_over_trained_tokens_of_the_global_batch(
     world_size, flags, run_yaml, start_from, tmp_path
@@ -75,16 +97,24 @@ def test_I10_loss_is_the_mean_over_trained_tokens_of_the_global_batch(
     np.testing.assert_allclose(other["grad_norm"], one["grad_norm"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("signal", ["probe", "train"])
+@pytest.mark.parametrize(
+    "signal, extra",
+    [("probe", []), ("train", ["--hidden-dropout", "0.1", "--num-workers", "1", "--log-interval", "2"])],
+    ids=["probe", "train, dropout, workers"],
+)
 def test_I2_a_run_resumed_inside_an_interval_equals_one_that_was_not_stopped(
-    signal, run_yaml, start_from, tmp_path
+    signal, extra, run_yaml, start_from, tmp_path
 ):
-    settings = [*start_from, "--signal", signal, "--interval", "3", "--train-iters", "7"]
+    settings = [*start_from, "--signal", signal, "--interval", "3", "--train-iters", "7", *extra]
     whole = run_ranks(2, programs.train, run_yaml, settings, tmp_path / "whole")[0]
     first = [*settings, "--train-iters", "5", "--lr-decay-iters", "7"]
     run_ranks(2, programs.train, run_yaml, first, tmp_path / "parts")
     parts = run_ranks(2, programs.train, run_yaml, settings, tmp_path / "parts", resume="must")[0]
-    assert losses(parts) == losses(whole)
+    at = {record["iteration"]: record["lm_loss"] for record in whole["metrics"]}
+    if "--log-interval" not in extra:
+        assert losses(parts) == losses(whole)
+    assert parts["metrics"][-1]["tokens"] == whole["metrics"][-1]["tokens"]
+    assert losses(parts)[-1] == at[7]
     assert weights(parts) == weights(whole)
     assert [r["load"] for r in parts["mixing"]] == [r["load"] for r in whole["mixing"]]
     assert parts["blend"] == whole["blend"]
@@ -100,13 +130,54 @@ def test_frozen_router_keeps_its_weights(run_yaml, start_from, tmp_path):
         assert np.array_equal(router, long["routers"][name]), name
 
 
-def test_loss_that_is_not_a_number_stops_the_run_and_names_the_good_checkpoint(
+def test_a_loss_that_is_not_a_number_stops_the_run_at_its_last_good_checkpoint(
     run_yaml, start_from, tmp_path
 ):
-    message = run_ranks(2, programs.train_until_stopped, run_yaml, [*start_from, "--lr", "1e30"], tmp_path)[0]
-    assert message is not None and "the loss of iteration" in message
-    good = message.split("is kept in ")[1].split(";")[0]
-    assert good.endswith("iter_0000001")
-    resumed = [*start_from, "--lr", "1e-4", "--train-iters", "1"]
+    """The second step is enormous: the state after it is kept, but it is the one before that is good."""
+    steps = ["--lr", "1e30", "--lr-warmup-iters", "1", "--save-interval", "1"]
+    broken = [*start_from, *steps, "--interval", "9"]
+    message = run_ranks(2, programs.train_until_stopped, run_yaml, broken, tmp_path)[0]
+    assert "iteration 3 brought a loss of" in message
+    assert message.split("kept in ")[1].split(";")[0].endswith("iter_0000002")
+    assert message.split("trained well is ")[1].split(",")[0].endswith("iter_0000001")
+    resumed = [*start_from, "--lr", "1e-3", "--lr-warmup-iters", "1", "--interval", "9"]
     again = run_ranks(2, programs.train, run_yaml, resumed, tmp_path, resume="must")[0]
-    assert len(again["metrics"]) == 1
+    assert [record["iteration"] for record in again["metrics"]] == [1, 2, 3, 4]
+    assert np.isfinite(losses(again)).all()
+
+
+def test_a_gradient_that_is_not_a_number_changes_no_weight(run_yaml, start_from, tmp_path):
+    begin = start_from[: start_from.index("--pretrained-checkpoint")]
+    flags = [*begin, "--init-method-std", "1e30"]
+    message = run_ranks(2, programs.train_until_stopped, run_yaml, flags, tmp_path)[0]
+    assert "iteration 1 brought a loss of" in message and "gradients that are not all finite" in message
+    assert "no earlier checkpoint" in message
+    assert (tmp_path / "checkpoints/iter_0000000/run_state.json").is_file()
+
+
+def test_the_configuration_decides_the_learning_rate_of_a_resumed_run(run_yaml, start_from, tmp_path):
+    run_ranks(2, programs.train, run_yaml, [*start_from, "--train-iters", "2"], tmp_path)
+    longer = [*start_from, "--train-iters", "4", "--lr", "5e-3", "--lr-decay-style", "constant"]
+    result = run_ranks(2, programs.train, run_yaml, longer, tmp_path, resume="must")[0]
+    assert [record["lr"] for record in result["metrics"]][2:] == [5e-3, 5e-3]
+
+
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        (["--hidden-size", "64"], "hidden_size 32 (now 64)"),
+        (["--seq-length", "64"], "data.seq_length was 128"),
+        (["--seed", "9"], "training.seed was 1234"),
+        (["--template", "tokenizer"], "tokenizer or template of chat"),
+    ],
+    ids=["model", "rows", "seed", "data"],
+)
+def test_a_run_is_not_resumed_with_another(flags, why, ep2, ep2_dir, run_yaml, start_from):
+    with pytest.raises(AssertionError) as refusal:
+        run_ranks(2, programs.train, run_yaml, [*start_from, *flags], ep2_dir, resume="must")
+    assert "InputError" in str(refusal.value) and why in str(refusal.value)
+
+
+def test_a_run_that_is_done_says_so(ep2, ep2_dir, run_yaml, start_from):
+    again = run_ranks(2, programs.train, run_yaml, start_from, ep2_dir, resume="auto")[0]
+    assert losses(again) == losses(ep2)

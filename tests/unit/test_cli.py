@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,9 @@ def refused(capsys, *argv: str) -> str:
     assert main(list(argv)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.count("\n") == 1 and captured.err.startswith("megatron-dynmix: "), captured.err
+    assert captured.err.count("\n") == 1 and re.match(r"megatron-dynmix( \(rank \d+\))?: ", captured.err), (
+        captured.err
+    )
     return captured.err
 
 
@@ -148,7 +151,7 @@ def test_a_run_directory_that_holds_a_run_is_refused(capsys, tmp_path, run_yaml,
 def test_resume_must_needs_a_checkpoint(capsys, tmp_path, run_yaml):
     run = ["--run-dir", str(tmp_path / "run"), "--nproc-per-node", "2", "--resume", "must"]
     line = refused(capsys, "train", str(run_yaml), *run)
-    assert "holds no checkpoint; use --resume auto" in line
+    assert "holds no checkpoint; check the path, or begin anew with --resume auto" in line
 
 
 @pytest.mark.parametrize(

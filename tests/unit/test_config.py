@@ -116,7 +116,7 @@ def test_what_a_file_cannot_hold(tmp_path, content, message):
         (["stray"], "stray is an unknown argument"),
         (["--lr"], "argument --lr: expected one argument"),
         (["--train-iters", "1e3"], "--train-iters is '1e3'; it must be a whole number or null"),
-        (["--bf16", "true"], "true is an unknown argument"),
+        (["--bf16", "yes please"], "--bf16 is 'yes please'; it must be true or false"),
         (["--moe-router-dtype", "fp8"], "--moe-router-dtype is 'fp8'; it must be one of fp32, fp64 or null"),
     ],
 )

@@ -1,0 +1,144 @@
+"""Whether a run may go on from what its directory holds. Everything here reads JSON only."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.load import to_dict
+from megatron_dynmix.data.prepare import SourceReport
+from megatron_dynmix.errors import InputError
+from megatron_dynmix.training.checkpoint import TRACKER, latest_checkpoint, read_run_state
+
+Resume = Literal["no", "must", "auto"]
+
+# Settings of the model section that decide which tensors a checkpoint holds.
+SHAPE = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "moe_ffn_hidden_size", "num_attention_heads"),
+    *("num_query_groups", "kv_channels", "num_moe_experts", "moe_layer_freq", "vocab_size"),
+    *("moe_shared_expert_intermediate_size", "qk_layernorm", "qk_layernorm_full_width", "normalization"),
+    *("gated_linear_unit", "add_bias_linear", "untie_embeddings_and_output_weights"),
+)
+# Settings that decide the order of the rows; the state of the mix is that of one order.
+ORDER = (("training", "seed"), ("data", "seq_length"), ("data", "overlong"))
+
+
+def identity(config: RunConfig, reports: Sequence[SourceReport]) -> dict[str, Any]:
+    """What a checkpoint says of the run it belongs to: its configuration, and what its sources held."""
+    names = list(config.data.sources)
+    prints = {
+        name: [*(file.sha256 for file in report.inputs), report.tokenizer, report.template]
+        for name, report in zip(names, reports, strict=False)
+    }
+    return {"config": to_dict(config), "fingerprints": prints}
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether a run directory holds a checkpoint to go on from."""
+    return (run_dir / "checkpoints" / TRACKER).is_file()
+
+
+def check_run_dir(run_dir: Path, resume: Resume) -> None:
+    """Refuse a run directory that does not go with `resume`.
+
+    Raises:
+        InputError: the directory holds a run and must not, or holds none and must, or cannot be written.
+
+    """
+    if resume == "must" and not has_checkpoint(run_dir):
+        raise InputError(
+            f"--resume must, but {run_dir / 'checkpoints'} holds no checkpoint; check the path, or begin "
+            "anew with --resume auto"
+        )
+    if resume == "no" and (has_checkpoint(run_dir) or (run_dir / "metrics.jsonl").is_file()):
+        raise InputError(
+            f"{run_dir} holds a run already; give another --run-dir, or go on with it: --resume auto"
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        raise InputError(f"{run_dir} cannot be written ({error.strerror}); give another --run-dir") from None
+
+
+def check_resume(
+    config: RunConfig, reports: Sequence[SourceReport], run_dir: Path, resume: Resume
+) -> list[str]:
+    """Refuse to go on with another model, other data or another order; list every other change.
+
+    Nothing is compared where the run does not go on from a checkpoint.
+
+    Returns:
+        Settings that differ from the checkpoint's, as `section.name: old -> new`. They are in force from
+        now on; the weights are not among them: the state of the mix goes on.
+
+    Raises:
+        InputError: a change that the run cannot go on with.
+
+    """
+    if resume == "no" or not has_checkpoint(run_dir):
+        return []
+    source = latest_checkpoint(run_dir / "checkpoints")
+    saved, now = read_run_state(source), identity(config, reports)
+    _check_shape(saved["config"]["model"], now["config"]["model"], source)
+    before, after = saved["fingerprints"], now["fingerprints"]
+    if list(before) != list(after):
+        raise InputError(
+            f"{source} was trained on the sources {', '.join(before)}, now they are {', '.join(after)}; "
+            "resume with the same sources in the same order"
+        )
+    changed = [name for name in before if before[name] != after[name]]
+    if changed:
+        raise InputError(
+            f"the data, tokenizer or template of {', '.join(changed)} changed since {source} was written, so "
+            "the order of the rows cannot be kept; resume with what it was, or start a new --run-dir with "
+            f"--pretrained-checkpoint {run_dir / 'checkpoints'}"
+        )
+    differences = {
+        f"{section}.{name}": (settings.get(name), new.get(name))
+        for section, new in now["config"].items()
+        for settings in [saved["config"].get(section, {})]
+        for name in {**settings, **new}
+        if settings.get(name) != new.get(name)
+    }
+    for section, name in ORDER:
+        if (change := differences.get(f"{section}.{name}")) is not None:
+            raise InputError(
+                f"{section}.{name} was {change[0]} when {source} was written and is {change[1]} now, which "
+                f"changes the order of the rows; resume with {change[0]}"
+            )
+    weights = [
+        {name: entry.get("weight") for name, entry in settings["data"]["sources"].items()}
+        for settings in (saved["config"], now["config"])
+    ]
+    if weights[0] != weights[1]:
+        raise InputError(
+            "the initial weights of the sources changed, but a resumed run goes on with the weights it had; "
+            "give the old ones, or start a new --run-dir"
+        )
+    differences.pop("data.sources", None)  # paths alone may differ
+    return [f"{name}: {old} -> {new}" for name, (old, new) in differences.items()]
+
+
+def check_pretrained(config: RunConfig) -> None:
+    """Refuse weights of another model, or none.
+
+    Raises:
+        InputError: what is wrong.
+
+    """
+    if config.checkpoint.pretrained_checkpoint is not None:
+        source = latest_checkpoint(Path(config.checkpoint.pretrained_checkpoint))
+        saved = read_run_state(source)
+        _check_shape(saved["config"]["model"], to_dict(config)["model"], source)
+
+
+def _check_shape(saved: dict[str, Any], now: dict[str, Any], source: Path) -> None:
+    differing = [name for name in SHAPE if saved.get(name) != now.get(name)]
+    if differing:
+        changes = ", ".join(f"{name} {saved.get(name)} (now {now.get(name)})" for name in differing)
+        raise InputError(f"{source} holds another model: {changes}; give the model it was trained with")
