@@ -183,6 +183,8 @@ def _prepare_run(arguments: argparse.Namespace, rest: list[str]) -> int:
 def train(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Train on this rank, or start the ranks of this machine."""
     nproc = arguments.nproc_per_node
+    if nproc is None:
+        _join_slurm()
     joined = "RANK" in os.environ
     if nproc is not None and joined:
         raise InputError(
@@ -193,6 +195,27 @@ def train(arguments: argparse.Namespace, rest: list[str]) -> int:
     if not joined:
         return _start_ranks(arguments.run_yaml, arguments.run_dir, nproc or 1, arguments.resume, rest)
     return _train_here(arguments.run_yaml, arguments.run_dir, arguments.resume, rest)
+
+
+def _join_slurm() -> None:
+    """Take this task's rank from `srun`, which names it in variables of its own.
+
+    Raises:
+        InputError: the tasks are not told where to meet.
+
+    """
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if "RANK" in os.environ or tasks == "1" or "SLURM_PROCID" not in os.environ:
+        return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"this is one of {tasks} tasks of srun, but {' and '.join(missing)} are not set; export the "
+            "address of the first node and a free port, or start one rank here with --nproc-per-node 1"
+        )
+    os.environ.update(
+        RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=tasks, LOCAL_RANK=os.environ.get("SLURM_LOCALID", "0")
+    )
 
 
 def _train_here(run_yaml: Path, run_dir: Path, resume: Resume, flags: list[str]) -> int:

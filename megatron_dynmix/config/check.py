@@ -162,6 +162,11 @@ def _check_mixing(config: RunConfig, layers: list[int]) -> None:
     mixing, sources = config.mixing, config.data.sources
     if mixing.strategy == "uniform" and len({source.weight for source in sources.values()}) > 1:
         raise InputError("mixing.strategy is uniform, but the sources have different weights; use fixed")
+    if config.model.freeze_router and config.model.megatron.get("moe_router_enable_expert_bias"):
+        raise InputError(
+            "freeze_router keeps the routers as they are, but moe_router_enable_expert_bias goes on changing "
+            "their choices; leave out one of them"
+        )
     if mixing.strategy != "gate-load":
         return
     if not layers:

@@ -33,7 +33,8 @@ def _one_of(name: str, value: str, kind: Any) -> None:
 def _positive(section: object, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
-        _require(value is None or value > 0, f"{prefix}.{name}", value, "a positive number")
+        good = value is None or (value > 0 and math.isfinite(value))
+        _require(good, f"{prefix}.{name}", value, "a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)

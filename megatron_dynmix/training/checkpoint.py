@@ -122,6 +122,8 @@ def read_run_state(source: Path) -> dict[str, Any]:
         state = json.loads((source / RUN_STATE).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{source / RUN_STATE} cannot be read ({error}); resume from another run") from None
+    if not isinstance(state, dict) or "format_version" not in state:
+        raise InputError(f"{source / RUN_STATE} is no run state; resume from another run")
     if state["format_version"] > FORMAT_VERSION:
         raise InputError(
             f"{source} was written by a newer version (format {state['format_version']}, this one reads "

@@ -247,7 +247,7 @@ class Trainer:
         What went wrong has changed no weight, but the step before it may have: good is a checkpoint from
         which an iteration was trained.
         """
-        if self._interval.iterations:
+        if self._interval.iterations_here:
             self._log(self.config.training.train_iters or 0)
         before = self.save()
         text = f"{why}. The state before is kept in {before}"

@@ -1,7 +1,9 @@
 """Ranks for a test: forked from one process that has torch and Megatron-Core loaded, joined over gloo."""
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import socket
 import traceback
 from multiprocessing.connection import Connection, wait
@@ -27,11 +29,20 @@ def run_ranks(world_size, program, *args, timeout=240, **kwargs):
         pipes.append(here)
         processes.append(process)
     try:
-        return _collect(pipes, timeout)
+        answers = _collect(pipes, timeout)
+        for process in processes:
+            process.join(timeout=20)
+        return answers
     finally:
         for process in processes:
-            process.kill()
-            process.join()
+            _end(process)
+
+
+def _end(process):
+    """End a rank and what it has started: saving a checkpoint leaves a helper process behind."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
 
 
 def _collect(pipes: list[Connection], timeout):
@@ -59,6 +70,7 @@ def _rank(pipe, rank, world_size, port, program, args, kwargs):
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
+    os.setsid()
     try:
         pipe.send((None, program(*args, **kwargs)))
     except BaseException:

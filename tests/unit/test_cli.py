@@ -289,3 +289,13 @@ def test_update_refuses_weights_and_names_their_file(capsys, tmp_path, weights, 
 
 def test_update_names_a_file_that_is_not_there(capsys, tmp_path):
     assert "gone.json cannot be read" in refused(capsys, "update", "--load", str(tmp_path / "gone.json"))
+
+
+def test_srun_tasks_must_be_told_where_to_meet(capsys, tmp_path, monkeypatch):
+    path = str(write(tmp_path, good_settings(tmp_path)))
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    line = refused(capsys, "train", path, "--run-dir", str(tmp_path / "run"))
+    assert "one of 2 tasks of srun, but MASTER_ADDR and MASTER_PORT are not set; export" in line
