@@ -62,6 +62,7 @@ def _silence_expected_warnings() -> None:
         ".*is deprecated. Please use",
         "full scope is deprecated",
         "moe_ffn_hidden_size is not set",
+        "The .grad attribute of a Tensor that is not a leaf",
     ):
         warnings.filterwarnings("ignore", message=message)
 
