@@ -61,7 +61,6 @@ class Leaf:
     name: str
     section: str
     hint: Any
-    ours: bool
 
 
 @functools.cache
@@ -91,7 +90,7 @@ def _add(
     for field in dataclasses.fields(owner):
         settable = ours or (_settable(hints[field.name]) and not field.name.startswith("_"))
         if field.name not in skip and field.name not in leaves and (settable or field.name in DECIDED):
-            leaves[field.name] = Leaf(field.name, section, hints[field.name], ours)
+            leaves[field.name] = Leaf(field.name, section, hints[field.name])
 
 
 def _settable(hint: Any) -> bool:

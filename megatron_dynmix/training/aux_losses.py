@@ -50,4 +50,4 @@ def take_aux_losses(model: DistributedDataParallel, micro_batches: int) -> dict[
         num_layers=config.num_layers,
         moe_layer_freq=config.moe_layer_freq,
     )
-    return {name.replace(" ", "_"): float(loss) for name, loss in losses.items()}
+    return {name: float(loss) for name, loss in losses.items()}

@@ -35,6 +35,17 @@ class Batch:
         """`source` in the order in which this rank's routers see their tokens."""
         return router_token_slice(self.source.t(), sequence_parallel)
 
+    def token_losses(self, model: torch.nn.Module) -> torch.Tensor:
+        """Run the model: the loss of every position, or this pipeline stage's output."""
+        return model(
+            self.tokens,
+            self.position_ids,
+            self.attention_mask,
+            labels=self.labels,
+            packed_seq_params=self.packed_seq_params,
+            padding_mask=self.padding_mask,
+        )
+
 
 def to_batch(micro_batch: MicroBatch, device: torch.device, *, join_rows: bool) -> Batch:
     """Move a micro-batch to its device and derive what follows from it.

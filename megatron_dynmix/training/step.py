@@ -96,15 +96,7 @@ class PassRunner:
             next(micro_batches), self.platform.device, join_rows=self.platform.transformer_engine
         )
         self.counter.set_sources(batch.routed_source_T(self.sequence_parallel))
-        output = model(
-            batch.tokens,
-            batch.position_ids,
-            batch.attention_mask,
-            labels=batch.labels,
-            packed_seq_params=batch.packed_seq_params,
-            padding_mask=batch.padding_mask,
-        )
-        return output, lambda token_loss: self._loss(token_loss, batch)
+        return batch.token_losses(model), lambda token_loss: self._loss(token_loss, batch)
 
     def _loss(
         self, token_loss: torch.Tensor, batch: Batch

@@ -69,14 +69,7 @@ def joined_and_masked(run_yaml, flags, run_dir):
     for join_rows in (False, True):
         batch = to_batch(micro_batch, torch.device("cpu"), join_rows=join_rows)
         with torch.no_grad():
-            loss = model(
-                batch.tokens,
-                batch.position_ids,
-                batch.attention_mask,
-                labels=batch.labels,
-                packed_seq_params=batch.packed_seq_params,
-                padding_mask=batch.padding_mask,
-            )
+            loss = batch.token_losses(model)
         answers.append((loss.reshape(-1) * batch.loss_mask.reshape(-1)).numpy())
         sources = batch.routed_source_T(sequence_parallel=False)
         assert sources.shape == (batch.tokens.numel(),)
