@@ -1,7 +1,7 @@
 """The console script: one small function per subcommand.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or bad input. Heavy imports wait inside the functions, so that
-`--help` and `update` answer at once.
+Exit codes: 0 done, 1 failed, 2 wrong usage or bad input, 75 saved and stopped on request, 130 interrupted.
+Heavy imports wait inside the functions, so that `--help` and `update` answer at once.
 """
 
 from __future__ import annotations
@@ -9,14 +9,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dynmix import __version__
-from megatron_dynmix.errors import InputError
+from megatron_dynmix.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_REFUSED,
+    EXIT_STOPPED,
+    InputError,
+    StoppedOnRequest,
+    TrainingStopped,
+)
 
 if TYPE_CHECKING:
     from megatron_dynmix.training.resume import Resume
@@ -31,24 +38,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.command(arguments, rest))
     except InputError as error:
-        return _fail(str(error), 2)
-    except _stopped() as error:
-        return _fail(f"stopped: {error}", 1)
+        return _end(EXIT_REFUSED, str(error))
+    except TrainingStopped as error:
+        return _end(EXIT_FAILED, f"stopped: {error}" if str(error) else "")
+    except StoppedOnRequest as error:
+        return _end(EXIT_STOPPED, _once(str(error)))
     except KeyboardInterrupt:
-        return _fail("interrupted; go on from the last checkpoint with --resume auto", 130)
+        message = "interrupted; go on from the last checkpoint with --resume auto"
+        return _end(EXIT_INTERRUPTED, _once(message))
 
 
-def _fail(message: str, code: int) -> int:
-    """Say it, and from which rank."""
+def _end(code: int, message: str) -> int:
+    """Say it, and from which rank; of several ranks that end together, one has something to say."""
     rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-    print(f"megatron-dynmix{rank}: {message}", file=sys.stderr)
+    if message:
+        print(f"megatron-dynmix{rank}: {message}", file=sys.stderr)
     return code
 
 
-def _stopped() -> type[BaseException] | tuple[()]:
-    """The exception of a run that ended early, if the training modules were loaded at all."""
-    trainer = sys.modules.get("megatron_dynmix.training.trainer")
-    return trainer.TrainingStopped if trainer else ()
+def _once(message: str) -> str:
+    """What all ranks would say alike, on one of them."""
+    return message if os.environ.get("RANK", "0") == "0" else ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,6 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--run-dir", type=Path, required=True, help="where everything is written")
     sub.add_argument("--nproc-per-node", type=int, help="start this many ranks here")
     sub.add_argument("--resume", choices=["no", "must", "auto"], default="no")
+    sub.add_argument(
+        "--allow-source-change", action="store_true", help="resume although the data are not what they were"
+    )
+
+    sub = command("verify", verify, "prove from a run's directory that it drew what its weights call for")
+    sub.add_argument("run_dir", type=Path, metavar="RUN")
 
     sub = command("update", update, "one weight update on given gate loads, without a model")
     sub.add_argument("--load", type=Path, required=True, help='JSON: {"source": [load per expert], ...}')
@@ -182,6 +198,15 @@ def _prepare_run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def train(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Train on this rank, or start the ranks of this machine."""
+    from megatron_dynmix.launch import end_with_launcher
+    from megatron_dynmix.training.signals import stopping_at_once
+
+    end_with_launcher()
+    with stopping_at_once():
+        return _train(arguments, rest)
+
+
+def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     nproc = arguments.nproc_per_node
     if nproc is None:
         _join_slurm()
@@ -193,8 +218,21 @@ def train(arguments: argparse.Namespace, rest: list[str]) -> int:
     if nproc is not None and nproc < 1:
         raise InputError(f"--nproc-per-node is {nproc}; it must be 1 or more")
     if not joined:
-        return _start_ranks(arguments.run_yaml, arguments.run_dir, nproc or 1, arguments.resume, rest)
-    return _train_here(arguments.run_yaml, arguments.run_dir, arguments.resume, rest)
+        return _start_ranks(
+            arguments.run_yaml,
+            arguments.run_dir,
+            nproc or 1,
+            arguments.resume,
+            rest,
+            allow_source_change=arguments.allow_source_change,
+        )
+    return _train_here(
+        arguments.run_yaml,
+        arguments.run_dir,
+        arguments.resume,
+        rest,
+        allow_source_change=arguments.allow_source_change,
+    )
 
 
 def _join_slurm() -> None:
@@ -218,26 +256,38 @@ def _join_slurm() -> None:
     )
 
 
-def _train_here(run_yaml: Path, run_dir: Path, resume: Resume, flags: list[str]) -> int:
+def _train_here(
+    run_yaml: Path, run_dir: Path, resume: Resume, flags: list[str], *, allow_source_change: bool
+) -> int:
     from megatron_dynmix import platform
 
     platform.start()
     from megatron_dynmix.config.load import load_config
     from megatron_dynmix.training import run
 
-    run.train(load_config(run_yaml, flags), run_dir, resume=resume)
+    config = load_config(run_yaml, flags)
+    run.train(config, run_dir, resume=resume, allow_source_change=allow_source_change)
     return 0
 
 
-def _start_ranks(run_yaml: Path, run_dir: Path, nproc: int, resume: Resume, flags: list[str]) -> int:
+def _start_ranks(
+    run_yaml: Path,
+    run_dir: Path,
+    nproc: int,
+    resume: Resume,
+    flags: list[str],
+    *,
+    allow_source_change: bool = False,
+) -> int:
     """Check everything here, where it can be refused in one message, then start the ranks.
 
-    More than one are started by torchrun; one trains in this process.
+    One rank trains in this process.
     """
     from megatron_dynmix import platform
 
     platform.start()
     from megatron_dynmix.config.load import load_config
+    from megatron_dynmix.launch import launch_ranks
     from megatron_dynmix.training import run
     from megatron_dynmix.training.resume import check_resume, check_run_dir
 
@@ -245,16 +295,27 @@ def _start_ranks(run_yaml: Path, run_dir: Path, nproc: int, resume: Resume, flag
     tokenizer = run.check_before_start(config, nproc)
     check_run_dir(run_dir, resume)
     data = run.read_data(config, tokenizer)
-    check_resume(config, data.reports, run_dir, resume)
+    check_resume(config, data.reports, run_dir, resume, allow_source_change=allow_source_change)
     if nproc == 1:
-        return _train_here(run_yaml, run_dir, resume, flags)
+        return _train_here(run_yaml, run_dir, resume, flags, allow_source_change=allow_source_change)
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"),
-        # the dashes keep torchrun from taking our flags for abbreviations of its own
-        *("-m", "--", "megatron_dynmix", "train", str(run_yaml), "--run-dir", str(run_dir)),
-        *("--resume", resume, *flags),
+        *(sys.executable, "-m", "megatron_dynmix", "train", str(run_yaml), "--run-dir", str(run_dir)),
+        *("--resume", resume, *(["--allow-source-change"] if allow_source_change else []), *flags),
     ]
-    return subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}, check=False).returncode
+    return launch_ranks(command, nproc)
+
+
+def verify(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Replay a run from its directory; exit 1 if what was drawn is not what its weights call for."""
+    from megatron_dynmix import platform
+
+    platform.start()
+    from megatron_dynmix.training.verdict import verdict_text
+    from megatron_dynmix.training.verify import verify as verify_run
+
+    verdict = verify_run(arguments.run_dir)
+    print(verdict_text(verdict))
+    return 0 if verdict.proven else EXIT_FAILED
 
 
 def update(arguments: argparse.Namespace, rest: list[str]) -> int:

@@ -1,4 +1,12 @@
-"""The one exception that means: the user can mend this."""
+"""The ways a command ends early, and the exit code of each."""
+
+from __future__ import annotations
+
+EXIT_FAILED = 1
+EXIT_REFUSED = 2
+EXIT_STOPPED = 75
+"""The state is saved, run it again: EX_TEMPFAIL of sysexits.h, which schedulers can be told to requeue."""
+EXIT_INTERRUPTED = 130
 
 
 class InputError(ValueError):
@@ -7,3 +15,14 @@ class InputError(ValueError):
     The message says what was given, why it cannot work and what would. The command line prints it
     without a traceback and exits with 2; every other exception is a fault of ours.
     """
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message says why and which checkpoint holds the last good state.
+
+    Every rank raises it, and the one whose message it is gives a text; the others end without a word.
+    """
+
+
+class StoppedOnRequest(Exception):
+    """The run was asked to stop, and what it had done is saved."""

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dynmix.config.megatron import moe_layers, optimizer_config, transformer_config
-from megatron_dynmix.config.tree import RunConfig
+from megatron_dynmix.config.megatron import (
+    micro_batch_group,
+    moe_layers,
+    optimizer_config,
+    transformer_config,
+)
+from megatron_dynmix.config.tree import RunConfig, TrainingConfig
 from megatron_dynmix.errors import InputError
 
 MIN_GATE_LOAD_SOURCES = 3
+TWO_STAGES = 2
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
@@ -26,10 +33,13 @@ def check_run(config: RunConfig, world_size: int) -> None:
     """
     check_data(config)
     _check_required(config)
+    _check_optimizer(config)
     _check_layout(config, world_size)
     transformer = transformer_config(config)
     optimizer_config(config)
     _check_model(transformer)
+    _check_capacity(transformer)
+    _check_groups(config, micro_batch_group(transformer), world_size)
     _check_mixing(config, moe_layers(transformer))
     _check_lengths(config)
 
@@ -62,6 +72,12 @@ def check_data(config: RunConfig) -> None:
         raise InputError("all sources have weight 0; at least one must be drawn from")
 
 
+def _check_optimizer(config: RunConfig) -> None:
+    name = config.optimizer.megatron.get("optimizer", "adam")
+    if name != "adam":
+        raise InputError(f"optimizer.optimizer is {name}, whose state checkpoints do not hold; use adam")
+
+
 def _check_required(config: RunConfig) -> None:
     for name in ("train_iters", "global_batch_size"):
         if getattr(config.training, name) is None:
@@ -81,10 +97,6 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
     tp, pp = size("tensor_model_parallel_size"), size("pipeline_model_parallel_size")
     cp, ep = size("context_parallel_size"), size("expert_model_parallel_size")
     etp = int(config.parallel.megatron.get("expert_tensor_parallel_size") or tp)
-    if cp > 1:
-        raise InputError(
-            f"context_parallel_size is {cp}; only 1 is supported: use tensor parallelism instead"
-        )
     if tp > 1 and not config.parallel.megatron.get("sequence_parallel"):
         raise InputError(
             f"tensor_model_parallel_size is {tp} without sequence_parallel, which MoE training needs: "
@@ -94,9 +106,6 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
         raise InputError(
             "qk_layernorm_full_width normalises over all heads: tensor_model_parallel_size must be 1"
         )
-    if config.parallel.megatron.get("virtual_pipeline_model_parallel_size"):
-        raise InputError("virtual_pipeline_model_parallel_size is not supported; leave it out")
-    _check_recompute(config)
     experts = config.model.megatron.get("num_moe_experts")
     if ep > 1 and (not experts or experts % ep):
         raise InputError(
@@ -121,6 +130,32 @@ def _check_stages(config: RunConfig, pp: int) -> None:
             f"num_layers is {layers}, which pipeline_model_parallel_size {pp} does not divide; use "
             f"{_divisors(layers, 64)} stages"
         )
+    virtual, overlap = config.parallel.virtual_stages, config.parallel.overlap_p2p_comm
+    if not virtual:
+        if overlap:
+            raise InputError(
+                "overlap_p2p_comm is true, but the pipeline is not interleaved; leave it out, or set "
+                "virtual_pipeline_model_parallel_size"
+            )
+        return
+    if pp == 1 or virtual == 1:
+        raise InputError(
+            f"virtual_pipeline_model_parallel_size is {virtual} with pipeline_model_parallel_size {pp}; an "
+            "interleaved pipeline has 2 or more of both: leave it out, or raise them"
+        )
+    if not uneven and layers // pp % virtual:
+        raise InputError(
+            f"num_layers is {layers}, {layers // pp} for each of {pp} pipeline stages, which "
+            f"virtual_pipeline_model_parallel_size {virtual} does not divide; use "
+            f"{_divisors(layers // pp, 64)}"
+        )
+    if overlap and config.parallel.megatron.get("batch_p2p_comm"):
+        raise InputError("overlap_p2p_comm and batch_p2p_comm are both true; leave out batch_p2p_comm")
+    if pp == TWO_STAGES and not overlap:
+        raise InputError(
+            "an interleaved pipeline of 2 stages without overlap_p2p_comm would mix their messages; leave "
+            "out overlap_p2p_comm and batch_p2p_comm, or use 3 stages or more"
+        )
 
 
 def _check_batch(config: RunConfig, dp: int) -> None:
@@ -134,15 +169,48 @@ def _check_batch(config: RunConfig, dp: int) -> None:
             f"{training.micro_batch_size} x data-parallel size {dp} = {step}; use {below or step} or "
             f"{below + step}"
         )
+    _check_rampup(training, step)
 
 
-def _check_recompute(config: RunConfig) -> None:
-    model = config.model.megatron
-    if model.get("recompute_granularity") == "full" and model.get("recompute_method") == "block":
+def _check_rampup(training: TrainingConfig, step: int) -> None:
+    """Every batch size of the ramp must be a whole number of micro-batches on every rank."""
+    if training.rampup_batch_size is None:
+        return
+    start, increment, _ = training.rampup_batch_size
+    end = training.global_batch_size
+    assert end is not None
+    given = f"rampup_batch_size cannot go from {start} in steps of {increment} to global_batch_size {end}"
+    if start >= end or (end - start) % increment:
+        raise InputError(f"{given}; start below {end}, a multiple of the step away from it")
+    if start % step or increment % step:
         raise InputError(
-            "recompute_method block hides the padding mask from the router of recomputed layers "
-            "(Megatron-Core 0.16.1); use uniform"
+            f"{given} with micro_batch_size {training.micro_batch_size} x data-parallel size "
+            f"{step // training.micro_batch_size}; make start and step multiples of {step}"
         )
+
+
+def _check_groups(config: RunConfig, group: int, world_size: int) -> None:
+    """The interleaved pipeline runs micro-batches in groups; the last may be short, but fill the pipeline."""
+    if not config.parallel.virtual_stages:
+        return
+    size, training = config.parallel.size, config.training
+    pp = size("pipeline_model_parallel_size")
+    if group < pp:
+        raise InputError(
+            f"microbatch_group_size_per_vp_stage is {group}; use pipeline_model_parallel_size ({pp}) or more"
+        )
+    model_ranks = size("tensor_model_parallel_size") * pp * size("context_parallel_size")
+    step = training.micro_batch_size * (world_size // model_ranks)
+    assert training.global_batch_size is not None, "checked above"
+    start, increment, _ = training.rampup_batch_size or (training.global_batch_size, 1, 0)
+    for batch_size in range(start, training.global_batch_size + 1, increment):
+        micro_batches = batch_size // step
+        if micro_batches < group or 0 < micro_batches % group < pp:
+            raise InputError(
+                f"a batch of {batch_size} is {micro_batches} micro-batches, but an interleaved pipeline runs "
+                f"groups of {group} (the last one may be shorter, but not than {pp}); use multiples of "
+                f"{step * group}"
+            )
 
 
 def _check_model(transformer: TransformerConfig) -> None:
@@ -156,6 +224,14 @@ def _check_model(transformer: TransformerConfig) -> None:
     experts, topk = transformer.num_moe_experts, transformer.moe_router_topk
     if experts and not 1 <= topk <= experts:
         raise InputError(f"moe_router_topk is {topk}, but there are {experts} experts; use 1 to {experts}")
+
+
+def _check_capacity(transformer: TransformerConfig) -> None:
+    if transformer.moe_expert_capacity_factor is not None and transformer.moe_router_fusion:
+        raise InputError(
+            "moe_expert_capacity_factor with moe_router_fusion would count only the tokens that were not "
+            "dropped: the fused router does not tell what it chose; leave out moe_router_fusion"
+        )
 
 
 def _check_mixing(config: RunConfig, layers: list[int]) -> None:
@@ -199,9 +275,15 @@ def _check_lengths(config: RunConfig) -> None:
             f"{longest} or less, or raise max_position_embeddings"
         )
     tp = config.parallel.size("tensor_model_parallel_size")
-    if config.data.seq_length % tp:
+    cp = config.parallel.size("context_parallel_size")
+    # Context-parallel ranks hold two parts of a row each, and their tensor-parallel ranks a slice of both.
+    multiple = cp * math.lcm(2, tp) if cp > 1 else tp
+    if config.data.seq_length % multiple:
+        below = config.data.seq_length // multiple * multiple
+        near = f"{below} or {below + multiple}" if below else f"{multiple}"
         raise InputError(
-            f"seq_length {config.data.seq_length} is not a multiple of tensor-parallel size {tp}"
+            f"seq_length {config.data.seq_length} is not a multiple of {multiple}, which tensor-parallel "
+            f"size {tp} and context-parallel size {cp} need; use {near}"
         )
 
 

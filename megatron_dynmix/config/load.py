@@ -154,6 +154,8 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
             off = [f"--no-{name[2:]}" for name in names]
             off += [f"--{alias}" for alias, to in leaves.FLAG_ALIASES.items() if to == f"no-{leaf.name}"]
             parser.add_argument(*off, dest=leaf.name, action="store_const", const=False)
+        elif leaf.name == "rampup_batch_size":  # Megatron-LM's takes three words; a list in one does too
+            parser.add_argument(*names, dest=leaf.name, nargs="+")
         else:
             parser.add_argument(*names, dest=leaf.name)
     spaced, unknown = parser.parse_known_args(list(flags))
@@ -163,6 +165,8 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
         raise InputError(f"{unknown[0]} is an unknown {what}{leaves.nearest(unknown[0], options)}")
     parsed = {}
     for name, value in vars(spaced).items():
+        if isinstance(value, list):
+            value = value[0] if len(value) == 1 else f"[{', '.join(value)}]"
         if not isinstance(value, bool):
             value = leaves.from_text(value, leaves.find(name))
         if name in PATH_LEAVES:

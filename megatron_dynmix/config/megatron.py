@@ -40,6 +40,9 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         "params_dtype": params_dtype(config),
         "pipeline_dtype": params_dtype(config),
     }
+    if config.parallel.virtual_stages:
+        layout["overlap_p2p_comm"] = config.parallel.overlap_p2p_comm
+        layout.setdefault("batch_p2p_comm", not layout["overlap_p2p_comm"])
     try:
         return TransformerConfig(**{**layout, **config.model.megatron, **derived})
     except (ValueError, AssertionError, TypeError, ZeroDivisionError) as error:
@@ -80,6 +83,12 @@ def padded_vocab_size(config: RunConfig) -> int:
     assert config.model.vocab_size is not None, "the preset gives one"
     multiple = config.model.make_vocab_size_divisible_by * config.parallel.size("tensor_model_parallel_size")
     return -(-config.model.vocab_size // multiple) * multiple
+
+
+def micro_batch_group(transformer: TransformerConfig) -> int:
+    """Micro-batches that the interleaved pipeline runs at a time; 1 without it."""
+    interleaved = bool(transformer.virtual_pipeline_model_parallel_size)
+    return int(transformer.microbatch_group_size_per_vp_stage) if interleaved else 1
 
 
 def moe_layers(transformer: TransformerConfig) -> list[int]:

@@ -17,7 +17,9 @@ StrategyName = Literal["gate-load", "uniform", "fixed"]
 SignalName = Literal["probe", "train"]
 Overlong = Literal["drop", "truncate", "error"]
 Template = Literal["tokenizer", "vicuna"]
+Nonfinite = Literal["stop", "skip"]
 DecayStyle = Literal["linear", "cosine", "constant", "inverse-square-root"]
+OnSaveError = Literal["stop", "continue"]
 
 
 def _require(condition: bool, name: str, value: object, need: str) -> None:
@@ -81,6 +83,17 @@ class ParallelConfig:
         for name, value in self.megatron.items():
             if name.endswith("_parallel_size") and value is not None:
                 _require(value >= 1, f"parallel.{name}", value, "1 or more")
+
+    @property
+    def virtual_stages(self) -> int:
+        """Chunks of the model that each pipeline stage has, one after another; 0 if not interleaved."""
+        return int(self.megatron.get("virtual_pipeline_model_parallel_size") or 0)
+
+    @property
+    def overlap_p2p_comm(self) -> bool:
+        """Whether pipeline stages send while they compute: as Megatron-LM has it, if interleaved."""
+        given = self.megatron
+        return bool(given.get("overlap_p2p_comm", self.virtual_stages and not given.get("batch_p2p_comm")))
 
     def size(self, name: str) -> int:
         """A group size such as `tensor_model_parallel_size`; 1 if not given."""
@@ -163,13 +176,21 @@ class TrainingConfig:
     train_iters: int | None = None
     micro_batch_size: int = 1
     global_batch_size: int | None = None
+    rampup_batch_size: tuple[int, ...] | None = None
+    """Start, increment and samples: the batch grows to `global_batch_size` over so many samples."""
     seed: int = 1234
     bf16: bool = False
     """Parameters and activations in bfloat16, master weights and gradients in float32."""
+    nonfinite: Nonfinite = "stop"
+    """At a loss or gradient that is not finite: stop at the last good state, or skip the batch."""
 
     def __post_init__(self) -> None:
         _positive(self, "training", "train_iters", "micro_batch_size", "global_batch_size")
+        ramp = self.rampup_batch_size
+        good = ramp is None or (len(ramp) == 3 and min(ramp) > 0)
+        _require(good, "training.rampup_batch_size", ramp, "START INCREMENT SAMPLES, each 1 or more")
         _require(self.seed >= 0, "training.seed", self.seed, "0 or more")
+        _one_of("training.nonfinite", self.nonfinite, Nonfinite)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,9 +223,16 @@ class CheckpointConfig:
     """Iterations between two checkpoints; one is always written at the end."""
     pretrained_checkpoint: str | None = None
     """Checkpoint folder (the parent of `iter_*`) whose weights a fresh run starts from."""
+    async_save: bool = False
+    """Write checkpoints beside the training that goes on."""
+    keep_last: int | None = None
+    """Checkpoints that are kept, the newest ones; all if not given."""
+    on_save_error: OnSaveError = "stop"
+    """What a checkpoint that cannot be written does to the run; the last one always ends it."""
 
     def __post_init__(self) -> None:
-        _positive(self, "checkpoint", "save_interval")
+        _positive(self, "checkpoint", "save_interval", "keep_last")
+        _one_of("checkpoint.on_save_error", self.on_save_error, OnSaveError)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ the fraction of a row that rounding still owes it. Axes: D sources, N samples of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,6 +102,22 @@ def build_chunk(start: Cursor, weights_D: NDArray[np.float64], length: int) -> C
     return Chunk(start, weights_D, dataset_index_N, count_N + start.drawn_D[dataset_index_N])
 
 
+def chunks_until(start: Cursor, weights_D: NDArray[np.float64], chunk_size: int, end: int) -> Iterator[Chunk]:
+    """The chunks of a stage that hold the samples from `start` to `end`; the last may go beyond it."""
+    while start.sample < end:
+        chunk = build_chunk(start, weights_D, chunk_size)
+        yield chunk
+        start = chunk.cursor_at(chunk.end_sample)
+
+
+def advance(start: Cursor, weights_D: NDArray[np.float64], chunk_size: int, sample: int) -> Cursor:
+    """The cursor at `sample`, from one at the start of a chunk before it."""
+    cursor = start
+    for chunk in chunks_until(start, weights_D, chunk_size, sample):
+        cursor = chunk.cursor_at(min(sample, chunk.end_sample))
+    return cursor
+
+
 def _draw_greedily(
     weights_D: NDArray[np.float64], owed_D: NDArray[np.float64], length: int
 ) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
@@ -164,6 +181,12 @@ def _worst_prefix(
     return float(max(most_behind, most_ahead, (weights_D * len(count_N) - drawn_D).max()))
 
 
+def stray(chunk: Chunk, used: int) -> float:
+    """Most rows by which any source, in any prefix of the first `used` samples, is off its weight."""
+    ids_N = chunk.dataset_index_N[:used]
+    return _worst_prefix(chunk.weights_D, ids_N, chunk.ordinal_N[:used] - chunk.start.drawn_D[ids_N])
+
+
 def _running_count(dataset_index_N: NDArray[np.int16]) -> NDArray[np.int64]:
     """How many samples before each one have the same source."""
     order_N = np.argsort(dataset_index_N, kind="stable")
@@ -195,7 +218,11 @@ def _exchange_last_rows(dataset_index_N: NDArray[np.int16], counts_D: NDArray[np
 
 
 def rows_of(
-    dataset_id_N: NDArray[np.int16], ordinal_N: NDArray[np.int64], sizes_D: NDArray[np.int64], seed: int
+    dataset_id_N: NDArray[np.int16],
+    ordinal_N: NDArray[np.int64],
+    sizes_D: NDArray[np.int64],
+    shuffle_ids_D: NDArray[np.int64],
+    seed: int,
 ) -> NDArray[np.int64]:
     """Which row of its source each drawn sample is.
 
@@ -206,14 +233,25 @@ def rows_of(
         dataset_id_N: source of each sample.
         ordinal_N: how many rows of that source were drawn before it.
         sizes_D: rows of each source.
+        shuffle_ids_D: names the shuffles of each source; unlike its index it never changes.
         seed: seed of the run.
 
     """
     epoch_N, row_N = np.divmod(ordinal_N, sizes_D[dataset_id_N])
-    for dataset_id, epoch in {*zip(dataset_id_N.tolist(), epoch_N.tolist(), strict=True)}:
-        if epoch > 0:
-            here = (dataset_id_N == dataset_id) & (epoch_N == epoch)
-            row_N[here] = permute(
-                row_N[here], size=int(sizes_D[dataset_id]), seed=seed, dataset_id=dataset_id, epoch=epoch
-            )
+    later = np.flatnonzero(epoch_N)
+    if not later.size:
+        return row_N
+    # Samples of the same source and epoch side by side, so that each group is permuted in one call.
+    group_N = epoch_N[later] * len(sizes_D) + dataset_id_N[later]
+    order = np.argsort(group_N, kind="stable")
+    borders = np.flatnonzero(np.diff(group_N[order])) + 1
+    for here in np.split(later[order], borders):
+        dataset_id = int(dataset_id_N[here[0]])
+        row_N[here] = permute(
+            row_N[here],
+            size=int(sizes_D[dataset_id]),
+            seed=seed,
+            dataset_id=int(shuffle_ids_D[dataset_id]),
+            epoch=int(epoch_N[here[0]]),
+        )
     return row_N

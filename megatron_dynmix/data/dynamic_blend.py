@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,10 +18,14 @@ from megatron_dynmix.errors import InputError
 class DynamicBlendedDataset(BlendedDataset):
     """`BlendedDataset` with a growing list of stages instead of one fixed set of weights.
 
-    Only the chunk in use is materialised, so the cost of a weight update does not grow with the run. An
-    item is asked for by its explicit pair `(dataset_id, row)`: worker processes hold no index that could
-    be out of date.
+    A stage is drawn chunk by chunk, `chunk_size` samples each, whatever is asked for at a time: the order
+    of the samples does not depend on the batch size. Only the chunks in use are held, so the cost of a
+    weight update does not grow with the run. An item is asked for by its explicit pair
+    `(dataset_id, row)`: worker processes hold no index that could be out of date.
     """
+
+    _chunks: deque[Chunk]
+    """Consecutive chunks of the last stage, the one in use first."""
 
     def __init__(
         self,
@@ -37,7 +42,7 @@ class DynamicBlendedDataset(BlendedDataset):
             weights_D: initial shares, summing to 1; 0 pauses a source.
             seed: seeds the reshuffling of later epochs.
             chunk_size: samples materialised at a time: interval x global batch size. It belongs to the
-                blend, not to the layout: it stays what it was when a run is resumed.
+                order, not to the batch: it stays what it was when a run is resumed.
 
         """
         # The parent's constructor refuses weight 0 and builds the index of the whole run; not called.
@@ -50,43 +55,61 @@ class DynamicBlendedDataset(BlendedDataset):
         self.seed = seed
         self.chunk_size = chunk_size
         self.sizes_D = np.array([len(dataset) for dataset in datasets], np.int64)
+        self.shuffle_ids_D = np.arange(len(datasets))
         self.stages: list[Stage] = []
-        self._start_chunk(Cursor.start(len(datasets)), weights_D)
-        self._record_stage(0, weights_D)
+        self._begin_stage(Cursor.start(len(datasets)), weights_D)
 
     def __len__(self) -> int:
-        return len(self.chunk.dataset_index_N)
+        return sum(len(chunk.dataset_index_N) for chunk in self._chunks)
 
     def __getitem__(self, pair: tuple[int, int]) -> dict[str, Any]:
-        """Row `pair = (dataset_id, row)`, with its `dataset_id` beside the row's own arrays."""
+        """Row `pair = (dataset_id, row)`, with both numbers beside the row's own arrays."""
         dataset_id, row = pair
-        return {"dataset_id": np.int16(dataset_id), **self.datasets[dataset_id][row]}
+        return {
+            "dataset_id": np.int16(dataset_id),
+            "row": np.int64(row),
+            **self.datasets[dataset_id][row],
+        }
+
+    @property
+    def chunk(self) -> Chunk:
+        """The oldest chunk still held: the one in use."""
+        return self._chunks[0]
 
     @property
     def weights_D(self) -> NDArray[np.float64]:
         """Weights in force."""
-        return self.chunk.weights_D
+        return self._chunks[0].weights_D
 
     def append_stage(self, start_sample: int, weights_D: NDArray[np.float64]) -> None:
         """From `start_sample` on draw with `weights_D`; earlier samples stay as they were."""
-        self._start_chunk(self.chunk.cursor_at(start_sample), weights_D)
-        self._record_stage(start_sample, weights_D)
+        self._begin_stage(self.cursor_at(start_sample), weights_D)
 
     def pairs(self, first: int, last: int) -> list[tuple[int, int]]:
-        """(dataset_id, row) of the global samples first <= i < last, all in the current chunk."""
-        here = slice(first - self.chunk.start.sample, last - self.chunk.start.sample)
-        ids_N = self.chunk.dataset_index_N[here]
-        rows_N = rows_of(ids_N, self.chunk.ordinal_N[here], self.sizes_D, self.seed)
-        return list(zip(ids_N.tolist(), rows_N.tolist(), strict=True))
+        """(dataset_id, row) of the global samples first <= i < last, from the chunk in use on."""
+        self._reach(last)
+        assert first >= self.chunk.start.sample, "these samples were let go"
+        found: list[tuple[int, int]] = []
+        for chunk in self._chunks:
+            here = slice(max(first - chunk.start.sample, 0), max(last - chunk.start.sample, 0))
+            ids_N = chunk.dataset_index_N[here]
+            rows_N = rows_of(ids_N, chunk.ordinal_N[here], self.sizes_D, self.shuffle_ids_D, self.seed)
+            found += zip(ids_N.tolist(), rows_N.tolist(), strict=True)
+        return found
 
     def advance_to(self, sample: int) -> None:
-        """Materialise the chunk that holds `sample`, going on in the current stage."""
+        """Materialise the chunk that holds `sample`, in the current stage, and let go of those before it."""
         while sample >= self.chunk.end_sample:
-            self._start_chunk(self.chunk.cursor_at(self.chunk.end_sample), self.weights_D)
+            self._reach(self.chunk.end_sample + 1)
+            self._chunks.popleft()
+
+    def cursor_at(self, sample: int) -> Cursor:
+        """The cursor after the samples before `sample`, in one of the chunks held."""
+        return next(chunk for chunk in self._chunks if sample <= chunk.end_sample).cursor_at(sample)
 
     def drawn_D(self, sample: int) -> NDArray[np.int64]:
         """Rows of each source among the samples before `sample`."""
-        return self.chunk.cursor_at(sample).drawn_D
+        return self.cursor_at(sample).drawn_D
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, O(D + stages): plain numbers, exact."""
@@ -94,6 +117,7 @@ class DynamicBlendedDataset(BlendedDataset):
             "seed": self.seed,
             "chunk_size": self.chunk_size,
             "sizes": self.sizes_D.tolist(),
+            "shuffle_ids": self.shuffle_ids_D.tolist(),
             "stages": [[stage.start_sample, list(stage.weights)] for stage in self.stages],
             "chunk_start": self.chunk.start.sample,
             "drawn": self.chunk.start.drawn_D.tolist(),
@@ -114,12 +138,18 @@ class DynamicBlendedDataset(BlendedDataset):
                 "seq_length and seed, or start a new run directory"
             )
         self.chunk_size = state["chunk_size"]
+        self.shuffle_ids_D = np.array(state["shuffle_ids"], np.int64)
         self.stages = [Stage(start, tuple(weights)) for start, weights in state["stages"]]
         cursor = Cursor(state["chunk_start"], np.array(state["drawn"], np.int64), np.array(state["owed"]))
-        self._start_chunk(cursor, np.array(self.stages[-1].weights))
+        self._chunks = deque([build_chunk(cursor, np.array(self.stages[-1].weights), self.chunk_size)])
 
-    def _start_chunk(self, cursor: Cursor, weights_D: NDArray[np.float64]) -> None:
-        self.chunk: Chunk = build_chunk(cursor, np.asarray(weights_D, np.float64), self.chunk_size)
+    def _begin_stage(self, cursor: Cursor, weights_D: NDArray[np.float64]) -> None:
+        weights_D = np.asarray(weights_D, np.float64)
+        self._chunks = deque([build_chunk(cursor, weights_D, self.chunk_size)])
+        self.stages.append(Stage(cursor.sample, tuple(weights_D.tolist())))
 
-    def _record_stage(self, start_sample: int, weights_D: NDArray[np.float64]) -> None:
-        self.stages.append(Stage(start_sample, tuple(float(weight) for weight in weights_D)))
+    def _reach(self, end: int) -> None:
+        """Materialise chunks, always whole ones, until all samples before `end` are there."""
+        while (last := self._chunks[-1]).end_sample < end:
+            after = last.cursor_at(last.end_sample)
+            self._chunks.append(build_chunk(after, last.weights_D, self.chunk_size))

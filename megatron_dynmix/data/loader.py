@@ -7,19 +7,17 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from megatron_dynmix.data.blend import Chunk
+from megatron_dynmix.data.blend import Stage
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
-from megatron_dynmix.errors import InputError
 
 MicroBatch = dict[str, torch.Tensor]
 
 
-class ChunkSampler(Sampler[list[tuple[int, int]]]):
+class BlendSampler(Sampler[list[tuple[int, int]]]):
     """Yields the explicit (dataset_id, row) pairs of this data-parallel rank's micro-batches.
 
     Micro-batch k of rank r holds the global samples from (k * dp_size + r) * micro_batch_size on, so the
-    samples of a step are the same in every layout. The sampler ends with the blend's chunk: no worker can
-    be asked for a sample whose weights are not decided yet.
+    samples of a step are the same in every layout.
     """
 
     def __init__(
@@ -30,11 +28,13 @@ class ChunkSampler(Sampler[list[tuple[int, int]]]):
         self.dp_rank = dp_rank
         self.dp_size = dp_size
         self.start_sample = 0
+        self.until: int | None = None
+        """Workers read ahead, but no sample from here on is asked for: its weights are not decided yet."""
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         first = self.start_sample + self.dp_rank * self.micro_batch_size
         stride = self.dp_size * self.micro_batch_size
-        while first + self.micro_batch_size <= self.blend.chunk.end_sample:
+        while self.until is None or first + self.micro_batch_size <= self.until:
             yield self.blend.pairs(first, first + self.micro_batch_size)
             first += stride
 
@@ -57,7 +57,7 @@ class BlendLoader:
         pin_memory: bool,
     ) -> None:
         self.blend = blend
-        self._sampler = ChunkSampler(blend, micro_batch_size, dp_rank, dp_size)
+        self._sampler = BlendSampler(blend, micro_batch_size, dp_rank, dp_size)
         self._loader = DataLoader(
             blend,
             batch_sampler=self._sampler,
@@ -67,31 +67,32 @@ class BlendLoader:
             generator=torch.Generator(),  # the loader draws from it; the global one belongs to the model
         )
         self._iterator: Iterator[MicroBatch] | None = None
-        self._chunk: Chunk | None = None
+        self._stage: Stage | None = None
         self._next_sample = -1
 
-    def step(self, consumed_samples: int, num_micro_batches: int) -> list[MicroBatch]:
+    def step(
+        self, consumed_samples: int, num_micro_batches: int, until: int | None = None
+    ) -> list[MicroBatch]:
         """The micro-batches of the step that begins at `consumed_samples`.
 
-        Returns:
-            `num_micro_batches` dicts of `dataset_id` [B] and the row arrays [B, S] of `PackedRows`.
+        Args:
+            consumed_samples: global samples drawn before; steps may differ in size.
+            num_micro_batches: this rank's.
+            until: first sample whose weights are not decided yet; None if the weights never change.
 
-        Raises:
-            InputError: a step that would cross the end of a chunk: the batch size of a resumed run changed.
+        Returns:
+            `num_micro_batches` dicts of `dataset_id` and `row` [B] and the row arrays [B, S] of `PackedRows`.
 
         """
         self.blend.advance_to(consumed_samples)
-        batch_size = num_micro_batches * self._sampler.micro_batch_size * self._sampler.dp_size
-        if (left := self.blend.chunk.end_sample - consumed_samples) % batch_size:
-            raise InputError(
-                f"global_batch_size is {batch_size}, which does not divide the {left} samples left of "
-                f"the blend's chunk of {self.blend.chunk_size}; resume with the batch size of the checkpoint"
-            )
-        if self._chunk is not self.blend.chunk or self._next_sample != consumed_samples:
-            self._sampler.start_sample = consumed_samples
-            self._chunk = self.blend.chunk
-            self._iterator = iter(self._loader)
+        end = consumed_samples + num_micro_batches * self._sampler.micro_batch_size * self._sampler.dp_size
+        assert until is None or end <= until, "a step may not go beyond the next weight update"
+        stage, goes_on = self.blend.stages[-1], self._next_sample == consumed_samples
+        if stage is not self._stage or not goes_on or until != self._sampler.until:
+            self._sampler.start_sample, self._sampler.until = consumed_samples, until
+            self._stage = stage
+            self._iterator = iter(self._loader)  # what was read ahead for other samples is dropped
         assert self._iterator is not None
         batches = [next(self._iterator) for _ in range(num_micro_batches)]
-        self._next_sample = consumed_samples + batch_size
+        self._next_sample = end
         return batches

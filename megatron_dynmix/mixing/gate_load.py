@@ -68,7 +68,10 @@ class GateLoad:
             raise ValueError("gate-load mixing needs token counts per expert; the signal holds none")
         if len(signal.counts_DLE) != num_sources:
             raise ValueError(f"counts for {len(signal.counts_DLE)} sources, weights for {num_sources}")
-        load_DE = gate_load(signal.counts_DLE, self.layers)
+        return self.from_load(weights_D, gate_load(signal.counts_DLE, self.layers))
+
+    def from_load(self, weights_D: NDArray[np.float64], load_DE: NDArray[np.float64]) -> Proposal:
+        """Loads of the chosen layers -> distances -> deltas -> weights: `propose` past the counts."""
         distance_DD = DISTANCES[self.metric](load_DE)
         delta_D = source_delta(distance_DD, self.aggregate)
         new_D = reweight(weights_D, delta_D, eta=self.eta, smoothing=self.smoothing)

@@ -24,6 +24,7 @@ class GateLoadCounter:
             num_layers, num_sources, num_experts, dtype=torch.int64, device=device
         )  # int64: Float16Module turns float buffers into bf16, which cannot count
         self._arange_D = torch.arange(num_sources, device=device)
+        self._source_T: torch.Tensor | None = None
         self._source_one_hot_DT: torch.Tensor | None = None
         self._recording = False
 
@@ -49,10 +50,18 @@ class GateLoadCounter:
                 (sequence-major), -1 for padding, which is then counted nowhere.
 
         """
-        if self._recording:
-            # float32 counts exactly up to 2^24 tokens of one micro-batch, and the product below runs
-            # on the matrix units; bincount or boolean indexing would wait for the device.
-            self._source_one_hot_DT = (self._arange_D[:, None] == source_T[None, :]).float()
+        self._source_T = source_T
+        # float32 counts exactly up to 2^24 tokens of one micro-batch, and the product in `add` runs on the
+        # matrix units; bincount or boolean indexing would wait for the device.
+        self._source_one_hot_DT = (
+            (self._arange_D[:, None] == source_T[None, :]).float() if self._recording else None
+        )
+
+    @property
+    def padding_T(self) -> torch.Tensor:
+        """True where the announced micro-batch is padding."""
+        assert self._source_T is not None, "set_sources was not called before the forward pass"
+        return self._source_T < 0
 
     def add(self, layer: int, routing_map_TE: torch.Tensor) -> None:
         """Add one layer's choice of experts for the announced micro-batch.

@@ -5,6 +5,8 @@ Axes: T tokens of this rank's micro-batch (index s * B + b), E experts.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +25,35 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+class ChoiceBeforeDropping:
+    """Keeps which experts a forward pass chose, before tokens over an expert's capacity are dropped.
+
+    Takes the place of Megatron-Core's `RouterReplay`, which is asked for every choice; it only looks on.
+    """
+
+    def __init__(self) -> None:
+        self.choice_TK: torch.Tensor | None = None
+
+    def get_replay_topk(
+        self,
+        scores_TE: torch.Tensor,
+        topk: int,
+        num_groups: int | None,
+        group_topk: int | None,
+        choose: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and experts as `choose` has them."""
+        scores_TK, self.choice_TK = choose(scores_TE, topk, num_groups=num_groups, group_topk=group_topk)
+        return scores_TK, self.choice_TK
+
+    def take_map_TE(self, num_experts: int) -> torch.Tensor:
+        """The last choice as a routing map."""
+        assert self.choice_TK is not None, "no choice was made: the fused router makes none here"
+        choice_TK, self.choice_TK = self.choice_TK, None
+        chosen_TE = torch.zeros(len(choice_TK), num_experts, dtype=torch.bool, device=choice_TK.device)
+        return chosen_TE.scatter_(1, choice_TK, True)
+
+
 class GateLoadRouter(TopKRouter):
     """`TopKRouter` that tells a `GateLoadCounter` where the tokens of each source go.
 
@@ -30,9 +61,17 @@ class GateLoadRouter(TopKRouter):
     """
 
     def __init__(self, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:
+        if config.moe_z_loss_coeff is not None:
+            # The parent divides it by the ranks that share a sequence, as for a mean of their losses; a
+            # per-token loss is their sum.
+            config = copy.copy(config)
+            config.moe_z_loss_coeff *= parallel_state.get_tensor_model_parallel_world_size()
+            config.moe_z_loss_coeff *= parallel_state.get_context_parallel_world_size()
         super().__init__(config=config, pg_collection=pg_collection, **kwargs)
         self.counter: GateLoadCounter | None = None
         self.moe_layer_index = -1
+        if config.moe_expert_capacity_factor is not None:
+            self.router_replay = ChoiceBeforeDropping()
 
     def attach(self, counter: GateLoadCounter, moe_layer_index: int) -> None:
         """Count into `counter`, as its layer `moe_layer_index` (from 0, over the whole model)."""
@@ -49,14 +88,31 @@ class GateLoadRouter(TopKRouter):
             padding_mask: `[S, B]`, True = padding (the parent's docstring has it the wrong way round).
 
         """
-        if padding_mask is not None and padding_mask.shape[0] != logits.shape[0]:
-            # Megatron-Core slices the mask for sequence parallelism on the first pipeline stage only.
-            rank = parallel_state.get_tensor_model_parallel_rank()
-            padding_mask = padding_mask.split(logits.shape[0], dim=0)[rank]
+        if self.counter is not None:
+            padding_mask = self._own_padding(logits, padding_mask)
         probs, routing_map_TE = super().routing(logits, padding_mask)
         if self.counter is not None and self.counter.is_recording and not in_backward():
-            self.counter.add(self.moe_layer_index, routing_map_TE)
+            self.counter.add(self.moe_layer_index, self._choice_TE(routing_map_TE))
         return probs, routing_map_TE
+
+    def _own_padding(self, logits: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+        """The padding mask of the tokens that `logits` is of, also where Megatron-Core brings another."""
+        if padding_mask is None:
+            # Recomputation `block` gives no mask to the layers that it does not recompute. Those run once,
+            # when the announced micro-batch is theirs.
+            assert self.counter is not None and not in_backward()
+            return self.counter.padding_T.view(logits.shape[:2])
+        if padding_mask.shape[0] != logits.shape[0]:
+            # The mask is sliced for sequence parallelism on the first pipeline stage only.
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            return padding_mask.split(logits.shape[0], dim=0)[rank]
+        return padding_mask
+
+    def _choice_TE(self, routing_map_TE: torch.Tensor) -> torch.Tensor:
+        """What was chosen, though some of it may have been dropped from the map."""
+        if isinstance(self.router_replay, ChoiceBeforeDropping):
+            return self.router_replay.take_map_TE(self.config.num_moe_experts)
+        return routing_map_TE
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Router logits; without Transformer Engine by a plain product.

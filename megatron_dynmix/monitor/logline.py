@@ -13,8 +13,8 @@ from typing import Any
 def training_line(record: Mapping[str, Any], train_iters: int, now: datetime) -> str:
     """The line of one log interval: Megatron-LM's fields in its order, then tokens/s and useful tokens.
 
-    `record` is the training record of `MetricsWriter.training`. The loss is not scaled, as in bf16, and a
-    run stops at its first iteration that is not a number, so Megatron-LM's fields for those do not vary.
+    `record` is the training record of `MetricsWriter.training`. The loss is not scaled, as in bf16, and an
+    iteration that is not a number stops the run or is skipped, so Megatron-LM's fields for those do not vary.
     """
     losses = {"lm loss": record["lm_loss"], **record["aux_losses"]}
     fields = [

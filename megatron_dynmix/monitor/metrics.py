@@ -1,4 +1,4 @@
-"""The one door for a run's numbers into its folder: `metrics.jsonl`, `mixing.jsonl`, `tensorboard/`."""
+"""The one door for a run's numbers into its folder: three `.jsonl` files and `tensorboard/`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,21 +32,22 @@ MIXING_KEYS = frozenset(
 
 
 class MetricsWriter:
-    """Writes records into `run_dir/metrics.jsonl`, `run_dir/mixing.jsonl` and `run_dir/tensorboard/`.
+    """Writes `metrics.jsonl`, `mixing.jsonl`, `ledger.jsonl` and `tensorboard/` in `run_dir`.
 
     Call it on one rank only. `resume_iteration` is the iteration of the checkpoint that the run goes on
-    from (0: it begins again), and what was recorded after it is taken off; an update made at the very
+    from (-1: it begins again), and what was recorded after it is taken off; an update made at the very
     iteration of a checkpoint stays, so it has to be part of that checkpoint. None is a new run: `InputError`
     where the folder holds records of another.
     """
 
     def __init__(self, run_dir: Path, sources: Sequence[str], *, resume_iteration: int | None):
         self._sources = list(sources)
-        metrics, mixing = run_dir / "metrics.jsonl", run_dir / "mixing.jsonl"
+        metrics, mixing, ledger = (run_dir / f"{name}.jsonl" for name in ("metrics", "mixing", "ledger"))
         if resume_iteration is None:
-            _refuse_records(metrics, mixing)
+            _refuse_records(metrics, mixing, ledger)
         self._metrics = JsonlWriter(metrics, keep_until=resume_iteration)
         self._mixing = JsonlWriter(mixing, keep_until=resume_iteration)
+        self._ledger = JsonlWriter(ledger, keep_until=resume_iteration)
         purge_step = None if resume_iteration is None else resume_iteration + 1
         self._tensorboard = TensorBoardWriter(run_dir / "tensorboard", purge_step=purge_step)
         # on resuming, TensorBoard hides kept points of these curves: their steps are samples, not iterations
@@ -78,18 +79,22 @@ class MetricsWriter:
         self._mixing.write(update)
         self._tensorboard.mixing(update)
 
+    def ledger(self, line: Mapping[str, Any]) -> None:
+        """Write one line of the ledger; see `training/ledger.py`."""
+        self._ledger.write(line)
+
     def text(self, tag: str, markdown: str) -> None:
         """Show a text in TensorBoard, such as the resolved configuration."""
         self._tensorboard.text(tag, markdown)
 
     def flush(self) -> None:
         """Hand everything to the disk."""
-        for writer in (self._metrics, self._mixing, self._tensorboard):
+        for writer in (self._metrics, self._mixing, self._ledger, self._tensorboard):
             writer.flush()
 
     def close(self) -> None:
         """Hand everything to the disk and close the files."""
-        for writer in (self._metrics, self._mixing, self._tensorboard):
+        for writer in (self._metrics, self._mixing, self._ledger, self._tensorboard):
             writer.close()
 
 

@@ -80,11 +80,40 @@ def _cpu() -> Platform:
     return Platform(device=torch.device("cpu"), backend="gloo", transformer_engine=False)
 
 
-def init_process_group(timeout_minutes: float) -> None:
+def rendezvous(timeout_minutes: float) -> torch.distributed.Store:
+    """The store where the ranks that `torchrun`'s variables describe meet; a private one for a rank alone.
+
+    It does not wait for the other ranks, so that who is missing can be said.
+
+    Args:
+        timeout_minutes: how long to try to reach it, and how long it waits for an answer.
+
+    Raises:
+        torch.distributed.DistError: it cannot be reached.
+
+    """
+    if torch.distributed.is_initialized():
+        return torch.distributed.distributed_c10d._get_default_store()
+    if "RANK" not in os.environ:
+        return torch.distributed.HashStore()
+    hosted_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return torch.distributed.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        int(os.environ["WORLD_SIZE"]),
+        is_master=os.environ["RANK"] == "0" and not hosted_by_launcher,
+        timeout=timedelta(minutes=timeout_minutes),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+
+
+def init_process_group(timeout_minutes: float, store: torch.distributed.Store | None = None) -> None:
     """Join the job that `torchrun`'s variables describe; alone, if there are none.
 
     Args:
         timeout_minutes: how long a collective waits for the other ranks.
+        store: where the ranks have met, if they have.
 
     """
     if torch.distributed.is_initialized():
@@ -92,9 +121,10 @@ def init_process_group(timeout_minutes: float) -> None:
     platform = start()
     if platform.device.type == "cuda":
         torch.cuda.set_device(platform.device)
-    alone = "RANK" not in os.environ
     torch.distributed.init_process_group(
         platform.backend,
         timeout=timedelta(minutes=timeout_minutes),
-        **({"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
+        store=store or rendezvous(timeout_minutes),
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1,
     )

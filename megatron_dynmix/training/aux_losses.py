@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.moe.moe_utils import track_moe_metrics
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 NAMES = {
     "aux_loss": "load_balancing_loss",
@@ -13,18 +13,17 @@ NAMES = {
 }
 
 
-def take_aux_losses(model: DistributedDataParallel, micro_batches: int) -> dict[str, float]:
+def take_aux_losses(config: TransformerConfig, micro_batches: int) -> dict[str, float]:
     """Mean auxiliary losses since the last call, over MoE layers, micro-batches and ranks.
 
     Args:
-        model: the model, for its configuration.
+        config: of the model.
         micro_batches: micro-batches each rank has run since then.
 
     Returns:
         Megatron-LM's name -> value; empty for a model without any.
 
     """
-    config = model.config
     if not config.num_moe_experts:
         return {}
     types = config.moe_router_load_balancing_type

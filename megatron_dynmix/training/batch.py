@@ -1,6 +1,6 @@
 """A micro-batch on its device, in the form the model takes.
 
-Axes: B rows, S positions, T = B * S tokens of this rank.
+Axes: B rows, S positions of a row, C of them on this context-parallel rank, T = B * C tokens of this rank.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_dynmix.data.loader import MicroBatch
@@ -17,7 +18,7 @@ from megatron_dynmix.training.local_layers import segment_mask
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What one forward pass needs; with `packed_seq_params`, all rows are joined to one sequence (B = 1)."""
+    """What one forward pass needs, `[B, C]`; with `packed_seq_params`, all rows are one sequence (B = 1)."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -53,18 +54,21 @@ def to_batch(micro_batch: MicroBatch, device: torch.device, *, join_rows: bool) 
     Args:
         micro_batch: `dataset_id` [B] and the arrays [B, S] of `PackedRows`.
         device: where the model is.
-        join_rows: True for Transformer Engine, which wants all rows as one sequence with the borders of
-            the segments; False for the local layers, which take a block-diagonal mask.
+        join_rows: see `layer_spec.joins_rows`.
 
     """
     packed = _packed_seq_params(micro_batch["segment_ids"], device) if join_rows else None
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
     padding_BS = moved["padding_mask"].bool()
     source_BS = moved["dataset_id"].long()[:, None].expand_as(padding_BS).masked_fill(padding_BS, -1)
-    attention_mask = None if join_rows else segment_mask(moved["segment_ids"])
+    positions_RC = context_parallel_positions(
+        padding_BS.shape[1], parallel_state.get_context_parallel_world_size(), device
+    )
+    mine_C = positions_RC[parallel_state.get_context_parallel_rank()]
+    attention_mask = None if join_rows else segment_mask(moved["segment_ids"], mine_C, positions_RC.flatten())
 
     def shaped(tensor_BS: torch.Tensor) -> torch.Tensor:
-        return tensor_BS.reshape(1, -1) if join_rows else tensor_BS
+        return tensor_BS.reshape(1, -1) if join_rows else tensor_BS[:, mine_C]
 
     return Batch(
         tokens=shaped(moved["tokens"]),
@@ -76,6 +80,23 @@ def to_batch(micro_batch: MicroBatch, device: torch.device, *, join_rows: bool) 
         attention_mask=attention_mask,
         packed_seq_params=packed,
     )
+
+
+def context_parallel_positions(length: int, ranks: int, device: torch.device) -> torch.Tensor:
+    """Which positions of a row each context-parallel rank holds.
+
+    As `megatron.core.utils.get_batch_on_this_cp_rank` has it, and the rotary embedding expects: of 2 x R
+    equal parts, rank r has part r and part 2 R - 1 - r, so that causal attention is as much work on each.
+
+    Returns:
+        `[R, C]`.
+
+    """
+    positions = torch.arange(length, device=device)
+    if ranks == 1:
+        return positions[None]
+    parts = positions.view(2 * ranks, -1)
+    return torch.cat([parts[:ranks], parts[ranks:].flip(0)], dim=1)
 
 
 def _packed_seq_params(segment_BS: torch.Tensor, device: torch.device) -> PackedSeqParams:

@@ -1,129 +1,273 @@
 """Checkpoints: Megatron-Core's sharded tensors, and one small JSON file for everything else.
 
 checkpoints/latest_checkpointed_iteration.txt    written last, atomically
-checkpoints/iter_0000100/                        torch_dist shards, and run_state.json
+checkpoints/iter_0000100/                        torch_dist shards, run_state.json, checksums.json
+checkpoints/.iter_0000200.tmp/                   one that is not whole yet, or no longer
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.training.agreement import RankFailure, together
+from megatron_dynmix.training.checksums import CHECKSUMS, Damaged, checksum, checksums_text, files_of
 from megatron_dynmix.training.model import unwrap
-from megatron_dynmix.training.optimizer import load_optimizer_state, materialise_state
+from megatron_dynmix.training.optimizer import (
+    load_optimizer_state,
+    materialise_state,
+    optimizer_state,
+    sharding_metadata,
+)
+from megatron_dynmix.training.shards import ShardWriter
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_STATE = "run_state.json"
 FORMAT_VERSION = 1
-# The default sharding of optimizer state cannot be saved from these optimizers, and another one could
-# not be loaded into another layout.
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written."""
+
+    iteration: int
+    run_state: str
+    writer: ShardWriter
+    keep: frozenset[int]
+
+
 class Checkpointer:
     """Saves and loads one run."""
 
-    directory: Path
-    model: DistributedDataParallel
-    optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
+    def __init__(
+        self,
+        *,
+        directory: Path,
+        chunks: list[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        keep_last: int | None = None,
+    ) -> None:
+        self.directory = directory
+        self.chunks = chunks
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.keep_last = keep_last
+        self.newest: int | None = None
+        """Iteration of the newest whole checkpoint that this run has written or read."""
+        self._calls = AsyncCallsQueue()
+        self._pending: _Pending | None = None
 
-    def save(self, iteration: int, run_state: dict[str, Any]) -> Path:
-        """Write `iter_*` and then point the tracker at it; a crash before that leaves the old checkpoint.
+    def save(self, iteration: int, run_state: dict[str, Any], keep: Collection[int] = ()) -> None:
+        """Take the state as it is now and begin to write it; `finish` makes a checkpoint of it.
 
         Args:
             iteration: iterations done.
             run_state: plain JSON values, the same on every rank or given on rank 0 only.
+            keep: iterations whose checkpoints may not be deleted when this one is whole.
+
+        Raises:
+            RankFailure: on every rank, if it cannot be written; what was begun is gone again.
 
         """
-        target = self.directory / f"iter_{iteration:07d}"
+        assert self._pending is None, "one checkpoint after the other"
+        state = {"format_version": FORMAT_VERSION, "iteration": iteration, **run_state}
+        staging, writer = self._staging(iteration), ShardWriter()
+        try:
+            with together():
+                if torch.distributed.get_rank() == 0:
+                    for leftover in self.directory.glob(".iter_*"):  # of a crash
+                        shutil.rmtree(leftover, ignore_errors=True)
+                    staging.mkdir(parents=True)
+            request = writer.request(self._state(loading=False), staging)
+            self._calls.schedule_async_request(request)
+        except RankFailure:
+            self._discard(staging)
+            raise
+        self._pending = _Pending(iteration, json.dumps(state), writer, frozenset(keep))
+
+    def finish(self, *, wait: bool) -> int | None:
+        """Make what is being written a checkpoint, if all ranks have written their part.
+
+        Args:
+            wait: until they have, instead of coming back later.
+
+        Returns:
+            Its iteration, on all ranks or on none.
+
+        Raises:
+            RankFailure: on every rank, if it could not be written; what was begun is gone again.
+
+        """
+        pending = self._pending
+        if pending is None:
+            return None
+        try:
+            if not self._calls.maybe_finalize_async_calls(blocking=wait):
+                return None
+            with together():
+                if torch.distributed.get_rank() == 0:
+                    self._complete(pending)
+        except RankFailure:
+            self._pending = None
+            self._discard(self._staging(pending.iteration))
+            raise
+        self._pending, self.newest = None, pending.iteration
+        return pending.iteration
+
+    def _complete(self, pending: _Pending) -> None:
+        """On rank 0: the files that are not shards, the folder's own name, the tracker; then old ones go."""
+        staging, final = self._staging(pending.iteration), folder_of(self.directory, pending.iteration)
+        write_atomically(staging / RUN_STATE, pending.run_state)
+        sums = dict(pending.writer.sums)
+        for name in set(files_of(staging)) - sums.keys():
+            sync(staging / name)
+            sums[name] = checksum(staging / name)
+        write_atomically(staging / CHECKSUMS, checksums_text(sums))
+        # That iteration may have a folder: a damaged one, or one of a run that was set back before it.
+        replaced = _set_aside(final)
+        staging.rename(final)
+        sync(self.directory)
+        write_atomically(self.directory / TRACKER, str(pending.iteration))
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._thin_out(pending)
+
+    def _thin_out(self, pending: _Pending) -> None:
+        if self.keep_last is None:
+            return
+        iterations = [n for n in saved_iterations(self.directory) if n <= pending.iteration]
+        for old in set(iterations[self.keep_last :]) - pending.keep:
+            with contextlib.suppress(OSError):  # what is whole is whole: a folder too many ends no run
+                shutil.rmtree(_set_aside(folder_of(self.directory, old)), ignore_errors=True)
+
+    def _discard(self, staging: Path) -> None:
         if torch.distributed.get_rank() == 0:
-            shutil.rmtree(target, ignore_errors=True)  # what a crash left behind
-            target.mkdir(parents=True)
-        torch.distributed.barrier()
-        materialise_state(self.optimizer)
-        dist_checkpointing.save(self._state(loading=False), str(target))
-        if torch.distributed.get_rank() == 0:
-            state = {"format_version": FORMAT_VERSION, "iteration": iteration, **run_state}
-            write_atomically(target / RUN_STATE, json.dumps(state))
-            write_atomically(self.directory / TRACKER, str(iteration))
-        torch.distributed.barrier()
-        return target
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _staging(self, iteration: int) -> Path:
+        return self.directory / f".iter_{iteration:07d}.tmp"
 
     def point_at(self, iteration: int) -> Path:
-        """Make an older checkpoint the one that is resumed from."""
-        if torch.distributed.get_rank() == 0:
-            write_atomically(self.directory / TRACKER, str(iteration))
-        return self.directory / f"iter_{iteration:07d}"
+        """Make an older checkpoint the one that is resumed from.
 
-    def load(self) -> dict[str, Any]:
-        """Restore model, optimizer and schedule from the newest checkpoint; returns its run state."""
-        source = latest_checkpoint(self.directory)
+        Raises:
+            RankFailure: on every rank, if the tracker cannot be written.
+
+        """
+        with together():
+            if torch.distributed.get_rank() == 0:
+                write_atomically(self.directory / TRACKER, str(iteration))
+        return folder_of(self.directory, iteration)
+
+    def load(self, source: Path) -> dict[str, Any]:
+        """Restore model, optimizer and schedule from a checkpoint folder; returns its run state.
+
+        Raises:
+            InputError: a checkpoint that does not fit the model or the optimizer.
+
+        """
         state = read_run_state(source)
-        materialise_state(self.optimizer)
-        loaded = dist_checkpointing.load(self._state(loading=True), str(source))
-        unwrap(self.model).load_state_dict(loaded["model"])
+        loaded = _load(self._state(loading=True), source)
+        self._load_chunks(loaded)
         load_optimizer_state(self.optimizer, loaded["optimizer"])
         self.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+        self.newest = int(state["iteration"])
         return state
 
-    def load_weights(self, directory: Path) -> None:
-        """Start from the weights of another run; optimizer, schedule and mix begin afresh."""
-        source = latest_checkpoint(directory)
-        model = unwrap(self.model)
-        loaded = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=METADATA)}, str(source))
-        model.load_state_dict(loaded["model"])
+    def load_weights(self, source: Path) -> None:
+        """Start from the weights of a checkpoint; optimizer, schedule and mix begin afresh.
+
+        Raises:
+            InputError: a checkpoint that does not fit the model.
+
+        """
+        self._load_chunks(_load(self._model_state(), source))
         self.optimizer.reload_model_params()
 
+    def _load_chunks(self, loaded: dict[str, Any]) -> None:
+        for key, chunk in self._chunks():
+            chunk.load_state_dict(loaded[key])
+
+    def _chunks(self) -> list[tuple[str, GPTModel]]:
+        """The model's chunks under Megatron-LM's names: `model`, or `model0`, `model1`, ..."""
+        if len(self.chunks) == 1:
+            return [("model", unwrap(self.chunks[0]))]
+        return [(f"model{stage}", unwrap(chunk)) for stage, chunk in enumerate(self.chunks)]
+
+    def _model_state(self) -> dict[str, Any]:
+        metadata = sharding_metadata()
+        return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in self._chunks()}
+
     def _state(self, *, loading: bool) -> dict[str, Any]:
-        state: dict[str, Any] = {"model": unwrap(self.model).sharded_state_dict(metadata=METADATA)}
-        state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=loading, metadata=METADATA)
-        state["opt_param_scheduler"] = self.scheduler.state_dict()
-        return state
+        materialise_state(self.optimizer)
+        model = self._model_state()
+        return {
+            **model,
+            "optimizer": optimizer_state(self.optimizer, model, loading=loading),
+            "opt_param_scheduler": self.scheduler.state_dict(),
+        }
 
 
-def latest_checkpoint(directory: Path) -> Path:
-    """The `iter_*` folder that the tracker names.
+def _load(state: dict[str, Any], source: Path) -> dict[str, Any]:
+    try:
+        return dict(dist_checkpointing.load(state, str(source)))
+    except (CheckpointingException, CheckpointException, KeyError, ValueError) as error:
+        raise InputError(
+            f"{source} does not fit this model and optimizer: {error}; give the settings it was written with"
+        ) from error
 
-    Raises:
-        InputError: no tracker, or one that names nothing.
 
-    """
-    tracker = directory / TRACKER
-    if not tracker.is_file():
-        raise InputError(f"{directory} holds no checkpoint: there is no {TRACKER} in it")
-    text = tracker.read_text().strip()
-    source = directory / f"iter_{int(text):07d}" if text.isdigit() else directory / text
-    if not source.is_dir():
-        raise InputError(f"{tracker} names iteration {text}, but there is no folder {source}")
-    return source
+def _set_aside(folder: Path) -> Path:
+    """Take a checkpoint's name away before its files: a crash leaves no half of it that looks whole."""
+    aside = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside)
+    return aside
+
+
+def folder_of(directory: Path, iteration: int) -> Path:
+    """The folder of one checkpoint among a run's."""
+    return directory / f"iter_{iteration:07d}"
+
+
+def saved_iterations(directory: Path) -> list[int]:
+    """Iterations that have a folder of their own among a run's checkpoints, the newest first."""
+    names = (path.name.removeprefix("iter_") for path in directory.glob("iter_*") if path.is_dir())
+    return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
 
 
 def read_run_state(source: Path) -> dict[str, Any]:
     """The run state of a checkpoint folder.
 
     Raises:
-        InputError: no run state, or one of a newer version.
+        Damaged: no run state that can be read.
+        InputError: one of a newer version.
 
     """
     try:
         state = json.loads((source / RUN_STATE).read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{source / RUN_STATE} cannot be read ({error}); resume from another run") from None
-    if not isinstance(state, dict) or "format_version" not in state:
-        raise InputError(f"{source / RUN_STATE} is no run state; resume from another run")
+        raise Damaged(f"{RUN_STATE} cannot be read ({error})") from None
+    if not isinstance(state, dict) or not isinstance(state.get("format_version"), int):
+        raise Damaged(f"{RUN_STATE} is no run state")
     if state["format_version"] > FORMAT_VERSION:
         raise InputError(
             f"{source} was written by a newer version (format {state['format_version']}, this one reads "
@@ -135,8 +279,18 @@ def read_run_state(source: Path) -> dict[str, Any]:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, finds the old content or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -20,14 +20,22 @@ from megatron_dynmix.training.local_layers import (
 
 
 def decoder_spec(
-    transformer: TransformerConfig, *, transformer_engine: bool, qk_layernorm_full_width: bool
+    transformer: TransformerConfig,
+    *,
+    transformer_engine: bool,
+    qk_layernorm_full_width: bool,
+    vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """Spec of this pipeline stage's layers: Megatron-Core's own, with our router.
+    """Spec of a (virtual) pipeline stage's layers: Megatron-Core's own, with our router.
 
-    Without Transformer Engine, attention and norms are those of `local_layers.py`.
+    Without Transformer Engine, attention and norms are those of `local_layers.py`; with it and context
+    parallelism, attention is.
     """
     block = get_gpt_decoder_block_spec(
-        transformer, use_transformer_engine=transformer_engine, normalization=transformer.normalization
+        transformer,
+        use_transformer_engine=transformer_engine,
+        normalization=transformer.normalization,
+        vp_stage=vp_stage,
     )
     block = copy.deepcopy(block)  # Megatron-Core shares parts between specs
     if not transformer_engine:
@@ -38,10 +46,21 @@ def decoder_spec(
             parts.mlp.submodules.router = GateLoadRouter
         if not transformer_engine:
             _use_local_layers(parts, transformer)
+        elif not joins_rows(transformer_engine, transformer.context_parallel_size):
+            parts.self_attention.submodules.core_attention = SegmentAttention
         if qk_layernorm_full_width:
             attention = parts.self_attention.submodules
             attention.q_layernorm, attention.k_layernorm = FullWidthQueryNorm, FullWidthKeyNorm
     return block
+
+
+def joins_rows(transformer_engine: bool, context_parallel_size: int) -> bool:
+    """Whether attention takes all rows of a micro-batch as one sequence, with the borders of the segments.
+
+    Otherwise it takes a block-diagonal mask. Under context parallelism Transformer Engine wants every
+    segment padded to a multiple of 2 x ranks: the rows, and so their order, would depend on the layout.
+    """
+    return transformer_engine and context_parallel_size == 1
 
 
 def _use_local_layers(parts: Any, transformer: TransformerConfig) -> None:

@@ -1,16 +1,19 @@
 """Attention and norms of Megatron-Core's local (no Transformer Engine) layers, on CPU and GPU alike.
 
-Handed to Megatron-Core through its layer spec. Axes: S sequence, B batch, N heads, H head width.
+Handed to Megatron-Core through its layer spec. Axes: S sequence, B batch, N heads, H head width, Q queries,
+K keys.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -21,8 +24,18 @@ class SegmentAttention(DotProductAttention):
     """Core attention on `scaled_dot_product_attention`, for rows that hold several segments.
 
     Takes either the block-diagonal mask `[B, 1, S, S]` (True = masked) or, as Transformer Engine does,
-    rows joined to one sequence with `PackedSeqParams`.
+    rows joined to one sequence with `PackedSeqParams`. Under context parallelism each rank has the queries
+    of its part of the sequence and gathers the keys and values of all: it takes the mask.
     """
+
+    def __init__(
+        self, config: TransformerConfig, *args: Any, cp_comm_type: str | None = None, **kwargs: Any
+    ) -> None:
+        # The parent refuses context parallelism, which it knows nothing of, and reads nothing else of it.
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1
+        super().__init__(alone, *args, **kwargs)
+        self._gathers = config.context_parallel_size > 1
 
     def forward(
         self,
@@ -40,7 +53,8 @@ class SegmentAttention(DotProductAttention):
             query: `[S, B, N, H]`, or `[T, N, H]` when packed.
             key: as `query`, with fewer heads under grouped-query attention.
             value: as `key`.
-            attention_mask: True = masked; None = causal over the whole row.
+            attention_mask: True = masked, a row for each query; its columns are in the order of the gathered
+                keys. None = causal over the whole row.
             attn_mask_type: not read: attention here is always causal.
             attention_bias: must be None.
             packed_seq_params: segment borders of rows joined to one sequence.
@@ -53,6 +67,11 @@ class SegmentAttention(DotProductAttention):
         if packed_seq_params is not None:
             query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
             attention_mask = _masked_between_segments(packed_seq_params.cu_seqlens_q, query.shape[0])
+        if self._gathers:
+            assert attention_mask is not None and packed_seq_params is None, "the mask says who is where"
+            ranks = parallel_state.get_context_parallel_group()
+            key = gather_from_sequence_parallel_region(key.contiguous(), group=ranks)
+            value = gather_from_sequence_parallel_region(value.contiguous(), group=ranks)
         allowed = None if attention_mask is None else ~attention_mask
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         dropout = self.attention_dropout.p if self.training else 0.0
@@ -75,23 +94,24 @@ class SegmentAttention(DotProductAttention):
 def _masked_between_segments(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
     position = torch.arange(length, device=cu_seqlens.device)
     segment = torch.bucketize(position, cu_seqlens[1:], right=True)
-    return segment_mask(segment[None])
+    return segment_mask(segment[None], position, position)
 
 
-def segment_mask(segment_BS: torch.Tensor) -> torch.Tensor:
+def segment_mask(segment_BS: torch.Tensor, query_Q: torch.Tensor, key_K: torch.Tensor) -> torch.Tensor:
     """Attention mask of rows that hold several segments.
 
     Args:
         segment_BS: number of the segment that each position belongs to; padding is a segment too, so that
             no position is left without anything to attend to.
+        query_Q: positions that attend.
+        key_K: positions that may be attended to, in the order of the keys.
 
     Returns:
-        `[B, 1, S, S]`, True = masked: another segment, or later in the row.
+        `[B, 1, Q, K]`, True = masked: another segment, or later in the row.
 
     """
-    length = segment_BS.shape[1]
-    later = torch.ones(length, length, dtype=torch.bool, device=segment_BS.device).triu(1)
-    return ((segment_BS[:, :, None] != segment_BS[:, None, :]) | later)[:, None]
+    later_QK = key_K[None, :] > query_Q[:, None]
+    return ((segment_BS[:, query_Q, None] != segment_BS[:, None, key_K]) | later_QK)[:, None]
 
 
 class LocalNorm:

@@ -7,37 +7,48 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, distrib_optimizer, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.megatron import optimizer_config
+from megatron_dynmix.training.batch_schedule import BatchSchedule
+
+SHARDING_TYPE = "fully_reshardable"
+"""The default cannot be saved from these optimizers, and another one not be loaded into another layout."""
 
 
 def build_optimizer(
-    config: RunConfig, model: DistributedDataParallel
+    config: RunConfig, chunks: list[DistributedDataParallel]
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Optimizer and schedule; the schedule counts samples, as Megatron-LM's does."""
-    optimizer = get_megatron_optimizer(optimizer_config(config), [model])
-    get_model_config(model).grad_scale_func = optimizer.scale_loss
-    for part in sharded_parts(optimizer):
-        part._set_main_param_and_optimizer_states = types.MethodType(_set_states_but_step, part)
-    settings, batch = config.optimizer, config.training.global_batch_size
-    assert batch is not None and config.training.train_iters is not None, "checked before start"
+    optimizer = get_megatron_optimizer(optimizer_config(config), chunks)
+    get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
+    for part in _parts(optimizer):
+        # torch's own AdamW keeps a `step` per parameter, which Megatron-Core's checkpoint code forgets
+        if isinstance(part, DistributedOptimizer) and not distrib_optimizer.HAVE_APEX_OR_TE:
+            part._set_main_param_and_optimizer_states = types.MethodType(_set_states_but_step, part)
+    settings, train_iters = config.optimizer, config.training.train_iters
+    assert train_iters is not None, "checked before start"
+    samples_after = BatchSchedule.of(config.training).samples_after
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        lr_warmup_steps=settings.lr_warmup_iters * batch,
-        lr_decay_steps=(settings.lr_decay_iters or config.training.train_iters) * batch,
+        lr_warmup_steps=samples_after(settings.lr_warmup_iters),
+        lr_decay_steps=samples_after(settings.lr_decay_iters or train_iters),
         lr_decay_style=settings.lr_decay_style,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
-        wd_incr_steps=config.training.train_iters * batch,
+        wd_incr_steps=samples_after(train_iters),
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,  # the configuration decides, also when a run is resumed
@@ -45,30 +56,117 @@ def build_optimizer(
     return optimizer, scheduler
 
 
-def sharded_parts(optimizer: MegatronOptimizer) -> Iterator[DistributedOptimizer]:
-    """The distributed optimizers that run on torch's own AdamW (no Transformer Engine, no apex).
-
-    Megatron-Core's checkpoint code forgets that torch keeps a `step` tensor per parameter; see
-    `materialise_state` and `_set_states_but_step`.
-    """
-    if distrib_optimizer.HAVE_APEX_OR_TE:
-        return
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part, DistributedOptimizer):
-            yield part
-
-
 def materialise_state(optimizer: MegatronOptimizer) -> None:
     """Give parameters that were never stepped their (zero) state, so that every checkpoint has all of it."""
-    for part in sharded_parts(optimizer):
+    for part in _parts(optimizer):
+        part.init_state_fn(part.optimizer, part.config)
+        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            for state in part.optimizer.state.values():
+                state.setdefault("step", torch.tensor(0.0))
+
+
+def sharding_metadata() -> dict[str, Any]:
+    """How to shard; a new mapping each time, as Megatron-Core keeps process groups of the layout in it."""
+    return {"distrib_optim_sharding_type": SHARDING_TYPE}
+
+
+def optimizer_state(
+    optimizer: MegatronOptimizer, model_state: dict[str, Any], *, loading: bool
+) -> dict[str, Any]:
+    """What a checkpoint holds of the optimizer: the steps done, and per parameter master copy and moments.
+
+    The tensors have the shape and the name of their parameter, whichever optimizer wrote them, so any
+    layout can be loaded into any other, with or without the distributed optimizer. Parameter groups are not
+    among them: the configuration decides those.
+
+    Args:
+        optimizer: with its state materialised.
+        model_state: the model's sharded state dict.
+        loading: whether it is to be loaded into.
+
+    """
+    states = {}
+    for index, part in enumerate(_parts(optimizer)):
+        if isinstance(part, DistributedOptimizer):
+            state = part.sharded_state_dict(model_state, loading, metadata=sharding_metadata())
+            states[index] = state["param_state"]
+        else:
+            states[index] = _whole_state(part, model_state)
+    return {"step": _step(optimizer), "state": states}
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+    """Take over what was loaded into `optimizer_state`; learning rates stay those of the configuration."""
+    step = loaded["step"]
+    for index, part in enumerate(_parts(optimizer)):
+        state = loaded["state"][index]
+        if isinstance(part, DistributedOptimizer):
+            groups = part.state_dict()["optimizer"]["param_groups"]
+            part.load_state_dict(
+                {
+                    "optimizer": {"param_groups": [{**group, "step": step} for group in groups]},
+                    "param_state": state,
+                    "param_state_sharding_type": SHARDING_TYPE,
+                }
+            )
+        else:
+            _load_whole_state(part, state, step)
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers of dense and of expert parameters, those that have any parameters on this rank."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not part.is_stub_optimizer]
+
+
+def _step(optimizer: MegatronOptimizer) -> int:
+    """Steps done; torch counts them per parameter, Transformer Engine and apex per group."""
+    steps = {0}
+    for part in _parts(optimizer):
+        steps |= {int(state["step"]) for state in part.optimizer.state.values() if "step" in state}
+        steps |= {int(group["step"]) for group in part.optimizer.param_groups if "step" in group}
+    return max(steps)
+
+
+def _mains(part: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Each parameter of the model with the one that is stepped: its master copy, or itself."""
+    if isinstance(part, Float16OptimizerWithFloat16Params):
+        for half, master in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
+            yield from zip(half, master, strict=True)
+        for group in part.fp32_from_fp32_groups:
+            yield from zip(group, group, strict=True)
+    else:
         for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                if not part.optimizer.state[parameter]:
-                    part.optimizer.state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
+            yield from zip(group["params"], group["params"], strict=True)
+
+
+def _whole_state(part: MegatronOptimizer, model_state: dict[str, Any]) -> dict[int, Any]:
+    """Of an optimizer that is not sharded, what `DistributedOptimizer.sharded_state_dict` gives of its."""
+    entries, _ = extract_sharded_tensors_and_factories(model_state)
+    entry_of = {entry.data: entry for entry in nested_values(entries)}
+    states = {}
+    for index, (parameter, main) in enumerate(_mains(part)):
+        # a copy, for a model in fp32: two entries of the checkpoint may not be loaded into one tensor
+        tensors = {"param": main.detach().clone(), **part.optimizer.state[main]}
+        states[index] = {
+            name: make_sharded_optimizer_tensor(entry_of[parameter], tensor, f"optimizer.state.{name}")
+            for name, tensor in tensors.items()
+            if name != "step"
+        }
+    return states
+
+
+@torch.no_grad()
+def _load_whole_state(part: MegatronOptimizer, loaded: dict[int, Any], step: int) -> None:
+    for index, (_, main) in enumerate(_mains(part)):
+        state = part.optimizer.state[main]
+        for name, tensor in loaded[index].items():
+            (main if name == "param" else state[name]).copy_(tensor)
+        if "step" in state:
+            state["step"].fill_(step)
+    for group in part.optimizer.param_groups:
+        if "step" in group:
+            group["step"] = step
 
 
 @torch.no_grad()
@@ -83,47 +181,3 @@ def _set_states_but_step(
     main.copy_(tensors["param"])
     for name in state.keys() - {"step"}:
         state[name].copy_(tensors[name])
-
-
-def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:
-    """Load moments and steps; learning rates stay those of the configuration.
-
-    Raises:
-        KeyError, CheckpointingException: a state of another optimizer.
-
-    """
-    rates = [(group["max_lr"], group["min_lr"]) for group in optimizer.param_groups]
-    _load_across_layouts(optimizer, loaded)
-    for group, (max_lr, min_lr) in zip(optimizer.param_groups, rates, strict=True):
-        group["max_lr"], group["min_lr"] = max_lr, min_lr
-
-
-def _load_across_layouts(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:
-    """`optimizer.load_state_dict` that also takes a checkpoint of another expert-parallel layout.
-
-    Megatron-Core has one optimizer without expert parallelism and two (dense, expert) with it, so the
-    saved parameter groups are matched by what they are, not by where they stand.
-    """
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    if not all(isinstance(part, DistributedOptimizer) for part in parts):
-        optimizer.load_state_dict(loaded)
-        return
-    saved = [loaded] if "optimizer" in loaded else [loaded[key] for key in sorted(loaded, key=str)]
-    saved = [part for part in saved if isinstance(part, dict) and "optimizer" in part]
-    groups = [group for part in saved for group in part["optimizer"]["param_groups"]]
-    kind = ("wd_mult", "lr_mult", "is_decoupled_lr")
-    for index, part in enumerate(parts):
-        mine = loaded if len(parts) == 1 else loaded[index]
-        mine["optimizer"] = {
-            "param_groups": [
-                {
-                    **next(group for group in groups if all(group[key] == own[key] for key in kind)),
-                    "is_expert_parallel": own["is_expert_parallel"],
-                }
-                for own in part.optimizer.param_groups
-            ]
-        }
-        mine["param_state_sharding_type"] = saved[0]["param_state_sharding_type"]
-    optimizer.load_state_dict(
-        loaded if len(parts) == 1 else {index: loaded[index] for index in range(len(parts))}
-    )

@@ -64,13 +64,15 @@ class Probe:
 
         `seconds["reduce"]` is set to the time of the reduction alone.
         """
-        run.model.eval()
+        for chunk in run.chunks:
+            chunk.eval()
         try:
             # Megatron-Core's schedules leave autograd on, and expert bias takes that for training.
             with torch.no_grad(), run.counter.recording():
                 stats = run(self._micro_batches, forward_only=True)
         finally:
-            run.model.train()
+            for chunk in run.chunks:
+                chunk.train()
         run.platform.synchronize()
         start = time.perf_counter()
         counts_LDE = reduce_counts(run.counter.take()).cpu()

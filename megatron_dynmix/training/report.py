@@ -20,13 +20,26 @@ NOTABLE_DROP = 0.1
 """Share of a source's examples whose loss deserves a line of its own."""
 
 
-def report_start(config: RunConfig, data: Data, run_dir: Path, changes: Sequence[str]) -> None:
-    """Print everything a user should see once, on one rank."""
+def report_start(
+    config: RunConfig, data: Data, run_dir: Path, changes: Sequence[str], notes: Sequence[str] = ()
+) -> None:
+    """Print everything a user should see once, on one rank.
+
+    Args:
+        config: the resolved configuration.
+        data: what the run reads.
+        run_dir: where everything is written.
+        changes: settings that are not those of the checkpoint.
+        notes: what was found wrong with checkpoints that are not used.
+
+    """
     print(f"------------------------ arguments ------------------------\n{to_yaml(config).rstrip()}")
     print("-------------------- end of arguments ---------------------")
     print(prepared_table(data.reports))
     print()
     print(packed_table([*data.train, *data.probe]))
+    for note in notes:
+        print(note)
     for change in changes:
         print(f"changed since the checkpoint: {change}")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -11,7 +11,9 @@ from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict
 from megatron_dynmix.data.prepare import SourceReport
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.training.checkpoint import TRACKER, latest_checkpoint, read_run_state
+from megatron_dynmix.training import restore_point
+from megatron_dynmix.training.checkpoint import read_run_state
+from megatron_dynmix.training.source_change import differences as source_differences
 
 Resume = Literal["no", "must", "auto"]
 
@@ -38,7 +40,7 @@ def identity(config: RunConfig, reports: Sequence[SourceReport]) -> dict[str, An
 
 def has_checkpoint(run_dir: Path) -> bool:
     """Whether a run directory holds a checkpoint to go on from."""
-    return (run_dir / "checkpoints" / TRACKER).is_file()
+    return restore_point.has_checkpoint(run_dir / "checkpoints")
 
 
 def check_run_dir(run_dir: Path, resume: Resume) -> None:
@@ -57,20 +59,37 @@ def check_run_dir(run_dir: Path, resume: Resume) -> None:
         raise InputError(
             f"{run_dir} holds a run already; give another --run-dir, or go on with it: --resume auto"
         )
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir):
-            pass
-    except OSError as error:
-        raise InputError(f"{run_dir} cannot be written ({error.strerror}); give another --run-dir") from None
+    for folder in (run_dir, run_dir / "checkpoints"):  # which may be a link to another disk
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"{folder} cannot be written ({error.strerror}); give another --run-dir"
+            ) from None
 
 
 def check_resume(
-    config: RunConfig, reports: Sequence[SourceReport], run_dir: Path, resume: Resume
+    config: RunConfig,
+    reports: Sequence[SourceReport],
+    run_dir: Path,
+    resume: Resume,
+    *,
+    allow_source_change: bool = False,
+    source: Path | None = None,
 ) -> list[str]:
     """Refuse to go on with another model, other data or another order; list every other change.
 
     Nothing is compared where the run does not go on from a checkpoint.
+
+    Args:
+        config: the resolved configuration.
+        reports: what the sources hold now.
+        run_dir: the run's directory.
+        resume: whether to go on.
+        allow_source_change: whether sources may be others than those of the checkpoint.
+        source: the checkpoint; the newest good one, as far as its files' sizes tell, if not given.
 
     Returns:
         Settings that differ from the checkpoint's, as `section.name: old -> new`. They are in force from
@@ -82,21 +101,15 @@ def check_resume(
     """
     if resume == "no" or not has_checkpoint(run_dir):
         return []
-    source = latest_checkpoint(run_dir / "checkpoints")
+    source = source or restore_point.newest_good(run_dir / "checkpoints").source
     saved, now = read_run_state(source), identity(config, reports)
     _check_shape(saved["config"]["model"], now["config"]["model"], source)
-    before, after = saved["fingerprints"], now["fingerprints"]
-    if list(before) != list(after):
+    other_sources = source_differences(saved["fingerprints"], now["fingerprints"])
+    if other_sources and not allow_source_change:
         raise InputError(
-            f"{source} was trained on the sources {', '.join(before)}, now they are {', '.join(after)}; "
-            "resume with the same sources in the same order"
-        )
-    changed = [name for name in before if before[name] != after[name]]
-    if changed:
-        raise InputError(
-            f"the data, tokenizer or template of {', '.join(changed)} changed since {source} was written, so "
-            "the order of the rows cannot be kept; resume with what it was, or start a new --run-dir with "
-            f"--pretrained-checkpoint {run_dir / 'checkpoints'}"
+            f"the sources are not those that {source} was trained on: {'; '.join(other_sources)}. Resume "
+            "with what they were; or go on with what they are now: --allow-source-change; or start a new "
+            f"--run-dir with --pretrained-checkpoint {run_dir / 'checkpoints'}"
         )
     differences = {
         f"{section}.{name}": (settings.get(name), new.get(name))
@@ -115,13 +128,13 @@ def check_resume(
         {name: entry.get("weight") for name, entry in settings["data"]["sources"].items()}
         for settings in (saved["config"], now["config"])
     ]
-    if weights[0] != weights[1]:
+    if weights[0] != weights[1] and weights[0].keys() == weights[1].keys():
         raise InputError(
             "the initial weights of the sources changed, but a resumed run goes on with the weights it had; "
             "give the old ones, or start a new --run-dir"
         )
     differences.pop("data.sources", None)  # paths alone may differ
-    return [f"{name}: {old} -> {new}" for name, (old, new) in differences.items()]
+    return other_sources + [f"{name}: {old} -> {new}" for name, (old, new) in differences.items()]
 
 
 def check_pretrained(config: RunConfig) -> None:
@@ -132,7 +145,8 @@ def check_pretrained(config: RunConfig) -> None:
 
     """
     if config.checkpoint.pretrained_checkpoint is not None:
-        source = latest_checkpoint(Path(config.checkpoint.pretrained_checkpoint))
+        point = restore_point.newest_good(Path(config.checkpoint.pretrained_checkpoint))
+        source = restore_point.exact(point)
         saved = read_run_state(source)
         _check_shape(saved["config"]["model"], to_dict(config)["model"], source)
 

@@ -76,6 +76,12 @@ class Reweighting:
         """Whether training passes are to be counted."""
         return self.controller.strategy.needs_gate_load and self.mixing.signal == "train"
 
+    def next_due(self, iteration: int) -> int | None:
+        """Iterations from this one to the next update; None if the weights never change."""
+        if not self.controller.strategy.updates:
+            return None
+        return self.mixing.interval - iteration % self.mixing.interval
+
     def is_due(self, iteration: int) -> bool:
         """Whether the weights change after this iteration."""
         return self.controller.strategy.updates and iteration % self.mixing.interval == 0

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import importlib.util
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,10 @@ from megatron.core.num_microbatches_calculator import (
 from megatron_dynmix import platform
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.check import check_run, check_tokenizer
+from megatron_dynmix.config.host import Host, check_host
 from megatron_dynmix.config.load import to_yaml
-from megatron_dynmix.config.megatron import moe_layers, transformer_config
+from megatron_dynmix.config.megatron import micro_batch_group, moe_layers, transformer_config
+from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
 from megatron_dynmix.data.loader import BlendLoader
 from megatron_dynmix.data.prepare import SourceReport
 from megatron_dynmix.data.rows import PackedRows
@@ -29,9 +30,11 @@ from megatron_dynmix.mixing.controller import MixingController
 from megatron_dynmix.mixing.load import select_layers
 from megatron_dynmix.moe.counter import GateLoadCounter
 from megatron_dynmix.moe.router import attach_counter
-from megatron_dynmix.monitor.logline import loaded_line, loading_line
 from megatron_dynmix.monitor.metrics import MetricsWriter
+from megatron_dynmix.training import restore_point
 from megatron_dynmix.training.checkpoint import Checkpointer, write_atomically
+from megatron_dynmix.training.heartbeat import heartbeat_of_job
+from megatron_dynmix.training.layer_spec import joins_rows
 from megatron_dynmix.training.model import build_model
 from megatron_dynmix.training.optimizer import build_optimizer
 from megatron_dynmix.training.probe import Probe
@@ -45,9 +48,11 @@ from megatron_dynmix.training.resume import (
     identity,
 )
 from megatron_dynmix.training.reweighting import Reweighting, build_strategy
+from megatron_dynmix.training.signals import StopRequest
 from megatron_dynmix.training.sources import build_blend, build_rows, initial_weights, prepare_sources
+from megatron_dynmix.training.start import restore
 from megatron_dynmix.training.step import PassRunner
-from megatron_dynmix.training.trainer import LogInterval, Progress, Trainer, seed_iteration
+from megatron_dynmix.training.trainer import Trainer, seed_iteration
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ def check_before_start(config: RunConfig, world_size: int) -> Tokenizer:
         InputError: what is wrong.
 
     """
+    check_host(config, _host())
     check_run(config, world_size)
     try:
         build_strategy(config.mixing)
@@ -77,30 +83,28 @@ def check_before_start(config: RunConfig, world_size: int) -> Tokenizer:
     tokenizer = load_tokenizer(Path(config.data.tokenizer or ""))
     check_tokenizer(config, tokenizer.vocab_size)
     check_pretrained(config)
-    _check_transformer_engine(config)
     return tokenizer
 
 
-def _check_transformer_engine(config: RunConfig) -> None:
-    """Transformer Engine takes all rows of a micro-batch as one sequence, in 16 bits."""
-    if not platform.start().transformer_engine:
-        return
-    if not config.training.bf16:
-        raise InputError("Transformer Engine attends to packed rows in bf16 only; add --bf16")
-    if "seq_aux_loss" in str(config.model.megatron.get("moe_router_load_balancing_type")):
-        raise InputError(
-            "moe_router_load_balancing_type seq_aux_loss would balance over a whole micro-batch: with "
-            "Transformer Engine its rows are one sequence; use aux_loss or global_aux_loss"
-        )
+def _host() -> Host:
+    here = platform.start()
+    return Host(
+        cuda=here.device.type == "cuda",
+        transformer_engine=here.transformer_engine,
+        deep_ep=importlib.util.find_spec("deep_ep") is not None,
+    )
 
 
-def train(config: RunConfig, run_dir: Path, *, resume: Resume = "no") -> Trainer:
+def train(
+    config: RunConfig, run_dir: Path, *, resume: Resume = "no", allow_source_change: bool = False
+) -> Trainer:
     """Train on this rank; every rank of the job calls it with the same arguments.
 
     Args:
         config: the resolved configuration.
         run_dir: where everything is written.
         resume: `no`, `must` or `auto`.
+        allow_source_change: whether a resumed run may go on with other sources than it had.
 
     Returns:
         The trainer after the last iteration.
@@ -108,6 +112,7 @@ def train(config: RunConfig, run_dir: Path, *, resume: Resume = "no") -> Trainer
     Raises:
         InputError: refused before the job is joined.
         TrainingStopped: the run ended early; its last good state is kept.
+        StoppedOnRequest: a signal asked for it; the state is kept.
 
     """
     here = platform.start()
@@ -115,33 +120,48 @@ def train(config: RunConfig, run_dir: Path, *, resume: Resume = "no") -> Trainer
     check_run_dir(run_dir, resume)
     # Before the ranks wait for one another: nothing can be refused after that, and preparing takes its time.
     data = read_data(config, tokenizer)
-    changes = check_resume(config, data.reports, run_dir, resume)
-    join_job(config)
-    torch.distributed.barrier()
-    if torch.distributed.get_rank() == 0:
-        report_start(config, data, run_dir, changes)
-    trainer = build_trainer(config, run_dir, data, here, resume=resume)
-    trainer.fit()
+    changes = check_resume(config, data.reports, run_dir, resume, allow_source_change=allow_source_change)
+    timeout_minutes = config.parallel.distributed_timeout_minutes
+    with StopRequest().listening() as stop, heartbeat_of_job(timeout_minutes) as heartbeat:
+        join_job(config, heartbeat.store)
+        torch.distributed.barrier()
+        source: Path | None = None
+        notes: tuple[str, ...] = ()
+        if resume != "no" and has_checkpoint(run_dir):
+            point = restore_point.verified(run_dir / "checkpoints")
+            source, notes = point.source, point.notes
+            changes = check_resume(
+                *(config, data.reports, run_dir, resume),
+                allow_source_change=allow_source_change,
+                source=source,
+            )
+        if torch.distributed.get_rank() == 0:
+            report_start(config, data, run_dir, changes, notes)
+        trainer = build_trainer(config, run_dir, data, here, resume=resume, source=source)
+        trainer.fit(stop, heartbeat)
     return trainer
 
 
-def join_job(config: RunConfig) -> None:
+def join_job(config: RunConfig, store: torch.distributed.Store | None = None) -> None:
     """Process groups, micro-batch arithmetic and one thread per rank."""
     torch.set_num_threads(1)  # ranks share the cores; more threads would also change the order of sums
-    platform.init_process_group(config.parallel.distributed_timeout_minutes)
-    size = config.parallel.size
+    platform.init_process_group(config.parallel.distributed_timeout_minutes, store)
+    size, parallel = config.parallel.size, config.parallel.megatron
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=size("tensor_model_parallel_size"),
             pipeline_model_parallel_size=size("pipeline_model_parallel_size"),
+            virtual_pipeline_model_parallel_size=config.parallel.virtual_stages or None,
+            context_parallel_size=size("context_parallel_size"),
             expert_model_parallel_size=size("expert_model_parallel_size"),
-            expert_tensor_parallel_size=config.parallel.megatron.get("expert_tensor_parallel_size"),
-            distributed_timeout_minutes=math.ceil(config.parallel.distributed_timeout_minutes),
+            expert_tensor_parallel_size=parallel.get("expert_tensor_parallel_size"),
+            distributed_timeout_minutes=config.parallel.distributed_timeout_minutes,
         )
+    ramp = config.training.rampup_batch_size
     unset_num_microbatches_calculator()
     init_num_microbatches_calculator(
         rank=torch.distributed.get_rank(),
-        rampup_batch_size=None,
+        rampup_batch_size=ramp and list(ramp),
         global_batch_size=config.training.global_batch_size,
         micro_batch_size=config.training.micro_batch_size,
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
@@ -165,40 +185,40 @@ def read_data(config: RunConfig, tokenizer: Tokenizer) -> Data:
 
 
 def build_trainer(
-    config: RunConfig, run_dir: Path, data: Data, here: platform.Platform, *, resume: Resume
+    config: RunConfig,
+    run_dir: Path,
+    data: Data,
+    here: platform.Platform,
+    *,
+    resume: Resume,
+    source: Path | None = None,
 ) -> Trainer:
-    """Model, optimizer, blend, probe and writers of this rank, at the state that `resume` asks for."""
+    """Model, optimizer, blend, probe and writers of this rank, at the state of the checkpoint `source`."""
     rank0 = torch.distributed.get_rank() == 0
     seed_iteration(config.training.seed, -1)  # of the time before the first iteration
     run = _build_runner(config, len(data.train), here)
-    optimizer, scheduler = build_optimizer(config, run.model)
+    optimizer, scheduler = build_optimizer(config, run.chunks)
     blend = build_blend(config, data.train)
-    controller = MixingController(
-        list(config.data.sources), initial_weights(config), build_strategy(config.mixing)
-    )
     batching = {
         "micro_batch_size": config.training.micro_batch_size,
         "dp_rank": parallel_state.get_data_parallel_rank(),
         "dp_size": parallel_state.get_data_parallel_world_size(),
     }
-    probe = None
-    if data.probe:
-        probe = Probe(
-            data.probe,
-            probe_tokens=config.mixing.probe_tokens,
-            seq_length=config.data.seq_length,
-            **batching,
-        )
-    reweighting = Reweighting(config.mixing, controller, blend, run, probe)
+    reweighting = _build_reweighting(config, data, blend, run, batching)
     checkpointer = Checkpointer(
-        directory=run_dir / "checkpoints", model=run.model, optimizer=optimizer, scheduler=scheduler
+        directory=run_dir / "checkpoints",
+        chunks=run.chunks,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        keep_last=config.checkpoint.keep_last,
     )
     say = _say if rank0 else _silent
-    resuming = resume != "no" and has_checkpoint(run_dir)
-    progress, interval = _restore(config, checkpointer, reweighting, say, resuming=resuming)
+    mine = identity(config, data.reports)
+    start = restore(config, checkpointer, reweighting, mine["fingerprints"], say, source)
+    iteration = start.progress.iteration
     # A run that died before its first checkpoint begins again: its records are those of no state.
-    resume_iteration = None if resume == "no" else progress.iteration
-    return Trainer(
+    keep_until = None if resume == "no" else iteration if source else -1
+    trainer = Trainer(
         config=config,
         run=run,
         optimizer=optimizer,
@@ -211,27 +231,54 @@ def build_trainer(
         ),
         reweighting=reweighting,
         checkpointer=checkpointer,
-        writer=_open_writer(config, run_dir, resume_iteration) if rank0 else None,
-        identity=identity(config, data.reports),
-        progress=progress,
-        interval=interval,
+        writer=_open_writer(config, run_dir, keep_until) if rank0 else None,
+        identity=mine,
+        progress=start.progress,
+        interval=start.interval,
+        drawn=start.drawn,
         say=say,
     )
+    if source is None:
+        trainer.record_stage("start", 0)
+    elif start.source_changes:
+        # The checkpoint is of before the change: a run resumed from it must not find the change on record.
+        trainer.record_stage("sources changed", iteration + 1, start.source_changes)
+    return trainer
+
+
+def _build_reweighting(
+    config: RunConfig, data: Data, blend: DynamicBlendedDataset, run: PassRunner, batching: dict[str, int]
+) -> Reweighting:
+    """What changes the mix, and the probe that it measures with."""
+    controller = MixingController(
+        list(config.data.sources), initial_weights(config), build_strategy(config.mixing)
+    )
+    probe = None
+    if data.probe:
+        probe = Probe(
+            data.probe,
+            probe_tokens=config.mixing.probe_tokens,
+            seq_length=config.data.seq_length,
+            **batching,
+        )
+    return Reweighting(config.mixing, controller, blend, run, probe)
 
 
 def _build_runner(config: RunConfig, num_sources: int, here: platform.Platform) -> PassRunner:
     """The model, and the counter that its routers write into."""
     transformer = transformer_config(config)
-    model = build_model(config, transformer, here)
+    chunks = build_model(config, transformer, here)
     layers = moe_layers(transformer)
     counter = GateLoadCounter(num_sources, len(layers), transformer.num_moe_experts or 1, here.device)
-    attach_counter([model], counter, layers)
+    attach_counter(chunks, counter, layers)
     return PassRunner(
-        model=model,
+        chunks=chunks,
         platform=here,
         counter=counter,
         seq_length=config.data.seq_length,
         sequence_parallel=transformer.sequence_parallel,
+        join_rows=joins_rows(here.transformer_engine, transformer.context_parallel_size),
+        micro_batch_group=micro_batch_group(transformer),
     )
 
 
@@ -241,31 +288,6 @@ def _open_writer(config: RunConfig, run_dir: Path, resume_iteration: int | None)
     writer = MetricsWriter(run_dir, tuple(config.data.sources), resume_iteration=resume_iteration)
     writer.text("config", f"```yaml\n{to_yaml(config)}```")
     return writer
-
-
-def _restore(
-    config: RunConfig,
-    checkpointer: Checkpointer,
-    reweighting: Reweighting,
-    say: Callable[[str], None],
-    *,
-    resuming: bool,
-) -> tuple[Progress, LogInterval]:
-    """Where the run starts: at its checkpoint, at another run's weights, or at nothing."""
-    if resuming:
-        state = checkpointer.load()
-        reweighting.load_state_dict(state["mixing"])
-        size = config.parallel.size
-        tp, pp = size("tensor_model_parallel_size"), size("pipeline_model_parallel_size")
-        say(loading_line(state["iteration"], checkpointer.directory))
-        say(loaded_line(state["iteration"], checkpointer.directory, tp_size=tp, pp_size=pp))
-        tokens_D = torch.tensor(state["tokens"], dtype=torch.float64)
-        interval = LogInterval.from_state_dict(state["log_interval"])
-        return Progress(state["iteration"], state["consumed_samples"], tokens_D), interval
-    if config.checkpoint.pretrained_checkpoint is not None:
-        checkpointer.load_weights(Path(config.checkpoint.pretrained_checkpoint))
-    num_sources = len(config.data.sources)
-    return Progress(0, 0, torch.zeros(num_sources, dtype=torch.float64)), LogInterval.start(num_sources)
 
 
 def _say(text: str) -> None:

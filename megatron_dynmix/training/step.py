@@ -58,17 +58,22 @@ class SourceStats:
 class PassRunner:
     """Runs forward (and backward) passes of one model and sums what they saw, per source."""
 
-    model: DistributedDataParallel
+    chunks: list[DistributedDataParallel]
+    """This rank's part of the model: one chunk for each virtual pipeline stage."""
     platform: Platform
     counter: GateLoadCounter
     seq_length: int
     sequence_parallel: bool
+    join_rows: bool
+    """See `layer_spec.joins_rows`."""
+    micro_batch_group: int = 1
+    """The interleaved pipeline runs micro-batches in groups of so many."""
 
     def __call__(self, micro_batches: Sequence[MicroBatch], *, forward_only: bool) -> SourceStats:
         """Run one pass.
 
         Args:
-            micro_batches: this rank's, the same number on every rank.
+            micro_batches: this rank's, the same number on every rank; to evaluate, any number will do.
             forward_only: True to evaluate; otherwise gradients of the sum over the whole step's trained
                 tokens, divided by their number, are left in the model's buffers.
 
@@ -77,14 +82,18 @@ class PassRunner:
 
         """
         rows = len(micro_batches[0]["dataset_id"])
-        join_rows = self.platform.transformer_engine
+        if forward_only:
+            short = -len(micro_batches) % self.micro_batch_group
+            micro_batches = [*micro_batches, *[_padding_like(micro_batches[0])] * short]
+        iterators = [iter(micro_batches) for _ in self.chunks]
+        interleaved = len(self.chunks) > 1
         reports = get_forward_backward_func()(
             forward_step_func=self._forward_step,
-            data_iterator=iter(micro_batches),
-            model=self.model,
+            data_iterator=iterators if interleaved else iterators[0],
+            model=self.chunks if interleaved else self.chunks[0],
             num_microbatches=len(micro_batches),
-            seq_length=self.seq_length * rows if join_rows else self.seq_length,
-            micro_batch_size=1 if join_rows else rows,
+            seq_length=self.seq_length * rows if self.join_rows else self.seq_length,
+            micro_batch_size=1 if self.join_rows else rows,
             forward_only=forward_only,
         )
         return self._reduce([report["source_stats"] for report in reports])
@@ -92,9 +101,7 @@ class PassRunner:
     def _forward_step(
         self, micro_batches: Iterator[MicroBatch], model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[..., Any]]:
-        batch = to_batch(
-            next(micro_batches), self.platform.device, join_rows=self.platform.transformer_engine
-        )
+        batch = to_batch(next(micro_batches), self.platform.device, join_rows=self.join_rows)
         self.counter.set_sources(batch.routed_source_T(self.sequence_parallel))
         return batch.token_losses(model), lambda token_loss: self._loss(token_loss, batch)
 
@@ -127,10 +134,29 @@ class PassRunner:
         return SourceStats(*total.cpu())
 
 
-def gradients_are_finite(model: DistributedDataParallel) -> bool:
-    """Whether no rank holds a gradient that is NaN or infinite; the same answer on every rank."""
-    bad = torch.zeros((), device=next(model.parameters()).device)
-    for buffer in [*model.buffers, *model.expert_parallel_buffers]:
-        bad += ~buffer.grad_data.sum().isfinite()
-    torch.distributed.all_reduce(bad)
-    return not bad.item()
+def _padding_like(micro_batch: MicroBatch) -> MicroBatch:
+    """A micro-batch of the same shape that is all padding."""
+    fills = {"dataset_id": -1, "padding_mask": 1, "segment_ids": -1}
+    return {name: torch.full_like(tensor, fills.get(name, 0)) for name, tensor in micro_batch.items()}
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on any rank; the same answer on every rank."""
+    flags = torch.full((), float(flag), device=device)
+    torch.distributed.all_reduce(flags)
+    return bool(flags.item())
+
+
+def gradients_are_finite(chunks: list[DistributedDataParallel], *, stop: bool) -> tuple[bool, bool]:
+    """Whether no rank holds a gradient that is NaN or infinite, and whether any rank is to stop.
+
+    The same answers on every rank, by one all-reduce.
+    """
+    bad_stop = torch.zeros(2, device=next(chunks[0].parameters()).device)
+    for chunk in chunks:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            bad_stop[0] += ~buffer.grad_data.sum().isfinite()
+    bad_stop[1] = stop
+    torch.distributed.all_reduce(bad_stop)
+    bad, stopping = bad_stop.tolist()
+    return not bad, bool(stopping)

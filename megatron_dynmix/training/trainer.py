@@ -6,8 +6,9 @@ Axes: D sources.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,29 +16,35 @@ from typing import Any, NoReturn
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.num_microbatches_calculator import (
+    get_current_global_batch_size,
+    get_num_microbatches,
+    update_num_microbatches,
+)
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.data.loader import BlendLoader
+from megatron_dynmix.errors import StoppedOnRequest, TrainingStopped
 from megatron_dynmix.monitor.logline import (
     mixing_table,
-    saved_line,
-    saving_line,
     source_loss_line,
     training_line,
 )
 from megatron_dynmix.monitor.metrics import MetricsWriter
 from megatron_dynmix.training.aux_losses import take_aux_losses
-from megatron_dynmix.training.checkpoint import Checkpointer
+from megatron_dynmix.training.batch_schedule import BatchSchedule
+from megatron_dynmix.training.checkpoint import Checkpointer, folder_of
+from megatron_dynmix.training.heartbeat import Heartbeat
+from megatron_dynmix.training.ledger import DrawnSamples, StageLine, Why, samples_line
+from megatron_dynmix.training.nonfinite import MOST_SKIPPED, BeforePass
 from megatron_dynmix.training.reweighting import MixingError, Reweighting
-from megatron_dynmix.training.step import PassRunner, SourceStats, gradients_are_finite
-
-
-class TrainingStopped(RuntimeError):
-    """The run cannot go on; the message says why and which checkpoint holds the last good state."""
+from megatron_dynmix.training.saving import Saving
+from megatron_dynmix.training.signals import StopRequest
+from megatron_dynmix.training.source_change import SourceSet
+from megatron_dynmix.training.step import PassRunner, SourceStats, any_rank, gradients_are_finite
 
 
 @dataclass
@@ -48,6 +55,8 @@ class Progress:
     consumed_samples: int
     tokens_D: torch.Tensor
     """Tokens of each source trained on so far, float64 (exact)."""
+    skipped_in_row: int = 0
+    """Batches just before that were not finite and changed nothing."""
 
 
 @dataclass
@@ -56,8 +65,9 @@ class LogInterval:
 
     stats: SourceStats
     iterations: int = 0
-    iterations_here: int = 0
-    """Those of this process: Megatron-Core's own trackers do not survive a restart."""
+    samples: int = 0
+    micro_batches_here: int = 0
+    """Those of this rank and process: Megatron-Core's own trackers do not survive a restart."""
     seconds: float = 0.0
     skipped: int = 0
 
@@ -72,6 +82,7 @@ class LogInterval:
         return {
             "stats": [sum_D.tolist() for sum_D in sums],
             "iterations": self.iterations,
+            "samples": self.samples,
             "seconds": self.seconds,
             "skipped": self.skipped,
         }
@@ -80,7 +91,13 @@ class LogInterval:
     def from_state_dict(cls, state: dict[str, Any]) -> LogInterval:
         """Go on from `state`."""
         stats = SourceStats(*torch.tensor(state["stats"], dtype=torch.float64))
-        return cls(stats, state["iterations"], 0, state["seconds"], state["skipped"])
+        return cls(
+            stats,
+            iterations=state["iterations"],
+            samples=state["samples"],
+            seconds=state["seconds"],
+            skipped=state["skipped"],
+        )
 
 
 class Trainer:
@@ -100,6 +117,7 @@ class Trainer:
         identity: dict[str, Any],
         progress: Progress,
         interval: LogInterval,
+        drawn: DrawnSamples,
         say: Callable[[str], None],
     ) -> None:
         self.config = config
@@ -113,74 +131,125 @@ class Trainer:
         self.identity = identity
         self.progress = progress
         self._interval = interval
+        self._drawn = drawn
+        self._schedule = BatchSchedule.of(config.training)
         self.say = say
-        self._saved_iteration = progress.iteration if progress.iteration else None
-        self._good_checkpoint: int | None = None
+        self.saving = Saving(config, checkpointer, say)
+        self._grad_norm = math.nan
 
-    def fit(self) -> None:
+    def fit(self, stop: StopRequest, heartbeat: Heartbeat) -> None:
         """Train to the last iteration; a checkpoint is written at the end.
+
+        Args:
+            stop: whether this rank is asked to stop; all ranks do when one is.
+            heartbeat: told of each iteration.
 
         Raises:
             TrainingStopped: the loss, or the new weights, cannot be used.
+            StoppedOnRequest: the state is saved.
 
         """
         total = self.config.training.train_iters
         assert total is not None, "checked before start"
         if self.progress.iteration >= total:
             self.say(f"already at iteration {self.progress.iteration} of {total}: nothing to train")
+        try:
+            self._train_until(total, stop, heartbeat)
+        finally:
+            if self.writer is not None:
+                self.writer.close()
+
+    def _train_until(self, total: int, stop: StopRequest, heartbeat: Heartbeat) -> None:
+        if self.progress.iteration < total and any_rank(stop.asked, self.run.platform.device):
+            self._stop_on_request()
         while self.progress.iteration < total:
-            self._train_step()
+            heartbeat.iteration = self.progress.iteration + 1
+            stopping = self._train_step(stop)
             iteration = self.progress.iteration
+            self.saving.settle(wait=False)
             if iteration % self.config.logging.log_interval == 0 or iteration == total:
                 self._log(total)
             if self.reweighting.is_due(iteration):
                 self._reweight()
             if iteration == total or iteration % (self.config.checkpoint.save_interval or total) == 0:
-                self.save()
-        if self.writer is not None:
-            self.writer.close()
+                self.save(last=iteration == total)
+            if stopping and iteration < total:
+                self._stop_on_request()
 
-    def _train_step(self) -> None:
-        progress, batch_size = self.progress, self.config.training.global_batch_size
-        assert batch_size is not None, "checked before start"
-        start = time.perf_counter()
-        micro_batches = self.loader.step(progress.consumed_samples, get_num_microbatches())
+    def _train_step(self, stop: StopRequest) -> bool:
+        """One iteration; returns whether any rank is to stop after it."""
+        progress, start = self.progress, time.perf_counter()
+        update_num_microbatches(progress.consumed_samples, consistency_check=True)
+        batch_size, num_micro_batches = get_current_global_batch_size(), get_num_microbatches()
+        micro_batches = self.loader.step(
+            progress.consumed_samples, num_micro_batches, self._first_undecided_sample()
+        )
         # Random numbers of an iteration follow from its number: a resumed run needs no generator state,
         # and whatever was measured in between has drawn none of them.
         seed_iteration(self.config.training.seed, progress.iteration)
-        self.run.model.zero_grad_buffer()
+        for chunk in self.run.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         counted = self.reweighting.counts_training
-        counts_before = self.run.counter.counts_LDE.clone() if counted else None
+        before = BeforePass(self.run)
         with self.run.counter.recording() if counted else contextlib.nullcontext():
             stats = self.run(micro_batches, forward_only=False)
-        if not (stats.loss_sum_D.isfinite().all() and gradients_are_finite(self.run.model)):
-            if counts_before is not None:
-                self.run.counter.counts_LDE.copy_(counts_before)
-            self._stop(
-                f"iteration {progress.iteration + 1} brought a loss of {stats.lm_loss} and gradients that "
-                "are not all finite"
-            )
-        self._good_checkpoint = self._saved_iteration
-        stepped, grad_norm, _ = self.optimizer.step()
-        self.scheduler.step(increment=batch_size)
+        finite, stopping = gradients_are_finite(self.run.chunks, stop=stop.asked)
+        if finite and stats.loss_sum_D.isfinite().all():
+            self._step(stats)
+        else:
+            before.restore()
+            self._skip(stats.lm_loss)
+        self._drawn.fold(micro_batches, progress.consumed_samples)
         progress.iteration += 1
         progress.consumed_samples += batch_size
-        progress.tokens_D += stats.tokens_D
-        self._interval.stats += stats
         self._interval.iterations += 1
-        self._interval.iterations_here += 1
         self._interval.seconds += time.perf_counter() - start
-        self._interval.skipped += not stepped
+        return stopping
+
+    def _step(self, stats: SourceStats) -> None:
+        """Change the weights."""
+        self.saving.trained()
+        stepped, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=get_current_global_batch_size())
         self._grad_norm = float(grad_norm or 0.0)
+        self.progress.tokens_D += stats.tokens_D
+        self.progress.skipped_in_row = 0
+        self._interval.stats += stats
+        self._interval.samples += get_current_global_batch_size()
+        self._interval.micro_batches_here += get_num_microbatches()
+        self._interval.skipped += not stepped
+
+    def _skip(self, lm_loss: float) -> None:
+        """Go on without a batch that is not finite, where that is wanted and has not become the rule."""
+        progress = self.progress
+        what = (
+            f"iteration {progress.iteration + 1} brought a loss of {lm_loss} and gradients that are not all "
+            "finite"
+        )
+        if self.config.training.nonfinite == "stop":
+            self._stop(what)
+        if progress.skipped_in_row + 1 == MOST_SKIPPED:
+            self._stop(f"{what}, like the {progress.skipped_in_row} before it")
+        self.say(f" WARNING: {what}: the batch is skipped and changes nothing")
+        progress.skipped_in_row += 1
+        self._grad_norm = math.nan
+        self._interval.skipped += 1
+
+    def _first_undecided_sample(self) -> int | None:
+        """Where the next weight update may change the mix; nowhere if the weights never change."""
+        iterations = self.reweighting.next_due(self.progress.iteration)
+        if iterations is None:
+            return None
+        return self._schedule.samples_after(iterations, self.progress.consumed_samples)
 
     def _log(self, total: int) -> None:
-        progress, batch_size = self.progress, self.config.training.global_batch_size
-        interval, iterations = self._interval, self._interval.iterations
-        aux_losses = take_aux_losses(self.run.model, interval.iterations_here * get_num_microbatches())
+        progress, interval = self.progress, self._interval
+        aux_losses = {}
+        if interval.micro_batches_here:  # none if every batch was skipped
+            aux_losses = take_aux_losses(self.run.chunks[0].config, interval.micro_batches_here)
         sources = self.reweighting.controller.sources
         tokens = float(interval.stats.tokens_D.sum())
-        assert batch_size is not None, "checked before start"
         record: dict[str, Any] = {
             "iteration": progress.iteration,
             "consumed_samples": progress.consumed_samples,
@@ -188,10 +257,10 @@ class Trainer:
             "source_loss": dict(zip(sources, interval.stats.source_losses(), strict=True)),
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": self._grad_norm,
-            "global_batch_size": batch_size,
-            "seconds": interval.seconds / iterations,
+            "global_batch_size": get_current_global_batch_size(),
+            "seconds": interval.seconds / interval.iterations,
             "tokens_per_second": tokens / interval.seconds,
-            "useful_token_share": tokens / (iterations * batch_size * self.config.data.seq_length),
+            "useful_token_share": tokens / (max(interval.samples, 1) * self.config.data.seq_length),
             "tokens": dict(zip(sources, progress.tokens_D.long().tolist(), strict=True)),
             "skipped_iterations": interval.skipped,
             "aux_losses": aux_losses,
@@ -201,6 +270,32 @@ class Trainer:
         self.say(training_line(record, total, datetime.now()))
         self.say(source_loss_line(record))
         self._interval = LogInterval.start(len(sources))
+        self._log_samples()
+
+    def _log_samples(self) -> None:
+        """Put on record which samples were trained on since the last time."""
+        progress, first_sample = self.progress, self._drawn.first_sample
+        digest = self._drawn.digest(self.run.platform.device)
+        if self.writer is not None:
+            line = samples_line(
+                iteration=progress.iteration,
+                first_sample=first_sample,
+                consumed_samples=progress.consumed_samples,
+                digest=digest,
+            )
+            self.writer.ledger(line)
+        self._drawn = DrawnSamples(progress.consumed_samples, carried=0)
+
+    def record_stage(self, why: Why, iteration: int, changes: Sequence[str] = ()) -> None:
+        """Put the stage that has just begun on record."""
+        if self.writer is None:
+            return
+        blend = self.reweighting.blend
+        sources = SourceSet.of(self.identity["fingerprints"], blend.state_dict())
+        line = StageLine.of_last(
+            blend, sources, self.config.mixing, why=why, iteration=iteration, changes=changes
+        )
+        self.writer.ledger(line.to_json())
 
     def _reweight(self) -> None:
         progress = self.progress
@@ -208,38 +303,47 @@ class Trainer:
             update = self.reweighting.update(progress.iteration, progress.consumed_samples, progress.tokens_D)
         except MixingError as error:
             self._stop(f"the weights could not be updated after iteration {progress.iteration}: {error}")
+        self.record_stage("update", progress.iteration)
         if self.writer is not None:
             self.writer.mixing(update)
             self.writer.flush()
         self.say(mixing_table(update))
 
-    def save(self) -> Path:
-        """Write a checkpoint of the state after the last whole iteration, unless there is one."""
-        progress, directory = self.progress, self.checkpointer.directory
-        target = directory / f"iter_{progress.iteration:07d}"
-        if progress.iteration == self._saved_iteration:
-            return target
-        self.say(saving_line(progress.iteration, directory, datetime.now()))
-        state = {
+    def save(self, *, last: bool) -> Path:
+        """Write a checkpoint of the state after the last whole iteration, unless there is one.
+
+        Args:
+            last: whether the run ends with it, so that it must be whole when this returns.
+
+        """
+        progress = self.progress
+        if progress.iteration != self.saving.newest:
+            if self.writer is not None:
+                self.writer.flush()  # a checkpoint never knows more than the records
+            self.saving.save(progress.iteration, self._state(), last=last)
+        elif last:
+            self.saving.settle(wait=True, last=True)
+        return folder_of(self.checkpointer.directory, progress.iteration)
+
+    def _state(self) -> dict[str, Any]:
+        progress = self.progress
+        return {
             **self.identity,
             "consumed_samples": progress.consumed_samples,
             "tokens": progress.tokens_D.tolist(),
+            "skipped_in_row": progress.skipped_in_row,
             "mixing": self.reweighting.state_dict(),
             "log_interval": self._interval.state_dict(),
+            "drawn_samples": self._drawn.state_dict(self.run.platform.device),
         }
-        self.checkpointer.save(progress.iteration, state)
-        size = self.config.parallel.size
-        self.say(
-            saved_line(
-                progress.iteration,
-                directory,
-                datetime.now(),
-                tp_size=size("tensor_model_parallel_size"),
-                pp_size=size("pipeline_model_parallel_size"),
-            )
-        )
-        self._saved_iteration = progress.iteration
-        return target
+
+    def _stop_on_request(self) -> NoReturn:
+        """Keep what was trained, and end so that whoever asked can start the run again."""
+        text = "stopped on request, before the first iteration"
+        if self.progress.iteration:
+            saved = self.save(last=True)
+            text = f"saved and stopped on request; the state is in {saved}, go on with --resume auto"
+        raise StoppedOnRequest(text)
 
     def _stop(self, why: str) -> NoReturn:
         """Keep the state, point the run at its last good checkpoint, and end.
@@ -247,18 +351,19 @@ class Trainer:
         What went wrong has changed no weight, but the step before it may have: good is a checkpoint from
         which an iteration was trained.
         """
-        if self._interval.iterations_here:
+        if self._interval.micro_batches_here:
             self._log(self.config.training.train_iters or 0)
-        before = self.save()
-        text = f"{why}. The state before is kept in {before}"
-        if self._good_checkpoint not in (None, self.progress.iteration):
-            good = self.checkpointer.point_at(self._good_checkpoint)
+        try:
+            text = f"{why}. The state before is kept in {self.save(last=True)}"
+            good = self.saving.fall_back(self.progress.iteration)
+        except TrainingStopped as failure:
+            raise TrainingStopped(str(failure) and f"{why}. {failure}") from None
+        if good is not None:
             text += f"; the last checkpoint that trained well is {good}, and --resume goes on from it"
         else:
             text += ", whose weights may be damaged already: no earlier checkpoint was saved"
-        if self.writer is not None:
-            self.writer.close()
-        raise TrainingStopped(f"{text}. Look at the rows and at the learning rate first")
+        text += ". Look at the rows and at the learning rate first"
+        raise TrainingStopped(text if torch.distributed.get_rank() == 0 else "")
 
 
 def seed_iteration(seed: int, iteration: int) -> None:

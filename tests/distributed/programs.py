@@ -9,17 +9,19 @@ from megatron_dynmix.training import run as training_run
 from megatron_dynmix.training.trainer import TrainingStopped
 
 
-def train(run_yaml, flags, run_dir, resume="no"):
+def train(run_yaml, flags, run_dir, resume="no", **options):
     """A whole run; returns what it wrote."""
-    trainer = training_run.train(load_config(run_yaml, flags), run_dir, resume=resume)
+    trainer = training_run.train(load_config(run_yaml, flags), run_dir, resume=resume, **options)
     torch.distributed.barrier()
     return {
         "metrics": read_records(run_dir / "metrics.jsonl"),
         "mixing": read_records(run_dir / "mixing.jsonl"),
+        "ledger": read_records(run_dir / "ledger.jsonl"),
         "blend": trainer.loader.blend.state_dict(),
         "routers": {
             name: parameter.detach().float().numpy().copy()
-            for name, parameter in trainer.run.model.named_parameters()
+            for chunk in trainer.run.chunks
+            for name, parameter in chunk.named_parameters()
             if name.endswith("router.weight")
         },
     }
@@ -54,6 +56,7 @@ def save_initial_weights(run_yaml, flags, run_dir):
     """Weights that every layout can start from."""
     trainer = build(run_yaml, flags, run_dir)
     trainer.checkpointer.save(0, trainer.identity)
+    trainer.checkpointer.finish(wait=True)
 
 
 def count_one_step(run_yaml, flags, run_dir):

@@ -17,31 +17,41 @@ def run_ranks(world_size, program, *args, timeout=240, **kwargs):
 
     The first rank that fails ends the job, and its traceback is the test's.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pipes, processes = [], []
-    for rank in range(world_size):
-        here, there = _CONTEXT.Pipe()
-        process = _CONTEXT.Process(target=_rank, args=(there, rank, world_size, port, program, args, kwargs))
-        process.start()
-        there.close()
-        pipes.append(here)
-        processes.append(process)
-    try:
+    with started_ranks(world_size, program, *args, **kwargs) as (processes, pipes):
         answers = _collect(pipes, timeout)
         for process in processes:
             process.join(timeout=20)
         return answers
+
+
+@contextlib.contextmanager
+def started_ranks(world_size, program, *args, **kwargs):
+    """The processes of a fresh job and the pipes of their answers; all are ended on leaving."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes, processes = [], []
+    try:
+        for rank in range(world_size):
+            here, there = _CONTEXT.Pipe()
+            job = (there, rank, world_size, port, program, args, kwargs)
+            process = _CONTEXT.Process(target=_rank, args=job)
+            process.start()
+            there.close()
+            pipes.append(here)
+            processes.append(process)
+        yield processes, pipes
     finally:
         for process in processes:
-            _end(process)
+            end_rank(process)
 
 
-def _end(process):
-    """End a rank and what it has started: saving a checkpoint leaves a helper process behind."""
+def end_rank(process):
+    """End a rank and what it has started, the processes that write a checkpoint for instance."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGKILL)  # one that had no group of its own yet
     process.join()
 
 

@@ -42,9 +42,9 @@ def _loss_and_gradients(trainer, rows):
         {"dataset_id": torch.tensor([1]), **{key: torch.tensor(row[key])[None] for key in row}}
         for row in rows
     ]
-    trainer.run.model.zero_grad_buffer()
+    trainer.run.chunks[0].zero_grad_buffer()
     stats = trainer.run(batches, forward_only=False)
-    gradients = [parameter.main_grad.clone() for parameter in trainer.run.model.parameters()]
+    gradients = [parameter.main_grad.clone() for parameter in trainer.run.chunks[0].parameters()]
     return stats.lm_loss, torch.cat([gradient.flatten() for gradient in gradients]).numpy()
 
 
@@ -63,7 +63,7 @@ def joined_and_masked(run_yaml, flags, run_dir):
     from megatron_dynmix.training.model import unwrap
 
     trainer = programs.build(run_yaml, flags, run_dir)
-    model = unwrap(trainer.run.model).eval()
+    model = unwrap(trainer.run.chunks[0]).eval()
     micro_batch = trainer.loader.step(0, 1)[0]
     answers = []
     for join_rows in (False, True):

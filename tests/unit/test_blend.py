@@ -195,7 +195,7 @@ def test_I4_every_row_once_per_epoch_before_any_twice():
     chunks = chunks_of([([0.3, 0.5, 0.2], 40), ([0.6, 0.4, 0.0], 40), ([0.1, 0.8, 0.1], 40)])
     drawn: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for chunk in chunks:
-        rows_N = rows_of(chunk.dataset_index_N, chunk.ordinal_N, sizes_D, seed=5)
+        rows_N = rows_of(chunk.dataset_index_N, chunk.ordinal_N, sizes_D, np.arange(3), seed=5)
         for dataset_id, row in zip(chunk.dataset_index_N.tolist(), rows_N.tolist(), strict=True):
             drawn[dataset_id].append(row)
     for dataset_id, rows in drawn.items():
@@ -210,10 +210,19 @@ def test_I4_every_row_once_per_epoch_before_any_twice():
 def test_I4_the_first_epoch_keeps_the_order_and_later_ones_are_reshuffled_differently():
     size, epochs = 50, 4
     ids_N = np.zeros(size * epochs, np.int16)
-    rows_N = rows_of(ids_N, np.arange(size * epochs), np.array([size]), seed=5)
+    rows_N = rows_of(ids_N, np.arange(size * epochs), np.array([size]), np.array([0]), seed=5)
     orders = [tuple(order) for order in rows_N.reshape(epochs, size).tolist()]
     assert orders[0] == tuple(range(size))
     assert len(set(orders)) == epochs
-    other_seed = rows_of(ids_N, np.arange(size * epochs), np.array([size]), seed=6)
+    other_seed = rows_of(ids_N, np.arange(size * epochs), np.array([size]), np.array([0]), seed=6)
     assert (other_seed[:size] == rows_N[:size]).all()
     assert (other_seed[size:] != rows_N[size:]).any()
+
+
+def test_I4_a_source_keeps_its_shuffles_when_its_index_changes():
+    """Its shuffle id stays; under another one the epoch in hand would repeat rows and leave others out."""
+    ordinals_N = np.arange(150)
+    alone_N = rows_of(np.zeros(150, np.int16), ordinals_N, np.array([50]), np.array([3]), seed=5)
+    second_N = rows_of(np.ones(150, np.int16), ordinals_N, np.array([9, 50]), np.array([8, 3]), seed=5)
+    other_N = rows_of(np.ones(150, np.int16), ordinals_N, np.array([9, 50]), np.array([8, 1]), seed=5)
+    assert second_N.tolist() == alone_N.tolist() != other_N.tolist()

@@ -13,6 +13,7 @@ from megatron_dynmix.errors import InputError
 pytestmark = pytest.mark.filterwarnings("ignore:moe_ffn_hidden_size")
 NONE = object()
 """Takes a setting away."""
+INTERLEAVED = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 
 
 def changed(folder: Path, changes: dict[str, Any]) -> dict:
@@ -55,6 +56,9 @@ def test_a_good_run_passes(tmp_path, world_size):
             "data.sources.code.weight": 2,
         },
         {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
+        {"parallel": {"context_parallel_size": 2}},
+        {"parallel": INTERLEAVED, "model.num_layers": 4},
+        {"model.moe_expert_capacity_factor": 1.0},
         {"model.recompute_granularity": "full", "model.recompute_method": "uniform"},
     ],
 )
@@ -75,6 +79,7 @@ def test_a_prepared_prefix_stands_for_its_source(tmp_path):
     [
         ({"data.sources": NONE}, ["data.sources is missing", "name at least one"]),
         ({"data.tokenizer": NONE}, ["data.tokenizer is missing", "give the folder of a Hugging Face"]),
+        ({"optimizer.optimizer": "sgd"}, ["optimizer.optimizer is sgd", "use adam"]),
         ({"data.tokenizer": "chat.jsonl"}, ["data.tokenizer is", "chat.jsonl, which is no folder"]),
         (
             {"data.sources.math.path": "gone.jsonl"},
@@ -95,7 +100,6 @@ def test_a_prepared_prefix_stands_for_its_source(tmp_path):
         ),
         ({"training.train_iters": NONE}, ["training.train_iters is missing; give a whole number, 1 or more"]),
         ({"training.global_batch_size": NONE}, ["training.global_batch_size is missing", "1 or more"]),
-        ({"parallel.context_parallel_size": 2}, ["context_parallel_size is 2; only 1 is supported"]),
         (
             {"parallel.tensor_model_parallel_size": 2},
             ["tensor_model_parallel_size is 2 without sequence_parallel", "add --sequence-parallel"],
@@ -109,11 +113,49 @@ def test_a_prepared_prefix_stands_for_its_source(tmp_path):
         ),
         (
             {"parallel.virtual_pipeline_model_parallel_size": 2},
-            ["virtual_pipeline_model_parallel_size is not supported; leave it out"],
+            ["virtual_pipeline_model_parallel_size is 2 with pipeline_model_parallel_size 1", "leave it out"],
         ),
         (
-            {"model.recompute_granularity": "full", "model.recompute_method": "block"},
-            ["recompute_method block hides the padding mask", "use uniform"],
+            {"parallel": INTERLEAVED, "model.num_layers": 6},
+            ["num_layers is 6, 3 for each of 2 pipeline stages", "2 does not divide; use 1, 3"],
+        ),
+        (
+            {"parallel": {**INTERLEAVED, "overlap_p2p_comm": False}, "model.num_layers": 4},
+            ["interleaved pipeline of 2 stages without overlap_p2p_comm", "or use 3 stages or more"],
+        ),
+        (
+            {"parallel": {**INTERLEAVED, "batch_p2p_comm": True}, "model.num_layers": 4},
+            ["interleaved pipeline of 2 stages without overlap_p2p_comm", "leave out overlap_p2p_comm"],
+        ),
+        (
+            {
+                "parallel": {**INTERLEAVED, "batch_p2p_comm": True, "overlap_p2p_comm": True},
+                "model.num_layers": 4,
+            },
+            ["overlap_p2p_comm and batch_p2p_comm are both true; leave out batch_p2p_comm"],
+        ),
+        (
+            {"parallel.overlap_p2p_comm": True},
+            ["overlap_p2p_comm is true, but the pipeline is not interleaved; leave it out"],
+        ),
+        (
+            {"parallel": INTERLEAVED, "model.num_layers": 4, "training.global_batch_size": 6},
+            ["a batch of 6 is 3 micro-batches", "runs groups of 2", "use multiples of 4"],
+        ),
+        (
+            {"parallel": INTERLEAVED, "model.num_layers": 4, "training.rampup_batch_size": [2, 2, 100]},
+            ["a batch of 2 is 1 micro-batches", "runs groups of 2", "use multiples of 4"],
+        ),
+        (
+            {
+                "parallel": {**INTERLEAVED, "microbatch_group_size_per_vp_stage": 1},
+                "model.num_layers": 4,
+            },
+            ["microbatch_group_size_per_vp_stage is 1; use pipeline_model_parallel_size (2) or more"],
+        ),
+        (
+            {"model.moe_expert_capacity_factor": 1.0, "model.moe_router_fusion": True},
+            ["moe_expert_capacity_factor with moe_router_fusion would count only", "leave out"],
         ),
         (
             {"model.num_moe_experts": 6, "parallel.expert_model_parallel_size": 4},
@@ -167,7 +209,11 @@ def test_a_prepared_prefix_stands_for_its_source(tmp_path):
                 "data.seq_length": 63,
                 "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
             },
-            ["seq_length 63 is not a multiple of tensor-parallel size 2"],
+            ["seq_length 63 is not a multiple of 2, which tensor-parallel size 2", "use 62 or 64"],
+        ),
+        (
+            {"data.seq_length": 66, "parallel": {"context_parallel_size": 2}},
+            ["seq_length 66 is not a multiple of 4, which", "context-parallel size 2 need; use 64 or 68"],
         ),
     ],
 )
@@ -226,6 +272,8 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
         ("optimizer", "weight_decay", -0.1, "0 or more"),
         ("optimizer", "lr_decay_style", "step", "one of linear, cosine, constant, inverse-square-root"),
         ("checkpoint", "save_interval", 0, "a positive number"),
+        ("checkpoint", "keep_last", 0, "a positive number"),
+        ("checkpoint", "on_save_error", "retry", "one of stop, continue"),
         ("logging", "log_interval", 0, "a positive number"),
     ],
 )

@@ -3,7 +3,11 @@
 import pytest
 import torch
 
+from megatron_dynmix import platform
 from megatron_dynmix.moe.counter import GateLoadCounter
+
+platform.start()
+from megatron_dynmix.moe.router import ChoiceBeforeDropping  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -66,3 +70,25 @@ def test_another_number_of_tokens_than_announced_is_our_fault(counter):
         counter.set_sources(torch.tensor([0, 1]))
         with pytest.raises(AssertionError, match="differ in number"):
             counter.add(0, torch.ones(3, 4, dtype=torch.bool))
+
+
+def test_padding_of_the_announced_micro_batch_is_known_without_recording(counter):
+    counter.set_sources(torch.tensor([0, -1, 2]))
+    assert counter.padding_T.tolist() == [False, True, False]
+    with counter.recording(), pytest.raises(AssertionError, match="set_sources was not called"):
+        counter.add(0, torch.ones(3, 4, dtype=torch.bool))
+
+
+def test_the_choice_before_dropping_is_what_was_chosen():
+    choice = ChoiceBeforeDropping()
+    scores_TE = torch.tensor([[0.1, 0.9, 0.5, 0.0], [0.7, 0.1, 0.0, 0.6]])
+
+    def choose(scores_TE, topk, num_groups, group_topk):
+        return torch.topk(scores_TE, topk, dim=1)
+
+    scores_TK, experts_TK = choice.get_replay_topk(scores_TE, 2, None, None, choose)
+    assert experts_TK.tolist() == [[1, 2], [0, 3]]
+    assert scores_TK.equal(scores_TE.gather(1, experts_TK))
+    assert choice.take_map_TE(4).tolist() == [[False, True, True, False], [True, False, False, True]]
+    with pytest.raises(AssertionError, match="the fused router makes none here"):
+        choice.take_map_TE(4)

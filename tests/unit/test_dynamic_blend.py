@@ -1,10 +1,13 @@
 """A blended dataset of stages: appending, going on, saving and loading."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from blend_fixtures import blend_of, sources
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
 from megatron_dynmix.errors import InputError
@@ -25,17 +28,62 @@ def draw(blend: DynamicBlendedDataset, first: int, last: int) -> list[tuple[int,
     return pairs
 
 
-def test_an_item_is_its_row_with_its_dataset_id():
+def test_an_item_is_its_row_with_its_dataset_id_and_its_number():
     item = blend_of(SIZES, (1, 1, 1), 12)[(2, 17)]
     assert item["dataset_id"] == 2 and item["dataset_id"].dtype == np.int16
+    assert item["row"] == 17 and item["row"].dtype == np.int64
     assert item["tokens"].tolist() == [2, 17]
 
 
-def test_only_one_chunk_is_held():
+def test_only_the_chunks_in_use_are_held():
     blend = blend_of(SIZES, (1, 1, 1), 12)
     assert len(blend) == 12
     blend.advance_to(120)
     assert len(blend) == 12 and blend.chunk.start.sample == 120
+    blend.pairs(130, 140)
+    assert len(blend) == 24 and blend.chunk.start.sample == 120
+    blend.advance_to(140)
+    assert len(blend) == 12 and blend.chunk.start.sample == 132
+
+
+def drawn_in_steps(blend: DynamicBlendedDataset, cuts: list[int], last: int) -> list[tuple[int, int]]:
+    """Pairs of all samples before `last`, in steps that end at `cuts`, with the stages of `STAGES`."""
+    pairs, first = [], blend.stages[-1].start_sample
+    for cut in sorted({*cuts, *STAGES, last}):
+        if first < cut <= last:
+            blend.advance_to(first)
+            pairs += blend.pairs(first, cut)
+            first = cut
+            if cut in STAGES:
+                blend.append_stage(cut, np.array(STAGES[cut]))
+    return pairs
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 299), max_size=40), st.integers(1, 60))
+def test_I3_the_order_does_not_depend_on_how_many_samples_a_step_takes(cuts, chunk_size):
+    one_by_one, in_steps = (blend_of(SIZES, (1, 1, 1), chunk_size) for _ in range(2))
+    assert drawn_in_steps(in_steps, cuts, 300) == drawn_in_steps(one_by_one, list(range(300)), 300)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(73, 299), min_size=1, max_size=20),
+    st.lists(st.integers(73, 299), max_size=20),
+    st.integers(1, 60),
+    st.data(),
+)
+def test_I2_a_run_resumes_at_any_step_and_with_any_batch_size(before, after, chunk_size, data):
+    whole, first, resumed = (blend_of(SIZES, (1, 1, 1), chunk_size) for _ in range(3))
+    expected = drawn_in_steps(whole, [], 300)
+    stop = data.draw(st.sampled_from(before))
+    assert drawn_in_steps(first, before, stop) == expected[:stop]
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    pairs = []
+    for begin, end in pairwise(sorted({stop, *(cut for cut in after if cut > stop), 300})):
+        resumed.advance_to(begin)
+        pairs += resumed.pairs(begin, end)
+    assert pairs == expected[stop:]
 
 
 def test_stages_are_the_whole_history():

@@ -9,7 +9,6 @@ from blend_fixtures import blend_of
 
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
 from megatron_dynmix.data.loader import BlendLoader
-from megatron_dynmix.errors import InputError
 
 SIZES = (11, 5, 30)
 STAGES = {16: (0.0, 0.9, 0.1), 40: (0.8, 0.1, 0.1), 64: (0.2, 0.3, 0.5)}
@@ -101,6 +100,30 @@ def test_steps_may_be_asked_for_again():
     assert rank_loader.step(0, 1)[0]["tokens"].equal(first)
 
 
-def test_a_batch_size_that_does_not_fit_the_checkpoint_is_refused():
-    with pytest.raises(InputError, match=r"batch_size is 6, .*16 samples left.*of the checkpoint"):
-        loader(blend(), 6).step(0, 1)
+def test_steps_may_change_their_size_and_cross_chunks():
+    """As a batch that ramps up does: 4, 8, then 12 samples a step, chunks of 16."""
+    blended, whole = blend_of(SIZES, (1, 2, 3), CHUNK), blend_of(SIZES, (1, 2, 3), CHUNK)
+    rank_loader, sample, batches = loader(blended, 2, workers=1), 0, []
+    for size in (4, 4, 8, 8, 12, 12, 12):
+        batches += [batch["tokens"] for batch in rank_loader.step(sample, size // 2)]
+        sample += size
+    assert samples(batches) == [list(pair) for pair in whole.pairs(0, sample)]
+
+
+def test_workers_do_not_ask_beyond_the_next_update():
+    blended = blend()
+    asked = []
+    pairs = blended.pairs
+    blended.pairs = lambda first, last: asked.append(last) or pairs(first, last)
+    rank_loader = loader(blended, 2, workers=2)
+    for sample in (0, 4, 8):
+        rank_loader.step(sample, 2, until=12)
+    assert max(asked) == 12
+    blended.append_stage(12, np.array([0.0, 0.5, 0.5]))
+    rank_loader.step(12, 2, until=24)
+    assert asked[6] == 14
+
+
+def test_a_step_beyond_the_next_update_is_our_mistake():
+    with pytest.raises(AssertionError, match="next weight update"):
+        loader(blend(), 2).step(0, 4, until=6)

@@ -1,0 +1,59 @@
+"""Being asked to stop: SIGTERM and SIGUSR1, which schedulers send before they take a machine away."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from megatron_dynmix.errors import StoppedOnRequest
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Whether this rank was asked to stop; the loop tells the other ranks and saves first."""
+
+    asked = False
+
+    def ask(self) -> None:
+        """What a signal does."""
+        self.asked = True
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Take the signals as requests, and leave the handlers afterwards as they were."""
+        with _handling(self.ask):
+            for number in STOP_SIGNALS:
+                signal.siginterrupt(number, False)  # nothing that reads or writes need know of it
+            yield self
+
+
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """Before training there is nothing to save: a signal ends what runs here.
+
+    Raises:
+        StoppedOnRequest: from wherever the signal came.
+
+    """
+
+    def stop() -> None:
+        raise StoppedOnRequest("stopped on request, before training")
+
+    with _handling(stop):
+        yield
+
+
+@contextmanager
+def _handling(act: Callable[[], None]) -> Iterator[None]:
+    def handler(number: int, frame: FrameType | None) -> None:
+        act()
+
+    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous or signal.SIG_DFL)

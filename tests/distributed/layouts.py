@@ -1,0 +1,159 @@
+"""Layouts to compare with one rank, and what their ranks run. Axes: D sources, L MoE layers, E experts."""
+
+import hashlib
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
+
+from megatron_dynmix.config.load import load_config
+from megatron_dynmix.training import run as training_run
+from tests.distributed import programs
+
+TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+ETP1 = ["--expert-tensor-parallel-size", "1"]
+PP2 = ["--pipeline-model-parallel-size", "2"]
+VPP2 = [*PP2, "--virtual-pipeline-model-parallel-size", "2"]
+CP2 = ["--context-parallel-size", "2"]
+
+
+def ep(size):
+    return ["--expert-model-parallel-size", str(size)]
+
+
+VARIANTS = {
+    "base": [],
+    "shared experts": ["--moe-shared-expert-intermediate-size", "24"],
+    "expert bias": [
+        *("--moe-router-enable-expert-bias", "--moe-router-score-function", "sigmoid"),
+        *("--moe-z-loss-coeff", "0.1"),
+    ],
+    "capacity": ["--moe-expert-capacity-factor", "1.0"],
+    "padded capacity": [
+        *("--moe-expert-capacity-factor", "1.0", "--moe-pad-expert-input-to-capacity"),
+        *("--moe-token-drop-policy", "position"),
+    ],
+}
+"""Models that need a run on one rank of their own to be compared with."""
+
+
+def full(method, layers):
+    return [
+        *("--recompute-granularity", "full", "--recompute-method", method),
+        *("--recompute-num-layers", str(layers)),
+    ]
+
+
+LAYOUTS = {
+    "EP2": (2, ep(2), "base"),
+    "EP4": (4, ep(4), "base"),
+    "DP4": (4, ep(1), "base"),
+    "EP2 x DP2": (4, ep(2), "base"),
+    "EP2, allgather": (2, [*ep(2), "--moe-token-dispatcher-type", "allgather"], "base"),
+    "TP2 x EP2, ETP1": (2, [*TP2, *ETP1, *ep(2)], "base"),
+    "TP2, ETP2": (2, [*TP2, *ep(1)], "base"),
+    "TP2 x EP2, ETP2": (4, [*TP2, *ep(2)], "base"),
+    "PP2 x EP2": (4, [*PP2, *ep(2)], "base"),
+    "PP2 x TP2 x EP2": (4, [*PP2, *TP2, *ETP1, *ep(2)], "base"),
+    "PP2 VPP2 x EP2": (4, [*VPP2, *ep(2)], "base"),
+    "CP2": (2, [*CP2, *ep(1)], "base"),
+    "CP2 x EP2": (2, [*CP2, *ep(2)], "base"),
+    "CP2 x TP2": (4, [*CP2, *TP2, *ETP1, *ep(4)], "base"),
+    "CP2 x PP2 VPP2": (4, [*CP2, *VPP2, *ep(2)], "base"),
+    "EP2, full recompute": (2, [*ep(2), *full("uniform", 1)], "base"),
+    "EP2, no distributed optimizer": (2, [*ep(2), "--no-use-distributed-optimizer"], "base"),
+    "EP2 x DP2, overlapped reduction": (4, [*ep(2), "--overlap-grad-reduce"], "base"),
+    "PP2 VPP2, overlapped reduction": (2, [*VPP2, *ep(1), "--overlap-grad-reduce"], "base"),
+    "TP2 x EP2, shared experts": (2, [*TP2, *ETP1, *ep(2)], "shared experts"),
+    "EP2, overlapped shared experts": (2, [*ep(2), "--moe-shared-expert-overlap"], "shared experts"),
+    "PP2 x TP2 x EP2, expert bias": (4, [*PP2, *TP2, *ETP1, *ep(2)], "expert bias"),
+    "CP2, expert bias, full recompute": (2, [*CP2, *ep(2), *full("uniform", 2)], "expert bias"),
+    "PP2, expert bias, full recompute of one layer": (
+        2,
+        [*PP2, *ep(1), *full("block", 1)],
+        "expert bias",
+    ),
+    "EP2, expert bias, selective recompute": (
+        2,
+        [*ep(2), "--recompute-granularity", "selective", "--recompute-modules", "[moe]"],
+        "expert bias",
+    ),
+    "EP2, capacity": (2, ep(2), "capacity"),
+    "TP2 x EP2, padded capacity": (2, [*TP2, *ETP1, *ep(2)], "padded capacity"),
+}
+"""Name -> ranks, flags, variant of the model."""
+
+ITERATIONS, STOP, INTERVAL = 4, 3, 2
+SHORT = 2
+"""Iterations of the runs that measure after each of them and change nothing."""
+
+
+class Recorder:
+    """Stands in for `MetricsWriter`: keeps a run's records in memory, and writes and draws nothing."""
+
+    def __init__(self, *args, **kwargs):
+        self.metrics, self.updates = [], []
+
+    def training(self, record):
+        self.metrics.append(record)
+
+    def mixing(self, record):
+        self.updates.append(record)
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+def start_anew():
+    """Forget what Megatron-Core keeps between two models of one process; the process groups stay.
+
+    The other such states are set again by every run: the number of micro-batches by `join_job`, the
+    random generators before each iteration, the scale of the auxiliary loss in each step.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        clear_aux_losses_tracker()
+
+
+def prove(run_yaml, flags, run_dir, signal):
+    """Everything that the invariants speak of, seen by this rank, in one job."""
+    training_run.MetricsWriter = Recorder
+
+    def train(name, *more, resume="no"):
+        start_anew()
+        config = load_config(run_yaml, [*flags, *more])
+        trainer = training_run.train(config, run_dir / name, resume=resume)
+        torch.distributed.barrier()
+        return _seen(trainer)
+
+    long = ["--interval", str(INTERVAL), "--signal", signal, "--lr-decay-iters", str(ITERATIONS)]
+    short = ["--train-iters", str(SHORT), "--interval", "1", "--eta", "0"]
+    answers = {
+        "whole": train("whole", *long, "--train-iters", str(ITERATIONS)),
+        "first": train("parts", *long, "--train-iters", str(STOP)),
+        "resumed": train("parts", *long, "--train-iters", str(ITERATIONS), resume="must"),
+        "off": train("off", *short, "--strategy", "uniform"),
+        "probe": train("probe", *short, "--signal", "probe"),
+        "train": train("train", *short, "--signal", "train"),
+    }
+    start_anew()
+    return answers, programs.count_one_step(run_yaml, flags, run_dir / "counts")
+
+
+def _seen(trainer):
+    """Bits of a run: losses, order and weights on rank 0; the blend and a hash of each parameter on all."""
+    metrics, updates = (trainer.writer.metrics, trainer.writer.updates) if trainer.writer else ([], [])
+    return {
+        "losses": [(record["lm_loss"], record["grad_norm"]) for record in metrics],
+        "source_losses": [record["source_loss"] for record in metrics],
+        "aux_losses": [record["aux_losses"] for record in metrics],
+        "tokens": [record["tokens"] for record in metrics],
+        "rows": [record["rows"] for record in updates],
+        "weights": [record["new_weights"] for record in updates],
+        "loads": [record["load"] for record in updates],
+        "blend": trainer.loader.blend.state_dict(),
+        "parameters": [
+            hashlib.sha256(parameter.detach().view(torch.uint8).numpy()).hexdigest()
+            for chunk in trainer.run.chunks
+            for parameter in chunk.parameters()
+        ],
+    }

@@ -1,0 +1,16 @@
+"""A run that is killed again and again goes on each time, and ends as if nothing had been."""
+
+import pytest
+
+from tests.distributed import kills
+
+
+@pytest.mark.parametrize("extra", [[], ["--async-save"]], ids=["save", "async save"])
+def test_I11_a_run_killed_at_random_instants_ends_like_one_that_was_not(extra, run_yaml, tmp_path):
+    flags = kills.settings(16, *extra)
+    expected, seconds = kills.undisturbed(run_yaml, flags, tmp_path / "undisturbed")
+    killer = kills.Killer(run_yaml, flags, tmp_path / "killed", kills=4, span=seconds, seed=7)
+    result = killer.finish()
+    assert kills.differences(result, expected) == []
+    print(f"kills: {dict(killer.phases)}, resumed: {killer.resumed}, trained again: {killer.lost}")
+    assert sum(killer.phases.values()) >= 3, "the run was done too early to be killed"

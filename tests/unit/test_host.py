@@ -1,0 +1,106 @@
+"""What is refused where it cannot run; each message names the setting, what it needs and what would do."""
+
+from pathlib import Path
+
+import pytest
+from config_fixtures import good_settings, load
+
+from megatron_dynmix.config.host import NEEDS, Host, check_host
+from megatron_dynmix.config.leaves import all_leaves
+from megatron_dynmix.errors import InputError
+
+CPU = Host(cuda=False, transformer_engine=False)
+GPU = Host(cuda=True, transformer_engine=True, deep_ep=True)
+VALUES = {
+    "moe_token_dispatcher_type": "flex",
+    "recompute_modules": ["moe_act"],
+    "moe_latent_size": 16,
+    "cross_entropy_fusion_impl": "te",
+    "fp8": "hybrid",
+    "fp4": "e2m1",
+    "window_size": [8, 0],
+    "softmax_type": "learnable",
+    "pipeline_model_parallel_comm_backend": "nccl",
+}
+"""Setting -> a value that asks for what is needed; true for the others."""
+
+
+def settings(folder, name, **others):
+    content = good_settings(folder)
+    content["training"]["bf16"] = True
+    content.setdefault(all_leaves()[name].section, {})[name] = VALUES.get(name, True)
+    for section, values in others.items():
+        content.setdefault(section, {}).update(values)
+    return content
+
+
+@pytest.mark.parametrize("need", NEEDS, ids=lambda need: need.setting)
+def test_a_setting_is_refused_where_what_it_needs_is_missing(need, tmp_path):
+    config = load(tmp_path, settings(tmp_path, need.setting))
+    with pytest.raises(InputError) as caught:
+        check_host(config, CPU)
+    message = str(caught.value)
+    assert message.startswith(f"{need.setting} is ")
+    assert message.endswith(f", which needs {need.what}; {need.instead}")
+    check_host(config, GPU)
+
+
+@pytest.mark.parametrize("name", ["window_size", "softmax_type", "apply_query_key_layer_scaling"])
+def test_our_own_attention_under_context_parallelism_refuses_what_only_transformer_engine_has(name, tmp_path):
+    config = load(tmp_path, settings(tmp_path, name, parallel={"context_parallel_size": 2}))
+    with pytest.raises(InputError, match=f"{name} is .* and context_parallel_size 1"):
+        check_host(config, GPU)
+
+
+def test_our_own_norms_refuse_what_only_transformer_engine_has(tmp_path):
+    name = "layernorm_zero_centered_gamma"
+    config = load(tmp_path, settings(tmp_path, name, model={"qk_layernorm_full_width": True}))
+    with pytest.raises(InputError, match=f"{name} is true, which needs Transformer Engine's norms"):
+        check_host(config, GPU)
+
+
+def test_the_documented_needs_are_these():
+    text = (Path(__file__).parents[2] / "docs/layouts.md").read_text()
+    for need in NEEDS:
+        assert f"| `{need.setting}" in text and f"| {need.what} |" in text, need.setting
+
+
+def test_what_a_cpu_can_do_passes(tmp_path):
+    content = good_settings(tmp_path)
+    content["model"] |= {"moe_token_dispatcher_type": "allgather", "recompute_modules": ["moe"]}
+    content["parallel"] |= {"overlap_grad_reduce": True}
+    check_host(load(tmp_path, content), CPU)
+
+
+def test_an_interleaved_pipeline_without_overlap_needs_nccl(tmp_path):
+    content = good_settings(tmp_path)
+    stages = {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2}
+    content["parallel"] = {**stages, "overlap_p2p_comm": False}
+    content["training"]["bf16"] = True
+    config = load(tmp_path, content)
+    with pytest.raises(
+        InputError, match=r"needs NCCL: over gloo its messages mix.*leave out overlap_p2p_comm"
+    ):
+        check_host(config, CPU)
+    check_host(config, GPU)
+
+
+@pytest.mark.parametrize(
+    ("training", "model", "parts"),
+    [
+        ({}, {}, "bf16 only; add --bf16"),
+        (
+            {"bf16": True},
+            {"moe_router_load_balancing_type": "seq_aux_loss"},
+            "use aux_loss or global_aux_loss",
+        ),
+    ],
+)
+def test_rows_joined_for_transformer_engine_have_limits_that_a_mask_has_not(training, model, parts, tmp_path):
+    content = good_settings(tmp_path)
+    content["training"] |= training
+    content["model"] |= model
+    with pytest.raises(InputError, match=parts):
+        check_host(load(tmp_path, content), GPU)
+    content["parallel"]["context_parallel_size"] = 2
+    check_host(load(tmp_path, content), GPU)
