@@ -5,10 +5,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 # one thread per rank: several ranks share the cores, and more threads only get in each other's way
-test soak quickstart: export OMP_NUM_THREADS := 1
+test test-slow soak quickstart: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test soak lint bench gpu-check clean
+.PHONY: help quickstart test test-slow soak lint bench gpu-check clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -26,6 +26,9 @@ quickstart: $(INSTALLED)  ## train a tiny MoE on generated sources on this machi
 
 test: $(INSTALLED)  ## run the tests that need no GPU
 	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)  ## run the tests that `make test` leaves out: more layouts
+	$(BIN)/python -m pytest -m slow
 
 soak: $(INSTALLED)  ## kill a run KILLS times (50) and compare it with one that was not
 	$(BIN)/python -W ignore -m tests.distributed.kills $(or $(KILLS),50)

@@ -36,6 +36,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron_dynmix.config.load import load_config  # noqa: E402
 from megatron_dynmix.training import run  # noqa: E402
 from megatron_dynmix.training.batch import Batch, to_batch  # noqa: E402
+from megatron_dynmix.training.job.signals import StopRequest  # noqa: E402
 from megatron_dynmix.training.trainer import Trainer  # noqa: E402
 
 TARGET = 1.03
@@ -101,13 +102,13 @@ def measure_steps(
         return held
 
     trainer.loader.step = read_and_hold  # type: ignore[method-assign]
-    trainer._train_step(stop=False)
+    trainer._train_step(StopRequest())
     ours, bare = [], []
     for pair in range(pairs + warmup):
         # Rows of the iteration before: the loader shall go on from step to step, as it does in a run.
         batches = [to_batch(rows, HERE.device, join_rows=HERE.transformer_engine) for rows in held]
         spans = {
-            "ours": (ours, partial(trainer._train_step, stop=False)),
+            "ours": (ours, partial(trainer._train_step, StopRequest())),
             "bare": (bare, partial(bare_step, trainer, batches)),
         }
         for name in ("ours", "bare") if pair % 2 else ("bare", "ours"):
@@ -122,13 +123,15 @@ def measure_probe(trainer: Trainer, repetitions: int) -> NDArray[np.float64]:
 
 
 def measure_saves(trainer: Trainer, repetitions: int) -> NDArray[np.float64]:
-    """Seconds for which training stands still at a checkpoint; R of them, trained in between."""
+    """Seconds for which training stands still at a checkpoint; R of them, with training in between."""
     stalls = []
     for _ in range(repetitions):
-        trainer._train_step(stop=False)
-        stalls.append(seconds(trainer.save))
+        trainer._train_step(StopRequest())
+        stalls.append(seconds(partial(trainer.save, last=False)))
         for _ in range(SETTLE):
-            trainer._train_step(stop=False)
+            trainer._train_step(StopRequest())
+            trainer.saving.settle(wait=False)
+    trainer.saving.settle(wait=True)
     return np.array(stalls)
 
 
@@ -145,7 +148,9 @@ def rank_main(rank: int, arguments: argparse.Namespace, port: int, folder: Path)
     ]
 
     def trainer(name: str, *more: str) -> Trainer:
-        return build_trainer(folder / "data/RUN.yaml", folder / name, [*flags, *more])
+        made = build_trainer(folder / "data/RUN.yaml", folder / name, [*flags, *more])
+        made.say = made.saving.say = lambda text: None
+        return made
 
     training = trainer("train", "--signal", "train")
     ours_P, bare_P = measure_steps(training, arguments.pairs, arguments.warmup)

@@ -199,7 +199,7 @@ def _prepare_run(arguments: argparse.Namespace, rest: list[str]) -> int:
 def train(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Train on this rank, or start the ranks of this machine."""
     from megatron_dynmix.launch import end_with_launcher
-    from megatron_dynmix.training.signals import stopping_at_once
+    from megatron_dynmix.training.job.signals import stopping_at_once
 
     end_with_launcher()
     with stopping_at_once():
@@ -310,8 +310,8 @@ def verify(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix import platform
 
     platform.start()
-    from megatron_dynmix.training.verdict import verdict_text
-    from megatron_dynmix.training.verify import verify as verify_run
+    from megatron_dynmix.training.ledger.verdict import verdict_text
+    from megatron_dynmix.training.ledger.verify import verify as verify_run
 
     verdict = verify_run(arguments.run_dir)
     print(verdict_text(verdict))

@@ -13,7 +13,7 @@ from datetime import timedelta
 from types import FrameType
 
 from megatron_dynmix.errors import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_STOPPED, TrainingStopped
-from megatron_dynmix.training.signals import STOP_SIGNALS
+from megatron_dynmix.training.job.signals import STOP_SIGNALS
 
 LIFELINE = "MEGATRON_DYNMIX_LIFELINE"
 """Environment variable of a rank: a pipe that ends when its launcher does."""

@@ -11,8 +11,8 @@ from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict
 from megatron_dynmix.data.prepare import SourceReport
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.training import restore_point
-from megatron_dynmix.training.checkpoint import read_run_state
+from megatron_dynmix.training.checkpointing import restore_point
+from megatron_dynmix.training.checkpointing.checkpoint import read_run_state
 from megatron_dynmix.training.source_change import differences as source_differences
 
 Resume = Literal["no", "must", "auto"]

@@ -31,11 +31,12 @@ from megatron_dynmix.mixing.load import select_layers
 from megatron_dynmix.moe.counter import GateLoadCounter
 from megatron_dynmix.moe.router import attach_counter
 from megatron_dynmix.monitor.metrics import MetricsWriter
-from megatron_dynmix.training import restore_point
-from megatron_dynmix.training.checkpoint import Checkpointer, write_atomically
-from megatron_dynmix.training.heartbeat import heartbeat_of_job
-from megatron_dynmix.training.layer_spec import joins_rows
-from megatron_dynmix.training.model import build_model
+from megatron_dynmix.training.checkpointing import restore_point
+from megatron_dynmix.training.checkpointing.checkpoint import Checkpointer, write_atomically
+from megatron_dynmix.training.job.heartbeat import heartbeat_of_job
+from megatron_dynmix.training.job.signals import StopRequest
+from megatron_dynmix.training.model.gpt import build_model
+from megatron_dynmix.training.model.layer_spec import joins_rows
 from megatron_dynmix.training.optimizer import build_optimizer
 from megatron_dynmix.training.probe import Probe
 from megatron_dynmix.training.report import report_start
@@ -48,7 +49,6 @@ from megatron_dynmix.training.resume import (
     identity,
 )
 from megatron_dynmix.training.reweighting import Reweighting, build_strategy
-from megatron_dynmix.training.signals import StopRequest
 from megatron_dynmix.training.sources import build_blend, build_rows, initial_weights, prepare_sources
 from megatron_dynmix.training.start import restore
 from megatron_dynmix.training.step import PassRunner

@@ -11,13 +11,13 @@ import torch
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.monitor.logline import loaded_line, loading_line
-from megatron_dynmix.training import restore_point
-from megatron_dynmix.training.checkpoint import Checkpointer
-from megatron_dynmix.training.ledger import DrawnSamples
+from megatron_dynmix.training.checkpointing import restore_point
+from megatron_dynmix.training.checkpointing.checkpoint import Checkpointer
+from megatron_dynmix.training.ledger.lines import DrawnSamples
+from megatron_dynmix.training.progress import LogInterval, Progress
 from megatron_dynmix.training.reweighting import Reweighting
 from megatron_dynmix.training.source_change import Prints, SourceChange, SourceSet, differences, fingerprint
 from megatron_dynmix.training.sources import initial_weights
-from megatron_dynmix.training.trainer import LogInterval, Progress
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,70 +33,18 @@ from megatron_dynmix.monitor.logline import (
     training_line,
 )
 from megatron_dynmix.monitor.metrics import MetricsWriter
-from megatron_dynmix.training.aux_losses import take_aux_losses
 from megatron_dynmix.training.batch_schedule import BatchSchedule
-from megatron_dynmix.training.checkpoint import Checkpointer, folder_of
-from megatron_dynmix.training.heartbeat import Heartbeat
-from megatron_dynmix.training.ledger import DrawnSamples, StageLine, Why, samples_line
+from megatron_dynmix.training.checkpointing.checkpoint import Checkpointer, folder_of
+from megatron_dynmix.training.checkpointing.saving import Saving
+from megatron_dynmix.training.job.heartbeat import Heartbeat
+from megatron_dynmix.training.job.signals import StopRequest
+from megatron_dynmix.training.ledger.lines import DrawnSamples, StageLine, Why, samples_line
+from megatron_dynmix.training.model.aux_losses import take_aux_losses
 from megatron_dynmix.training.nonfinite import MOST_SKIPPED, BeforePass
+from megatron_dynmix.training.progress import LogInterval, Progress
 from megatron_dynmix.training.reweighting import MixingError, Reweighting
-from megatron_dynmix.training.saving import Saving
-from megatron_dynmix.training.signals import StopRequest
 from megatron_dynmix.training.source_change import SourceSet
 from megatron_dynmix.training.step import PassRunner, SourceStats, any_rank, gradients_are_finite
-
-
-@dataclass
-class Progress:
-    """How far a run has come: the loop's part of the run state."""
-
-    iteration: int
-    consumed_samples: int
-    tokens_D: torch.Tensor
-    """Tokens of each source trained on so far, float64 (exact)."""
-    skipped_in_row: int = 0
-    """Batches just before that were not finite and changed nothing."""
-
-
-@dataclass
-class LogInterval:
-    """What was seen since the last log line; part of the run state, so that no iteration goes unrecorded."""
-
-    stats: SourceStats
-    iterations: int = 0
-    samples: int = 0
-    micro_batches_here: int = 0
-    """Those of this rank and process: Megatron-Core's own trackers do not survive a restart."""
-    seconds: float = 0.0
-    skipped: int = 0
-
-    @classmethod
-    def start(cls, num_sources: int) -> LogInterval:
-        """Nothing seen yet."""
-        return cls(SourceStats.zero(num_sources))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, exact."""
-        sums = (self.stats.loss_sum_D, self.stats.trained_D, self.stats.tokens_D)
-        return {
-            "stats": [sum_D.tolist() for sum_D in sums],
-            "iterations": self.iterations,
-            "samples": self.samples,
-            "seconds": self.seconds,
-            "skipped": self.skipped,
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> LogInterval:
-        """Go on from `state`."""
-        stats = SourceStats(*torch.tensor(state["stats"], dtype=torch.float64))
-        return cls(
-            stats,
-            iterations=state["iterations"],
-            samples=state["samples"],
-            seconds=state["seconds"],
-            skipped=state["skipped"],
-        )
 
 
 class Trainer:

@@ -25,3 +25,16 @@ def start_from(run_yaml, tmp_path_factory):
     one_rank = [*SMALL, "--expert-model-parallel-size", "1"]
     run_ranks(1, programs.save_initial_weights, run_yaml, one_rank, run_dir)
     return [*SMALL, "--pretrained-checkpoint", str(run_dir / "checkpoints")]
+
+
+def quick_or_slow(names, quick):
+    """Parameters of a table: those that `make test` runs, and those left to `make test-slow`."""
+    assert quick <= set(names), quick - set(names)
+    return [
+        pytest.param(
+            name,
+            id=name if isinstance(name, str) else " to ".join(name),
+            marks=() if name in quick else pytest.mark.slow,
+        )
+        for name in names
+    ]

@@ -8,8 +8,8 @@ import socket
 import traceback
 from multiprocessing.connection import Connection, wait
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
 
 
 def run_ranks(world_size, program, *args, timeout=240, **kwargs):
@@ -33,9 +33,9 @@ def started_ranks(world_size, program, *args, **kwargs):
     pipes, processes = [], []
     try:
         for rank in range(world_size):
-            here, there = _CONTEXT.Pipe()
+            here, there = CONTEXT.Pipe()
             job = (there, rank, world_size, port, program, args, kwargs)
-            process = _CONTEXT.Process(target=_rank, args=job)
+            process = CONTEXT.Process(target=_rank, args=job)
             process.start()
             there.close()
             pipes.append(here)

@@ -11,11 +11,16 @@ import numpy as np
 import psutil
 import pytest
 
-from megatron_dynmix.training.checkpoint import read_run_state
-from megatron_dynmix.training.checksums import CHECKSUMS, checksum, checksums_text, read_checksums
-from megatron_dynmix.training.restore_point import RestorePoint, newest_good
+from megatron_dynmix.training.checkpointing.checkpoint import read_run_state
+from megatron_dynmix.training.checkpointing.checksums import (
+    CHECKSUMS,
+    checksum,
+    checksums_text,
+    read_checksums,
+)
+from megatron_dynmix.training.checkpointing.restore_point import RestorePoint, newest_good
 from tests.distributed import checkpoint_programs as programs
-from tests.distributed.conftest import SMALL
+from tests.distributed.conftest import SMALL, quick_or_slow
 from tests.distributed.layouts import CP2, ETP1, PP2, TP2, VPP2, ep
 from tests.distributed.ranks import run_ranks
 
@@ -62,6 +67,13 @@ RESUMED = {
 }
 """Checkpoint and layout that goes on from it: ranks, flags."""
 
+QUICK = {
+    *(("EP2", "1 rank"), ("EP2", "EP2 x DP2"), ("EP2", "TP2 x EP2"), ("EP2", "PP2 VPP2 x EP2")),
+    *(("EP2", "CP2 x EP2"), ("EP2", "EP2, plain"), ("EP2, plain", "1 rank, plain"), ("TP2 x PP2", "1 rank")),
+    ("EP2, bf16", "1 rank, bf16"),
+}
+"""The others are slow tests."""
+
 
 @pytest.fixture(scope="module")
 def start(run_yaml, tmp_path_factory):
@@ -81,19 +93,23 @@ def undisturbed(run_yaml, start, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def resumed(run_yaml, start, tmp_path_factory):
-    """(checkpoint, layout) -> the run that went on; one job per number of ranks."""
+def resumed(request, run_yaml, start, tmp_path_factory):
+    """(checkpoint, layout) -> the run that went on; one job per number of ranks, and no pair unasked for."""
     folder = tmp_path_factory.mktemp("elastic")
+    chosen = {item.callspec.params.get("pair") for item in request.session.items if hasattr(item, "callspec")}
+    saved_ones = {pair[0] for pair in chosen & set(RESUMED)}
     for world_size in (2, 4):
         runs = [
             ([*FIRST, *start, *flags], folder / name, "no")
             for name, (ranks, flags) in SAVED.items()
-            if ranks == world_size
+            if ranks == world_size and name in saved_ones
         ]
         run_ranks(world_size, programs.runs_in_turn, run_yaml, runs)
     answers = {}
     for world_size in (1, 2, 4):
-        pairs = {pair: flags for pair, (ranks, flags) in RESUMED.items() if ranks == world_size}
+        pairs = {
+            pair: flags for pair, (ranks, flags) in RESUMED.items() if ranks == world_size and pair in chosen
+        }
         runs = []
         for saved, layout in pairs:
             copy = shutil.copytree(folder / saved, folder / f"{saved} to {layout}")
@@ -102,7 +118,7 @@ def resumed(run_yaml, start, tmp_path_factory):
     return answers
 
 
-@pytest.mark.parametrize("pair", RESUMED, ids=" to ".join)
+@pytest.mark.parametrize("pair", quick_or_slow(RESUMED, QUICK))
 def test_I2_I3_a_run_goes_on_in_another_layout_as_if_undisturbed(pair, resumed, undisturbed):
     half = "bf16" in pair[0]
     mine, whole = resumed[pair], undisturbed["bf16" if half else "fp32"]

@@ -144,6 +144,8 @@ class Started:
             text=True,
             start_new_session=True,
             env={**os.environ, "PYTHONWARNINGS": "ignore"},
+            # tests that run in the background inherit that interrupts are ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def until(self, words):

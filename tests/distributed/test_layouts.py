@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.distributed import layouts, programs
-from tests.distributed.conftest import SMALL
+from tests.distributed.conftest import SMALL, quick_or_slow
 from tests.distributed.layouts import INTERVAL, ITERATIONS, LAYOUTS, SHORT, STOP, VARIANTS
 from tests.distributed.ranks import run_ranks
 
@@ -23,6 +23,13 @@ TOPK, LAYERS, SOURCES, EXPERTS = 2, 4, 4, 8
 RTOL = 1e-4
 FLAGS = [*SMALL, "--num-layers", str(LAYERS), "--lr", "1e-3", "--probe-tokens", "256"]
 DROPS_BY_LAYOUT = {"TP2 x EP2, padded capacity"}
+QUICK = {
+    *("EP2", "EP4", "EP2 x DP2, overlapped reduction", "EP2, allgather", "TP2 x EP2, ETP1", "TP2, ETP2"),
+    *("PP2 VPP2 x EP2", "CP2 x EP2", "EP2, no distributed optimizer", "TP2 x EP2, shared experts"),
+    *("PP2 x TP2 x EP2, expert bias", "CP2, expert bias, full recompute", "EP2, capacity"),
+    *("PP2, expert bias, full recompute of one layer", "EP2, expert bias, selective recompute"),
+}
+"""Each setting in one layout at least; the others are slow tests."""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +59,7 @@ def one_rank(run_yaml, start, tmp_path_factory):
     return run
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=quick_or_slow(LAYOUTS, QUICK))
 def layout(request, run_yaml, start, one_rank, tmp_path_factory):
     """One layout's answers, those of one rank, and its name; every second layout reads the other signal."""
     world_size, flags, variant = LAYOUTS[request.param]

@@ -60,7 +60,7 @@ def test_I9_a_packed_row_equals_its_examples_run_one_by_one(run_yaml, start_from
 def joined_and_masked(run_yaml, flags, run_dir):
     """Logits' loss per token with the block-diagonal mask, and with rows joined to one sequence."""
     from megatron_dynmix.training.batch import to_batch
-    from megatron_dynmix.training.model import unwrap
+    from megatron_dynmix.training.model.gpt import unwrap
 
     trainer = programs.build(run_yaml, flags, run_dir)
     model = unwrap(trainer.run.chunks[0]).eval()

@@ -13,9 +13,9 @@ from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
 from megatron_dynmix.mixing.controller import MixingController, MixingUpdate
 from megatron_dynmix.mixing.strategy import Signal
 from megatron_dynmix.monitor.jsonl import JsonlWriter
-from megatron_dynmix.training.ledger import StageLine, sample_hash, samples_line
+from megatron_dynmix.training.ledger.lines import StageLine, sample_hash, samples_line
+from megatron_dynmix.training.ledger.records import RunRecords
 from megatron_dynmix.training.reweighting import build_strategy
-from megatron_dynmix.training.run_records import RunRecords
 from megatron_dynmix.training.source_change import SourceChange, SourceSet, fingerprint
 
 BATCH, INTERVAL, LOG_INTERVAL = 8, 3, 2

@@ -6,14 +6,14 @@ import json
 import pytest
 
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.training.checkpoint import (
+from megatron_dynmix.training.checkpointing.checkpoint import (
     RUN_STATE,
     TRACKER,
     folder_of,
     saved_iterations,
     write_atomically,
 )
-from megatron_dynmix.training.checksums import (
+from megatron_dynmix.training.checkpointing.checksums import (
     BLOCK,
     CHECKSUMS,
     Damaged,
@@ -24,7 +24,7 @@ from megatron_dynmix.training.checksums import (
     files_of,
     read_checksums,
 )
-from megatron_dynmix.training.restore_point import exact, has_checkpoint, newest_good
+from megatron_dynmix.training.checkpointing.restore_point import exact, has_checkpoint, newest_good
 
 
 def make(directory, iteration, *, shard=b"shard"):

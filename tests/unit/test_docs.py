@@ -64,13 +64,15 @@ def test_python_in_the_docs_runs(path):
 def test_file_tree_in_the_architecture_is_the_package():
     text = (ROOT / "docs/architecture.md").read_text()
     tree = text.split("```\nmegatron_dynmix/\n")[1].split("```")[0]
-    named, folder = set(), ""
+    named, folders = set(), []
     for line in tree.splitlines():
         name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2 - 1
+        folders = folders[:depth]
         if name.endswith("/"):
-            folder = name
+            folders.append(name)
         else:
-            named.add((folder if line.startswith("    ") else "") + name)
+            named.add("".join([*folders, name]))
     package = ROOT / "megatron_dynmix"
     real = {str(path.relative_to(package)) for path in package.rglob("*.py")}
     hidden = {path for path in real if path.endswith("__init__.py") and path not in named}

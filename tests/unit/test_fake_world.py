@@ -4,11 +4,12 @@ Torch's fake process group makes groups of any world without its other ranks. Ea
 of its own, because Megatron-Core keeps its groups in module globals.
 """
 
-import multiprocessing
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
+
+from tests.distributed.ranks import CONTEXT
 
 WORLD = 1024
 SOURCES, LAYERS, EXPERTS = 64, 32, 256
@@ -63,8 +64,7 @@ def groups_of_reduction(rank, sizes):
 
 
 def in_own_process(function, *args):
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
         return pool.submit(function, *args).result(timeout=120)
 
 

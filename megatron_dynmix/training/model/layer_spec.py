@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dynmix.moe.router import GateLoadRouter
-from megatron_dynmix.training.local_layers import (
+from megatron_dynmix.training.model.local_layers import (
     FullWidthKeyNorm,
     FullWidthQueryNorm,
     LocalNorm,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dynmix.data.blend import Chunk, Cursor, build_chunk, rows_of, stray
-from megatron_dynmix.training.ledger import StageLine, sample_hash
+from megatron_dynmix.training.ledger.lines import StageLine, sample_hash
 
 
 class SourceTally:

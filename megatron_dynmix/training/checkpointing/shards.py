@@ -24,8 +24,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from megatron_dynmix.training.agreement import together
-from megatron_dynmix.training.checksums import Checksum, checksum
+from megatron_dynmix.training.checkpointing.agreement import together
+from megatron_dynmix.training.checkpointing.checksums import Checksum, checksum
 
 BACKEND = ("torch_dist", 1)
 

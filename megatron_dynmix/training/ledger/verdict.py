@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_dynmix.monitor.tables import table
-from megatron_dynmix.training.replay import SourceTally
+from megatron_dynmix.training.ledger.replay import SourceTally
 
 
 @dataclass

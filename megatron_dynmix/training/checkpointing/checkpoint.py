@@ -27,16 +27,22 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.training.agreement import RankFailure, together
-from megatron_dynmix.training.checksums import CHECKSUMS, Damaged, checksum, checksums_text, files_of
-from megatron_dynmix.training.model import unwrap
+from megatron_dynmix.training.checkpointing.agreement import RankFailure, together
+from megatron_dynmix.training.checkpointing.checksums import (
+    CHECKSUMS,
+    Damaged,
+    checksum,
+    checksums_text,
+    files_of,
+)
+from megatron_dynmix.training.checkpointing.shards import ShardWriter
+from megatron_dynmix.training.model.gpt import unwrap
 from megatron_dynmix.training.optimizer import (
     load_optimizer_state,
     materialise_state,
     optimizer_state,
     sharding_metadata,
 )
-from megatron_dynmix.training.shards import ShardWriter
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_STATE = "run_state.json"

@@ -16,12 +16,12 @@ from megatron_dynmix.data.blend import Cursor, advance
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.gate_load import GateLoad
 from megatron_dynmix.mixing.weights import check_weights
-from megatron_dynmix.training.ledger import StageLine
-from megatron_dynmix.training.replay import Replay
+from megatron_dynmix.training.ledger.lines import StageLine
+from megatron_dynmix.training.ledger.records import Record, RunRecords, read_run, stage_line
+from megatron_dynmix.training.ledger.replay import Replay
+from megatron_dynmix.training.ledger.verdict import Verdict
 from megatron_dynmix.training.reweighting import build_strategy
-from megatron_dynmix.training.run_records import Record, RunRecords, read_run, stage_line
 from megatron_dynmix.training.source_change import SourceChange
-from megatron_dynmix.training.verdict import Verdict
 
 TOLERANCE = 1e-12
 """Of recomputed weights: the same bits on the same machine, a rounding apart on another."""

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from megatron_dynmix.errors import TrainingStopped
-from megatron_dynmix.training.meeting import meet, shortened, store_address
+from megatron_dynmix.training.job.meeting import meet, shortened, store_address
 
 BEAT_SECONDS = 1.0
 PATIENCE_SECONDS = 3.0

@@ -13,7 +13,7 @@ from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.megatron import ddp_config, padded_vocab_size
 from megatron_dynmix.moe.router import GateLoadRouter
 from megatron_dynmix.platform import Platform
-from megatron_dynmix.training.layer_spec import decoder_spec
+from megatron_dynmix.training.model.layer_spec import decoder_spec
 
 
 def build_gpt(

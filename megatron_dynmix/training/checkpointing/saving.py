@@ -13,8 +13,8 @@ import torch
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.errors import TrainingStopped
 from megatron_dynmix.monitor.logline import saved_line, saving_line
-from megatron_dynmix.training.agreement import RankFailure
-from megatron_dynmix.training.checkpoint import TRACKER, Checkpointer, folder_of
+from megatron_dynmix.training.checkpointing.agreement import RankFailure
+from megatron_dynmix.training.checkpointing.checkpoint import TRACKER, Checkpointer, folder_of
 
 
 class Saving:

@@ -13,9 +13,19 @@ from pathlib import Path
 import torch
 
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.training.agreement import first_failure
-from megatron_dynmix.training.checkpoint import TRACKER, folder_of, read_run_state, saved_iterations
-from megatron_dynmix.training.checksums import Damaged, check_contents, check_sizes, read_checksums
+from megatron_dynmix.training.checkpointing.agreement import first_failure
+from megatron_dynmix.training.checkpointing.checkpoint import (
+    TRACKER,
+    folder_of,
+    read_run_state,
+    saved_iterations,
+)
+from megatron_dynmix.training.checkpointing.checksums import (
+    Damaged,
+    check_contents,
+    check_sizes,
+    read_checksums,
+)
 
 REMEDY = "put it back from a copy, or start in another --run-dir"
 

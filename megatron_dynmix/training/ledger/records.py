@@ -9,9 +9,9 @@ from typing import Any
 
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.monitor.jsonl import read_records
-from megatron_dynmix.training.checkpoint import read_run_state
-from megatron_dynmix.training.ledger import StageLine
-from megatron_dynmix.training.restore_point import has_checkpoint, newest_good
+from megatron_dynmix.training.checkpointing.checkpoint import read_run_state
+from megatron_dynmix.training.checkpointing.restore_point import has_checkpoint, newest_good
+from megatron_dynmix.training.ledger.lines import StageLine
 
 Record = Mapping[str, Any]
 

@@ -1,0 +1,1 @@
+"""Checkpoints: written so that nothing is lost, read so that nothing wrong is used."""

@@ -1,0 +1,1 @@
+"""What a run drew: put on record, drawn again, compared."""
