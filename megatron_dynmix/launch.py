@@ -48,7 +48,7 @@ def launch_ranks(command: Sequence[str], nproc: int) -> int:
     lifeline, held = os.pipe()
     ranks: list[subprocess.Popen[bytes]] = []
     try:
-        with _passed_on(ranks):
+        with _passed_on(ranks) as passed:
             for rank in range(nproc):
                 environment = {
                     **DEFAULTS,
@@ -60,7 +60,7 @@ def launch_ranks(command: Sequence[str], nproc: int) -> int:
                 ranks.append(
                     subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=[lifeline])
                 )
-            return _wait(ranks)
+            return _wait(ranks, passed)
     finally:
         for process in ranks:
             with contextlib.suppress(ProcessLookupError):
@@ -96,22 +96,29 @@ def _place(rank: int, nproc: int, port: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _passed_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Pass requests to stop on to the ranks; not to their helpers, which could not answer."""
+def _passed_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Pass requests to stop on to the ranks; not to their helpers, which could not answer.
+
+    Yields:
+        The signals that were passed on so far.
+
+    """
+    passed: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        passed.append(number)
         for process in ranks:
             process.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
-        yield
+        yield passed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], passed: Sequence[int]) -> int:
     """Wait for all ranks, or for the first that does not end well and then briefly for the others."""
     while not (failed := [rank for rank, process in enumerate(ranks) if process.poll()]):
         if all(process.returncode == 0 for process in ranks):
@@ -122,6 +129,8 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     deadline = time.monotonic() + GRACE_SECONDS
     while code > 0 and time.monotonic() < deadline and any(process.poll() is None for process in ranks):
         time.sleep(POLL_SECONDS)
+    if -code in passed:  # the request came before the rank could hear it
+        return EXIT_STOPPED
     if code in (EXIT_REFUSED, EXIT_STOPPED, EXIT_INTERRUPTED):
         return code
     end = f"failed with exit code {code}"

@@ -166,8 +166,8 @@ def _check_batch(config: RunConfig, dp: int) -> None:
         below = training.global_batch_size // step * step
         raise InputError(
             f"global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
-            f"{training.micro_batch_size} x data-parallel size {dp} = {step}; use {below or step} or "
-            f"{below + step}"
+            f"{training.micro_batch_size} x data-parallel size {dp} = {step}; use "
+            f"{f'{below} or ' if below else ''}{below + step}"
         )
     _check_rampup(training, step)
 

@@ -104,7 +104,8 @@ class DynamicBlendedDataset(BlendedDataset):
             self._chunks.popleft()
 
     def cursor_at(self, sample: int) -> Cursor:
-        """The cursor after the samples before `sample`, in one of the chunks held."""
+        """The cursor after the samples before `sample`, from the chunk in use on."""
+        self._reach(sample)  # this rank's own micro-batches may have ended a chunk earlier
         return next(chunk for chunk in self._chunks if sample <= chunk.end_sample).cursor_at(sample)
 
     def drawn_D(self, sample: int) -> NDArray[np.int64]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
+from types import FrameType
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -64,6 +67,7 @@ class BlendLoader:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
+            worker_init_fn=_outlive_a_request_to_stop,
             generator=torch.Generator(),  # the loader draws from it; the global one belongs to the model
         )
         self._iterator: Iterator[MicroBatch] | None = None
@@ -96,3 +100,19 @@ class BlendLoader:
         batches = [next(self._iterator) for _ in range(num_micro_batches)]
         self._next_sample = end
         return batches
+
+
+def _outlive_a_request_to_stop(worker: int) -> None:
+    """In a worker: a signal to the whole process group is the rank's to answer, which goes on reading.
+
+    A second SIGTERM ends the worker: torch sends that many to one that does not end by itself.
+    """
+    asked: list[int] = []
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if asked:
+            os._exit(0)
+        asked.append(number)
+
+    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

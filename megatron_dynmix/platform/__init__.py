@@ -15,6 +15,8 @@ from datetime import timedelta
 
 import torch
 
+from megatron_dynmix.errors import InputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Platform:
@@ -68,7 +70,15 @@ def _silence_expected_warnings() -> None:
 
 
 def _cuda() -> Platform:
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if visible == 1 and "LOCAL_WORLD_SIZE" not in os.environ:
+        local_rank = 0  # srun may show each task its own device only
+    if local_rank >= visible:
+        raise InputError(
+            f"local rank {local_rank} has no device: {visible} can be seen here; start at most {visible} "
+            "ranks on this machine"
+        )
+    device = torch.device("cuda", local_rank)
     with_te = importlib.util.find_spec("transformer_engine") is not None
     return Platform(device=device, backend="nccl", transformer_engine=with_te)
 

@@ -35,7 +35,12 @@ def identity(config: RunConfig, reports: Sequence[SourceReport]) -> dict[str, An
         name: [*(file.sha256 for file in report.inputs), report.tokenizer, report.template]
         for name, report in zip(names, reports, strict=False)
     }
-    return {"config": to_dict(config), "fingerprints": prints}
+    probed = [name for name, source in config.data.sources.items() if source.probe is not None]
+    probes = {
+        name: [file.sha256 for file in report.inputs]
+        for name, report in zip(probed, reports[len(names) :], strict=False)
+    }
+    return {"config": to_dict(config), "fingerprints": prints, "probes": probes}
 
 
 def has_checkpoint(run_dir: Path) -> bool:
@@ -134,7 +139,14 @@ def check_resume(
             "give the old ones, or start a new --run-dir"
         )
     differences.pop("data.sources", None)  # paths alone may differ
-    return other_sources + [f"{name}: {old} -> {new}" for name, (old, new) in differences.items()]
+    other_probes = [
+        f"{name}: held-out rows of other content"
+        for name, probe in now["probes"].items()
+        if saved["probes"].get(name, probe) != probe
+    ]
+    return (
+        other_sources + other_probes + [f"{name}: {old} -> {new}" for name, (old, new) in differences.items()]
+    )
 
 
 def check_pretrained(config: RunConfig) -> None:

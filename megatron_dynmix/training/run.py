@@ -122,12 +122,15 @@ def train(
     data = read_data(config, tokenizer)
     changes = check_resume(config, data.reports, run_dir, resume, allow_source_change=allow_source_change)
     timeout_minutes = config.parallel.distributed_timeout_minutes
-    with StopRequest().listening() as stop, heartbeat_of_job(timeout_minutes) as heartbeat:
+    with heartbeat_of_job(timeout_minutes) as heartbeat, StopRequest().listening() as stop:
         join_job(config, heartbeat.store)
         torch.distributed.barrier()
         source: Path | None = None
         notes: tuple[str, ...] = ()
-        if resume != "no" and has_checkpoint(run_dir):
+        # Rank 0's eyes: a shared disk may show a new folder to some ranks later.
+        resuming = [resume != "no" and has_checkpoint(run_dir)]
+        torch.distributed.broadcast_object_list(resuming, src=0)
+        if resuming[0]:
             point = restore_point.verified(run_dir / "checkpoints")
             source, notes = point.source, point.notes
             changes = check_resume(

@@ -298,7 +298,8 @@ class Trainer:
         What went wrong has changed no weight, but the step before it may have: good is a checkpoint from
         which an iteration was trained.
         """
-        if self._interval.micro_batches_here:
+        # A checkpoint of this iteration, if there is one, holds the log interval as it was: it stays open.
+        if self._interval.micro_batches_here and self.progress.iteration != self.saving.newest:
             self._log(self.config.training.train_iters or 0)
         try:
             text = f"{why}. The state before is kept in {self.save(last=True)}"

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from megatron_dynmix.training.ledger.verify import verify
-from tests.distributed import programs
+from tests.distributed import fault_programs, programs
 from tests.distributed.ranks import run_ranks
 
 EP1 = ["--expert-model-parallel-size", "1"]
@@ -171,3 +171,14 @@ def test_other_sources_are_refused_unless_they_are_wanted(other_yaml, run_yaml, 
     verdict = verify(tmp_path)
     assert verdict.failure is None and verdict.samples == 72
     assert "the sources changed at sample 32" in verdict.notes[0]
+
+
+def test_a_run_stopped_beside_a_checkpoint_stays_provable(run_yaml, start_from, tmp_path):
+    """The checkpoint of the last whole iteration is there already: its log interval must stay open."""
+    flags = [*start_from, "--train-iters", "5", "--save-interval", "3", "--log-interval", "5"]
+    flags += ["--interval", "9"]
+    run_ranks(2, fault_programs.train_with_nan, run_yaml, flags, tmp_path, [4], 1)
+    assert verify(tmp_path).proven
+    result = run_ranks(2, programs.train, run_yaml, flags, tmp_path, resume="must")[0]
+    assert [record["iteration"] for record in result["metrics"]] == [5]
+    assert verify(tmp_path).proven

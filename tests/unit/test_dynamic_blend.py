@@ -86,6 +86,17 @@ def test_I2_a_run_resumes_at_any_step_and_with_any_batch_size(before, after, chu
     assert pairs == expected[stop:]
 
 
+def test_a_stage_may_begin_beyond_the_chunks_that_a_rank_has_asked_for():
+    """The last micro-batches of a step may be other ranks', and a chunk may end before them."""
+    asked, whole = blend_of((11, 5, 30), (1, 1, 1), 10), blend_of((11, 5, 30), (1, 1, 1), 10)
+    asked.pairs(0, 9)
+    whole.pairs(0, 12)
+    for blended in (asked, whole):
+        blended.append_stage(12, np.array([0.2, 0.3, 0.5]))
+    assert asked.pairs(12, 30) == whole.pairs(12, 30)
+    assert asked.state_dict() == whole.state_dict()
+
+
 def test_stages_are_the_whole_history():
     blend = blend_of(SIZES, (1, 1, 1), 24)
     draw(blend, 0, 96)

@@ -1,6 +1,8 @@
 """From the blend to the micro-batches of the ranks."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -127,3 +129,18 @@ def test_workers_do_not_ask_beyond_the_next_update():
 def test_a_step_beyond_the_next_update_is_our_mistake():
     with pytest.raises(AssertionError, match="next weight update"):
         loader(blend(), 2).step(0, 4, until=6)
+
+
+def test_workers_outlive_a_request_to_stop_that_reaches_them():
+    """A signal to the process group is the rank's to answer; it needs rows until it has saved."""
+    rank_loader = loader(blend(), workers=1)
+    rank_loader.step(0, 2)
+    (worker,) = rank_loader._iterator._workers
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    for sample in range(BATCH, STEPS * BATCH, BATCH):
+        rank_loader.step(sample, 2)
+    assert worker.is_alive()
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(10)
+    assert not worker.is_alive()

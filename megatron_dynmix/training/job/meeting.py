@@ -45,22 +45,23 @@ def meet(timeout_minutes: float) -> torch.distributed.Store:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         if rank == 0:
-            return _receive(store, world_size, timeout_minutes)
+            return _receive(store, world_size, deadline)
         return _come(store, rank, deadline)
     except torch.distributed.DistError:
         raise TrainingStopped(_absent(store, world_size, timeout_minutes)) from None
 
 
-def _receive(
-    store: torch.distributed.Store, world_size: int, timeout_minutes: float
-) -> torch.distributed.Store:
+def _receive(store: torch.distributed.Store, world_size: int, deadline: float) -> torch.distributed.Store:
     """Rank 0: open a new part of the store, and tell the ranks that came that all are there."""
     attempt = uuid.uuid4().hex
     here = torch.distributed.PrefixStore(attempt, store)
     store.set("attempt", attempt)
     keys = [f"came/{rank}" for rank in range(1, world_size)]
+    while keys and not here.check(keys):  # a wait in the store would not hear of signals
+        if time.monotonic() > deadline:
+            raise torch.distributed.DistStoreError("not all ranks have come")
+        time.sleep(POLL_SECONDS / 10)
     if keys:
-        here.wait(keys, timedelta(minutes=timeout_minutes))
         here.set("all", json.dumps([card.decode() for card in here.multi_get(keys)]))
     return here
 
