@@ -59,6 +59,7 @@ def write_run_yaml(directory: Path, sources: Mapping[str, Source], *, seed: int 
             "tokenizer": "tokenizer",
             "template": TEMPLATE,
             "seq_length": SEQ_LENGTH,
+            "num_workers": 0,  # reading is quick, and the ranks need both cores
             "sources": {
                 name: {
                     "path": relative(source["train"]),

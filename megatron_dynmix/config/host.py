@@ -90,7 +90,6 @@ NEEDS = (
     Need("masked_softmax_fusion", bool, _te_attention, _TE_ATTENTION, _OUT),
     Need("apply_query_key_layer_scaling", bool, _te_attention, _TE_ATTENTION, _OUT),
     Need("fine_grained_activation_offloading", bool, _cuda, "CUDA", _OUT),
-    Need("optimizer_cpu_offload", bool, _cuda, "CUDA", _OUT),
     Need("nccl_ub", bool, _cuda, "NCCL", _OUT),
     Need("pipeline_model_parallel_comm_backend", bool, _cuda, "NCCL", _OUT),
 )

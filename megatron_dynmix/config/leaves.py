@@ -43,6 +43,7 @@ DECIDED = {
     "pipeline_model_parallel_layout": "give num_layers_in_first_pipeline_stage or ..._in_last_pipeline_stage",
     "mtp_num_layers": "multi-token prediction is not supported",
     "multi_latent_attention": "multi-latent attention is not supported",
+    "optimizer_cpu_offload": "the state of an optimizer on the CPU is in no checkpoint",
     "use_megatron_fsdp": "checkpoints of FSDP models are not supported",
     "use_custom_fsdp": "checkpoints of FSDP models are not supported",
     "init_model_with_meta_device": "checkpoints of FSDP models are not supported",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
-from types import FrameType
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -105,14 +105,17 @@ class BlendLoader:
 def _outlive_a_request_to_stop(worker: int) -> None:
     """In a worker: a signal to the whole process group is the rank's to answer, which goes on reading.
 
-    A second SIGTERM ends the worker: torch sends that many to one that does not end by itself.
+    The rank's own SIGTERM ends the worker, as torch's clean-up wants it. Where a signal's sender cannot be
+    known (macOS), a worker ends at any.
     """
-    asked: list[int] = []
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    asking = {signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, asking)
 
-    def handler(number: int, frame: FrameType | None) -> None:
-        if asked:
-            os._exit(0)
-        asked.append(number)
+    def answer() -> None:
+        while signal.sigwaitinfo(asking).si_pid != os.getppid():
+            pass
+        os._exit(0)
 
-    signal.signal(signal.SIGTERM, handler)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    threading.Thread(target=answer, daemon=True).start()

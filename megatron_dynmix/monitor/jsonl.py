@@ -1,18 +1,36 @@
 """Append-only JSONL file of records that each carry their `iteration`."""
 
+import contextlib
 import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_dynmix.errors import InputError
+from megatron_dynmix.errors import InputError, TrainingStopped
 
 logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Around what writes records: a failure names the file, or the folder of files, and what to do.
+
+    Raises:
+        TrainingStopped: the disk is full, gone, or read-only.
+
+    """
+    try:
+        yield
+    except OSError as error:
+        raise TrainingStopped(
+            f"{path} cannot be written ({error.strerror or error}); make room, and a run that has stopped "
+            "goes on with --resume auto"
+        ) from error
 
 
 class JsonlWriter:
@@ -20,13 +38,15 @@ class JsonlWriter:
 
     An existing file is gone on with: a last line that a kill cut short is taken off, and with `keep_until`
     every record of a later iteration too, because a resumed run will write those iterations again. The
-    file is replaced atomically. Raises `InputError` where any other line is not a record.
+    file is replaced atomically. Raises `InputError` where any other line is not a record, `TrainingStopped`
+    where it cannot be written.
     """
 
     def __init__(self, path: Path, *, keep_until: int | None = None):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             _cut(path, keep_until)
+        self._path = path
         self._file = path.open("a", encoding="utf-8", newline="\n")
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -35,17 +55,21 @@ class JsonlWriter:
         JSON has no such numbers, and `float()` reads these strings back.
         """
         assert isinstance(record["iteration"], int), "records are cut by iteration when a run resumes"
-        self._file.write(json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+        with naming(self._path):
+            self._file.write(line)
+            self._file.flush()
 
     def flush(self) -> None:
         """Hand the file to the disk, for instance before a checkpoint counts as saved."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; writing is an error from then on."""
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

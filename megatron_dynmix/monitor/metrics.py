@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.monitor.jsonl import JsonlWriter, read_records
+from megatron_dynmix.monitor.jsonl import JsonlWriter, naming, read_records
 from megatron_dynmix.monitor.tensorboard import TensorBoardWriter
 
 TRAINING_KEYS = frozenset(
@@ -37,7 +37,7 @@ class MetricsWriter:
     Call it on one rank only. `resume_iteration` is the iteration of the checkpoint that the run goes on
     from (-1: it begins again), and what was recorded after it is taken off; an update made at the very
     iteration of a checkpoint stays, so it has to be part of that checkpoint. None is a new run: `InputError`
-    where the folder holds records of another.
+    where the folder holds records of another. `TrainingStopped` where a file cannot be written.
     """
 
     def __init__(self, run_dir: Path, sources: Sequence[str], *, resume_iteration: int | None):
@@ -49,7 +49,8 @@ class MetricsWriter:
         self._mixing = JsonlWriter(mixing, keep_until=resume_iteration)
         self._ledger = JsonlWriter(ledger, keep_until=resume_iteration)
         purge_step = None if resume_iteration is None else resume_iteration + 1
-        self._tensorboard = TensorBoardWriter(run_dir / "tensorboard", purge_step=purge_step)
+        self._events = run_dir / "tensorboard"
+        self._tensorboard = TensorBoardWriter(self._events, purge_step=purge_step)
         # on resuming, TensorBoard hides kept points of these curves: their steps are samples, not iterations
         for record in read_records(metrics):
             self._tensorboard.samples(record)
@@ -64,7 +65,8 @@ class MetricsWriter:
         """
         assert record.keys() >= TRAINING_KEYS, f"missing: {sorted(TRAINING_KEYS - record.keys())}"
         self._metrics.write(record)
-        self._tensorboard.training(record, self._sources)
+        with naming(self._events):
+            self._tensorboard.training(record, self._sources)
 
     def mixing(self, update: Mapping[str, Any]) -> None:
         """Write the record of one weight update.
@@ -77,7 +79,8 @@ class MetricsWriter:
         assert update.keys() >= MIXING_KEYS, f"missing: {sorted(MIXING_KEYS - update.keys())}"
         assert list(update["sources"]) == self._sources, f"{update['sources']} are not {self._sources}"
         self._mixing.write(update)
-        self._tensorboard.mixing(update)
+        with naming(self._events):
+            self._tensorboard.mixing(update)
 
     def ledger(self, line: Mapping[str, Any]) -> None:
         """Write one line of the ledger; see `training/ledger.py`."""
@@ -85,17 +88,20 @@ class MetricsWriter:
 
     def text(self, tag: str, markdown: str) -> None:
         """Show a text in TensorBoard, such as the resolved configuration."""
-        self._tensorboard.text(tag, markdown)
+        with naming(self._events):
+            self._tensorboard.text(tag, markdown)
 
     def flush(self) -> None:
         """Hand everything to the disk."""
         for writer in (self._metrics, self._mixing, self._ledger, self._tensorboard):
-            writer.flush()
+            with naming(self._events):  # the others name themselves
+                writer.flush()
 
     def close(self) -> None:
         """Hand everything to the disk and close the files."""
         for writer in (self._metrics, self._mixing, self._ledger, self._tensorboard):
-            writer.close()
+            with naming(self._events):
+                writer.close()
 
 
 def _refuse_records(*paths: Path) -> None:

@@ -94,7 +94,8 @@ def _replace_torch_cuda() -> None:
     cuda.synchronize = lambda device=None: None
     cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
     cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
-    cuda.manual_seed = lambda seed: torch.manual_seed(seed) and None
+    # torch.manual_seed would also queue the seed, with its stack, for a CUDA that never comes
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed) and None
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

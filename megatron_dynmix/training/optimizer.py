@@ -67,7 +67,11 @@ def materialise_state(optimizer: MegatronOptimizer) -> None:
 
 def sharding_metadata() -> dict[str, Any]:
     """How to shard; a new mapping each time, as Megatron-Core keeps process groups of the layout in it."""
-    return {"distrib_optim_sharding_type": SHARDING_TYPE}
+    return {
+        "distrib_optim_sharding_type": SHARDING_TYPE,
+        # Only the data-parallel rank that writes gathers the state, instead of all of them.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+    }
 
 
 def optimizer_state(

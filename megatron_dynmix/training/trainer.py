@@ -102,9 +102,15 @@ class Trainer:
             self.say(f"already at iteration {self.progress.iteration} of {total}: nothing to train")
         try:
             self._train_until(total, stop, heartbeat)
-        finally:
-            if self.writer is not None:
-                self.writer.close()
+        except BaseException:
+            with contextlib.suppress(TrainingStopped):  # what ended the run is what is told
+                self._close()
+            raise
+        self._close()
+
+    def _close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
 
     def _train_until(self, total: int, stop: StopRequest, heartbeat: Heartbeat) -> None:
         if self.progress.iteration < total and any_rank(stop.asked, self.run.platform.device):
@@ -265,9 +271,9 @@ class Trainer:
         """
         progress = self.progress
         if progress.iteration != self.saving.newest:
-            if self.writer is not None:
-                self.writer.flush()  # a checkpoint never knows more than the records
-            self.saving.save(progress.iteration, self._state(), last=last)
+            # a checkpoint never knows more than the records
+            flush = None if self.writer is None else self.writer.flush
+            self.saving.save(progress.iteration, self._state(), last=last, before=flush)
         elif last:
             self.saving.settle(wait=True, last=True)
         return folder_of(self.checkpointer.directory, progress.iteration)

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.errors import InputError, TrainingStopped
 from megatron_dynmix.monitor.jsonl import read_records
+from megatron_dynmix.monitor.metrics import MetricsWriter
 from megatron_dynmix.training import run as training_run
 from megatron_dynmix.training.checkpointing import checkpoint, shards
 from tests.distributed import layouts, programs
@@ -68,7 +69,7 @@ def full_disk(what, *, rank, iteration):
         def write(*args, **kwargs):
             if torch.distributed.get_rank() == rank and f"iter_{iteration:07d}" in str(path_of(*args)):
                 if what == "killed":
-                    os.kill(os.getppid(), signal.SIGKILL)  # what is between the rank and this process
+                    os.kill(os.getpid(), signal.SIGKILL)  # as when memory is out
                 raise OSError(errno.ENOSPC, "No space left on device")
             return original(*args, **kwargs)
 
@@ -83,9 +84,20 @@ def full_disk(what, *, rank, iteration):
             "finish",
             lambda self, *rest: self.checkpoint_dir,
         ),
+        "fork": (
+            checkpoint.TemporalAsyncCaller,
+            "schedule_async_call",
+            lambda self, request: request.async_fn_args[1][0][0],
+        ),
+        "records": (MetricsWriter, "flush", lambda self: f"iter_{last_record(self)['iteration']:07d}"),
         "run_state.json": (checkpoint, "write_atomically", lambda path, text: path),
     }[what]
     return mock.patch.object(owner, name, full(getattr(owner, name), path_of))
+
+
+def last_record(writer):
+    """What was written last into `metrics.jsonl`."""
+    return read_records(writer._metrics._path)[-1]
 
 
 def outcome(run_yaml, flags, run_dir, resume="no"):

@@ -5,11 +5,17 @@ import pytest
 from tests.distributed import kills
 
 
-@pytest.mark.parametrize("extra", [[], ["--async-save"]], ids=["save", "async save"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        pytest.param([], id="save"),
+        pytest.param(["--async-save"], id="async save", marks=pytest.mark.slow),
+    ],
+)
 def test_I11_a_run_killed_at_random_instants_ends_like_one_that_was_not(extra, run_yaml, tmp_path):
     flags = kills.settings(16, *extra)
     expected, seconds = kills.undisturbed(run_yaml, flags, tmp_path / "undisturbed")
-    killer = kills.Killer(run_yaml, flags, tmp_path / "killed", kills=4, span=seconds, seed=7)
+    killer = kills.Killer(run_yaml, flags, tmp_path / "killed", kills=6, span=seconds, seed=7)
     result = killer.finish()
     assert kills.differences(result, expected) == []
     print(f"kills: {dict(killer.phases)}, resumed: {killer.resumed}, trained again: {killer.lost}")

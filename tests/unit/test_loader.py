@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -136,8 +137,8 @@ def test_workers_outlive_a_request_to_stop_that_reaches_them():
     rank_loader = loader(blend(), workers=1)
     rank_loader.step(0, 2)
     (worker,) = rank_loader._iterator._workers
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        os.kill(worker.pid, number)
+    for name in ("USR1", "TERM"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
     for sample in range(BATCH, STEPS * BATCH, BATCH):
         rank_loader.step(sample, 2)
     assert worker.is_alive()

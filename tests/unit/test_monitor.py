@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_dynmix.errors import InputError
+from megatron_dynmix.errors import InputError, TrainingStopped
 from megatron_dynmix.monitor import logline
 from megatron_dynmix.monitor.heatmap import MOST_NAMES, distance_image, gate_load_image
 from megatron_dynmix.monitor.jsonl import JsonlWriter, read_records
@@ -318,3 +318,11 @@ def test_a_record_with_a_missing_key_is_our_bug(tmp_path, missing):
     del record[missing]
     with pytest.raises(AssertionError, match=missing):
         MetricsWriter(tmp_path, SOURCES, resume_iteration=None).training(record)
+
+
+def test_a_full_disk_stops_the_run_and_names_the_file(tmp_path):
+    writer = JsonlWriter(tmp_path / "metrics.jsonl")
+    writer._file = open("/dev/full", "w")  # noqa: SIM115
+    for write in (lambda: writer.write({"iteration": 1}), writer.flush, writer.close):
+        with pytest.raises(TrainingStopped, match=r"metrics.jsonl cannot be written \(No space left on dev"):
+            write()

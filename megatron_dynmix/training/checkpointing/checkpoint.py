@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
@@ -31,9 +31,11 @@ from megatron_dynmix.training.checkpointing.agreement import RankFailure, togeth
 from megatron_dynmix.training.checkpointing.checksums import (
     CHECKSUMS,
     Damaged,
+    check_sizes,
     checksum,
     checksums_text,
     files_of,
+    read_checksums,
 )
 from megatron_dynmix.training.checkpointing.shards import ShardWriter
 from megatron_dynmix.training.model.gpt import unwrap
@@ -56,7 +58,10 @@ class _Pending:
     iteration: int
     run_state: str
     writer: ShardWriter
-    keep: frozenset[int]
+    request: AsyncRequest
+    process: TemporalAsyncCaller
+    """What writes this rank's shards."""
+    keep: int | None
 
 
 class Checkpointer:
@@ -78,16 +83,25 @@ class Checkpointer:
         self.keep_last = keep_last
         self.newest: int | None = None
         """Iteration of the newest whole checkpoint that this run has written or read."""
-        self._calls = AsyncCallsQueue()
+        self.good: int | None = None
+        """What was `good` in the run state of the checkpoint that was read; see `Saving`."""
         self._pending: _Pending | None = None
 
-    def save(self, iteration: int, run_state: dict[str, Any], keep: Collection[int] = ()) -> None:
+    def save(
+        self,
+        iteration: int,
+        run_state: dict[str, Any],
+        *,
+        keep: int | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> None:
         """Take the state as it is now and begin to write it; `finish` makes a checkpoint of it.
 
         Args:
             iteration: iterations done.
             run_state: plain JSON values, the same on every rank or given on rank 0 only.
-            keep: iterations whose checkpoints may not be deleted when this one is whole.
+            keep: the newest whole checkpoint up to this iteration may not be deleted when this one is whole.
+            before: what has to be on the disk before the checkpoint, or it is not written.
 
         Raises:
             RankFailure: on every rank, if it cannot be written; what was begun is gone again.
@@ -95,19 +109,23 @@ class Checkpointer:
         """
         assert self._pending is None, "one checkpoint after the other"
         state = {"format_version": FORMAT_VERSION, "iteration": iteration, **run_state}
-        staging, writer = self._staging(iteration), ShardWriter()
+        staging, process = self._staging(iteration), TemporalAsyncCaller()
         try:
             with together():
+                if before is not None:
+                    before()
+                writer = ShardWriter()
                 if torch.distributed.get_rank() == 0:
                     for leftover in self.directory.glob(".iter_*"):  # of a crash
                         shutil.rmtree(leftover, ignore_errors=True)
                     staging.mkdir(parents=True)
             request = writer.request(self._state(loading=False), staging)
-            self._calls.schedule_async_request(request)
+            with together():
+                process.schedule_async_call(request)
         except RankFailure:
-            self._discard(staging)
+            self._abandon(process, staging)
             raise
-        self._pending = _Pending(iteration, json.dumps(state), writer, frozenset(keep))
+        self._pending = _Pending(iteration, json.dumps(state), writer, request, process, keep)
 
     def finish(self, *, wait: bool) -> int | None:
         """Make what is being written a checkpoint, if all ranks have written their part.
@@ -126,14 +144,16 @@ class Checkpointer:
         if pending is None:
             return None
         try:
-            if not self._calls.maybe_finalize_async_calls(blocking=wait):
+            if not pending.process.is_current_async_call_done(blocking=wait):
                 return None
+            for finalize in pending.request.finalize_fns:
+                finalize()
             with together():
                 if torch.distributed.get_rank() == 0:
                     self._complete(pending)
         except RankFailure:
             self._pending = None
-            self._discard(self._staging(pending.iteration))
+            self._abandon(pending.process, self._staging(pending.iteration))
             raise
         self._pending, self.newest = None, pending.iteration
         return pending.iteration
@@ -148,39 +168,62 @@ class Checkpointer:
             sums[name] = checksum(staging / name)
         write_atomically(staging / CHECKSUMS, checksums_text(sums))
         # That iteration may have a folder: a damaged one, or one of a run that was set back before it.
-        replaced = _set_aside(final)
+        replaced = [_set_aside(final)]
         staging.rename(final)
+        # Before the tracker comes to stand above them, or a later run might go on from one of them.
+        replaced += [_set_aside(folder_of(self.directory, n)) for n in self._abandoned(pending.iteration)]
         sync(self.directory)
         write_atomically(self.directory / TRACKER, str(pending.iteration))
-        shutil.rmtree(replaced, ignore_errors=True)
+        for folder in replaced:
+            shutil.rmtree(folder, ignore_errors=True)
         self._thin_out(pending)
 
+    def _abandoned(self, iteration: int) -> list[int]:
+        """Checkpoints of a future that did not come: the run went on from one before them."""
+        if self.newest is None:
+            return []
+        return [n for n in saved_iterations(self.directory) if n > self.newest and n != iteration]
+
     def _thin_out(self, pending: _Pending) -> None:
+        """Delete old checkpoints; one that is not whole is not counted, and goes with those around it."""
         if self.keep_last is None:
             return
         iterations = [n for n in saved_iterations(self.directory) if n <= pending.iteration]
-        for old in set(iterations[self.keep_last :]) - pending.keep:
+        kept = [n for n in iterations if is_whole(folder_of(self.directory, n))][: self.keep_last]
+        protected = newest_whole(self.directory, pending.keep)
+        for old in iterations:
+            if old >= min(kept, default=0) or old == protected:
+                continue
             with contextlib.suppress(OSError):  # what is whole is whole: a folder too many ends no run
                 shutil.rmtree(_set_aside(folder_of(self.directory, old)), ignore_errors=True)
 
-    def _discard(self, staging: Path) -> None:
+    def _abandon(self, writing: TemporalAsyncCaller, staging: Path) -> None:
+        """Leave nothing of a checkpoint that is not to be: on another rank it may be written still."""
+        process = writing.process
+        writing.close(abort=True)
+        if process is not None:
+            process.join()
         if torch.distributed.get_rank() == 0:
             shutil.rmtree(staging, ignore_errors=True)
 
     def _staging(self, iteration: int) -> Path:
         return self.directory / f".iter_{iteration:07d}.tmp"
 
-    def point_at(self, iteration: int) -> Path:
-        """Make an older checkpoint the one that is resumed from.
+    def point_at(self, limit: int) -> Path | None:
+        """Make the newest whole checkpoint up to an iteration the one that is resumed from; None without one.
 
         Raises:
             RankFailure: on every rank, if the tracker cannot be written.
 
         """
+        found: list[int | None] = [None]
         with together():
             if torch.distributed.get_rank() == 0:
-                write_atomically(self.directory / TRACKER, str(iteration))
-        return folder_of(self.directory, iteration)
+                found[0] = newest_whole(self.directory, limit)
+                if found[0] is not None:
+                    write_atomically(self.directory / TRACKER, str(found[0]))
+        torch.distributed.broadcast_object_list(found, src=0)
+        return None if found[0] is None else folder_of(self.directory, found[0])
 
     def load(self, source: Path) -> dict[str, Any]:
         """Restore model, optimizer and schedule from a checkpoint folder; returns its run state.
@@ -194,7 +237,7 @@ class Checkpointer:
         self._load_chunks(loaded)
         load_optimizer_state(self.optimizer, loaded["optimizer"])
         self.scheduler.load_state_dict(loaded["opt_param_scheduler"])
-        self.newest = int(state["iteration"])
+        self.newest, self.good = int(state["iteration"]), state.get("good")
         return state
 
     def load_weights(self, source: Path) -> None:
@@ -258,6 +301,24 @@ def saved_iterations(directory: Path) -> list[int]:
     """Iterations that have a folder of their own among a run's checkpoints, the newest first."""
     names = (path.name.removeprefix("iter_") for path in directory.glob("iter_*") if path.is_dir())
     return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint folder has all its files, as far as their names and sizes tell."""
+    try:
+        check_sizes(folder, read_checksums(folder))
+        read_run_state(folder)
+    except (Damaged, InputError):
+        return False
+    return True
+
+
+def newest_whole(directory: Path, limit: int | None) -> int | None:
+    """Iteration of the newest whole checkpoint up to `limit`; None if there is none, or no limit is known."""
+    if limit is None:
+        return None
+    older = (n for n in saved_iterations(directory) if n <= limit)
+    return next((n for n in older if is_whole(folder_of(directory, n))), None)
 
 
 def read_run_state(source: Path) -> dict[str, Any]:

@@ -26,20 +26,30 @@ class Saving:
         self.say = say
         self.newest = checkpointer.newest
         """Iteration of the newest checkpoint, whole or being written."""
-        self.good: int | None = None
+        self.good = checkpointer.good
         """Iteration of the newest checkpoint from which an iteration was trained."""
+        if self.good is None and self.newest is not None:
+            self.good = self.newest - 1  # not known: it is older than the one that is resumed from
 
     def trained(self) -> None:
         """An iteration was trained from the newest checkpoint."""
         self.good = self.newest
 
-    def save(self, iteration: int, run_state: dict[str, Any], *, last: bool) -> None:
+    def save(
+        self,
+        iteration: int,
+        run_state: dict[str, Any],
+        *,
+        last: bool,
+        before: Callable[[], None] | None = None,
+    ) -> None:
         """Write a checkpoint; beside the training that follows it, if the configuration asks for that.
 
         Args:
             iteration: iterations done.
             run_state: see `Checkpointer.save`.
             last: whether the run ends with it.
+            before: see `Checkpointer.save`.
 
         Raises:
             TrainingStopped: it, or the one before, could not be written.
@@ -48,9 +58,9 @@ class Saving:
         self.settle(wait=True)
         directory = self.checkpointer.directory
         self.say(saving_line(iteration, directory, datetime.now()))
-        keep = [] if self.good is None else [self.good]
+        state = {**run_state, "good": self.good}
         try:
-            self.checkpointer.save(iteration, run_state, keep)
+            self.checkpointer.save(iteration, state, keep=self.good, before=before)
         except RankFailure as failure:
             self._failed(iteration, failure, last=last)
             return
@@ -94,12 +104,13 @@ class Saving:
             TrainingStopped: the tracker cannot be written.
 
         """
-        if self.good in (None, iteration):
+        if self.good is None:
             return None
+        limit = min(self.good, iteration - 1)
         try:
-            return self.checkpointer.point_at(self.good)
+            return self.checkpointer.point_at(limit)
         except RankFailure as failure:
-            text = f"{TRACKER} cannot be written ({failure}): write {self.good} into it before --resume"
+            text = f"{TRACKER} cannot be written ({failure}): write {limit} into it before --resume"
             raise TrainingStopped(text if torch.distributed.get_rank() == 0 else "") from None
 
     def _failed(self, iteration: int, failure: RankFailure, *, last: bool) -> None:
@@ -107,10 +118,8 @@ class Saving:
         self.newest = whole
         if self.good == iteration:
             self.good = whole
-        free = shutil.disk_usage(directory if directory.is_dir() else directory.parent).free / 2**30
         text = (
-            f"the checkpoint of iteration {iteration} could not be written: {failure} ({free:.1f} GiB are "
-            f"free in {directory}). "
+            f"the checkpoint of iteration {iteration} could not be written: {failure} ({_free(directory)}). "
         )
         if whole is None:
             text += "No checkpoint was written before"
@@ -121,3 +130,12 @@ class Saving:
             text += f"{go_on}. Make room, or give another --run-dir"
             raise TrainingStopped(text if torch.distributed.get_rank() == 0 else "")
         self.say(f"{text}; the run goes on, as on_save_error is continue")
+
+
+def _free(directory: Path) -> str:
+    """What room is left; a disk that is gone does not tell."""
+    try:
+        free = shutil.disk_usage(directory if directory.is_dir() else directory.parent).free / 2**30
+    except OSError as error:
+        return f"the room in {directory} cannot be told: {error.strerror}"
+    return f"{free:.1f} GiB are free in {directory}"

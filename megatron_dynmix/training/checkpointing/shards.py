@@ -4,14 +4,18 @@ What is replaced of Megatron-Core 0.16.1:
 
 * an error of the coordinator (`common.pt`, `.metadata`) left all other ranks waiting: here all ranks raise;
 * write results went through a manager process, which outlives a rank that is killed: here through a file;
-* each rank's files are hashed by the process that wrote them.
+* the files were written by children of the forked process, which waited for ever if one of them was killed:
+  here by threads of that process, so that there is nobody to wait for;
+* each rank's files are hashed by the thread that wrote them.
 """
 
 from __future__ import annotations
 
+import gc
 import pickle
 import queue
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_dynmix.training.checkpointing.agreement import together
@@ -83,7 +88,8 @@ class ShardWriter(TorchDistSaveShardedStrategy):
     def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
         write, stage, arguments = writer.get_save_function_and_args()
         return AsyncRequest(
-            None if write is None else partial(_write_and_hash, write, self._own_sums),
+            # Of Megatron-Core's function only the arguments are taken: it would start processes of its own.
+            None if write is None else partial(_write_and_hash, write.args[0], self._own_sums),
             arguments,
             [partial(self._finish, writer, save_state_dict_ret[1])],
             preload_fn=stage,
@@ -108,8 +114,28 @@ class ShardWriter(TorchDistSaveShardedStrategy):
                     self.sums |= sums
 
 
-def _write_and_hash(write: Any, sums: Mailbox, rank: int, buckets: Any, results: Mailbox) -> None:
-    """Runs in a process of its own. A failure to write is among the results."""
-    write(rank, buckets, results)
-    paths = [Path(path) for path, _, _ in buckets]
-    sums.put({path.name: checksum(path) for path in paths if path.is_file()})
+def _write_and_hash(
+    transforms: list[Any], sums: Mailbox, rank: int, buckets: list[Any], results: Mailbox
+) -> None:
+    """Runs in a process of its own. A failure to write is the result."""
+    gc.disable()  # it would meet tensors of the device, which belong to the rank
+    try:
+        with ThreadPoolExecutor(len(buckets)) as pool:
+            written = list(pool.map(partial(_write_bucket, transforms), range(len(buckets)), buckets))
+        sums.put({Path(path).name: own for (path, _, _), (_, own) in zip(buckets, written, strict=True)})
+    except Exception as error:  # the rank is told of it, and tells the others
+        results.put(RuntimeError(str(error)))
+        return
+    results.put({index: items for index, (items, _) in enumerate(written)})
+
+
+def _write_bucket(transforms: list[Any], index: int, bucket: Any) -> tuple[list[Any], Checksum]:
+    """Write one file; returns where its items are in it, and its checksum."""
+    outcome: queue.Queue[tuple[int, Any]] = queue.Queue()
+    running: queue.Queue[int] = queue.Queue()
+    running.put(index)
+    FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, outcome, running, use_fsync=True)
+    _, items = outcome.get_nowait()
+    if isinstance(items, Exception):
+        raise items
+    return items, checksum(Path(bucket[0]))
