@@ -96,7 +96,9 @@ def optimizer_state(
             states[index] = state["param_state"]
         else:
             states[index] = _whole_state(part, model_state)
-    return {"step": _step(optimizer), "state": states}
+    # A rank that writes nothing of a part has an empty mapping, which Megatron-Core takes for common state.
+    held = {index: state for index, state in states.items() if state}
+    return {"step": _step(optimizer), **({"state": held} if held else {})}
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:

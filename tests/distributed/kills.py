@@ -142,7 +142,7 @@ def main():
         root = Path(folder)
         run_yaml = make_quickstart(root / "data")
         for name, extra in [("saving", []), ("saving asynchronously", ["--async-save"])]:
-            flags = settings(6 * arguments.kills, *extra)
+            flags = settings(3 * arguments.kills, *extra)  # six an attempt
             expected, seconds = undisturbed(run_yaml, flags, root / f"{name} undisturbed")
             span = min(seconds, 12.0)
             killer = Killer(
