@@ -78,15 +78,24 @@ def train_signalled(run_yaml, flags, run_dir, place, iteration, rank, *signals):
 def train_with_group_signalled(run_yaml, flags, run_dir, iteration):
     """A run whose every process, those that write the shards too, gets SIGTERM again and again in a save."""
 
-    def act():
-        def send():
-            for _ in range(100):
-                os.killpg(os.getpgrp(), signal.SIGTERM)
-                time.sleep(0.01)
+    saved = threading.Event()
+    stop = Trainer._stop_on_request
 
-        threading.Thread(target=send, daemon=True).start()
+    def send():
+        while not saved.is_set():
+            os.killpg(os.getpgrp(), signal.SIGTERM)
+            time.sleep(0.01)
 
-    before("save", iteration, 0, act)
+    sender = threading.Thread(target=send, daemon=True)
+
+    def stop_after_the_last_signal(trainer):
+        saved.set()  # the handlers go when the run ends
+        if sender.is_alive():
+            sender.join()
+        stop(trainer)
+
+    Trainer._stop_on_request = stop_after_the_last_signal
+    before("save", iteration, 0, sender.start)
     return train(run_yaml, flags, run_dir)
 
 

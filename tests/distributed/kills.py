@@ -18,6 +18,8 @@ from tests.distributed.conftest import SMALL
 from tests.distributed.ranks import end_rank, run_ranks, started_ranks
 
 RANKS = 2
+LONG = 3600
+"""Seconds that a whole run may take."""
 SAVING = ["--save-interval", "1", "--interval", "3", "--log-interval", "1"]
 CLOCKS = ("seconds", "tokens_per_second")
 
@@ -30,7 +32,7 @@ def settings(iterations, *extra):
 def undisturbed(run_yaml, flags, run_dir):
     """What the run writes when nobody kills it, and the seconds from its start to its end."""
     start = time.monotonic()
-    result = run_ranks(RANKS, programs.train, run_yaml, flags, run_dir)[0]
+    result = run_ranks(RANKS, programs.train, run_yaml, flags, run_dir, timeout=LONG)[0]
     return result, time.monotonic() - start
 
 
@@ -52,7 +54,9 @@ class Killer:
         for _ in range(self.kills):
             if not self._kill_once():
                 break
-        return run_ranks(RANKS, programs.train, self.run_yaml, self.flags, self.run_dir, resume="auto")[0]
+        return run_ranks(
+            RANKS, programs.train, self.run_yaml, self.flags, self.run_dir, resume="auto", timeout=LONG
+        )[0]
 
     def _kill_once(self):
         """Start, wait for an instant, kill; False if the run was done before."""
@@ -142,7 +146,7 @@ def main():
         root = Path(folder)
         run_yaml = make_quickstart(root / "data")
         for name, extra in [("saving", []), ("saving asynchronously", ["--async-save"])]:
-            flags = settings(3 * arguments.kills, *extra)  # six an attempt
+            flags = settings(2 * arguments.kills, *extra)  # four an attempt
             expected, seconds = undisturbed(run_yaml, flags, root / f"{name} undisturbed")
             span = min(seconds, 12.0)
             killer = Killer(
