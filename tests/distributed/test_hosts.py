@@ -106,7 +106,7 @@ def started(hosts, arguments, logs):
 @pytest.fixture
 def settings(start_from):
     flags = [*start_from, "--train-iters", "6", "--interval", "3", "--save-interval", "1"]
-    return [*flags, "--distributed-timeout-minutes", "0.2"]
+    return [*flags, "--distributed-timeout-minutes", "0.5"]
 
 
 @pytest.fixture
@@ -120,6 +120,7 @@ def same(run_dir, local):
         assert without_clock(read_records(run_dir / f"{name}.jsonl")) == without_clock(local[name])
 
 
+@pytest.mark.slow
 def test_I3_two_hosts_of_two_ranks_equal_one_of_four_and_a_cut_cable_ends_both(
     hosts, local, run_yaml, settings, tmp_path
 ):
@@ -129,7 +130,7 @@ def test_I3_two_hosts_of_two_ranks_equal_one_of_four_and_a_cut_cable_ends_both(
         wait_for(lambda: "saved checkpoint from iteration       2" in said(logs), processes, logs, 120)
         hosts.cut()
         for process in processes:
-            process.wait(timeout=90)
+            process.wait(timeout=150)
         assert all(process.returncode for process in processes)
     for host, log in enumerate(logs):
         messages = [line for line in log.read_text().splitlines() if "stopped: iteration" in line]
@@ -137,7 +138,7 @@ def test_I3_two_hosts_of_two_ranks_equal_one_of_four_and_a_cut_cable_ends_both(
         other = [f"rank {rank} (" for rank in range(4) if rank // 2 != host]
         lost = "does not answer: its host or the network is gone"
         assert any(name in line for line in messages for name in other) or lost in messages[0], messages
-        assert "Collectives wait 0.2 minutes" in messages[0] and "--resume auto" in messages[0]
+        assert "Collectives wait 0.5 minutes" in messages[0] and "--resume auto" in messages[0]
     hosts.join()
     done = int((run_dir / "checkpoints/latest_checkpointed_iteration.txt").read_text())
     assert done < 6, "the cable was cut too late"

@@ -219,6 +219,7 @@ def test_a_single_rank_is_interrupted_with_one_line(run_yaml, tmp_path):
     assert "interrupted" in said
 
 
+@pytest.mark.slow
 def test_torchrun_starts_ranks_again_and_they_end_like_an_undisturbed_run(run_yaml, tmp_path):
     flags = [*SMALL, "--train-iters", "6", "--save-interval", "1", "--interval", "3"]
     whole = run_ranks(2, programs.train, run_yaml, flags, tmp_path / "whole")[0]
