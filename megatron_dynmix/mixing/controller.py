@@ -73,6 +73,7 @@ class MixingController:
         self.strategy = strategy
         self._weights_D = check_weights(weights_D, len(self.sources))
         self._last_counts: list[NDArray[np.int64] | None] = [None] * len(self.sources)
+        self._strategy_state: Mapping[str, Any] = {}
 
     @property
     def weights_D(self) -> NDArray[np.float64]:
@@ -101,11 +102,16 @@ class MixingController:
             known = [counts_LE for counts_LE in remembered if counts_LE is not None]
             signal = replace(signal, counts_DLE=np.stack(known) if len(known) == len(remembered) else None)
         if self.strategy.needs_gate_load and signal.counts_DLE is None:
-            proposal = Proposal(weights_D=self._weights_D, delta_D=np.zeros(len(self.sources)))
+            proposal = Proposal(
+                weights_D=self._weights_D,
+                delta_D=np.zeros(len(self.sources)),
+                state=self._strategy_state,
+            )
         else:
-            proposal = self.strategy.propose(self._weights_D, signal)
+            proposal = self.strategy.propose(self._weights_D, signal, self._strategy_state)
         adopted_D = self._checked(proposal)
         self._weights_D, self._last_counts = adopted_D, remembered
+        self._strategy_state = proposal.state
         return proposal, note
 
     def _remember(self, signal: Signal) -> tuple[list[NDArray[np.int64] | None], str | None]:
@@ -167,6 +173,7 @@ class MixingController:
             "sources": list(self.sources),
             "weights": self._weights_D.tolist(),
             "last_counts": [_plain(counts_LE) for counts_LE in self._last_counts],
+            "strategy": self._strategy_state,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -193,6 +200,7 @@ class MixingController:
         weights_D = check_weights(np.array(state["weights"], dtype=np.float64), len(saved))
         self._last_counts = [None if c is None else np.array(c) for c in state["last_counts"]]
         self._weights_D = weights_D
+        self._strategy_state = state["strategy"]
 
 
 def _plain(values: ArrayLike | None) -> Any:

@@ -1,8 +1,8 @@
 """The paper's strategy: sources that load the experts differently from the rest gain weight."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,8 @@ class GateLoad:
 
     name: ClassVar[str] = "gate-load"
     needs_gate_load: ClassVar[bool] = True
+    needs_loss: ClassVar[bool] = False
+    starts: ClassVar[bool] = False
     updates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -50,7 +52,7 @@ class GateLoad:
             raise ValueError(f"aggregate {self.aggregate!r} is unknown; give one of {AGGREGATES}")
         check_layers(self.layers)
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal) -> Proposal:
+    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Counts -> loads -> distances -> deltas -> weights.
 
         Raises:

@@ -1,7 +1,8 @@
 """Strategies that never change the weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +16,11 @@ class Fixed:
 
     name: ClassVar[str] = "fixed"
     needs_gate_load: ClassVar[bool] = False
+    needs_loss: ClassVar[bool] = False
+    starts: ClassVar[bool] = False
     updates: ClassVar[bool] = False
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal) -> Proposal:
+    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Propose the current weights; the signal is not read."""
         return Proposal(weights_D=weights_D.copy(), delta_D=np.zeros(len(weights_D)))
 
@@ -28,9 +31,11 @@ class Uniform:
 
     name: ClassVar[str] = "uniform"
     needs_gate_load: ClassVar[bool] = False
+    needs_loss: ClassVar[bool] = False
+    starts: ClassVar[bool] = False
     updates: ClassVar[bool] = False
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal) -> Proposal:
+    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Propose the current weights; the signal is not read.
 
         Raises:

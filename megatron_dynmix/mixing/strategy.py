@@ -1,28 +1,44 @@
 """What a mixing strategy is given, what it answers, and what it must offer.
 
-Axes: D sources, L MoE layers, E experts (in ``load_DE``: of all chosen layers).
+Axes: H halves, D sources, L MoE layers, E experts (in ``load_DE``: of all chosen layers).
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Signal:
-    """What was measured in one interval. A strategy reads the part it needs.
+    """What is known when new weights are due. A strategy reads the part it needs.
 
     Attributes:
         counts_DLE: tokens routed to each expert (or loads given from outside), padding not counted; None
             where not measured.
-        loss_D: mean loss per trained token in nats; None where not measured.
+        half_counts_HDLE: the same counts in two parts, of every source's even and odd rows, which add up to
+            `counts_DLE`; None where not measured. How far they disagree tells how noisy the loads are.
+        loss_D: mean loss per trained token in nats; NaN for a source without tokens; None where not measured.
+        iteration: iterations done; 0 before the first one.
+        train_iters: iterations of the whole run.
+        interval: iterations until the next weights.
+        size_D: positions in one epoch of each source.
+        drawn_D: positions of each source drawn so far, repeated epochs counted again.
+        seed: of the run, for strategies that throw dice; they draw from (seed, iteration) and nothing else.
 
     """
 
     counts_DLE: NDArray[np.int64] | NDArray[np.float64] | None = None
+    half_counts_HDLE: NDArray[np.int64] | NDArray[np.float64] | None = None
     loss_D: NDArray[np.float64] | None = None
+    iteration: int = 0
+    train_iters: int = 0
+    interval: int = 0
+    size_D: NDArray[np.float64] | None = None
+    drawn_D: NDArray[np.float64] | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +50,8 @@ class Proposal:
         delta_D: scores; larger means more weight. Zeros where nothing was scored.
         load_DE: normalised gate loads; None where the strategy uses none.
         distance_DD: distances between loads; None where the strategy uses none.
+        state: what the strategy wants to be given at its next update, in JSON types.
+        delta_error_D: one standard error of each score; None where not known.
 
     """
 
@@ -41,10 +59,16 @@ class Proposal:
     delta_D: NDArray[np.float64]
     load_DE: NDArray[np.float64] | None = None
     distance_DD: NDArray[np.float64] | None = None
+    state: Mapping[str, Any] = field(default_factory=dict)
+    delta_error_D: NDArray[np.float64] | None = None
 
 
 class Strategy(Protocol):
-    """A rule from current weights and a signal to new weights; it keeps no state of its own."""
+    """A rule from current weights and a signal to new weights.
+
+    It keeps nothing itself: what it must remember goes out with the proposal and comes back with the next
+    call, so that a checkpoint holds it and a replay of the recorded signals gives the same weights.
+    """
 
     @property
     def name(self) -> str:
@@ -57,12 +81,27 @@ class Strategy(Protocol):
         ...
 
     @property
-    def updates(self) -> bool:
-        """False if the weights never change, so that no signal need be measured at all."""
+    def needs_loss(self) -> bool:
+        """Whether `Signal.loss_D` must be measured."""
         ...
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal) -> Proposal:
+    @property
+    def starts(self) -> bool:
+        """Whether it chooses the first weights too, asked at iteration 0 with nothing measured."""
+        ...
+
+    @property
+    def updates(self) -> bool:
+        """False if the weights never change after the start, so that nothing need be measured at all."""
+        ...
+
+    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Propose the next weights; must not change its arguments.
+
+        Args:
+            weights_D: weights in force, which a guardrail or the operator may have changed.
+            signal: what was measured.
+            state: `Proposal.state` of the last update; empty at the first.
 
         Raises:
             ValueError: the signal lacks what the strategy needs, or holds values it cannot use.

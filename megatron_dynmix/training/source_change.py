@@ -180,6 +180,7 @@ class SourceChange:
             "sources": list(self.after.names),
             "weights": weights_D.tolist(),
             "last_counts": self.if_unchanged(mixing["controller"]["last_counts"], None),
+            "strategy": {},
         }
         log_interval = {
             **state["log_interval"],

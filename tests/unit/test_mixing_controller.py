@@ -25,7 +25,7 @@ class Scripted:
     needs_gate_load: bool = False
     updates: bool = True
 
-    def propose(self, weights_D, signal):
+    def propose(self, weights_D, signal, state: object):
         return self.proposal
 
 

@@ -39,13 +39,13 @@ def assert_golden(actual, expected):
     ],
 )
 def test_I8_mean(metric, delta, weights):
-    proposal = GateLoad(metric=metric).propose(UNIFORM_D, Signal(counts_DLE=COUNTS_DLE))
+    proposal = GateLoad(metric=metric).propose(UNIFORM_D, Signal(counts_DLE=COUNTS_DLE), {})
     assert_golden(proposal.delta_D, delta)
     assert_golden(proposal.weights_D, weights)
 
 
 def test_I8_l2_max():
-    proposal = GateLoad(aggregate="max").propose(UNIFORM_D, Signal(counts_DLE=COUNTS_DLE))
+    proposal = GateLoad(aggregate="max").propose(UNIFORM_D, Signal(counts_DLE=COUNTS_DLE), {})
     assert_golden(proposal.weights_D, [0.2780621807, 0.2780621807, 0.2036734972, 0.2402021415])
 
 
@@ -67,5 +67,5 @@ def test_I8_inverse_swaps_deltas_by_rank():
 def test_I8_repeated_updates(smoothing, num_updates, weights):
     strategy, weights_D = GateLoad(smoothing=smoothing), UNIFORM_D
     for _ in range(num_updates):
-        weights_D = strategy.propose(weights_D, Signal(counts_DLE=COUNTS_DLE)).weights_D
+        weights_D = strategy.propose(weights_D, Signal(counts_DLE=COUNTS_DLE), {}).weights_D
     assert_golden(weights_D, weights)

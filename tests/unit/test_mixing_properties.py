@@ -36,7 +36,7 @@ def mixes(draw):
 
 
 def new_weights(rule, weights_D, counts_DLE):
-    return rule.propose(weights_D, Signal(counts_DLE=counts_DLE)).weights_D
+    return rule.propose(weights_D, Signal(counts_DLE=counts_DLE), {}).weights_D
 
 
 @checked
@@ -71,7 +71,7 @@ def test_scaling_the_counts_of_a_source_changes_nothing(rule, mix, factor):
 def test_from_equal_weights_the_more_distant_source_never_ends_lower(rule, mix):
     _, counts_DLE = mix
     equal_D = np.full(len(counts_DLE), 1 / len(counts_DLE))
-    proposal = rule.propose(equal_D, Signal(counts_DLE=counts_DLE))
+    proposal = rule.propose(equal_D, Signal(counts_DLE=counts_DLE), {})
     assert (np.diff(proposal.weights_D[np.argsort(proposal.delta_D)]) >= 0).all()
 
 

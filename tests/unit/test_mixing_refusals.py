@@ -112,22 +112,22 @@ def test_gate_load_is_checked_when_made(field, value):
 
 def test_gate_load_explains_why_two_sources_do_not_do():
     with pytest.raises(ValueError, match="always equally far"):
-        GateLoad().propose(np.full(2, 0.5), Signal(counts_DLE=COUNTS_DLE[:2]))
+        GateLoad().propose(np.full(2, 0.5), Signal(counts_DLE=COUNTS_DLE[:2]), {})
 
 
 def test_gate_load_needs_counts_of_every_source():
     with pytest.raises(ValueError, match="holds none"):
-        GateLoad().propose(np.full(3, 1 / 3), Signal(loss_D=np.ones(3)))
+        GateLoad().propose(np.full(3, 1 / 3), Signal(loss_D=np.ones(3)), {})
     with pytest.raises(ValueError, match="3 sources, weights for 4"):
-        GateLoad().propose(np.full(4, 0.25), Signal(counts_DLE=COUNTS_DLE))
+        GateLoad().propose(np.full(4, 0.25), Signal(counts_DLE=COUNTS_DLE), {})
 
 
 def test_static_strategies_propose_what_they_are_given():
     weights_D = np.array([0.2, 0.3, 0.5])
-    assert Fixed().propose(weights_D, Signal()).weights_D.tolist() == [0.2, 0.3, 0.5]
-    assert Uniform().propose(np.full(4, 0.25), Signal()).weights_D.tolist() == [0.25] * 4
+    assert Fixed().propose(weights_D, Signal(), {}).weights_D.tolist() == [0.2, 0.3, 0.5]
+    assert Uniform().propose(np.full(4, 0.25), Signal(), {}).weights_D.tolist() == [0.25] * 4
     with pytest.raises(ValueError, match="use fixed mixing"):
-        Uniform().propose(weights_D, Signal())
+        Uniform().propose(weights_D, Signal(), {})
     assert not Fixed().updates and not Uniform().updates and GateLoad().updates
 
 
