@@ -23,9 +23,9 @@ class Signal:
         loss_D: mean loss per trained token in nats; NaN for a source without tokens; None where not measured.
         iteration: iterations done; 0 before the first one.
         train_iters: iterations of the whole run.
-        interval: iterations until the next weights.
-        size_D: positions in one epoch of each source.
-        drawn_D: positions of each source drawn so far, repeated epochs counted again.
+        interval_rows: rows that will be drawn until the next weights, all sources together.
+        size_D: rows in one epoch of each source.
+        drawn_D: rows of each source drawn so far, repeated epochs counted again.
         seed: of the run, for strategies that throw dice; they draw from (seed, iteration) and nothing else.
 
     """
@@ -35,9 +35,9 @@ class Signal:
     loss_D: NDArray[np.float64] | None = None
     iteration: int = 0
     train_iters: int = 0
-    interval: int = 0
-    size_D: NDArray[np.float64] | None = None
-    drawn_D: NDArray[np.float64] | None = None
+    interval_rows: int = 0
+    size_D: NDArray[np.int64] | None = None
+    drawn_D: NDArray[np.int64] | None = None
     seed: int = 0
 
 
