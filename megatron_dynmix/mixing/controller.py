@@ -1,15 +1,19 @@
 """The mixing controller: holds the weights, asks the strategy for new ones, and checks the answer.
 
-Axes: D sources, L MoE layers, E experts.
+Axes: D sources.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .course import Course
+from .guardrails import Guardrails
+from .last_known import Filled, LastKnown
+from .override import Override
 from .strategy import Proposal, Signal, Strategy
 from .weights import check_weights
 
@@ -29,6 +33,11 @@ class MixingUpdate:
         tokens, rows, epochs: D totals since the start of the run.
         seconds: wall time per phase (signal, reduce, update, rebuild).
         note: what a reader must know about this update, or None.
+        events: what guardrails and the operator's override did to the strategy's proposal.
+        override: the operator's word in force, or None.
+        shadow: weights that each strategy which only watches would have.
+        loss: D mean losses in nats as the strategy saw them, or None.
+        delta_error: D standard errors of delta, or None.
 
     """
 
@@ -45,12 +54,45 @@ class MixingUpdate:
     epochs: ArrayLike
     seconds: Mapping[str, float]
     note: str | None = None
+    events: tuple[str, ...] = ()
+    override: Mapping[str, Any] | None = None
+    shadow: Mapping[str, ArrayLike] = field(default_factory=dict)
+    loss: ArrayLike | None = None
+    delta_error: ArrayLike | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers, ready for ``json.dumps``; floats survive the round trip bit for bit."""
-        record = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
-        record["seconds"] = {phase: float(seconds) for phase, seconds in self.seconds.items()}
+        record: dict[str, Any] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, Mapping):
+                record[entry.name] = {name: _plain(part) for name, part in value.items()}
+            else:
+                record[entry.name] = _plain(value)
         return record
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decision:
+    """What came out of one update.
+
+    Attributes:
+        weights_D: the weights now in force.
+        proposal: what the strategy wanted, before guardrails and override.
+        note: what a reader must know of this update, or None.
+        events: what guardrails and override did, one line each.
+        shadow: what each strategy that only watches would have in force; those that failed are missing.
+        signal: the signal as the strategies saw it, last known values filled in; a source without any has
+            counts of 0 and a loss of NaN.
+
+    """
+
+    weights_D: NDArray[np.float64]
+    proposal: Proposal
+    note: str | None
+    events: tuple[str, ...]
+    shadow: Mapping[str, Proposal]
+    signal: Signal
 
 
 class MixingController:
@@ -60,124 +102,233 @@ class MixingController:
         sources: D distinct names; the position of a name is its ``dataset_id``.
         weights_D: first weights, >= 0, summing to 1 (see `normalise_weights`).
         strategy: the rule for new weights.
+        guardrails: limits on what it may do.
+        shadows: strategies by name that are asked beside it, each going on from its own last weights, and
+            change nothing.
 
     Raises:
-        ValueError: no source, a name twice, or weights that are not shares of D sources.
+        ValueError: no source, a name twice, weights that are not shares of D sources, or guardrails that
+            cannot be kept for D sources.
 
     """
 
-    def __init__(self, sources: Sequence[str], weights_D: NDArray[np.float64], strategy: Strategy) -> None:
+    def __init__(
+        self,
+        sources: Sequence[str],
+        weights_D: NDArray[np.float64],
+        strategy: Strategy,
+        *,
+        guardrails: Guardrails | None = None,
+        shadows: Mapping[str, Strategy] | None = None,
+    ) -> None:
         if not sources or len(set(sources)) < len(sources):
             raise ValueError(f"sources {list(sources)} must be distinct names, at least one")
         self.sources = tuple(sources)
         self.strategy = strategy
-        self._weights_D = check_weights(weights_D, len(self.sources))
-        self._last_counts: list[NDArray[np.int64] | None] = [None] * len(self.sources)
-        self._strategy_state: Mapping[str, Any] = {}
+        self.guardrails = guardrails or Guardrails()
+        self.guardrails.check(len(self.sources))
+        self.shadows = dict(shadows or {})
+        first_D = check_weights(weights_D, len(self.sources))
+        self._course = Course(first_D, first_D)
+        self._shadow_courses = {name: self._course for name in self.shadows}
+        self._known = LastKnown.nothing(self.sources)
+        self._before_pause: dict[str, float] = {}
 
     @property
     def weights_D(self) -> NDArray[np.float64]:
         """Current weights, summing to 1; a read-only array that no later update changes."""
-        return self._weights_D
+        return self._course.weights_D
 
-    def update(self, signal: Signal) -> tuple[Proposal, str | None]:
-        """Ask the strategy for new weights and adopt them.
+    @property
+    def updates(self) -> bool:
+        """Whether `update` has anything to do during the run: weights to change, or a shadow to ask.
 
-        A source that was not drawn in the interval has no tokens. Its last known counts then stand in for
-        it; if there are none yet, the weights are kept and the proposal repeats them, with deltas of 0.
-        Either way the note says so.
+        An operator's override may change weights whatever this says.
+        """
+        return self.guardrails.caps or bool(self._updating())
 
-        Returns:
-            The adopted proposal, and a note or None.
+    @property
+    def needs_gate_load(self) -> bool:
+        """Whether the strategy or a shadow needs token counts to update."""
+        return any(strategy.needs_gate_load for strategy in self._updating())
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether the strategy or a shadow needs losses to update."""
+        return any(strategy.needs_loss for strategy in self._updating())
+
+    @property
+    def needs_halves(self) -> bool:
+        """Whether the strategy or a shadow needs the counts in two halves to update."""
+        return any(_needs_halves(strategy) for strategy in self._updating())
+
+    def _updating(self) -> list[Strategy]:
+        return [strategy for strategy in (self.strategy, *self.shadows.values()) if strategy.updates]
+
+    def start(self, signal: Signal, override: Override | None = None) -> Decision:
+        """Choose the first weights, before anything is drawn; call it once in a fresh run.
+
+        Strategies that start are asked; for others the weights given stand. Guardrails hold from the first
+        row on, but for the KL step: nothing is in force yet that it could be measured from.
+
+        Raises:
+            ValueError: as for `update`.
+
+        """
+        proposal = self._course.start(self.strategy, signal)
+        weights_D, events = self._guarded(
+            replace(self.guardrails, max_kl_step=None), self.weights_D, proposal, signal, override
+        )
+        shadow, failed = self._ask_shadows(lambda course, strategy: course.start(strategy, signal))
+        for name, shadowed in shadow.items():
+            self._shadow_courses[name] = Course(shadowed.weights_D, shadowed.weights_D, shadowed.state)
+        self._before_pause = self._shares_before_pause(proposal.weights_D, override)
+        self._course = Course(weights_D, proposal.weights_D, proposal.state)
+        return Decision(
+            weights_D=weights_D,
+            proposal=proposal,
+            note="; ".join(failed) or None,
+            events=events,
+            shadow=shadow,
+            signal=signal,
+        )
+
+    def update(self, signal: Signal, override: Override | None = None) -> Decision:
+        """Ask the strategy for new weights, bring them within the guardrails and adopt them.
+
+        A source that was not measured in the interval is represented by its last known counts or loss. As
+        long as there are none, a strategy that needs them keeps its weights, with deltas of 0. The note says
+        so. A strategy that never updates is not asked: its first weights are proposed again, so that they
+        come back when an override ends. A source comes back from a pause with the share it had.
+
+        Args:
+            signal: what was measured.
+            override: the operator's word, read for this update.
 
         Raises:
             ValueError: the strategy refuses the signal, or its proposal holds NaN or infinity, a negative
-                weight, the wrong length or weights that do not sum to 1 within 1e-9. The controller is then
-                unchanged.
+                weight, the wrong length or weights that do not sum to 1 within 1e-9, or no weights are
+                within the guardrails. The controller is then unchanged.
 
         """
-        remembered, note = self._last_counts, None
-        if self.strategy.needs_gate_load:
-            remembered, note = self._remember(signal)
-            known = [counts_LE for counts_LE in remembered if counts_LE is not None]
-            signal = replace(signal, counts_DLE=np.stack(known) if len(known) == len(remembered) else None)
-        if self.strategy.needs_gate_load and signal.counts_DLE is None:
-            proposal = Proposal(
-                weights_D=self._weights_D,
-                delta_D=np.zeros(len(self.sources)),
-                state=self._strategy_state,
+        known, signal, unmeasured = self._fill(signal)
+        course = replace(self._course, weights_D=self._with_returned(override))
+        proposal = course.update(self.strategy, signal, known=not _waits(self.strategy, unmeasured))
+        weights_D, events = self._guarded(self.guardrails, course.weights_D, proposal, signal, override)
+        # Of a shadow the weights are recorded, not how sure they are: most need no halves for that.
+        bare = replace(signal, half_counts_HDLE=None)
+        shadow, failed = self._ask_shadows(
+            lambda course, strategy: course.update(
+                strategy,
+                signal if _needs_halves(strategy) else bare,
+                known=not _waits(strategy, unmeasured),
             )
-        else:
-            proposal = self.strategy.propose(self._weights_D, signal, self._strategy_state)
-        adopted_D = self._checked(proposal)
-        self._weights_D, self._last_counts = adopted_D, remembered
-        self._strategy_state = proposal.state
-        return proposal, note
+        )
+        for name, shadowed in shadow.items():
+            old = self._shadow_courses[name]
+            self._shadow_courses[name] = replace(old, weights_D=shadowed.weights_D, state=shadowed.state)
+        self._before_pause = self._shares_before_pause(course.weights_D, override)
+        self._course = replace(course, weights_D=weights_D, state=proposal.state)
+        self._known = known
+        return Decision(
+            weights_D=weights_D,
+            proposal=proposal,
+            note="; ".join([*self._notes(unmeasured), *failed]) or None,
+            events=events,
+            shadow=shadow,
+            signal=signal,
+        )
 
-    def _remember(self, signal: Signal) -> tuple[list[NDArray[np.int64] | None], str | None]:
-        """Counts per source, older ones where the interval brought none, and a note on those."""
-        counts_DLE = signal.counts_DLE
-        if counts_DLE is None:
-            raise ValueError(
-                f"strategy {self.strategy.name} needs token counts per expert; the signal holds none"
-            )
-        if counts_DLE.ndim != 3 or len(counts_DLE) != len(self.sources):
-            raise ValueError(
-                f"counts have shape {counts_DLE.shape}; give [{len(self.sources)} sources, layers, experts]"
-            )
-        # Before remembering: a broken row must not wait in the state until its source is next needed.
-        for name, counts_LE in zip(self.sources, counts_DLE, strict=True):
-            if not np.isfinite(counts_LE).all() or (counts_LE < 0).any():
-                raise ValueError(
-                    f"source {name!r} has a negative, NaN or infinite token count: {counts_LE.tolist()}"
-                )
-        remembered = [
-            counts_LE.copy() if counts_LE.any() else old
-            for counts_LE, old in zip(counts_DLE, self._last_counts, strict=True)
-        ]
-        for name, counts_LE in zip(self.sources, remembered, strict=True):
-            if counts_LE is not None and counts_LE.shape != counts_DLE.shape[1:]:
-                raise ValueError(
-                    f"last known counts of source {name!r} have shape {counts_LE.shape}, the signal has "
-                    f"{counts_DLE.shape[1:]} [layers, experts]; resume with the same model"
-                )
-        unseen = [
-            name for name, counts_LE in zip(self.sources, counts_DLE, strict=True) if not counts_LE.any()
-        ]
-        unknown = [name for name, old in zip(self.sources, remembered, strict=True) if old is None]
-        if unknown:
-            return remembered, f"weights kept: no tokens measured yet from {', '.join(unknown)}"
-        if unseen:
-            return remembered, f"no tokens in this interval, last known counts used: {', '.join(unseen)}"
-        return remembered, None
+    def _fill(self, signal: Signal) -> tuple[LastKnown, Signal, dict[str, Filled]]:
+        """Last known values for what the interval did not bring, and who was not measured."""
+        known, unmeasured = self._known, {}
+        if self.needs_gate_load:
+            known, signal, unmeasured["tokens"] = known.fill_counts(signal, with_halves=self.needs_halves)
+        if self.needs_loss:
+            known, signal, unmeasured["loss"] = known.fill_losses(signal)
+        return known, signal, unmeasured
 
-    def _checked(self, proposal: Proposal) -> NDArray[np.float64]:
-        """The proposal's weights, after every array in it was found fit to adopt and record."""
-        weights_D = check_weights(proposal.weights_D, len(self.sources))
-        if proposal.delta_D.shape != weights_D.shape:
-            raise ValueError(f"delta has shape {proposal.delta_D.shape}; need ({len(self.sources)},)")
-        for what, values in (
-            ("delta", proposal.delta_D),
-            ("load", proposal.load_DE),
-            ("distance", proposal.distance_DD),
-        ):
-            if values is not None and not np.isfinite(values).all():
-                raise ValueError(
-                    f"strategy {self.strategy.name} gave a NaN or infinite {what}: {values.tolist()}"
+    def _notes(self, unmeasured: Mapping[str, Filled]) -> list[str]:
+        notes = []
+        for what, filled in unmeasured.items():
+            if filled.unknown:
+                kept = "weights" if _waits(self.strategy, {what: filled}) else "shadow weights"
+                notes.append(f"{kept} kept: no {what} measured yet from {', '.join(filled.unknown)}")
+            elif filled.stand_ins:
+                used = "counts" if what == "tokens" else "losses"
+                notes.append(
+                    f"no {what} in this interval, last known {used} used: {', '.join(filled.stand_ins)}"
                 )
+        return notes
+
+    def _ask_shadows(
+        self, ask: Callable[[Course, Strategy], Proposal]
+    ) -> tuple[dict[str, Proposal], list[str]]:
+        """What the shadows would do, and which of them failed."""
+        proposals: dict[str, Proposal] = {}
+        failed = []
+        for name, strategy in self.shadows.items():
+            try:
+                proposals[name] = ask(self._shadow_courses[name], strategy)
+            except Exception as error:  # it may be a user's code, and must not stop the run
+                failed.append(f"shadow {name} failed: {error}")
+        return proposals, failed
+
+    def _guarded(
+        self,
+        guardrails: Guardrails,
+        old_D: NDArray[np.float64],
+        proposal: Proposal,
+        signal: Signal,
+        override: Override | None,
+    ) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+        """Weights to adopt, and what was done to the proposal."""
+        if override and override.weights is not None:
+            shares_D = [override.weights.get(name, 0.0) for name in self.sources]
+            said = ", ".join(f"{name} {share:.4g}" for name, share in override.weights.items())
+            events = (f"override: weights set to {said}", *_pauses(override))
+            return check_weights(shares_D, len(self.sources)), events
+        paused_D = np.array([override is not None and name in override.pause for name in self.sources])
+        guarded = guardrails.apply(old_D, proposal.weights_D, signal, paused_D, self.sources)
+        return check_weights(guarded.weights_D, len(self.sources)), (*_pauses(override), *guarded.events)
+
+    def _with_returned(self, override: Override | None) -> NDArray[np.float64]:
+        """Weights in force, and in them the old shares of sources whose pause has ended."""
+        weights_D = self.weights_D
+        # Last paused, first back: this undoes the pauses exactly.
+        for name, share in reversed(self._before_pause.items()):
+            if override is None or name not in override.pause:
+                weights_D = weights_D * (1 - share)
+                weights_D[self.sources.index(name)] = share
         return weights_D
 
+    def _shares_before_pause(
+        self, weights_D: NDArray[np.float64], override: Override | None
+    ) -> dict[str, float]:
+        """What the sources that are paused now will come back with."""
+        paused = override.pause if override else ()
+        lasting = {name: share for name, share in self._before_pause.items() if name in paused}
+        for name in paused:
+            if name not in lasting:
+                index = self.sources.index(name)
+                lasting[name] = float(weights_D[index])
+                weights_D = weights_D / max(1 - weights_D[index], np.finfo(np.float64).tiny)
+        return lasting
+
     def state_dict(self) -> dict[str, Any]:
-        """Sources, weights and last known counts in JSON types; loading it gives the same bits back."""
+        """All that the next update depends on, in JSON types; loading it gives the same bits back."""
         return {
             "sources": list(self.sources),
-            "weights": self._weights_D.tolist(),
-            "last_counts": [_plain(counts_LE) for counts_LE in self._last_counts],
-            "strategy": self._strategy_state,
+            **self._course.state_dict(),
+            **self._known.state_dict(),
+            "before_pause": self._before_pause,
+            "shadows": {name: course.state_dict() for name, course in self._shadow_courses.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict` of a controller with the same sources in the same order.
+
+        A shadow that the saved mix did not have begins at the saved weights.
 
         Raises:
             ValueError: the sources differ (the differences are listed), or the saved values cannot be used.
@@ -193,14 +344,29 @@ class MixingController:
                 f"the saved mix has sources {saved}, this run has {list(self.sources)}: {change}; "
                 "resume with the same sources in the same order"
             )
-        if len(state["last_counts"]) != len(saved):
-            raise ValueError(
-                f"the saved mix has counts of {len(state['last_counts'])} sources; need {len(saved)}"
-            )
-        weights_D = check_weights(np.array(state["weights"], dtype=np.float64), len(saved))
-        self._last_counts = [None if c is None else np.array(c) for c in state["last_counts"]]
-        self._weights_D = weights_D
-        self._strategy_state = state["strategy"]
+        known, course = self._known.loaded(state), self._course.loaded(state)
+        new = Course(course.weights_D, course.weights_D)
+        shadows = {
+            name: new.loaded(state["shadows"][name]) if name in state["shadows"] else new
+            for name in self.shadows
+        }
+        self._known, self._course, self._shadow_courses = known, course, shadows
+        self._before_pause = dict(state["before_pause"])
+
+
+def _waits(strategy: Strategy, unmeasured: Mapping[str, Filled]) -> bool:
+    """Whether a strategy needs what is not known of a source."""
+    needs = {"tokens": strategy.needs_gate_load, "loss": strategy.needs_loss}
+    return strategy.updates and any(needs[what] and filled.unknown for what, filled in unmeasured.items())
+
+
+def _needs_halves(strategy: Strategy) -> bool:
+    """Whether a strategy asks for the counts in two halves; one that says nothing about it does not."""
+    return bool(getattr(strategy, "needs_halves", False))
+
+
+def _pauses(override: Override | None) -> tuple[str, ...]:
+    return (f"override: {', '.join(override.pause)} paused",) if override and override.pause else ()
 
 
 def _plain(values: ArrayLike | None) -> Any:

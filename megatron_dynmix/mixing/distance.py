@@ -1,12 +1,18 @@
-"""How far apart the sources' gate loads are, and the score ``delta`` made from that.
+"""How far apart the sources' gate loads are.
 
-Axes: D sources, E experts (of all chosen layers).
+Axes: D sources, E experts (of all layers that are compared as one).
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
+
+PUBLISHED_EXPERTS = 8
+"""Experts per layer of the model for which the published step size was chosen."""
+CLOSE = 0.1
+"""Squared distance, relative to the squared lengths, below which rounding would show in a product form."""
 
 
 def l2_distance(load_DE: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -19,10 +25,37 @@ def l2_distance(load_DE: NDArray[np.float64]) -> NDArray[np.float64]:
         ValueError: not two axes, or a NaN or infinite load.
 
     """
-    if load_DE.ndim != 2 or not np.isfinite(load_DE).all():
+    if load_DE.ndim != 2:
         raise ValueError(f"loads of shape {load_DE.shape} must be [sources, experts] and finite")
-    # Row by row: all pairs at once would take D * D * E floats, 256 MiB for 64 sources and 32 layers of 256.
-    return np.stack([np.linalg.norm(load_DE - load_E, axis=1) for load_E in load_DE])
+    # All pairs by one matrix product, about their mean: |a - b|^2 = |a|^2 + |b|^2 - 2 ab. Where that would
+    # cancel digits the pair is taken again by its difference.
+    centred_DE = load_DE - load_DE.mean(axis=0)
+    product_DD = centred_DE @ centred_DE.T
+    if not np.isfinite(product_DD).all():
+        raise ValueError(f"loads of shape {load_DE.shape} must be [sources, experts] and finite")
+    lengths_DD = product_DD.diagonal()[:, None] + product_DD.diagonal()
+    squared_DD = np.triu(lengths_DD - 2 * product_DD, k=1)
+    for i, j in np.argwhere(np.triu(squared_DD <= CLOSE * lengths_DD, k=1)):
+        difference_E = load_DE[i] - load_DE[j]
+        squared_DD[i, j] = difference_E @ difference_E
+    distance_DD = np.sqrt(squared_DD)
+    return np.asarray(distance_DD + distance_DD.T)
+
+
+def l2_scale(num_columns: int) -> float:
+    """Factor that makes l2 distances comparable over numbers of experts.
+
+    Let the load of an expert be (1 + u) / n, n experts in all. Then ||O_i - O_j||_2 is
+    sqrt(sum (u_i - u_j)^2) / n = rms(u_i - u_j) / sqrt(n): for the same relative deviations from an even
+    load, l2 falls like 1 / sqrt(n). sqrt(n) undoes that, and dividing by sqrt(8) leaves l2 as it is for the 8
+    experts of one layer, for which the published step size was chosen.
+    """
+    return math.sqrt(num_columns / PUBLISHED_EXPERTS)
+
+
+def scaled_l2_distance(load_DE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`l2_distance` times `l2_scale`; the same for 8 experts."""
+    return l2_distance(load_DE) * l2_scale(load_DE.shape[-1])
 
 
 def cosine_distance(load_DE: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -45,33 +78,102 @@ def cosine_distance(load_DE: NDArray[np.float64]) -> NDArray[np.float64]:
     return l2_distance(load_DE / length_D[..., None]) ** 2 / 2
 
 
+def hellinger_distance(load_DE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Hellinger distance: ||sqrt(O_i) - sqrt(O_j)||_2 / sqrt(2), from 0 to 1 (no expert in common)."""
+    return l2_distance(np.sqrt(load_DE)) / math.sqrt(2)
+
+
+def js_distance(load_DE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Jensen-Shannon distance: the square root of the divergence in nats, from 0 to sqrt(log 2).
+
+    With m = (p + q) / 2, JS = (KL(p || m) + KL(q || m)) / 2 (Lin 1991; Endres and Schindelin 2003 for its
+    root being a metric).
+    """
+    return _row_by_row(load_DE, lambda p_E, q_DE: np.sqrt(_js_divergence(p_E, q_DE)))
+
+
+def tv_distance(load_DE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Total variation: sum |O_i - O_j| / 2, the share of choices that would have to move; from 0 to 1."""
+    return _row_by_row(load_DE, lambda p_E, q_DE: np.abs(q_DE - p_E).sum(axis=1) / 2)
+
+
+def _row_by_row(
+    load_DE: NDArray[np.float64],
+    distance: Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]],
+) -> NDArray[np.float64]:
+    """Distances of every two rows. All pairs at once would take D * D * E floats."""
+    if load_DE.ndim != 2 or not np.isfinite(load_DE).all():
+        raise ValueError(f"loads of shape {load_DE.shape} must be [sources, experts] and finite")
+    distance_DD = np.zeros((len(load_DE), len(load_DE)))
+    for i in range(len(load_DE) - 1):
+        distance_DD[i, i + 1 :] = distance(load_DE[i], load_DE[i + 1 :])
+    return distance_DD + distance_DD.T
+
+
+def _js_divergence(p_E: NDArray[np.float64], q_DE: NDArray[np.float64]) -> NDArray[np.float64]:
+    # With x = (p - q) / (p + q), p log(p / m) = m (1 + x) log(1 + x), and q the same with -x. For close loads
+    # this keeps digits that entropies would lose, and it is 0 for equal ones.
+    sum_DE = p_E + q_DE
+    x_DE = np.divide(p_E - q_DE, sum_DE, out=np.zeros_like(sum_DE), where=sum_DE > 0)
+    terms_DE = _xlog(1 + x_DE, x_DE) + _xlog(1 - x_DE, -x_DE)
+    return np.asarray(np.maximum((sum_DE * terms_DE).sum(axis=-1) / 4, 0.0))
+
+
+def _xlog(factor: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``factor * log(1 + x)``, 0 where the factor is 0."""
+    return factor * np.log1p(x, out=np.zeros_like(x), where=factor > 0)
+
+
 DISTANCES: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
     "l2": l2_distance,
+    "scaled-l2": scaled_l2_distance,
     "cos": cosine_distance,
+    "hellinger": hellinger_distance,
+    "js": js_distance,
+    "tv": tv_distance,
 }
-AGGREGATES = ("mean", "max")
 
 
-def source_delta(distance_DD: NDArray[np.float64], aggregate: str) -> NDArray[np.float64]:
-    """Score of each source: larger means further from the others, hence less redundant.
+def gradient(metric: str, p_E: NDArray[np.float64], q_DE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How the distances of one load to others change with it: d distance(p, q_j) / d p.
 
     Args:
-        distance_DD: symmetric distances, diagonal 0.
-        aggregate: ``"mean"`` is Delta_i = sum_j delta_ij / D of Zhu et al. (2025), section 3: divided by D,
-            though only D - 1 terms can be positive; ``"max"`` takes the furthest source.
+        metric: a key of `DISTANCES`.
+        p_E: the load that varies.
+        q_DE: the others, which do not.
 
-    Raises:
-        ValueError: not a square finite matrix, or another aggregate.
+    Returns:
+        gradient_DE. 0 where it does not exist: for equal loads, and for experts that `p_E` leaves idle.
 
     """
-    if (
-        distance_DD.ndim != 2
-        or distance_DD.shape[0] != distance_DD.shape[1]
-        or not np.isfinite(distance_DD).all()
-    ):
-        raise ValueError(f"distances of shape {distance_DD.shape} must be [sources, sources] and finite")
-    if aggregate not in AGGREGATES:
-        raise ValueError(f"aggregate {aggregate!r} is unknown; give one of {AGGREGATES}")
-    if aggregate == "mean":
-        return np.asarray(distance_DD.mean(axis=1))
-    return np.asarray(distance_DD.max(axis=1))
+    difference_DE = p_E - q_DE
+    match metric:
+        case "l2":
+            return _unit(difference_DE)
+        case "scaled-l2":
+            return _unit(difference_DE) * l2_scale(len(p_E))
+        case "cos":
+            length = np.linalg.norm(p_E)
+            p_E, q_DE = p_E / length, q_DE / np.linalg.norm(q_DE, axis=1, keepdims=True)
+            return np.asarray(((q_DE @ p_E)[:, None] * p_E - q_DE) / length)
+        case "hellinger":
+            root_E = np.sqrt(p_E)
+            steep_E = np.divide(1, 2 * root_E, out=np.zeros_like(p_E), where=p_E > 0)
+            return np.asarray(_unit(root_E - np.sqrt(q_DE)) * steep_E / math.sqrt(2))
+        case "js":
+            distance_D1 = np.sqrt(_js_divergence(p_E, q_DE))[:, None]
+            x_DE = np.divide(difference_DE, p_E + q_DE, out=np.zeros_like(q_DE), where=p_E > 0)
+            return _quotient(np.log1p(x_DE), 4 * distance_D1)
+        case "tv":
+            return np.asarray(np.sign(difference_DE) / 2)
+    raise AssertionError(f"metric {metric} has no gradient")
+
+
+def _unit(vector_DE: NDArray[np.float64]) -> NDArray[np.float64]:
+    return _quotient(vector_DE, np.linalg.norm(vector_DE, axis=1, keepdims=True))
+
+
+def _quotient(numerator: NDArray[np.float64], divisor: NDArray[np.float64]) -> NDArray[np.float64]:
+    """0 where the divisor is 0."""
+    quotient = np.divide(numerator, divisor, out=np.zeros_like(numerator), where=divisor > 0)
+    return np.asarray(quotient)

@@ -1,12 +1,16 @@
 """Gate load: the share of a source's routed tokens that each expert received.
 
-Axes: D sources, L MoE layers, E experts. In ``load_DE`` the experts of the chosen layers stand side by side.
+Axes: D sources, L MoE layers, K chosen layers, E experts. In ``load_DE`` the experts of the chosen layers
+stand side by side.
 """
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
+
+Counts = NDArray[np.int64] | NDArray[np.float64]
 
 
 def check_layers(layers: str | Sequence[int]) -> None:
@@ -52,17 +56,29 @@ def select_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
     return chosen
 
 
+def at_layers(counts_DLE: Counts, layers: str | Sequence[int]) -> Counts:
+    """The chosen layers of counts `[..., L, E]`; see `select_layers`. A view where that is possible."""
+    chosen = select_layers(layers, counts_DLE.shape[-2])
+    if chosen == list(range(counts_DLE.shape[-2])):
+        return counts_DLE
+    return counts_DLE[..., slice(chosen[0], chosen[0] + 1) if len(chosen) == 1 else chosen, :]
+
+
 def gate_load(
-    counts_DLE: NDArray[np.int64] | NDArray[np.float64], layers: str | Sequence[int]
+    counts_DLE: Counts,
+    layers: str | Sequence[int],
+    *,
+    by_layer: bool = False,
 ) -> NDArray[np.float64]:
     """Turn token counts into loads: O_i / sum(O_i), Zhu et al. (2025), section 3.
 
     Args:
         counts_DLE: tokens routed to each expert, padding not counted.
         layers: see `select_layers`. With several, their experts are concatenated before dividing.
+        by_layer: divide each layer by its own sum instead.
 
     Returns:
-        load_DE, shape [D, len(layers) * E]; every row sums to 1.
+        load_DE, shape [D, len(layers) * E]; every row sums to 1, or every layer of every row does.
 
     Raises:
         ValueError: not three axes, or a source (named by its index) without tokens or with a negative, NaN or
@@ -71,17 +87,26 @@ def gate_load(
     """
     if counts_DLE.ndim != 3:
         raise ValueError(f"counts have shape {counts_DLE.shape}; give [sources, layers, experts]")
-    chosen = select_layers(layers, counts_DLE.shape[1])
-    load_DE = counts_DLE[:, chosen].reshape(len(counts_DLE), -1).astype(np.float64)
-    for dataset_id, load_E in enumerate(load_DE):
-        total = load_E.sum()
-        if not np.isfinite(total) or (load_E < 0).any():
+    load_DKE = at_layers(counts_DLE, layers).astype(np.float64)
+    if not by_layer:
+        load_DKE = load_DKE.reshape(len(counts_DLE), 1, -1)
+    total_DK = load_DKE.sum(axis=2)
+    if not (np.isfinite(total_DK).all() and total_DK.all() and load_DKE.min() >= 0):
+        _refuse(load_DKE)
+    load_DKE /= total_DK[:, :, None]
+    return load_DKE.reshape(len(counts_DLE), -1)
+
+
+def _refuse(load_DKE: NDArray[np.float64]) -> NoReturn:
+    """Name the first source whose counts are no load."""
+    for dataset_id, load_KE in enumerate(load_DKE):
+        if not np.isfinite(load_KE).all() or (load_KE < 0).any():
             raise ValueError(
                 f"source {dataset_id} (counted from 0) has a negative, NaN or infinite expert load: "
-                f"{load_E.tolist()}; loads are token counts"
+                f"{load_KE.tolist()}; loads are token counts"
             )
-        if total == 0:
+        if not load_KE.any(axis=1).all():
             raise ValueError(
                 f"source {dataset_id} (counted from 0) has no routed tokens; measure it on some rows"
             )
-    return np.asarray(load_DE / load_DE.sum(axis=1, keepdims=True))
+    raise ValueError("the counts of a source are too large to be added")

@@ -24,6 +24,7 @@ class Signal:
         iteration: iterations done; 0 before the first one.
         train_iters: iterations of the whole run.
         interval_rows: rows that will be drawn until the next weights, all sources together.
+        run_rows: rows that the whole run draws, all sources together.
         size_D: rows in one epoch of each source.
         drawn_D: rows of each source drawn so far, repeated epochs counted again.
         seed: of the run, for strategies that throw dice; they draw from (seed, iteration) and nothing else.
@@ -36,6 +37,7 @@ class Signal:
     iteration: int = 0
     train_iters: int = 0
     interval_rows: int = 0
+    run_rows: int = 0
     size_D: NDArray[np.int64] | None = None
     drawn_D: NDArray[np.int64] | None = None
     seed: int = 0

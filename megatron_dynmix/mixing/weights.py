@@ -1,4 +1,4 @@
-"""Sampling weights: making them and measuring them.
+"""Sampling weights: making them, keeping them within bounds, measuring them.
 
 Axes: D sources.
 """
@@ -78,6 +78,49 @@ def check_weights(weights_D: ArrayLike, num_sources: int) -> NDArray[np.float64]
         )
     checked_D.setflags(write=False)
     return checked_D
+
+
+def fit_shares(
+    weights_D: NDArray[np.float64], least_D: NDArray[np.float64], most_D: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Weights within bounds, otherwise in proportion to what they were: water-filling.
+
+    Solves sum_i clip(s w_i, least_i, most_i) = 1 for s by fixing variables (Bitran and Hax, Management
+    Science 27, 1981): sources outside their bounds on the side that weighs more are fixed there, and the
+    rest is shared out again, at most D times.
+
+    Args:
+        weights_D: shares, summing to 1.
+        least_D: smallest shares, with a sum of at most 1.
+        most_D: largest shares, each at least `least_D`, with a sum of at least 1.
+
+    Returns:
+        Shares, summing to 1; `weights_D` itself if it is within bounds. Where all sources with weight are at
+        their largest share, the others get the rest in equal parts.
+
+    """
+    if (weights_D >= least_D).all() and (weights_D <= most_D).all():
+        return weights_D
+    weighing = weights_D > 0
+    if np.where(weighing, most_D, least_D).sum() < 1:
+        # Raised first to what they can hold, the weighing sources leave a rest that others must take.
+        least_D = np.where(weighing, most_D, least_D)
+        weights_D = np.where(weighing, 0.0, 1.0)
+    fitted_D = np.zeros_like(weights_D)
+    free_D = np.ones(len(weights_D), dtype=bool)
+    while free_D.any():
+        rest = 1 - fitted_D[~free_D].sum()
+        total = weights_D[free_D].sum()
+        fitted_D[free_D] = weights_D[free_D] * (rest / total) if total > 0 else 0.0
+        low_D, high_D = free_D & (fitted_D < least_D), free_D & (fitted_D > most_D)
+        missing = float((least_D - fitted_D)[low_D].sum())
+        excess = float((fitted_D - most_D)[high_D].sum())
+        fixed_D = low_D if missing >= excess else high_D
+        if not fixed_D.any():
+            break
+        fitted_D[fixed_D] = (least_D if missing >= excess else most_D)[fixed_D]
+        free_D &= ~fixed_D
+    return fitted_D
 
 
 def entropy(weights_D: NDArray[np.float64]) -> float:

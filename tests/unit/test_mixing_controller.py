@@ -1,13 +1,15 @@
 """The controller adopts sound proposals only, remembers counts, and resumes bit for bit."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from megatron_dynmix.mixing.controller import MixingController, MixingUpdate
 from megatron_dynmix.mixing.gate_load import GateLoad
+from megatron_dynmix.mixing.guardrails import Guardrails
+from megatron_dynmix.mixing.override import Override
 from megatron_dynmix.mixing.static import Fixed
 from megatron_dynmix.mixing.strategy import Proposal, Signal
 
@@ -23,6 +25,8 @@ class Scripted:
     proposal: Proposal
     name: str = "scripted"
     needs_gate_load: bool = False
+    needs_loss: bool = False
+    starts: bool = False
     updates: bool = True
 
     def propose(self, weights_D, signal, state: object):
@@ -37,9 +41,10 @@ def without(counts_DLE, dataset_id):
 
 def test_update_adopts_the_proposal():
     controller = MixingController(SOURCES, THIRDS_D, GateLoad())
-    proposal, note = controller.update(Signal(counts_DLE=COUNTS_DLE))
-    assert note is None
-    assert controller.weights_D.tolist() == proposal.weights_D.tolist() != THIRDS_D.tolist()
+    decision = controller.update(Signal(counts_DLE=COUNTS_DLE))
+    assert decision.note is None and decision.events == ()
+    assert controller.weights_D.tolist() == decision.proposal.weights_D.tolist() != THIRDS_D.tolist()
+    assert decision.weights_D is controller.weights_D
     assert controller.weights_D[0] == controller.weights_D.max()
 
 
@@ -100,24 +105,26 @@ def test_a_source_that_was_not_drawn_uses_its_last_counts():
     unseen = MixingController(SOURCES, THIRDS_D, GateLoad())
     for controller in (seen, unseen):
         controller.update(Signal(counts_DLE=COUNTS_DLE))
-    _, note_seen = seen.update(Signal(counts_DLE=COUNTS_DLE))
-    _, note_unseen = unseen.update(Signal(counts_DLE=without(COUNTS_DLE, 1)))
-    assert note_seen is None
-    assert "last known counts used: math" in note_unseen
+    decision_seen = seen.update(Signal(counts_DLE=COUNTS_DLE))
+    decision_unseen = unseen.update(Signal(counts_DLE=without(COUNTS_DLE, 1)))
+    assert decision_seen.note is None
+    assert decision_unseen.note == "no tokens in this interval, last known counts used: math"
+    np.testing.assert_array_equal(decision_unseen.signal.counts_DLE, COUNTS_DLE)
     assert unseen.state_dict() == seen.state_dict()
 
 
 def test_weights_are_kept_until_every_source_was_measured():
     controller = MixingController(SOURCES, THIRDS_D, GateLoad())
-    proposal, note = controller.update(Signal(counts_DLE=without(COUNTS_DLE, 2)))
-    assert "weights kept" in note and "chat" in note and "code" not in note
+    decision = controller.update(Signal(counts_DLE=without(COUNTS_DLE, 2)))
+    proposal = decision.proposal
+    assert decision.note == "weights kept: no tokens measured yet from chat"
+    assert not decision.signal.counts_DLE[2].any()
     assert controller.weights_D.tolist() == proposal.weights_D.tolist() == THIRDS_D.tolist()
     assert proposal.delta_D.tolist() == [0, 0, 0] and proposal.load_DE is None
 
     # The rows of that first interval were remembered: chat alone completes the picture.
     only_chat_DLE = without(without(COUNTS_DLE, 0), 1)
-    _, note = controller.update(Signal(counts_DLE=only_chat_DLE))
-    assert "code, math" in note
+    assert "code, math" in controller.update(Signal(counts_DLE=only_chat_DLE)).note
     assert controller.weights_D.tolist() != THIRDS_D.tolist()
 
 
@@ -179,14 +186,178 @@ def test_update_record_is_plain_json():
         rows=[1, 2, 3],
         epochs=(0.5, 1.0, 1.5),
         seconds={"signal": np.float64(0.5)},
+        events=("floor: math raised to 0.1",),
+        override={"pause": ("chat",), "weights": None},
+        shadow={"uniform": THIRDS_D},
+        loss=np.array([1.0, 2.0, 3.0]),
     )
     record = update.to_json()
     assert json.loads(json.dumps(record)) == record
     assert list(record) == [
         *("iteration", "consumed_samples", "sources", "old_weights", "new_weights", "delta", "load"),
         *("distance", "tokens", "rows", "epochs", "seconds", "note"),
+        *("events", "override", "shadow", "loss", "delta_error"),
     ]
     assert record["sources"] == ["code", "math", "chat"]
     assert record["old_weights"] == [1 / 3] * 3
     assert record["tokens"] == [10, 20, 30]
     assert record["delta"] is None and record["note"] is None
+
+
+@dataclass
+class ByLoss:
+    """Weights in proportion to the losses; counts its updates in its state."""
+
+    name: str = "by-loss"
+    needs_gate_load: bool = False
+    needs_loss: bool = True
+    starts: bool = False
+    updates: bool = True
+
+    def propose(self, weights_D, signal, state):
+        assert np.isfinite(signal.loss_D).all()
+        new_D = signal.loss_D / signal.loss_D.sum()
+        return Proposal(new_D, np.zeros(len(new_D)), state={"updates": state.get("updates", 0) + 1})
+
+
+@dataclass
+class Starts(ByLoss):
+    """Chooses its first weights, then rests."""
+
+    needs_loss: bool = False
+    starts: bool = True
+    updates: bool = False
+
+    def propose(self, weights_D, signal, state):
+        assert signal.counts_DLE is None and not state
+        return Proposal(np.array([0.7, 0.2, 0.1]), np.zeros(3))
+
+
+class Broken(ByLoss):
+    def propose(self, weights_D, signal, state):
+        raise KeyError("no such thing")
+
+
+def test_a_source_without_a_loss_uses_its_last_one():
+    controller = MixingController(SOURCES, THIRDS_D, ByLoss())
+    decision = controller.update(Signal(loss_D=np.array([1.0, 2.0, np.nan])))
+    assert decision.note == "weights kept: no loss measured yet from chat"
+    assert controller.weights_D.tolist() == THIRDS_D.tolist() and decision.proposal.state == {}
+    decision = controller.update(Signal(loss_D=np.array([np.nan, 2.0, 5.0])))
+    assert decision.note == "no loss in this interval, last known losses used: code"
+    assert decision.signal.loss_D.tolist() == [1, 2, 5]
+    assert controller.weights_D.tolist() == [0.125, 0.25, 0.625]
+    assert controller.state_dict()["strategy"] == {"updates": 1}
+
+
+@pytest.mark.parametrize("loss_D", [None, np.ones(2), np.array([1, np.inf, 1])])
+def test_losses_that_cannot_be_used_are_refused(loss_D):
+    controller = MixingController(SOURCES, THIRDS_D, ByLoss())
+    before = controller.state_dict()
+    with pytest.raises(ValueError, match="loss"):
+        controller.update(Signal(loss_D=loss_D))
+    assert controller.state_dict() == before
+
+
+def test_what_must_be_measured_follows_from_strategy_and_shadows():
+    plain = MixingController(SOURCES, THIRDS_D, Fixed())
+    assert not (plain.updates or plain.needs_gate_load or plain.needs_loss or plain.needs_halves)
+    watched = MixingController(SOURCES, THIRDS_D, Fixed(), shadows={"gate-load": GateLoad()})
+    assert watched.updates and watched.needs_gate_load and not watched.needs_loss
+    both = MixingController(SOURCES, THIRDS_D, GateLoad(), shadows={"by-loss": ByLoss()})
+    assert both.needs_gate_load and both.needs_loss
+    capped = MixingController(SOURCES, THIRDS_D, Fixed(), guardrails=Guardrails(max_epochs_D=[1, 2, 3]))
+    assert capped.updates and not capped.needs_gate_load
+
+
+def test_a_strategy_that_starts_chooses_the_first_weights_and_keeps_them():
+    controller = MixingController(SOURCES, THIRDS_D, Starts())
+    assert controller.start(Signal()).proposal.weights_D.tolist() == [0.7, 0.2, 0.1]
+    controller.update(Signal(counts_DLE=COUNTS_DLE))
+    assert controller.weights_D.tolist() == [0.7, 0.2, 0.1]
+
+
+def test_the_first_weights_are_within_the_guardrails_but_for_the_step():
+    guardrails = Guardrails(floor=0.15, max_kl_step=1e-9)
+    controller = MixingController(SOURCES, THIRDS_D, Starts(), guardrails=guardrails)
+    assert controller.start(Signal()).events == ("floor: chat raised to 0.15",)
+    assert controller.weights_D.min() == 0.15
+    given = MixingController(SOURCES, np.array([0.8, 0.1, 0.1]), GateLoad(), guardrails=guardrails)
+    assert given.start(Signal()).proposal.weights_D.tolist() == [0.8, 0.1, 0.1]
+    np.testing.assert_allclose(given.weights_D, [0.7, 0.15, 0.15], atol=1e-15)
+
+
+def test_shadows_go_their_own_way_and_change_nothing():
+    shadows = {"strong": GateLoad(eta=100), "by-loss": ByLoss(), "start": Starts()}
+    watched = MixingController(SOURCES, THIRDS_D, GateLoad(), shadows=shadows)
+    alone = MixingController(SOURCES, THIRDS_D, GateLoad())
+    strong = MixingController(SOURCES, THIRDS_D, GateLoad(eta=100))
+    watched.start(Signal()), alone.start(Signal()), strong.start(Signal())
+    signal = Signal(counts_DLE=COUNTS_DLE, loss_D=np.array([1.0, 2.0, 5.0]))
+    for _ in range(3):
+        decision = watched.update(signal)
+        alone.update(signal), strong.update(signal)
+    assert watched.weights_D.tobytes() == alone.weights_D.tobytes()
+    assert decision.shadow["strong"].weights_D.tobytes() == strong.weights_D.tobytes()
+    assert decision.shadow["by-loss"].weights_D.tolist() == [0.125, 0.25, 0.625]
+    assert decision.shadow["start"].weights_D.tolist() == [0.7, 0.2, 0.1]
+
+
+def test_a_failing_shadow_is_noted_and_stops_nothing():
+    shadows = {"bad": Broken(), "wild": Scripted(Proposal(np.ones(3), np.zeros(3)))}
+    controller = MixingController(SOURCES, THIRDS_D, GateLoad(), shadows=shadows)
+    decision = controller.update(Signal(counts_DLE=COUNTS_DLE, loss_D=np.ones(3)))
+    assert "shadow bad failed: 'no such thing'" in decision.note
+    assert "shadow wild failed: weights" in decision.note
+    assert decision.shadow == {}
+    assert controller.weights_D.tolist() != THIRDS_D.tolist()
+
+
+def test_a_shadow_without_its_measurements_waits_and_the_weights_go_on():
+    controller = MixingController(SOURCES, THIRDS_D, GateLoad(), shadows={"by-loss": ByLoss()})
+    decision = controller.update(Signal(counts_DLE=COUNTS_DLE, loss_D=np.array([1.0, np.nan, 1.0])))
+    assert decision.note == "shadow weights kept: no loss measured yet from math"
+    assert decision.shadow["by-loss"].weights_D.tolist() == THIRDS_D.tolist()
+    assert controller.weights_D.tolist() != THIRDS_D.tolist()
+
+
+def test_all_state_survives_json_bit_for_bit_with_shadows_and_losses():
+    def new():
+        shadows = {"strong": GateLoad(eta=100), "bad": Broken()}
+        return MixingController(SOURCES, THIRDS_D, ByLoss(), shadows=shadows)
+
+    first, second = new(), new()
+    signal = Signal(counts_DLE=COUNTS_DLE, loss_D=np.array([0.1, 0.2, 0.7]))
+    first.update(signal, Override(pause=("math",)))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for controller in (first, second):
+        controller.update(Signal(counts_DLE=without(COUNTS_DLE, 0), loss_D=np.array([np.nan, 0.5, np.nan])))
+    assert second.state_dict() == first.state_dict()
+    assert second.weights_D.tobytes() == first.weights_D.tobytes()
+
+
+def test_a_shadow_that_the_saved_mix_did_not_have_begins_at_its_weights():
+    first = MixingController(SOURCES, THIRDS_D, GateLoad())
+    first.update(Signal(counts_DLE=COUNTS_DLE))
+    second = MixingController(SOURCES, THIRDS_D, GateLoad(), shadows={"still": GateLoad(eta=0, smoothing=0)})
+    second.load_state_dict(first.state_dict())
+    shadow = second.update(Signal(counts_DLE=COUNTS_DLE)).shadow["still"]
+    np.testing.assert_allclose(shadow.weights_D, first.weights_D, atol=1e-15)
+
+
+@pytest.mark.parametrize("failure", ["strategy", "guardrails"])
+def test_the_last_good_weights_and_all_state_stay_after_a_refused_update(failure):
+    guardrails = Guardrails(max_epochs_D=[1, 1, 1])
+    controller = MixingController(SOURCES, THIRDS_D, ByLoss(), guardrails=guardrails, shadows={"s": ByLoss()})
+    sizes = {"size_D": np.full(3, 100), "interval_rows": 60}
+    good = Signal(loss_D=np.array([1.0, 2.0, 5.0]), drawn_D=np.zeros(3, int), **sizes)
+    controller.update(good)
+    before = controller.state_dict()
+    if failure == "strategy":
+        controller.strategy = Broken()
+        with pytest.raises(KeyError):
+            controller.update(good)
+    else:
+        with pytest.raises(ValueError, match="leaves 30 rows"):
+            controller.update(replace(good, drawn_D=np.full(3, 90)))
+    assert controller.state_dict() == before

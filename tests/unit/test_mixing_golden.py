@@ -3,11 +3,8 @@
 import numpy as np
 import pytest
 
-from megatron_dynmix.mixing.distance import DISTANCES, source_delta
-from megatron_dynmix.mixing.gate_load import GateLoad
-from megatron_dynmix.mixing.load import gate_load
+from megatron_dynmix.mixing.gate_load import GateLoad, Inverse
 from megatron_dynmix.mixing.strategy import Signal
-from megatron_dynmix.mixing.update import reweight
 
 COUNTS_DLE = np.array(
     [
@@ -49,12 +46,16 @@ def test_I8_l2_max():
     assert_golden(proposal.weights_D, [0.2780621807, 0.2780621807, 0.2036734972, 0.2402021415])
 
 
+def test_I8_l2_min_includes_the_source_itself_and_moves_nothing():
+    proposal = GateLoad(aggregate="min").propose(UNIFORM_D, Signal(counts_DLE=COUNTS_DLE), {})
+    assert proposal.delta_D.tolist() == [0, 0, 0, 0]
+    assert proposal.weights_D.tolist() == UNIFORM_D.tolist()
+
+
 def test_I8_inverse_swaps_deltas_by_rank():
-    delta_D = source_delta(DISTANCES["l2"](gate_load(COUNTS_DLE, "last")), "mean")
-    inverse_D = np.empty(4)
-    inverse_D[np.argsort(delta_D)] = np.sort(delta_D)[::-1]
-    weights_D = reweight(UNIFORM_D, inverse_D, eta=10.0, smoothing=0.05)
-    assert_golden(weights_D, [0.2171054765, 0.211943085, 0.3016510626, 0.2693003759])
+    proposal = Inverse().propose(UNIFORM_D, Signal(counts_DLE=COUNTS_DLE), {})
+    assert_golden(proposal.delta_D, [0.0615180174, 0.0589625462, 0.0961045814, 0.084239559])
+    assert_golden(proposal.weights_D, [0.2171054765, 0.211943085, 0.3016510626, 0.2693003759])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from megatron_dynmix.mixing.aggregate import AGGREGATES
 from megatron_dynmix.mixing.distance import DISTANCES
 from megatron_dynmix.mixing.gate_load import GateLoad
 from megatron_dynmix.mixing.strategy import Signal
@@ -20,8 +21,9 @@ rules = st.builds(
     eta=st.floats(0, 100),
     smoothing=st.floats(0, 1),
     metric=st.sampled_from(sorted(DISTANCES)),
-    aggregate=st.sampled_from(["mean", "max"]),
+    aggregate=st.sampled_from(AGGREGATES),
     layers=st.sampled_from(["last", "all"]),
+    layer_mix=st.sampled_from(["concat", "mean"]),
 )
 
 

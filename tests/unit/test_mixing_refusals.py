@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from megatron_dynmix.mixing.distance import cosine_distance, l2_distance, source_delta
+from megatron_dynmix.mixing.aggregate import source_delta
+from megatron_dynmix.mixing.distance import cosine_distance, l2_distance
 from megatron_dynmix.mixing.gate_load import GateLoad
-from megatron_dynmix.mixing.load import gate_load, select_layers
+from megatron_dynmix.mixing.load import at_layers, gate_load, select_layers
 from megatron_dynmix.mixing.static import Fixed, Uniform
 from megatron_dynmix.mixing.strategy import Signal
 from megatron_dynmix.mixing.update import reweight
@@ -103,7 +104,7 @@ def test_reweight_refusals(weights, delta, eta, smoothing):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("eta", -1.0), ("smoothing", 2.0), ("metric", "l1"), ("aggregate", "min"), ("layers", "middle")],
+    [("eta", -1.0), ("smoothing", 2.0), ("metric", "l1"), ("aggregate", "least"), ("layers", "middle")],
 )
 def test_gate_load_is_checked_when_made(field, value):
     with pytest.raises(ValueError, match="layers" if field == "layers" else field):
@@ -172,3 +173,14 @@ def test_entropy_and_kl_by_hand():
     assert kl_divergence(np.array([0.5, 0.5]), np.array([0.0, 1.0])) == INF
     with pytest.raises(ValueError, match="equal"):
         kl_divergence(np.ones(1), np.full(2, 0.5))
+
+
+def test_loads_that_cannot_be_added_are_refused():
+    with pytest.raises(ValueError, match="too large"), np.errstate(over="ignore"):
+        gate_load(np.full((3, 1, 2), 1e308), "last")
+
+
+def test_all_layers_and_one_layer_are_read_without_a_copy():
+    for layers in ("all", "last", [0], [0, 1]):
+        assert np.shares_memory(at_layers(COUNTS_DLE, layers), COUNTS_DLE)
+    np.testing.assert_array_equal(at_layers(COUNTS_DLE, [1, 0]), COUNTS_DLE[:, [1, 0]])

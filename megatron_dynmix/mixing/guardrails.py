@@ -1,0 +1,260 @@
+"""What keeps a strategy from collapsing the mix: limits that every new set of weights is brought within.
+
+They are applied in this order:
+
+1. *Pull* towards a prior. A wish of the operator, not a limit, so it comes first and everything below holds
+   for its result.
+2. *Pause, repetition cap, floor*: each source has a smallest and a largest share. A pause and a used-up
+   source are facts and cannot be traded for anything, so the floor gives way to them, for those only.
+3. *Entropy*: the mix moves towards the evenest one within those shares until it is even enough.
+4. *KL step*: from the weights in force the mix goes towards the result of 1 to 3 only as far as the limit
+   allows. This comes last because all mixes that 2 and 3 permit form a convex set: a point between two
+   permitted mixes is permitted, so shortening the step breaks nothing.
+
+Where the weights in force are themselves outside what 2 and 3 permit (a source has just been paused or used
+up), the step is measured from the nearest permitted ones: a fact is not held up by the limit.
+
+Axes: D sources.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .strategy import Signal
+from .weights import check_weights, entropy, fit_shares, kl_divergence
+
+ROUNDING_ROWS = 1
+"""Rows of a capped source kept back: a blend draws less than two rows more than an interval's share of it."""
+BISECTIONS = 60
+"""Halvings of a line between two mixes: to less than 1e-18 of its length."""
+ACTED = 1e-12
+"""A smaller change of a share is rounding, not worth an event."""
+
+
+@dataclass(frozen=True, eq=False)
+class Guarded:
+    """Weights within the limits, and what had to be done for that.
+
+    Attributes:
+        weights_D: shares, summing to 1.
+        events: one line for each guardrail that changed something.
+
+    """
+
+    weights_D: NDArray[np.float64]
+    events: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Guardrails:
+    """Limits on the weights; all are off by default, and what is off changes no bit.
+
+    Attributes:
+        floor: smallest share of a source that may be drawn at all.
+        max_kl_step: largest KL(new || old) of one update, in nats; None for no limit.
+        min_entropy: least entropy, as a share of that of an even mix of the sources that may be drawn,
+            from 0 to 1; None for no limit. Whenever it acts, the mix was about to collapse: an alarm.
+        prior_D: weights to pull towards.
+        prior_pull: share of the prior in every new mix, from 0 to 1.
+        max_epochs_D: how often each source may be drawn in full, infinity for no cap; None for no cap at all.
+            What it may no longer take goes to the other sources in proportion to their weights.
+
+    Raises:
+        ValueError: on construction, for a value out of range, or a pull without a prior.
+
+    """
+
+    floor: float = 0.0
+    max_kl_step: float | None = None
+    min_entropy: float | None = None
+    prior_D: ArrayLike | None = None
+    prior_pull: float = 0.0
+    max_epochs_D: ArrayLike | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor {self.floor} is not a share; give a number from 0 to 1 / sources")
+        if self.max_kl_step is not None and not self.max_kl_step > 0:
+            raise ValueError(
+                f"max_kl_step {self.max_kl_step} leaves no room to move; give nats > 0, or fixed weights"
+            )
+        if self.min_entropy is not None and not 0 <= self.min_entropy <= 1:
+            raise ValueError(
+                f"min_entropy {self.min_entropy} is not a share of an even mix's entropy; give 0 to 1"
+            )
+        if not 0 <= self.prior_pull <= 1:
+            raise ValueError(f"prior_pull {self.prior_pull} is not a share; give a number from 0 to 1")
+        if self.prior_pull > 0 and self.prior_D is None:
+            raise ValueError(f"prior_pull {self.prior_pull} needs a prior to pull towards")
+
+    @property
+    def caps(self) -> bool:
+        """Whether a source can be used up, so that weights may change though no strategy changes them."""
+        return self.max_epochs_D is not None and bool(np.isfinite(np.asarray(self.max_epochs_D)).any())
+
+    def check(self, num_sources: int) -> None:
+        """Raise ValueError unless the limits can be kept for so many sources."""
+        if self.floor * num_sources > 1 + 1e-12:
+            raise ValueError(
+                f"floor {self.floor} for {num_sources} sources adds up to {self.floor * num_sources:g}, more "
+                f"than all there is; give at most {1 / num_sources:g}"
+            )
+        if self.prior_D is not None:
+            try:
+                check_weights(self.prior_D, num_sources)
+            except ValueError as error:
+                raise ValueError(f"prior: {error}") from None
+        if self.max_epochs_D is not None:
+            epochs_D = np.asarray(self.max_epochs_D, dtype=np.float64)
+            if epochs_D.shape != (num_sources,) or not (epochs_D > 0).all():
+                raise ValueError(
+                    f"max_epochs {epochs_D.tolist()} must be a number > 0 (infinity: no cap) for each of "
+                    f"{num_sources} sources"
+                )
+
+    def apply(
+        self,
+        old_D: NDArray[np.float64],
+        proposed_D: NDArray[np.float64],
+        signal: Signal,
+        paused_D: NDArray[np.bool_],
+        sources: Sequence[str],
+    ) -> Guarded:
+        """Bring proposed weights within the limits.
+
+        Args:
+            old_D: weights in force, from which the KL step is measured.
+            proposed_D: what the strategy wants.
+            signal: caps read `size_D`, `drawn_D` and `interval_rows` of it.
+            paused_D: sources that must not be drawn.
+            sources: their names, for the events.
+
+        Raises:
+            ValueError: no mix keeps the limits (all sources paused, or what is left under their caps does
+                not fill the next interval), or caps without sizes and draws in the signal.
+
+        """
+        most_D, events = self._most(proposed_D, signal, paused_D, sources)
+        pulled_D = proposed_D
+        if self.prior_pull > 0:
+            pulled_D = (1 - self.prior_pull) * proposed_D + self.prior_pull * np.asarray(self.prior_D)
+        target_D, more = self._permitted(pulled_D, most_D, sources)
+        events += more
+        if self.max_kl_step is not None:
+            target_D, more = self._shortened(old_D, target_D, most_D, sources)
+            events += more
+        return Guarded(target_D, tuple(events))
+
+    def _most(
+        self,
+        proposed_D: NDArray[np.float64],
+        signal: Signal,
+        paused_D: NDArray[np.bool_],
+        sources: Sequence[str],
+    ) -> tuple[NDArray[np.float64], list[str]]:
+        """Largest share of each source: 0 if paused, what its cap leaves for the next interval, or 1."""
+        if paused_D.all():
+            raise ValueError(f"all of {', '.join(sources)} are paused; leave at least one to be drawn")
+        drawable_D = np.where(paused_D, 0.0, 1.0)
+        if not self.caps:
+            return drawable_D, []
+        if signal.size_D is None or signal.drawn_D is None:
+            raise ValueError("max_epochs needs the sources' sizes and the rows drawn so far in the signal")
+        rows = signal.interval_rows
+        if rows == 0:  # nothing more will be drawn: nothing can overshoot
+            return drawable_D, []
+        epochs_D = np.asarray(self.max_epochs_D, dtype=np.float64)
+        left_D = np.maximum(np.floor(epochs_D * signal.size_D) - signal.drawn_D, 0.0)
+        left_D = np.minimum(left_D, rows) * drawable_D
+        spare = left_D.sum() - rows
+        if spare < 0:
+            raise ValueError(
+                f"max_epochs leaves {int(left_D.sum())} rows of {', '.join(sources)} for the next interval, "
+                f"which draws {rows}; raise max_epochs, give more data or train for fewer iterations"
+            )
+        # Of sources that can be used up in the interval a row is kept back, if the others can spare it.
+        scarce_D = (left_D > 0) & (left_D < rows)
+        kept_back = min(ROUNDING_ROWS, spare / max(scarce_D.sum(), 1))
+        most_D = np.maximum(left_D - kept_back * scarce_D, 0.0) / rows
+        events = []
+        for index, name in enumerate(sources):
+            if paused_D[index] or proposed_D[index] <= most_D[index]:
+                continue
+            reached = signal.drawn_D[index] / signal.size_D[index]
+            limit = f"share limited to {most_D[index]:.4g}" if most_D[index] > 0 else "drawn no more"
+            events.append(f"max_epochs: {name} at {reached:.2f} of {epochs_D[index]:g} epochs, {limit}")
+        return most_D, events
+
+    def _permitted(
+        self, weights_D: NDArray[np.float64], most_D: NDArray[np.float64], sources: Sequence[str]
+    ) -> tuple[NDArray[np.float64], list[str]]:
+        """Weights within floor and largest shares, and even enough."""
+        events = []
+        least_D = np.minimum(self.floor, most_D)
+        within_D = fit_shares(weights_D, least_D, most_D)
+        raised_D = (weights_D < least_D) & (within_D > weights_D + ACTED)
+        if raised_D.any():
+            events.append(f"floor: {_names(sources, raised_D)} raised to {self.floor:g}")
+        drawable_D = most_D > 0
+        if self.min_entropy is None or drawable_D.sum() < 2:
+            return within_D, events
+        needed = self.min_entropy * math.log(drawable_D.sum())
+        if entropy(within_D) >= needed - ACTED:
+            return within_D, events
+        evenest_D = fit_shares(drawable_D / drawable_D.sum(), least_D, most_D)
+        # Along the line to the evenest mix the entropy only rises: it is concave, with its maximum there.
+        low, high = 0.0, 1.0
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            enough = entropy(_between(within_D, evenest_D, middle)) >= needed
+            low, high = (low, middle) if enough else (middle, high)
+        even_D = _between(within_D, evenest_D, high)
+        short = ", as even as caps allow" if entropy(even_D) < needed - ACTED else ""
+        events.append(
+            f"entropy: {entropy(within_D):.4g} nats proposed, at least {needed:.4g} wanted; mixed with the "
+            f"evenest weights to {entropy(even_D):.4g}{short}"
+        )
+        return even_D, events
+
+    def _shortened(
+        self,
+        old_D: NDArray[np.float64],
+        target_D: NDArray[np.float64],
+        most_D: NDArray[np.float64],
+        sources: Sequence[str],
+    ) -> tuple[NDArray[np.float64], list[str]]:
+        """As far from the old weights towards the target as the KL limit allows."""
+        assert self.max_kl_step is not None
+        events = []
+        start_D = old_D
+        back_D = (old_D == 0) & (target_D > 0)
+        if back_D.any():
+            # From a share of 0 every step is infinite. By symmetry with a withdrawal, which is a step of
+            # -log(1 - share), what comes back may take 1 - exp(-limit) together.
+            total = min(float(target_D[back_D].sum()), -math.expm1(-self.max_kl_step))
+            start_D = np.where(back_D, target_D / target_D[back_D].sum() * total, old_D * (1 - total))
+            events.append(f"kl-step: {_names(sources, back_D)} back from 0 with {total:.4g} in all")
+        start_D, _ = self._permitted(start_D, most_D, sources)
+        whole = kl_divergence(target_D, start_D)
+        if whole <= self.max_kl_step:
+            return target_D, events
+        low, high = 0.0, 1.0  # KL grows along the line away from its minimum at the start
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            fits = kl_divergence(_between(start_D, target_D, middle), start_D) <= self.max_kl_step
+            low, high = (middle, high) if fits else (low, middle)
+        events.append(f"kl-step: {whole:.4g} nats proposed, shortened to {self.max_kl_step:g}")
+        return _between(start_D, target_D, low), events
+
+
+def _names(sources: Sequence[str], chosen_D: NDArray[np.bool_]) -> str:
+    return ", ".join(name for name, chosen in zip(sources, chosen_D, strict=True) if chosen)
+
+
+def _between(start_D: NDArray[np.float64], end_D: NDArray[np.float64], share: float) -> NDArray[np.float64]:
+    # Not start + share * (end - start): this form cannot turn negative, nor leave the range of the two.
+    return np.asarray((1 - share) * start_D + share * end_D)

@@ -1,0 +1,192 @@
+"""What was last measured of each source, which stands in when an interval brings nothing of it.
+
+Axes: H halves, D sources, L MoE layers, E experts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .load import Counts
+from .strategy import Signal
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Which sources were not measured in an interval: by something older, or not at all known."""
+
+    stand_ins: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class LastKnown:
+    """Counts, their halves and the loss of each source when they were last measured; None before that.
+
+    Attributes:
+        sources: D names.
+        counts: D arrays `[L, E]`.
+        halves: D arrays `[H, L, E]`, measured with the counts, where halves are asked for.
+        losses: D means in nats.
+
+    """
+
+    sources: tuple[str, ...]
+    counts: tuple[Counts | None, ...]
+    halves: tuple[Counts | None, ...]
+    losses: tuple[float | None, ...]
+
+    @classmethod
+    def nothing(cls, sources: Sequence[str]) -> "LastKnown":
+        """Of sources of which nothing was ever measured."""
+        none = (None,) * len(sources)
+        return cls(tuple(sources), none, none, none)
+
+    def fill_counts(self, signal: Signal, *, with_halves: bool) -> tuple["LastKnown", Signal, Filled]:
+        """Remember the counts of the sources that have tokens, and stand in for those that have none.
+
+        Args:
+            signal: what the interval brought.
+            with_halves: whether the halves are needed too; a source then counts as measured only with
+                tokens in each of them, since one half alone tells nothing of the noise.
+
+        Returns:
+            What is known now; the signal, with 0 for sources that were never measured; who was not measured.
+
+        Raises:
+            ValueError: no counts, the wrong shape, or a negative, NaN or infinite one. Nothing is remembered.
+
+        """
+        counts_DLE = self._checked_counts(signal)
+        halves_DHLE = self._checked_halves(signal, counts_DLE) if with_halves else None
+        measured_D = self._totals(counts_DLE) > 0
+        if halves_DHLE is not None:
+            measured_D &= (self._totals(halves_DHLE[:, 0]) > 0) & (self._totals(halves_DHLE[:, 1]) > 0)
+        known = self._updated(self.counts, counts_DLE, measured_D, "counts")
+        if not measured_D.all():
+            signal = replace(signal, counts_DLE=_stacked(known, counts_DLE))
+        now = replace(self, counts=known)
+        if halves_DHLE is not None:
+            known_halves = self._updated(self.halves, halves_DHLE, measured_D, "halves of counts")
+            if not measured_D.all():
+                halves_HDLE = _stacked(known_halves, halves_DHLE).swapaxes(0, 1)
+                signal = replace(signal, half_counts_HDLE=halves_HDLE)
+            now = replace(now, halves=known_halves)
+            known = known_halves
+        return now, signal, self._filled(measured_D, known)
+
+    def fill_losses(self, signal: Signal) -> tuple["LastKnown", Signal, Filled]:
+        """The same for losses, where NaN says that nothing of a source was trained on.
+
+        Raises:
+            ValueError: no losses, not one per source, or an infinite one.
+
+        """
+        if signal.loss_D is None:
+            raise ValueError("a loss per source is needed; the signal holds none")
+        loss_D = np.asarray(signal.loss_D, dtype=np.float64)
+        if loss_D.shape != (len(self.sources),):
+            raise ValueError(
+                f"losses have shape {loss_D.shape}; give one for each of {len(self.sources)} sources"
+            )
+        for name, loss in zip(self.sources, loss_D, strict=True):
+            if np.isinf(loss):
+                raise ValueError(f"the loss of source {name!r} is {loss}; it must be finite, or NaN for none")
+        measured_D = ~np.isnan(loss_D)
+        known = tuple(
+            float(loss) if measured else old
+            for loss, measured, old in zip(loss_D, measured_D, self.losses, strict=True)
+        )
+        filled_D = np.array([np.nan if loss is None else loss for loss in known])
+        return replace(self, losses=known), replace(signal, loss_D=filled_D), self._filled(measured_D, known)
+
+    def _checked_counts(self, signal: Signal) -> Counts:
+        counts_DLE = signal.counts_DLE
+        if counts_DLE is None:
+            raise ValueError("token counts per expert are needed; the signal holds none")
+        if counts_DLE.ndim != 3 or len(counts_DLE) != len(self.sources):
+            raise ValueError(
+                f"counts have shape {counts_DLE.shape}; give [{len(self.sources)} sources, layers, experts]"
+            )
+        return counts_DLE
+
+    def _checked_halves(self, signal: Signal, counts_DLE: Counts) -> Counts:
+        halves_HDLE = signal.half_counts_HDLE
+        if halves_HDLE is None:
+            raise ValueError(
+                "token counts in two halves are needed to tell their noise; the signal holds none"
+            )
+        if halves_HDLE.shape != (2, *counts_DLE.shape):
+            raise ValueError(
+                f"halves of counts have shape {halves_HDLE.shape}; need {(2, *counts_DLE.shape)}"
+            )
+        halves_DHLE: Counts = halves_HDLE.swapaxes(0, 1)
+        return halves_DHLE
+
+    def _totals(self, counts_DLE: Counts) -> NDArray[np.float64]:
+        """Tokens of each source, after every count was found to be one.
+
+        This comes before remembering: a broken row must not wait in the state until its source is needed.
+        """
+        total_D = np.asarray(counts_DLE.sum(axis=(1, 2)), dtype=np.float64)
+        if counts_DLE.min(initial=0) < 0 or not np.isfinite(total_D).all():
+            for name, counts_LE in zip(self.sources, counts_DLE, strict=True):
+                if not np.isfinite(counts_LE).all() or (counts_LE < 0).any():
+                    raise ValueError(
+                        f"source {name!r} has a negative, NaN or infinite token count: {counts_LE.tolist()}"
+                    )
+        return total_D
+
+    def _updated(
+        self, olds: Sequence[Counts | None], news: Counts, measured_D: NDArray[np.bool_], what: str
+    ) -> tuple[Counts | None, ...]:
+        for name, old, measured in zip(self.sources, olds, measured_D, strict=True):
+            if old is not None and not measured and old.shape != news.shape[1:]:
+                raise ValueError(
+                    f"last known {what} of source {name!r} have shape {old.shape}, the signal has "
+                    f"{news.shape[1:]}; resume with the same model"
+                )
+        return tuple(
+            new.copy() if measured else old for new, old, measured in zip(news, olds, measured_D, strict=True)
+        )
+
+    def _filled(self, measured_D: NDArray[np.bool_], known: Sequence[object]) -> Filled:
+        rows = list(zip(self.sources, measured_D, known, strict=True))
+        return Filled(
+            stand_ins=tuple(name for name, measured, value in rows if not measured and value is not None),
+            unknown=tuple(name for name, _, value in rows if value is None),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it in JSON types; loading it gives the same bits back."""
+        return {
+            "last_counts": [None if counts is None else counts.tolist() for counts in self.counts],
+            "last_halves": [None if halves is None else halves.tolist() for halves in self.halves],
+            "last_losses": list(self.losses),
+        }
+
+    def loaded(self, state: Mapping[str, Any]) -> "LastKnown":
+        """What a `state_dict` of the same sources holds.
+
+        Raises:
+            ValueError: of another number of sources.
+
+        """
+        for key in ("last_counts", "last_halves", "last_losses"):
+            if len(state[key]) != len(self.sources):
+                raise ValueError(
+                    f"the saved mix has {key} of {len(state[key])} sources; need {len(self.sources)}"
+                )
+        return replace(
+            self,
+            counts=tuple(None if counts is None else np.array(counts) for counts in state["last_counts"]),
+            halves=tuple(None if halves is None else np.array(halves) for halves in state["last_halves"]),
+            losses=tuple(state["last_losses"]),
+        )
+
+
+def _stacked(known: Sequence[Counts | None], like: Counts) -> Counts:
+    return np.stack([np.zeros_like(like[0]) if counts is None else counts for counts in known])

@@ -1,0 +1,91 @@
+"""What strategies are given by file: every bad one is refused by one message."""
+
+import json
+
+import numpy as np
+import pytest
+from run_fixtures import fake_run
+
+from megatron_dynmix.config.tree import MixingConfig
+from megatron_dynmix.errors import InputError
+from megatron_dynmix.training.strategy_files import resolve_files
+
+SOURCES = ["chat", "math", "code"]
+LOSSES = {"code": 1.5, "chat": 2, "math": 0.0}
+VECTORS = {"chat": [1, 0], "math": [0, 1], "code": [1, 1]}
+
+
+def json_file(folder, content):
+    path = folder / "file.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def resolved(**settings):
+    return resolve_files(MixingConfig(**settings), SOURCES)
+
+
+def test_values_are_put_into_the_order_of_the_sources(tmp_path):
+    assert resolved(reference=json_file(tmp_path, LOSSES)) == {"reference_D": [2.0, 0.0, 1.5]}
+    assert resolved(embeddings=json_file(tmp_path, VECTORS)) == {"embeddings_DV": [[1, 0], [0, 1], [1, 1]]}
+    np.savez(tmp_path / "file.npz", **{name: np.array(vector) for name, vector in VECTORS.items()})
+    assert resolved(embeddings=str(tmp_path / "file.npz")) == {"embeddings_DV": [[1, 0], [0, 1], [1, 1]]}
+    points = ([0, {"code": 2, "chat": 1, "math": 1}], [9, {"code": 1, "chat": 0, "math": 0}])
+    assert resolved(schedule=points) == {"points": [[0, [0.25, 0.25, 0.5]], [9, [0.0, 0.0, 1.0]]]}
+
+
+def test_the_last_weights_of_another_run_are_taken_by_name(tmp_path):
+    run = fake_run(7)
+    weights = dict(zip(run.prints, run.mixing[6]["new_weights"], strict=True))
+    folder = run.write(tmp_path / "run")
+    sources = ["code", "chat", "math"]
+    found = resolve_files(MixingConfig(weights_from=str(folder)), sources)["weights_D"]
+    assert found == pytest.approx([weights[name] for name in sources])
+
+
+@pytest.mark.parametrize(
+    "setting, content, part",
+    [
+        ("reference", {"chat": 1, "math": 1}, "missing code, unknown none"),
+        ("target", {**LOSSES, "law": 1}, "missing none, unknown law"),
+        ("reference", {**LOSSES, "math": -100}, "the loss of source math is -100"),
+        ("reference", '{"chat": 1, "math": NaN, "code": 1}', "the loss of source math is nan"),
+        ("reference", {**LOSSES, "math": "2"}, "the loss of source math is '2'"),
+        ("reference", "[1, 2]", "holds list"),
+        ("reference", "{", "cannot be read as JSON"),
+        ("embeddings", {**VECTORS, "math": [1]}, "different lengths"),
+        ("embeddings", {**VECTORS, "math": ["x"]}, "source math is no list of numbers"),
+        ("embeddings", '{"chat": [1], "math": [NaN], "code": [1]}', "source math"),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(tmp_path, setting, content, part):
+    with pytest.raises(InputError) as caught:
+        resolved(**{setting: json_file(tmp_path, content)})
+    assert part in str(caught.value) and "file.json" in str(caught.value)
+
+
+def test_files_that_are_not_there_are_named(tmp_path):
+    for setting in ("reference", "target", "embeddings"):
+        with pytest.raises(InputError, match=r"gone\.json: there is no such file"):
+            resolved(**{setting: str(tmp_path / "gone.json")})
+    (tmp_path / "bad.npz").write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"bad\.npz cannot be read"):
+        resolved(embeddings=str(tmp_path / "bad.npz"))
+
+
+def test_a_run_without_updates_has_no_last_weights(tmp_path):
+    with pytest.raises(InputError, match=r"holds no mixing\.jsonl"):
+        resolved(weights_from=str(tmp_path))
+    folder = fake_run(2).write(tmp_path / "run")
+    (folder / "mixing.jsonl").touch()
+    with pytest.raises(InputError, match="holds no weight update"):
+        resolved(weights_from=str(folder))
+
+
+@pytest.mark.parametrize(
+    "points",
+    [([0],), (["0", {}],), ([0, [1, 2, 3]],), ([0, {"chat": 1}],), ([0, {**LOSSES, "chat": -1}],)],
+)
+def test_a_plan_that_is_none_is_refused(points):
+    with pytest.raises(InputError, match=r"mixing\.schedule"):
+        resolved(schedule=points)
