@@ -24,17 +24,22 @@ setup(
         "transformers>=4.50,<6",
         "tokenizers",
         "safetensors",
-        "sentencepiece",
+        "sentencepiece>=0.2.2",  # earlier ones give character offsets in another way
+        "pyarrow",
         # megatron.core.dist_checkpointing.save needs it, does not declare it, and without it hangs for ever
         "psutil",
         "pyyaml",
-        "jinja2",
+        "jinja2>=3.1.6",  # chat templates are other people's code, and earlier ones let it out of the sandbox
         "matplotlib",
+        "mpmath",
+        "rich",
+        "tqdm",
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.9,<2.12"],  # the range that megatron-core 0.16.1 asks for
+        "tiktoken": ["tiktoken"],
         "wandb": ["wandb"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        "dev": ["tiktoken", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["megatron-dynmix = megatron_dynmix.cli:main"]},
 )

@@ -17,6 +17,13 @@ class InputError(ValueError):
     """
 
 
+class CommandFailed(RuntimeError):
+    """What was asked for could not be done, though nothing is wrong with it: a full disk, a dead worker.
+
+    The message says what happened and what would help; the command line prints it and exits with 1.
+    """
+
+
 class TrainingStopped(RuntimeError):
     """The run cannot go on; the message says why and which checkpoint holds the last good state.
 

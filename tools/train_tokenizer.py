@@ -1,25 +1,35 @@
-"""Train a byte-level BPE tokenizer on ShareGPT JSONL files: a Hugging Face folder comes out."""
+"""Train a byte-level BPE tokenizer on instruction data; a Hugging Face folder comes out."""
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from megatron_dynmix.data.conversation import parse_sharegpt
-from megatron_dynmix.data.jsonl import BadLine, read_jsonl
+from megatron_dynmix.data.formats import find_format
+from megatron_dynmix.data.readers import find_inputs, raw_rows
 from megatron_dynmix.data.tokenizer import train_bpe
 from megatron_dynmix.errors import InputError
 
 
-def _texts(paths: list[Path]) -> Iterator[str]:
+def _values(path: Path) -> Iterator[tuple[str, Any]]:
+    for row in raw_rows(path):
+        try:
+            yield row.place, row.parse()
+        except ValueError as error:
+            yield row.place, error
+
+
+def _texts(paths: Iterable[Path]) -> Iterator[str]:
     for path in paths:
-        for line, row in read_jsonl(path):
+        shape = find_format(_values(path))
+        for place, value in _values(path):
             try:
-                if isinstance(row, BadLine):
-                    raise ValueError(row.reason)
-                conversation = parse_sharegpt(row)
+                if isinstance(value, ValueError):
+                    raise value
+                conversation = shape.parse(value)
             except ValueError as error:
-                print(f"{path}:{line}: left out: {error}", file=sys.stderr)
+                print(f"{place}: left out: {error}", file=sys.stderr)
                 continue
             yield from (turn.text for turn in conversation.turns)
 
@@ -32,7 +42,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     args = parser.parse_args()
     try:
-        tokenizer = train_bpe(_texts(args.input), args.vocab_size, args.output)
+        files = [file for path in args.input for file in find_inputs(path)]
+        tokenizer = train_bpe(_texts(files), args.vocab_size, args.output)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

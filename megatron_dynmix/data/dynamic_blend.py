@@ -14,14 +14,17 @@ from numpy.typing import NDArray
 from megatron_dynmix.data.blend import Chunk, Cursor, Stage, build_chunk, rows_of
 from megatron_dynmix.errors import InputError
 
+Draw = tuple[int, int, int]
+"""dataset_id, row, and half: whether it is an even (0) or an odd one (1) of the rows drawn of its source."""
+
 
 class DynamicBlendedDataset(BlendedDataset):
     """`BlendedDataset` with a growing list of stages instead of one fixed set of weights.
 
     A stage is drawn chunk by chunk, `chunk_size` samples each, whatever is asked for at a time: the order
     of the samples does not depend on the batch size. Only the chunks in use are held, so the cost of a
-    weight update does not grow with the run. An item is asked for by its explicit pair
-    `(dataset_id, row)`: worker processes hold no index that could be out of date.
+    weight update does not grow with the run. An item is asked for by an explicit draw
+    `(dataset_id, row, half)`: worker processes hold no index that could be out of date.
     """
 
     _chunks: deque[Chunk]
@@ -62,12 +65,13 @@ class DynamicBlendedDataset(BlendedDataset):
     def __len__(self) -> int:
         return sum(len(chunk.dataset_index_N) for chunk in self._chunks)
 
-    def __getitem__(self, pair: tuple[int, int]) -> dict[str, Any]:
-        """Row `pair = (dataset_id, row)`, with both numbers beside the row's own arrays."""
-        dataset_id, row = pair
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        """Row `draw = (dataset_id, row, half)`, with the three numbers beside the row's own arrays."""
+        dataset_id, row, half = draw
         return {
             "dataset_id": np.int16(dataset_id),
             "row": np.int64(row),
+            "half": np.int8(half),
             **self.datasets[dataset_id][row],
         }
 
@@ -85,16 +89,16 @@ class DynamicBlendedDataset(BlendedDataset):
         """From `start_sample` on draw with `weights_D`; earlier samples stay as they were."""
         self._begin_stage(self.cursor_at(start_sample), weights_D)
 
-    def pairs(self, first: int, last: int) -> list[tuple[int, int]]:
-        """(dataset_id, row) of the global samples first <= i < last, from the chunk in use on."""
+    def draws(self, first: int, last: int) -> list[Draw]:
+        """The draws of the global samples first <= i < last, from the chunk in use on."""
         self._reach(last)
         assert first >= self.chunk.start.sample, "these samples were let go"
-        found: list[tuple[int, int]] = []
+        found: list[Draw] = []
         for chunk in self._chunks:
             here = slice(max(first - chunk.start.sample, 0), max(last - chunk.start.sample, 0))
-            ids_N = chunk.dataset_index_N[here]
-            rows_N = rows_of(ids_N, chunk.ordinal_N[here], self.sizes_D, self.shuffle_ids_D, self.seed)
-            found += zip(ids_N.tolist(), rows_N.tolist(), strict=True)
+            ids_N, ordinal_N = chunk.dataset_index_N[here], chunk.ordinal_N[here]
+            rows_N = rows_of(ids_N, ordinal_N, self.sizes_D, self.shuffle_ids_D, self.seed)
+            found += zip(ids_N.tolist(), rows_N.tolist(), (ordinal_N % 2).tolist(), strict=True)
         return found
 
     def advance_to(self, sample: int) -> None:

@@ -11,13 +11,13 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from megatron_dynmix.data.blend import Stage
-from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
+from megatron_dynmix.data.dynamic_blend import Draw, DynamicBlendedDataset
 
 MicroBatch = dict[str, torch.Tensor]
 
 
-class BlendSampler(Sampler[list[tuple[int, int]]]):
-    """Yields the explicit (dataset_id, row) pairs of this data-parallel rank's micro-batches.
+class BlendSampler(Sampler[list[Draw]]):
+    """Yields the explicit draws of this data-parallel rank's micro-batches.
 
     Micro-batch k of rank r holds the global samples from (k * dp_size + r) * micro_batch_size on, so the
     samples of a step are the same in every layout.
@@ -34,11 +34,11 @@ class BlendSampler(Sampler[list[tuple[int, int]]]):
         self.until: int | None = None
         """Workers read ahead, but no sample from here on is asked for: its weights are not decided yet."""
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Draw]]:
         first = self.start_sample + self.dp_rank * self.micro_batch_size
         stride = self.dp_size * self.micro_batch_size
         while self.until is None or first + self.micro_batch_size <= self.until:
-            yield self.blend.pairs(first, first + self.micro_batch_size)
+            yield self.blend.draws(first, first + self.micro_batch_size)
             first += stride
 
 
@@ -85,7 +85,8 @@ class BlendLoader:
             until: first sample whose weights are not decided yet; None if the weights never change.
 
         Returns:
-            `num_micro_batches` dicts of `dataset_id` and `row` [B] and the row arrays [B, S] of `PackedRows`.
+            `num_micro_batches` dicts of `dataset_id`, `row` and `half` [B] and the row arrays [B, S] of
+            `PackedRows`.
 
         """
         self.blend.advance_to(consumed_samples)

@@ -1,4 +1,4 @@
-"""Packing examples into rows of a fixed length: best-fit decreasing on a histogram of lengths.
+"""Which examples share a row: best-fit decreasing on a histogram of lengths, or each example alone.
 
 Shape legend: N examples, R rows, R1 = R + 1 row borders, G groups of equal rows.
 """
@@ -64,6 +64,12 @@ def pack(lengths_N: NDArray[np.integer], capacity: int, seed: int) -> Packing:
     within_N = np.arange(len(lengths_N)) - np.repeat(row_starts_R1[:-1], row_sizes_R[rows_R])
     order_N = examples_N[np.repeat(old_starts_R, row_sizes_R[rows_R]) + within_N]
     return Packing(order_N, row_starts_R1)
+
+
+def one_per_row(num_examples: int, seed: int) -> Packing:
+    """Give each example a row of its own, in an order drawn from Philox(seed)."""
+    order_N = np.random.Generator(np.random.Philox(seed)).permutation(num_examples)
+    return Packing(order_N, np.arange(num_examples + 1))
 
 
 def _best_fit(counts: NDArray[np.int64], capacity: int) -> list[tuple[int, _Content]]:

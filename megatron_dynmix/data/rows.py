@@ -22,8 +22,8 @@ from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
 
 from megatron_dynmix.config.tree import Overlong
-from megatron_dynmix.data.packing import Packing, pack
-from megatron_dynmix.data.prepare import load_report
+from megatron_dynmix.data.packing import Packing, one_per_row, pack
+from megatron_dynmix.data.source_report import load_report
 from megatron_dynmix.errors import InputError
 
 _PACKING_VERSION = 1  # raised when the same source would be packed otherwise
@@ -83,11 +83,13 @@ class PackedRows(MegatronDataset):
         overlong: Overlong,
         cache_dir: Path | None,
         pad_id: int,
+        packing: bool = True,
     ) -> "PackedRows":
         """Pack a prepared source into rows; the packing is kept in ``cache_dir`` if one is given.
 
-        Over-long is an example of more than ``seq_length`` positions: dropped and counted, truncated,
-        or refused. Examples without a trained label in their positions are dropped and counted.
+        Without ``packing`` a row holds one example. Over-long is an example of more than
+        ``seq_length`` positions: dropped and counted, truncated, or refused. Examples without a
+        trained label in their positions are dropped and counted.
 
         Raises:
             InputError: the source is not prepared, ``overlong`` is unknown or "error" and there is
@@ -102,7 +104,7 @@ class PackedRows(MegatronDataset):
         indexed = IndexedDataset(str(prefix), multimodal=True)
         lengths_D, trained_D = _positions(indexed, seq_length)
         overlong_D = lengths_D > seq_length
-        dropped_D = overlong_D & (overlong == "drop")
+        dropped_D = overlong_D & (overlong in ("drop", "split"))  # what no split made short enough
         kept_D = ~dropped_D & (trained_D > 0)
         if overlong == "error":
             _refuse_overlong(name, lengths_D, seq_length)
@@ -113,25 +115,28 @@ class PackedRows(MegatronDataset):
             )
         kept_N = np.flatnonzero(kept_D)
         lengths_N = np.minimum(lengths_D[kept_N], seq_length)
-        key = [source.fingerprint, seq_length, seed, overlong, _PACKING_VERSION]
-        packing = _cached_pack(lengths_N, seq_length, seed, cache_dir, key)
+        if packing:
+            key = [source.fingerprint, seq_length, seed, overlong, _PACKING_VERSION]
+            packed = _cached_pack(lengths_N, seq_length, seed, cache_dir, key)
+        else:
+            packed = one_per_row(len(lengths_N), seed)
         tokens = int(lengths_N.sum())
         report = PackingReport(
             examples=len(kept_N),
             dropped_overlong=int(dropped_D.sum()),
             truncated=int((overlong_D & kept_D).sum()),
             untrained=int((~dropped_D & (trained_D == 0)).sum()),
-            rows=packing.num_rows,
+            rows=packed.num_rows,
             tokens=tokens,
-            useful_token_share=tokens / (packing.num_rows * seq_length),
+            useful_token_share=tokens / (packed.num_rows * seq_length),
         )
         return cls(
             name=name,
             indexed=indexed,
             seq_length=seq_length,
             seed=seed,
-            documents_N=kept_N[packing.order_N],
-            row_starts_R1=packing.row_starts_R1,
+            documents_N=kept_N[packed.order_N],
+            row_starts_R1=packed.row_starts_R1,
             packing_report=report,
             pad_id=pad_id,
         )
@@ -170,7 +175,7 @@ class PackedRows(MegatronDataset):
         begin = 0
         first, last = self._row_starts_R1[row : row + 2]
         for segment, document in enumerate(self._documents_N[first:last]):
-            ids, trained = self._document(int(document))
+            ids, trained = read_example(self.dataset, int(document))
             length = min(len(ids) - 1, size)
             where = slice(begin, begin + length)
             arrays["tokens"][where] = ids[:length]
@@ -181,15 +186,21 @@ class PackedRows(MegatronDataset):
             begin += length
         return {**arrays, "padding_mask": arrays["segment_ids"] < 0}
 
-    def _document(self, document: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return a document's token ids and modes, one of each per token."""
-        index = self.dataset.index
-        first, last = index.document_indices[document : document + 2]
-        lengths = index.sequence_lengths[first:last]
-        ids = self.dataset.bin_reader.read(
-            dtype=index.dtype, count=int(lengths.sum()), offset=int(index.sequence_pointers[first])
-        )
-        return ids, np.repeat(index.sequence_modes[first:last], lengths)
+    def examples_of(self, row: int) -> list[int]:
+        """Return which examples of the source a row holds, in order, by their numbers in the source."""
+        first, last = self._row_starts_R1[row : row + 2]
+        return [int(document) for document in self._documents_N[first:last]]
+
+
+def read_example(indexed: IndexedDataset, number: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return an example's token ids and modes (1 = trained on), one of each per token."""
+    index = indexed.index
+    first, last = index.document_indices[number : number + 2]
+    lengths = index.sequence_lengths[first:last]
+    ids = indexed.bin_reader.read(
+        dtype=index.dtype, count=int(lengths.sum()), offset=int(index.sequence_pointers[first])
+    )
+    return ids, np.repeat(index.sequence_modes[first:last], lengths)
 
 
 def _positions(indexed: IndexedDataset, seq_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -3,93 +3,266 @@
 Shape legend: T tokens of one text.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 
-from megatron_dynmix.config.tree import Template
-from megatron_dynmix.data.conversation import Conversation
+from megatron_dynmix.config.tree import JINJA_SUFFIXES, TrainOn
+from megatron_dynmix.data.conversation import Conversation, Turn
+from megatron_dynmix.data.jinja import ChatTemplate, compiled
 from megatron_dynmix.data.tokenizer import Tokenizer
 from megatron_dynmix.errors import InputError
 
+BUILT_IN = ("vicuna", "chatml", "plain")
 _VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+_CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A text and the half-open character ranges of it that are trained on, in order and disjoint."""
+    """A guarded text (see ``special.py``) and the half-open ranges of it that are trained on, in order."""
 
     text: str
     trained_spans: tuple[tuple[int, int], ...]
 
 
-def render(conversation: Conversation, tokenizer: Tokenizer, template: Template) -> Rendered:
-    """Write a conversation as the text to train on; assistant turns with their end are trained.
+@dataclass(frozen=True)
+class Renderer:
+    """Writes conversations as the text to train on; can be handed to another process.
 
-    ``vicuna`` is the Vicuna v1.1 format with the tokenizer's own EOS; a system turn takes the place
-    of the usual first sentence, and a BOS goes in front where the tokenizer would put one.
-    ``tokenizer`` is the Jinja template in the tokenizer's folder.
+    Templates: ``vicuna`` is the Vicuna v1.1 format with the tokenizer's own EOS; a system turn takes the
+    place of the usual first sentence, and a BOS goes in front where the tokenizer would put one.
+    ``chatml`` needs a tokenizer that has its two tokens. ``plain`` is the turns as they are, a newline
+    between them and EOS behind each answer. ``tokenizer`` is the template that the tokenizer comes with;
+    any other name is the path of a Jinja file. ``train_on``: ``all`` answers, the ``last`` one, the answer
+    of rows that have only one (``completion``), or ``everything``; a text without turns is trained on
+    as a whole. The end-of-turn token belongs to the answer.
 
     Raises:
-        InputError: an unknown template; the tokenizer has none, or it refuses the conversation or
-            rewrites earlier turns, so that it does not show where an answer starts.
+        InputError: an unknown template or ``train_on``, or a template that the tokenizer has not.
 
     """
-    if template == "vicuna":
-        return _render_vicuna(conversation, tokenizer)
-    if template == "tokenizer":
-        return _render_own(conversation, tokenizer)
-    raise InputError(f"template {template!r} is unknown; use vicuna or tokenizer")
+
+    tokenizer: Tokenizer
+    template: str
+    train_on: TrainOn = "all"
+    source: str | None = field(init=False, repr=False, default=None)
+    """Text of the Jinja template, None for one that is built in."""
+
+    def __post_init__(self) -> None:
+        if self.train_on not in get_args(TrainOn):
+            raise InputError(f"train_on is {self.train_on!r}; use {', '.join(get_args(TrainOn))}")
+        if self.template == "chatml":
+            if missing := [name for name in _CHATML_TOKENS if name not in self.tokenizer.special.ids]:
+                raise InputError(
+                    f"template chatml needs the special token {missing[0]}, which the tokenizer has not; use "
+                    "vicuna or plain, or add it to the tokenizer"
+                )
+        elif self.template not in BUILT_IN:
+            source = _source_of(self.template, self.tokenizer)
+            object.__setattr__(self, "source", source)
+            compiled(source)
+
+    @property
+    def fingerprint(self) -> str:
+        """A name that changes when the template does, and with what is trained on."""
+        name = self.template
+        if self.source is not None and name != "tokenizer":
+            name = f"jinja:{hashlib.sha256(self.source.encode()).hexdigest()}"
+        return name if self.train_on == "all" else f"{name}/{self.train_on}"
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """Return the text of a conversation, and what of it is trained on.
+
+        Raises:
+            InputError: the template refuses the conversation, or does not show where an answer starts or
+                ends; ``template`` is then the wrong one for these rows.
+            ValueError: this row alone cannot be used (tools that the template has no words for, several
+                answers where one is wanted); a short reason without a location.
+
+        """
+        turns = conversation.turns
+        if turns[0].role == "text":
+            text = self.tokenizer.special.guard(turns[0].text)
+            start = len(self.tokenizer.bos)
+            whole = f"{self.tokenizer.bos}{text}{self.tokenizer.eos}"
+            return Rendered(whole, ((start, len(whole)),))
+        if self.train_on == "completion" and (rounds := sum(t.role == "assistant" for t in turns)) > 1:
+            raise ValueError(f"has {rounds} answers; train_on completion is for rows with one, use last")
+        guarded = self._guarded(conversation)
+        rendered = self._built_in(guarded) if self.template in BUILT_IN else self._jinja(guarded)
+        if self.train_on == "everything":
+            return replace(rendered, trained_spans=((0, len(rendered.text)),))
+        if self.train_on == "last":
+            return replace(rendered, trained_spans=rendered.trained_spans[-1:])
+        return rendered
+
+    def _guarded(self, conversation: Conversation) -> Conversation:
+        special = self.tokenizer.special
+        turns = tuple(
+            Turn(turn.role, special.guard(turn.text), special.guard_json(turn.extra))
+            for turn in conversation.turns
+        )
+        return Conversation(turns, tuple(special.guard_json(tool) for tool in conversation.tools))
+
+    def _built_in(self, conversation: Conversation) -> Rendered:
+        if conversation.tools or any(turn.extra for turn in conversation.turns):
+            raise ValueError(f"uses tools, which the template {self.template} has no words for")
+        pieces = {"vicuna": _vicuna, "chatml": _chatml, "plain": _plain}[self.template](
+            conversation.turns, self.tokenizer.bos, self.tokenizer.eos
+        )
+        spans, length = [], 0
+        for text, is_trained in pieces:
+            if is_trained:
+                spans.append((length, length + len(text)))
+            length += len(text)
+        return Rendered("".join(text for text, _ in pieces), tuple(spans))
+
+    def _jinja(self, conversation: Conversation) -> Rendered:
+        assert self.source is not None, "read at construction"
+        template = compiled(self.source)
+        messages: list[dict[str, Any]] = [
+            {"role": turn.role, "content": turn.text, **(turn.extra or {})} for turn in conversation.turns
+        ]
+        _refuse_unknown_tools(template, messages, conversation)
+        given: Mapping[str, Any] = {"tools": conversation.tools, "names": self.tokenizer.template_names}
+        try:
+            text, spans = template.render(messages, **given)
+            if not template.has_generation:
+                spans = _spans_by_prefixes(template, messages, text, given)
+        except InputError as error:
+            raise InputError(f"{error}; use the template vicuna, or correct it") from error
+        answers = [turn for turn in conversation.turns if turn.role == "assistant"]
+        if len(spans) != len(answers):
+            raise InputError(
+                f"the chat template marks {len(spans)} answers with generation where there are {len(answers)}"
+                "; use the template vicuna, or correct it"
+            )
+        ended = [
+            self._with_end(text, span, turn, number)
+            for number, (span, turn) in enumerate(zip(spans, answers, strict=True), start=1)
+        ]
+        return Rendered(text, tuple(ended))
+
+    def _with_end(self, text: str, span: tuple[int, int], turn: Turn, number: int) -> tuple[int, int]:
+        """Return the span of an answer with its end-of-turn token, and without space behind that."""
+        start, end = span
+        said = turn.text.strip()
+        if said not in text[start:end]:
+            raise InputError(
+                f"the chat template does not write answer {number} as it is; use the template vicuna, or "
+                "correct it"
+            )
+        after = text[start:end].rfind(said) + len(said) if said else 0
+        tail = text[start + after : end]
+        if not tail.strip():
+            follows = next((name for name in self.tokenizer.special.texts if text.startswith(name, end)), "")
+            if not follows:
+                raise InputError(
+                    f"the chat template writes nothing behind answer {number} that ends it, so no end would "
+                    "be learnt; use the template vicuna, or let it write eos_token there"
+                )
+            return start, end + len(follows)
+        return start, start + after + len(tail.rstrip())
 
 
-def _render_vicuna(conversation: Conversation, tokenizer: Tokenizer) -> Rendered:
-    eos = tokenizer.eos
-    turns = list(conversation.turns)
-    system = turns.pop(0).text if turns[0].role == "system" else _VICUNA_SYSTEM
-    pieces = [f"{tokenizer.bos}{system} "]
-    length = len(pieces[0])
-    spans = []
+def render(conversation: Conversation, tokenizer: Tokenizer, template: str) -> Rendered:
+    """Write one conversation as the text to train on; see :class:`Renderer`, which it makes for this once."""
+    return Renderer(tokenizer, template).render(conversation)
+
+
+def _source_of(template: str, tokenizer: Tokenizer) -> str:
+    if template != "tokenizer":
+        if Path(template).suffix not in JINJA_SUFFIXES:
+            raise InputError(
+                f"template {template!r} is unknown; use tokenizer, {', '.join(BUILT_IN)}, or the path of a "
+                ".jinja file"
+            )
+        try:
+            return Path(template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"template {template}: cannot be read ({error})") from error
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default")
+    if not own:
+        raise InputError("the tokenizer has no chat template; use the template vicuna")
+    return own
+
+
+def _vicuna(turns: Sequence[Turn], bos: str, eos: str) -> list[tuple[str, bool]]:
+    has_system = turns[0].role == "system"
+    pieces = [(f"{bos}{turns[0].text if has_system else _VICUNA_SYSTEM} ", False)]
+    for turn in turns[has_system:]:
+        if turn.role == "assistant":
+            # the space belongs to the answer, so that its first word keeps the token it has in running text
+            pieces += [("ASSISTANT:", False), (f" {turn.text}{eos}", True)]
+        else:
+            pieces.append((f"USER: {turn.text} ", False))
+    return pieces
+
+
+def _chatml(turns: Sequence[Turn], bos: str, eos: str) -> list[tuple[str, bool]]:
+    start, end = _CHATML_TOKENS
+    pieces = [(bos, False)]
+    for turn in turns:
+        is_answer = turn.role == "assistant"
+        pieces += [(f"{start}{turn.role}\n", False), (f"{turn.text}{end}", is_answer), ("\n", False)]
+    return pieces
+
+
+def _plain(turns: Sequence[Turn], bos: str, eos: str) -> list[tuple[str, bool]]:
+    pieces = [(bos, False)]
     for turn in turns:
         if turn.role == "assistant":
-            piece = f"ASSISTANT: {turn.text}{eos}"
-            spans.append((length + len("ASSISTANT:"), length + len(piece)))
+            pieces.append((f"{turn.text}{eos}", True))
         else:
-            piece = f"USER: {turn.text} "
-        pieces.append(piece)
-        length += len(piece)
-    return Rendered("".join(pieces), tuple(spans))
+            pieces.append((f"{turn.text}\n", False))
+    return pieces
 
 
-def _render_own(conversation: Conversation, tokenizer: Tokenizer) -> Rendered:
-    if not tokenizer.has_chat_template:
-        raise InputError("the tokenizer has no chat template; use the template vicuna")
-    messages = [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
-    try:
-        text = tokenizer.render_chat(messages, add_generation_prompt=False)
-        spans = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = tokenizer.render_chat(messages[:index], add_generation_prompt=True)
-            upto = tokenizer.render_chat(messages[: index + 1], add_generation_prompt=False)
-            if not (upto.startswith(before) and text.startswith(upto)):
-                raise InputError(
-                    f"the tokenizer's chat template writes turn {index + 1} differently once later turns "
-                    "follow or without the generation prompt, so the start of the answer is not known; "
-                    "use the template vicuna"
-                )
-            spans.append((len(before), len(upto)))
-    except TemplateError as error:
-        raise InputError(
-            f"the tokenizer's chat template refuses the conversation ({error}); use the template vicuna"
-        ) from error
-    return Rendered(text, tuple(spans))
+def _refuse_unknown_tools(
+    template: ChatTemplate, messages: Sequence[Mapping[str, Any]], conversation: Conversation
+) -> None:
+    used = {
+        "tools": bool(conversation.tools),
+        "tool_calls": any("tool_calls" in message for message in messages),
+        "tool": any(message["role"] == "tool" for message in messages),
+    }
+    for name, is_used in used.items():
+        if is_used and not template.knows(name):
+            raise ValueError(f"has {name}, which the chat template does not speak of")
+
+
+def _spans_by_prefixes(
+    template: ChatTemplate, messages: list[dict[str, Any]], text: str, given: Mapping[str, Any]
+) -> tuple[tuple[int, int], ...]:
+    """Return where each answer stands: between the text up to it and the text with it.
+
+    One rendering for each border, so the time grows with the square of the turns; `{% generation %}` in
+    the template spares that.
+    """
+    spans = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, _ = template.render(messages[:index], add_generation_prompt=True, **given)
+        upto, _ = template.render(messages[: index + 1], **given)
+        if not (upto.startswith(before) and text.startswith(upto)):
+            raise InputError(
+                f"the chat template writes turn {index + 1} differently once later turns follow or without "
+                "the generation prompt, so the start of the answer is not known"
+            )
+        spans.append((len(before), len(upto)))
+    return tuple(spans)
 
 
 def token_mask(char_starts_T: NDArray[np.int64], spans: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:

@@ -5,7 +5,7 @@ import pytest
 from data_fixtures import sharegpt
 
 from megatron_dynmix.data.conversation import Conversation, Turn, parse_sharegpt
-from megatron_dynmix.data.jsonl import BadLine, read_jsonl
+from megatron_dynmix.data.readers import raw_rows
 from megatron_dynmix.errors import InputError
 
 HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
@@ -85,14 +85,21 @@ def test_refused_rows(row: object, reason: str) -> None:
 
 
 def read(path: Path, content: bytes) -> list[tuple[int, object]]:
+    """Numbers and values; a ValueError in place of a bad one."""
     path.write_bytes(content)
-    return list(read_jsonl(path))
+    found: list[tuple[int, object]] = []
+    for row in raw_rows(path):
+        try:
+            found.append((row.number, row.parse()))
+        except ValueError as error:
+            found.append((row.number, error))
+    return found
 
 
 def test_lines_end_at_newline_only(tmp_path: Path) -> None:
     text = "a\u2028b\u0085c\u2029"
     lines = read(
-        tmp_path / "x",
+        tmp_path / "x.jsonl",
         json.dumps([text], ensure_ascii=False).replace("[", '{"t":').replace("]", "}").encode(),
     )
     assert lines == [(1, {"t": text})]
@@ -125,9 +132,8 @@ def test_I12_bad_line_is_reported_in_its_place(tmp_path: Path, line: bytes, reas
     assert [lines[0], lines[2]] == [(1, {"a": 1}), (3, {"b": 2})]
     number, bad = lines[1]
     assert number == 2
-    assert isinstance(bad, BadLine)
-    assert bad.line == 2
-    assert reason in bad.reason
+    assert isinstance(bad, ValueError)
+    assert reason in str(bad)
 
 
 @pytest.mark.parametrize(
@@ -155,4 +161,4 @@ def test_I12_file_is_refused_with_its_name_and_a_remedy(tmp_path: Path, content:
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "no.jsonl", tmp_path):
         with pytest.raises(InputError, match="cannot be read"):
-            list(read_jsonl(path))
+            list(raw_rows(path))

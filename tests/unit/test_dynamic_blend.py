@@ -9,7 +9,7 @@ from blend_fixtures import blend_of, sources
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
+from megatron_dynmix.data.dynamic_blend import Draw, DynamicBlendedDataset
 from megatron_dynmix.errors import InputError
 
 SIZES = (11, 5, 30)
@@ -17,21 +17,22 @@ STAGES = {24: (0.1, 0.8, 0.1), 48: (0.0, 0.5, 0.5), 72: (0.6, 0.2, 0.2)}
 STEP = 6
 
 
-def draw(blend: DynamicBlendedDataset, first: int, last: int) -> list[tuple[int, int]]:
-    """Pairs of the samples first <= i < last, step by step, with the stages of `STAGES`."""
-    pairs = []
+def draw(blend: DynamicBlendedDataset, first: int, last: int) -> list[Draw]:
+    """Draws of the samples first <= i < last, step by step, with the stages of `STAGES`."""
+    draws = []
     for sample in range(first, last, STEP):
         if sample in STAGES and sample > blend.stages[-1].start_sample:
             blend.append_stage(sample, np.array(STAGES[sample]))
         blend.advance_to(sample)
-        pairs += blend.pairs(sample, sample + STEP)
-    return pairs
+        draws += blend.draws(sample, sample + STEP)
+    return draws
 
 
 def test_an_item_is_its_row_with_its_dataset_id_and_its_number():
-    item = blend_of(SIZES, (1, 1, 1), 12)[(2, 17)]
+    item = blend_of(SIZES, (1, 1, 1), 12)[(2, 17, 1)]
     assert item["dataset_id"] == 2 and item["dataset_id"].dtype == np.int16
     assert item["row"] == 17 and item["row"].dtype == np.int64
+    assert item["half"] == 1 and item["half"].dtype == np.int8
     assert item["tokens"].tolist() == [2, 17]
 
 
@@ -40,23 +41,23 @@ def test_only_the_chunks_in_use_are_held():
     assert len(blend) == 12
     blend.advance_to(120)
     assert len(blend) == 12 and blend.chunk.start.sample == 120
-    blend.pairs(130, 140)
+    blend.draws(130, 140)
     assert len(blend) == 24 and blend.chunk.start.sample == 120
     blend.advance_to(140)
     assert len(blend) == 12 and blend.chunk.start.sample == 132
 
 
-def drawn_in_steps(blend: DynamicBlendedDataset, cuts: list[int], last: int) -> list[tuple[int, int]]:
-    """Pairs of all samples before `last`, in steps that end at `cuts`, with the stages of `STAGES`."""
-    pairs, first = [], blend.stages[-1].start_sample
+def drawn_in_steps(blend: DynamicBlendedDataset, cuts: list[int], last: int) -> list[Draw]:
+    """Draws of all samples before `last`, in steps that end at `cuts`, with the stages of `STAGES`."""
+    draws, first = [], blend.stages[-1].start_sample
     for cut in sorted({*cuts, *STAGES, last}):
         if first < cut <= last:
             blend.advance_to(first)
-            pairs += blend.pairs(first, cut)
+            draws += blend.draws(first, cut)
             first = cut
             if cut in STAGES:
                 blend.append_stage(cut, np.array(STAGES[cut]))
-    return pairs
+    return draws
 
 
 @settings(max_examples=60, deadline=None)
@@ -79,21 +80,21 @@ def test_I2_a_run_resumes_at_any_step_and_with_any_batch_size(before, after, chu
     stop = data.draw(st.sampled_from(before))
     assert drawn_in_steps(first, before, stop) == expected[:stop]
     resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    pairs = []
+    draws = []
     for begin, end in pairwise(sorted({stop, *(cut for cut in after if cut > stop), 300})):
         resumed.advance_to(begin)
-        pairs += resumed.pairs(begin, end)
-    assert pairs == expected[stop:]
+        draws += resumed.draws(begin, end)
+    assert draws == expected[stop:]
 
 
 def test_a_stage_may_begin_beyond_the_chunks_that_a_rank_has_asked_for():
     """The last micro-batches of a step may be other ranks', and a chunk may end before them."""
     asked, whole = blend_of((11, 5, 30), (1, 1, 1), 10), blend_of((11, 5, 30), (1, 1, 1), 10)
-    asked.pairs(0, 9)
-    whole.pairs(0, 12)
+    asked.draws(0, 9)
+    whole.draws(0, 12)
     for blended in (asked, whole):
         blended.append_stage(12, np.array([0.2, 0.3, 0.5]))
-    assert asked.pairs(12, 30) == whole.pairs(12, 30)
+    assert asked.draws(12, 30) == whole.draws(12, 30)
     assert asked.state_dict() == whole.state_dict()
 
 
@@ -107,25 +108,33 @@ def test_stages_are_the_whole_history():
 
 def test_a_stage_changes_nothing_before_it():
     changed, unchanged = blend_of(SIZES, (1, 1, 1), 48), blend_of(SIZES, (1, 1, 1), 48)
-    assert draw(changed, 0, 24) == unchanged.pairs(0, 24)
+    assert draw(changed, 0, 24) == unchanged.draws(0, 24)
     changed.append_stage(24, np.array(STAGES[24]))
-    assert changed.pairs(24, 48) != unchanged.pairs(24, 48)
+    assert changed.draws(24, 48) != unchanged.draws(24, 48)
 
 
 def test_I4_every_row_once_per_epoch_before_any_twice():
     blend = blend_of(SIZES, (1, 1, 1), 24)
-    pairs = draw(blend, 0, 300)
+    draws = draw(blend, 0, 300)
     for dataset_id, size in enumerate(SIZES):
-        rows = [row for source, row in pairs if source == dataset_id]
+        rows = [row for source, row, _ in draws if source == dataset_id]
         assert len(rows) > 2 * size
         for start in range(0, len(rows) - size + 1, size):
             assert sorted(rows[start : start + size]) == list(range(size))
 
 
+def test_the_rows_of_a_source_go_to_its_halves_in_turn_over_epochs_and_stages():
+    draws = draw(blend_of(SIZES, (1, 1, 1), 24), 0, 300)
+    for dataset_id, size in enumerate(SIZES):
+        halves = [half for source, _, half in draws if source == dataset_id]
+        assert len(halves) > 2 * size
+        assert halves == [ordinal % 2 for ordinal in range(len(halves))]
+
+
 def test_rows_drawn_are_counted_over_all_stages():
     blend = blend_of(SIZES, (1, 1, 1), 24)
-    pairs = draw(blend, 0, 90)
-    drawn = [sum(source == dataset_id for source, _ in pairs) for dataset_id in range(3)]
+    draws = draw(blend, 0, 90)
+    drawn = [sum(source == dataset_id for source, _, _ in draws) for dataset_id in range(3)]
     assert blend.drawn_D(90).tolist() == drawn
 
 

@@ -110,14 +110,14 @@ def test_steps_may_change_their_size_and_cross_chunks():
     for size in (4, 4, 8, 8, 12, 12, 12):
         batches += [batch["tokens"] for batch in rank_loader.step(sample, size // 2)]
         sample += size
-    assert samples(batches) == [list(pair) for pair in whole.pairs(0, sample)]
+    assert samples(batches) == [[source, row] for source, row, _ in whole.draws(0, sample)]
 
 
 def test_workers_do_not_ask_beyond_the_next_update():
     blended = blend()
     asked = []
-    pairs = blended.pairs
-    blended.pairs = lambda first, last: asked.append(last) or pairs(first, last)
+    draws = blended.draws
+    blended.draws = lambda first, last: asked.append(last) or draws(first, last)
     rank_loader = loader(blended, 2, workers=2)
     for sample in (0, 4, 8):
         rank_loader.step(sample, 2, until=12)

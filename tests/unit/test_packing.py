@@ -1,12 +1,12 @@
 import time
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dynmix.data.packing import pack
+from megatron_dynmix.data.packing import Packing, one_per_row, pack
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=200)
 
@@ -66,6 +66,29 @@ def test_seed_matters_and_rows_are_not_sorted_by_length() -> None:
 def test_equal_lengths_are_mixed() -> None:
     order = pack(np.full(1000, 4), 8, 5).order_N
     assert abs(np.corrcoef(np.arange(1000), order)[0, 1]) < 0.2
+
+
+def test_mates_depend_on_the_seed_where_lengths_repeat() -> None:
+    lengths = np.clip(np.random.default_rng(0).lognormal(5, 1, 20_000), 1, 2048).astype(np.int64)
+    first, other = (mates(pack(lengths, 2048, seed)) for seed in (1, 2))
+    assert len(first & other) < 0.3 * len(first)
+
+
+def mates(packing: Packing) -> set[tuple[int, int]]:
+    """All pairs of examples that share a row."""
+    return {
+        pair
+        for a, b in pairwise(packing.row_starts_R1)
+        for pair in combinations(sorted(packing.order_N[a:b].tolist()), 2)
+    }
+
+
+def test_one_per_row() -> None:
+    first, other = one_per_row(100, 1), one_per_row(100, 2)
+    assert sorted(first.order_N) == sorted(other.order_N) == list(range(100))
+    assert not np.array_equal(first.order_N, other.order_N)
+    assert np.array_equal(first.row_starts_R1, np.arange(101))
+    assert np.array_equal(first.order_N, one_per_row(100, 1).order_N)
 
 
 def test_no_examples() -> None:

@@ -15,14 +15,15 @@ from data_fixtures import (  # noqa: F401
     varied_rows,
     write_jsonl,
 )
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
+from megatron_dynmix.data import encode as encode_module
 from megatron_dynmix.data import prepare as prepare_module
-from megatron_dynmix.data.conversation import parse_sharegpt
-from megatron_dynmix.data.prepare import is_current, load_report
-from megatron_dynmix.data.template import render, token_mask
-from megatron_dynmix.data.tokenizer import Tokenizer
+from megatron_dynmix.data.conversation import Conversation, parse_sharegpt
+from megatron_dynmix.data.source_report import load_report
+from megatron_dynmix.data.template import Rendered, Renderer, render, token_mask
+from megatron_dynmix.data.tokenizer import FastTokenizer, Tokenizer
 from megatron_dynmix.errors import InputError
 
 ROWS = [
@@ -35,7 +36,7 @@ ROWS = [
 
 
 def files_of(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
 
 
 def documents(prefix: Path) -> list[tuple[list[int], list[int]]]:
@@ -92,19 +93,22 @@ def test_I12_only_the_first_five_broken_lines_are_shown_and_all_counted(
 def test_I12_untrained_examples_are_dropped_and_counted(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def without_second(*args: object) -> object:
-        rendered = render(*args)
+    original = Renderer.render
+
+    def without_second(renderer: Renderer, conversation: Conversation) -> Rendered:
+        rendered = original(renderer, conversation)
         return dataclasses.replace(rendered, trained_spans=()) if "two plus" in rendered.text else rendered
 
-    monkeypatch.setattr(prepare_module, "render", without_second)
+    monkeypatch.setattr(encode_module.Renderer, "render", without_second)
     report = prepare(tmp_path, ROWS, tokenizer)
     assert (report.examples, report.untrained, report.broken) == (2, 1, 2)
+    assert f"{tmp_path / 'rows.jsonl'}:5: no token to train on" in report.first_broken
     assert len(documents(tmp_path / "source")) == 2
 
 
 def test_I12_a_source_without_an_example_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match=r"none of 1 rows can be trained on .*rows.jsonl:1"):
-        prepare(tmp_path, ["{}"], tokenizer)
+        prepare(tmp_path, [sharegpt("no answer")], tokenizer)
     assert files_of(tmp_path) == {"rows.jsonl"}
 
 
@@ -114,7 +118,7 @@ def test_report_and_inputs(tmp_path: Path, tokenizer: Tokenizer) -> None:
     prefix = tmp_path / "deep" / "my.source"
     report = prepare(tmp_path, ROWS, tokenizer, inputs=[path, other], prefix=prefix, name="chat")
     assert load_report(prefix) == report
-    assert files_of(prefix.parent) == {"my.source.bin", "my.source.idx", "my.source.json"}
+    assert files_of(prefix.parent) == {f"my.source.{suffix}" for suffix in ("bin", "idx", "digests", "json")}
     assert report.name == "chat"
     assert report.duplicates == 2
     assert [(file.path, file.size) for file in report.inputs] == [
@@ -128,40 +132,7 @@ def test_report_and_inputs(tmp_path: Path, tokenizer: Tokenizer) -> None:
         prepare(tmp_path, ROWS, tokenizer, inputs=[tmp_path / "missing.jsonl"])
 
 
-def test_many_batches_keep_the_order(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = varied_rows(20)
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    prepare(tmp_path / "a", rows, tokenizer)
-    monkeypatch.setattr(prepare_module, "_BATCH", 3)
-    prepare(tmp_path / "b", rows, tokenizer)
-    for suffix in ("bin", "idx"):
-        assert (tmp_path / f"a/source.{suffix}").read_bytes() == (
-            tmp_path / f"b/source.{suffix}"
-        ).read_bytes()
-
-
-def test_is_current(tmp_path: Path, tokenizer: Tokenizer, tokenizer_dir: Path) -> None:
-    prefix, path = tmp_path / "source", tmp_path / "rows.jsonl"
-    write_jsonl(path, ROWS)
-    assert not is_current(prefix, [path], tokenizer, "vicuna")
-    prepare(tmp_path, ROWS, tokenizer)
-    assert is_current(prefix, [path], tokenizer, "vicuna")
-    assert is_current(prefix, [shutil.copy(path, tmp_path / "moved.jsonl")], tokenizer, "vicuna")
-    assert not is_current(prefix, [path], tokenizer, "tokenizer")
-    assert not is_current(prefix, [path, path], tokenizer, "vicuna")
-    changed = AutoTokenizer.from_pretrained(str(tokenizer_dir))
-    changed.add_tokens(["<new>"])
-    assert not is_current(prefix, [path], Tokenizer(changed), "vicuna")
-    write_jsonl(path, ROWS[:1])
-    assert not is_current(prefix, [path], tokenizer, "vicuna")
-    with pytest.raises(InputError, match="cannot be read"):
-        is_current(prefix, [tmp_path / "missing.jsonl"], tokenizer, "vicuna")
-
-
-@pytest.mark.parametrize("suffix", ["bin", "idx", "json"])
+@pytest.mark.parametrize("suffix", ["bin", "idx", "digests", "json"])
 def test_missing_file(tmp_path: Path, tokenizer: Tokenizer, suffix: str) -> None:
     prepare(tmp_path, ROWS, tokenizer)
     (tmp_path / f"source.{suffix}").unlink()
@@ -188,7 +159,7 @@ def test_other_version_and_cut_files(tmp_path: Path, tokenizer: Tokenizer) -> No
         load_report(tmp_path / "source")
     path.write_text(original)
     os.truncate(tmp_path / "source.bin", 10)
-    with pytest.raises(InputError, match="have 10 and"):
+    with pytest.raises(InputError, match="have 10, "):
         load_report(tmp_path / "source")
 
 
@@ -198,10 +169,24 @@ def test_a_stop_half_way_leaves_nothing(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(IndexedDatasetBuilder, "finalize", stop)
+    monkeypatch.setattr(prepare_module.IndexedWriter, "finish", stop)
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path, ROWS, tokenizer)
     assert files_of(tmp_path) == {"rows.jsonl"}
+
+
+def test_a_stop_half_way_leaves_the_old_result(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = prepare(tmp_path, ROWS, tokenizer)
+    files = {path.name: path.read_bytes() for path in tmp_path.glob("source.*")}
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "refuse_changed", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path, ROWS[:1], tokenizer)
+    assert load_report(tmp_path / "source") == before
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("source.*")} == files
+    assert prepare(tmp_path, ROWS[:1], tokenizer).examples == 1
 
 
 def test_a_stop_while_replacing_leaves_no_report(
@@ -218,7 +203,7 @@ def test_a_stop_while_replacing_leaves_no_report(
     monkeypatch.setattr(os, "replace", replace_one)
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path, ROWS[:1], tokenizer)
-    assert files_of(tmp_path) == {"rows.jsonl", "source.bin", "source.idx"}
+    assert files_of(tmp_path) >= {"rows.jsonl", "source.bin"}
     with pytest.raises(InputError, match="not a prepared source"):
         load_report(tmp_path / "source")
 
@@ -227,4 +212,4 @@ def test_template_that_refuses_names_file_and_line(tmp_path: Path, tokenizer_dir
     hf_tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
     hf_tokenizer.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(InputError, match=r"rows.jsonl:1: .*use the template vicuna"):
-        prepare(tmp_path, ROWS, Tokenizer(hf_tokenizer), template="tokenizer")
+        prepare(tmp_path, ROWS, FastTokenizer(hf_tokenizer), template="tokenizer")

@@ -110,6 +110,18 @@ def test_I12_overlong_examples_are_counted_and_none_is_lost(
     assert report.truncated == (too_long - report.untrained if overlong == "truncate" else 0)
 
 
+def test_without_packing_each_row_holds_one_example(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = varied_rows(40)
+    prepare(tmp_path, rows, tokenizer)
+    alone = build(tmp_path, 512, packing=False)
+    assert len(alone) == alone.num_examples == 40
+    assert all(alone[row]["segment_ids"].max() == 0 for row in range(len(alone)))
+    assert set(segments_of(alone)) == examples_of(rows, tokenizer, 512)
+    assert segments_of(alone) == segments_of(build(tmp_path, 512, packing=False))
+    assert segments_of(alone) != segments_of(build(tmp_path, 512, packing=False, seed=8))
+    assert alone.packing_report.useful_token_share < build(tmp_path, 512).packing_report.useful_token_share
+
+
 def test_overlong_error(tmp_path: Path, tokenizer: Tokenizer) -> None:
     rows = [sharegpt("hi", "good day"), sharegpt("hi", "four " * 100)]
     longest = prepare(tmp_path, rows, tokenizer).max_length - 1
@@ -126,8 +138,8 @@ def test_nothing_trained_left_after_truncation(tmp_path: Path, tokenizer: Tokeni
 
 def test_bad_settings(tmp_path: Path, tokenizer: Tokenizer) -> None:
     prepare(tmp_path, varied_rows(3), tokenizer)
-    with pytest.raises(InputError, match="'split' is unknown; use drop, truncate, error"):
-        build(tmp_path, 64, overlong="split")
+    with pytest.raises(InputError, match="'chop' is unknown; use drop, truncate, "):
+        build(tmp_path, 64, overlong="chop")
     with pytest.raises(InputError, match="at least one position"):
         build(tmp_path, 0)
     with pytest.raises(InputError, match="not a prepared source"):

@@ -1,14 +1,19 @@
+import pickle
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_fixtures import sharegpt, tokenizer_dir_fixture, tokenizer_fixture  # noqa: F401
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from megatron_dynmix.data.conversation import parse_sharegpt
-from megatron_dynmix.data.template import Rendered, render, token_mask
-from megatron_dynmix.data.tokenizer import Tokenizer
+from megatron_dynmix.data.conversation import Conversation, Turn, parse_sharegpt
+from megatron_dynmix.data.formats import parse_messages
+from megatron_dynmix.data.template import Rendered, Renderer, render, token_mask
+from megatron_dynmix.data.tokenizer import FastTokenizer, Tokenizer
 from megatron_dynmix.errors import InputError
 
 CHATML = (
@@ -21,11 +26,16 @@ TWO_ROUNDS = parse_sharegpt(sharegpt("hi", "good day", "two plus two", "four", s
 def with_template(folder: Path, template: str | None) -> Tokenizer:
     hf_tokenizer = AutoTokenizer.from_pretrained(str(folder))
     hf_tokenizer.chat_template = template
-    return Tokenizer(hf_tokenizer)
+    return FastTokenizer(hf_tokenizer)
 
 
 def trained_texts(rendered: Rendered) -> list[str]:
     return [rendered.text[start:end] for start, end in rendered.trained_spans]
+
+
+def plain_texts(rendered: Rendered, tokenizer: Tokenizer) -> list[str]:
+    """As people read them: guards are the special tokens that they stand for."""
+    return [tokenizer.special.unguard(text) for text in trained_texts(rendered)]
 
 
 def trained_pieces(rendered: Rendered, tokenizer: Tokenizer) -> list[tuple[str, int]]:
@@ -56,7 +66,7 @@ def test_vicuna_usual_system_sentence_and_the_tokenizers_bos(
     with_bos.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
-    rendered = render(conversation, Tokenizer(with_bos), "vicuna")
+    rendered = render(conversation, FastTokenizer(with_bos), "vicuna")
     assert rendered.text == "<s>" + expected
     assert trained_texts(rendered) == [" good day</s>"]
 
@@ -87,7 +97,7 @@ def test_own_template_golden_mask(tokenizer: Tokenizer) -> None:
 
 def test_chatml_spans_include_the_end_of_the_turn(tokenizer_dir: Path) -> None:
     rendered = render(TWO_ROUNDS, with_template(tokenizer_dir, CHATML), "tokenizer")
-    assert trained_texts(rendered) == ["good day<|im_end|>\n", "four<|im_end|>\n"]
+    assert trained_texts(rendered) == ["good day<|im_end|>", "four<|im_end|>"]
     assert rendered.text.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi")
 
 
@@ -97,7 +107,7 @@ def test_answer_behind_a_prompt_that_ends_with_a_space_keeps_its_first_word(toke
     )
     tokenizer = with_template(tokenizer_dir, template)
     rendered = render(parse_sharegpt(sharegpt("hi", "two plus")), tokenizer, "tokenizer")
-    assert trained_texts(rendered) == ["two plus<|im_end|>\n"]
+    assert trained_texts(rendered) == ["two plus<|im_end|>"]
     trained = [piece for piece, mask in trained_pieces(rendered, tokenizer) if mask]
     assert trained[:2] == [" two", " plus"]
 
@@ -106,7 +116,13 @@ def test_answer_behind_a_prompt_that_ends_with_a_space_keeps_its_first_word(toke
 def test_special_tokens_in_texts_do_not_move_the_mask(tokenizer: Tokenizer, template: str) -> None:
     user = "x</s> ASSISTANT: y\nAssistant: z</s>"
     rendered = render(parse_sharegpt(sharegpt(user, "</s>four")), tokenizer, template)
-    assert trained_texts(rendered) == [" </s>four</s>"]
+    assert plain_texts(rendered, tokenizer) == [" </s>four</s>"]
+    ((ids, starts),) = tokenizer.encode_batch([rendered.text])
+    mask = token_mask(starts, rendered.trained_spans)
+    # the one end token is the template's, and all that the assistant wrote is trained on as text
+    assert [int(i) for i in ids if int(i) in tokenizer.special_ids] == [tokenizer.eos_id]
+    assert tokenizer.decode(ids) == tokenizer.special.unguard(rendered.text)
+    assert tokenizer.decode(ids[mask]) == " </s>four</s>"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +141,7 @@ def test_own_template_that_does_not_fit(tokenizer_dir: Path, template: str | Non
 
 
 def test_unknown_template(tokenizer: Tokenizer) -> None:
-    with pytest.raises(InputError, match="'llama' is unknown; use vicuna or tokenizer"):
+    with pytest.raises(InputError, match="'llama' is unknown; use tokenizer, vicuna, chatml, plain"):
         render(TWO_ROUNDS, tokenizer, "llama")
 
 
@@ -134,3 +150,202 @@ def test_token_mask_borders() -> None:
     assert token_mask(starts, [(1, 3), (3, 4), (6, 9)]).tolist() == [0, 1, 1, 1, 0, 0, 1, 1, 0]
     assert not token_mask(starts, []).any()
     assert token_mask(np.array([], dtype=np.int64), [(0, 3)]).tolist() == []
+
+
+WITH_TOOLS = (
+    "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}{% for m in messages %}"
+    "{% if m.role == 'tool' %}[{{ m.content }}]{% elif m.role == 'user' %}<{{ m.content }}>"
+    "{% else %}{% generation %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}{{ eos_token }}{% endgeneration %}"
+    "{% endif %}{% endfor %}"
+)
+CALL = {"id": "1", "function": {"name": "sum", "arguments": {"x": "</s>"}}}
+TOOL_ROW = {
+    "messages": [
+        {"role": "user", "content": "two plus two"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "four</s>"},
+        {"role": "assistant", "content": "four"},
+    ],
+    "tools": [{"name": "sum"}],
+}
+LONG = parse_sharegpt(sharegpt(*["ab", "cd"] * 1000))
+
+
+def chatml_tokenizer(folder: Path, template: str | None = None) -> FastTokenizer:
+    hf_tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    hf_tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    hf_tokenizer.chat_template = template
+    return FastTokenizer(hf_tokenizer)
+
+
+def trained(conversation: Conversation, tokenizer: Tokenizer, template: str, train_on: str = "all") -> list:
+    return trained_texts(Renderer(tokenizer, template, train_on).render(conversation))
+
+
+def test_chatml_golden_mask_and_the_same_from_jinja(tokenizer_dir: Path) -> None:
+    tokenizer = chatml_tokenizer(tokenizer_dir, CHATML)
+    rendered = render(TWO_ROUNDS, tokenizer, "chatml")
+    assert trained_pieces(rendered, tokenizer) == [
+        ("<|im_start|>", 0), ("s", 0), ("y", 0), ("ste", 0), ("m", 0), ("\n", 0),
+        ("b", 0), ("e", 0), (" brief", 0), ("<|im_end|>", 0), ("\n", 0),
+        ("<|im_start|>", 0), ("us", 0), ("er", 0), ("\n", 0), ("h", 0), ("i", 0),
+        ("<|im_end|>", 0), ("\n", 0), ("<|im_start|>", 0), ("a", 0), ("ssistant", 0), ("\n", 0),
+        ("g", 1), ("ood", 1), (" day", 1), ("<|im_end|>", 1), ("\n", 0),
+        ("<|im_start|>", 0), ("us", 0), ("er", 0), ("\n", 0),
+        ("t", 0), ("wo", 0), (" plus", 0), (" two", 0), ("<|im_end|>", 0), ("\n", 0),
+        ("<|im_start|>", 0), ("a", 0), ("ssistant", 0), ("\n", 0),
+        ("fo", 1), ("ur", 1), ("<|im_end|>", 1), ("\n", 0),
+    ]  # fmt: skip
+    assert render(TWO_ROUNDS, tokenizer, "tokenizer") == rendered
+    assert trained_texts(rendered) == ["good day<|im_end|>", "four<|im_end|>"]
+
+
+def test_chatml_needs_its_tokens(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match=r"needs the special token <\|im_start\|>"):
+        Renderer(tokenizer, "chatml")
+
+
+def test_plain_golden_mask(tokenizer: Tokenizer) -> None:
+    rendered = render(parse_sharegpt(sharegpt("two plus two", " four")), tokenizer, "plain")
+    assert trained_pieces(rendered, tokenizer) == [
+        ("t", 0), ("wo", 0), (" plus", 0), (" two", 0), ("\n", 0), (" four", 1), ("</s>", 1),
+    ]  # fmt: skip
+
+
+def test_text_is_trained_on_as_a_whole_with_every_template(tokenizer: Tokenizer) -> None:
+    conversation = Conversation((Turn("text", "two </s> plus"),))
+    for template in ("vicuna", "plain", "tokenizer"):
+        rendered = render(conversation, tokenizer, template)
+        ((ids, starts),) = tokenizer.encode_batch([rendered.text])
+        assert token_mask(starts, rendered.trained_spans).all()
+        assert tokenizer.decode(ids) == "two </s> plus</s>"
+        assert ids.tolist().count(tokenizer.eos_id) == 1
+
+
+@pytest.mark.parametrize("template", ["vicuna", "tokenizer"])
+def test_train_on(tokenizer: Tokenizer, template: str) -> None:
+    whole = render(TWO_ROUNDS, tokenizer, template).text
+    assert trained(TWO_ROUNDS, tokenizer, template) == [" good day</s>", " four</s>"]
+    assert trained(TWO_ROUNDS, tokenizer, template, "last") == [" four</s>"]
+    assert trained(TWO_ROUNDS, tokenizer, template, "everything") == [whole]
+    one = parse_sharegpt(sharegpt("two plus two", "four"))
+    assert trained(one, tokenizer, template, "completion") == [" four</s>"]
+    with pytest.raises(ValueError, match="has 2 answers; train_on completion") as caught:
+        trained(TWO_ROUNDS, tokenizer, template, "completion")
+    assert not isinstance(caught.value, InputError)
+    with pytest.raises(InputError, match="train_on is 'some'; use all, last, completion, everything"):
+        Renderer(tokenizer, template, "some")
+
+
+def test_fingerprints_differ(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "t.jinja"
+    path.write_text(WITH_TOOLS)
+    names = [
+        Renderer(tokenizer, "vicuna"),
+        Renderer(tokenizer, "vicuna", "last"),
+        Renderer(tokenizer, str(path)),
+    ]
+    path.write_text(WITH_TOOLS + " ")
+    names.append(Renderer(tokenizer, str(path)))
+    assert len({one.fingerprint for one in names}) == 4
+    assert names[0].fingerprint == "vicuna"
+
+
+def test_tools_in_a_jinja_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tools.jinja"
+    path.write_text(WITH_TOOLS)
+    renderer = pickle.loads(pickle.dumps(Renderer(tokenizer, str(path))))
+    rendered = renderer.render(parse_messages(TOOL_ROW))
+    assert tokenizer.special.unguard(rendered.text) == (
+        '{"name": "sum"}\n<two plus two>sum({"x": "</s>"})</s>[four</s>]four</s>'
+    )
+    assert plain_texts(rendered, tokenizer) == ['sum({"x": "</s>"})</s>', "four</s>"]
+    ((ids, _),) = tokenizer.encode_batch([rendered.text])
+    assert ids.tolist().count(tokenizer.eos_id) == 2
+
+
+@pytest.mark.parametrize("template", ["vicuna", "plain", "tokenizer"])
+def test_tools_that_a_template_has_no_words_for_are_a_bad_row(tokenizer: Tokenizer, template: str) -> None:
+    with pytest.raises(ValueError, match="tools") as caught:
+        render(parse_messages(TOOL_ROW), tokenizer, template)
+    assert not isinstance(caught.value, InputError)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{% if m.role %}", "no Jinja"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "nothing behind answer 1 that ends it"),
+        (
+            "{% for m in messages %}{{ m.content | upper }}{{ eos_token }}{% endfor %}",
+            "does not write answer 1",
+        ),
+        (
+            "{% for m in messages %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% endfor %}",
+            "marks 5 answers with generation where there are 2",
+        ),
+        ("{{ ''.__class__.__mro__ }}", "refuses the conversation"),
+        ("{{ messages.append(1) }}", "refuses the conversation"),
+        ("{{ strftime_now('%Y') }}", "refuses the conversation"),
+        ("{{ 1 // 0 }}", "refuses the conversation"),
+        ("{{ lipsum() }}", "refuses the conversation"),
+        ("{{ messages | random }}", "no Jinja"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "refuses the conversation"),
+    ],
+)
+def test_templates_that_cannot_be_used(tokenizer_dir: Path, template: str, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        render(TWO_ROUNDS, with_template(tokenizer_dir, template), "tokenizer")
+
+
+def test_an_end_behind_the_generation_block_belongs_to_the_answer(tokenizer_dir: Path) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{{ eos_token }}{% else %}{{ m.content }}|{% endif %}{% endfor %}"
+    )
+    rendered = render(TWO_ROUNDS, with_template(tokenizer_dir, template), "tokenizer")
+    assert trained_texts(rendered) == ["good day</s>", "four</s>"]
+
+
+def test_template_that_is_no_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        Renderer(tokenizer, str(tmp_path / "no.jinja"))
+
+
+@pytest.mark.parametrize("template", ["vicuna", "plain", "tokenizer"])
+def test_rendering_is_linear_in_turns(tokenizer: Tokenizer, template: str) -> None:
+    start = time.monotonic()
+    assert len(render(LONG, tokenizer, template).trained_spans) == 1000
+    assert time.monotonic() - start < 5
+
+
+@settings(deadline=None)
+@given(
+    texts=st.lists(
+        st.lists(st.sampled_from(["</s>", "<s>", "<|im_end|>", " ", "\n", "four", "é", "\u2028", "USER: "])),
+        min_size=2,
+        max_size=6,
+    ),
+    template=st.sampled_from(["vicuna", "plain", "tokenizer", "chatml"]),
+)
+def test_any_conversation_trains_on_its_answers_and_one_end_each(
+    tokenizer_dir: Path, texts: list[list[str]], template: str
+) -> None:
+    if tokenizer_dir not in CHATML_TOKENIZERS:
+        own = AutoTokenizer.from_pretrained(str(tokenizer_dir)).chat_template
+        CHATML_TOKENIZERS[tokenizer_dir] = chatml_tokenizer(tokenizer_dir, own)
+    tokenizer = CHATML_TOKENIZERS[tokenizer_dir]
+    said = [f"x{''.join(words)}y" for words in texts[: len(texts) // 2 * 2]]
+    rendered = render(parse_sharegpt(sharegpt(*said)), tokenizer, template)
+    ((ids, starts),) = tokenizer.encode_batch([rendered.text])
+    mask = token_mask(starts, rendered.trained_spans)
+    assert tokenizer.decode(ids) == tokenizer.special.unguard(rendered.text)
+    end = "<|im_end|>" if template == "chatml" else "</s>"
+    answers = [f"{' ' * (template in ('vicuna', 'tokenizer'))}{text}{end}" for text in said[1::2]]
+    assert tokenizer.decode(ids[mask]) == "".join(answers)
+    trained_special = [i for i in ids[mask].tolist() if i in tokenizer.special_ids]
+    assert trained_special == [tokenizer.special.ids[end]] * len(answers)
+
+
+CHATML_TOKENIZERS: dict[Path, Tokenizer] = {}

@@ -1,4 +1,7 @@
+import base64
+import io
 import json
+import pickle
 import runpy
 import shutil
 import socket
@@ -7,13 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from data_fixtures import TEXTS, sharegpt, tokenizer_dir_fixture, tokenizer_fixture, write_jsonl  # noqa: F401
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers import models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_dynmix.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from megatron_dynmix.data.special import GUARD
+from megatron_dynmix.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer, train_bpe
 from megatron_dynmix.errors import InputError
 
 TRAIN_TOKENIZER = Path(__file__).parents[2] / "tools" / "train_tokenizer.py"
@@ -38,14 +44,17 @@ def test_trained_tokenizer_properties(tokenizer: Tokenizer) -> None:
     assert tokenizer.has_chat_template
 
 
-@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+@given(text=st.text(st.characters(exclude_categories=["Cs"], max_codepoint=GUARD - 1)))
+@example(text="<s> a</s>b<pad></s>")
 def test_text_to_tokens_and_back(tokenizer: Tokenizer, text: str) -> None:
-    ((ids, starts),) = tokenizer.encode_batch([text])
+    guarded = tokenizer.special.guard(text)
+    ((ids, starts),) = tokenizer.encode_batch([guarded])
+    assert not tokenizer.special_ids & set(ids.tolist())
     assert tokenizer.decode(ids) == text
     assert ids.dtype == starts.dtype == np.int64
     assert len(ids) == len(starts)
     assert (np.diff(starts) >= 0).all()
-    assert not len(starts) or (starts[0] >= 0 and starts[-1] < len(text))
+    assert not len(starts) or (starts[0] >= 0 and starts[-1] < len(guarded))
 
 
 def test_char_starts_by_hand(tokenizer: Tokenizer) -> None:
@@ -62,7 +71,7 @@ def test_char_starts_do_not_depend_on_trimmed_offsets(tokenizer_dir: Path, token
     trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     text = "  two plus   two \n four  </s> x "
     ((_, expected),) = tokenizer.encode_batch([text])
-    ((_, starts),) = Tokenizer(trimming).encode_batch([text])
+    ((_, starts),) = FastTokenizer(trimming).encode_batch([text])
     assert starts.tolist() == expected.tolist()
 
 
@@ -73,7 +82,7 @@ def test_no_special_tokens_truncation_or_padding(tokenizer_dir: Path) -> None:
     limited.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
-    adapted = Tokenizer(limited)
+    adapted = FastTokenizer(limited)
     ((ids, _),) = adapted.encode_batch(["x y z"])
     assert adapted.decode(ids) == "x y z"
     assert adapted.bos == "<s>"
@@ -82,8 +91,8 @@ def test_no_special_tokens_truncation_or_padding(tokenizer_dir: Path) -> None:
 def test_added_token_counts_for_vocab_size(tokenizer_dir: Path, tokenizer: Tokenizer) -> None:
     larger = hf(tokenizer_dir)
     larger.add_tokens(["<extra>"])
-    assert Tokenizer(larger).vocab_size == tokenizer.vocab_size + 1 == len(larger)
-    assert Tokenizer(larger).fingerprint != tokenizer.fingerprint
+    assert FastTokenizer(larger).vocab_size == tokenizer.vocab_size + 1 == len(larger)
+    assert FastTokenizer(larger).fingerprint != tokenizer.fingerprint
 
 
 def test_fingerprint(tokenizer_dir: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -161,4 +170,159 @@ def test_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert "rows.jsonl:2: left out: not JSON" in shown.err
     assert load_tokenizer(tmp_path / "t").vocab_size == 262
     assert run(tmp_path / "missing.jsonl") == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "there is no such file" in capsys.readouterr().err
+
+
+def sentencepiece_model(folder: Path, kind: str) -> Path:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 4), model_writer=model, vocab_size=295, byte_fallback=True,
+        model_type=kind, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    path = folder / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def tiktoken_file(folder: Path, **changed: object) -> Path:
+    words = [*(bytes([i]) for i in range(256)), b"tw", b"two", b" plus"]
+    path = folder / "words.tiktoken"
+    path.write_text("".join(f"{base64.b64encode(word).decode()} {i}\n" for i, word in enumerate(words)))
+    settings = {
+        "pattern": r" ?\p{L}+|\s+|[^\s\p{L}]+",
+        "special_tokens": {"<s>": 300, "</s>": 301},
+        "eos_token": "</s>",
+        "bos_token": "<s>",
+    }
+    (folder / "words.tiktoken.json").write_text(json.dumps({**settings, **changed}))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_sentencepiece(tmp_path: Path, kind: str) -> None:
+    path = sentencepiece_model(tmp_path, kind)
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer.eos, tokenizer.bos, tokenizer.eos_id, tokenizer.pad_id) == ("</s>", "<s>", 2, 2)
+    text = "two plus two"
+    ((ids, starts),) = tokenizer.encode_batch([f"<s>{text}</s>"])
+    assert ids.tolist() == [1, *sentencepiece.SentencePieceProcessor(str(path)).encode(text), 2]
+    assert starts.tolist()[:2] == [0, 3]
+    assert starts.tolist()[-1] == len(text) + 3
+    assert tokenizer.decode(ids) == f"<s>{text}</s>"
+    assert max(ids) < tokenizer.vocab_size
+    assert load_tokenizer(path).fingerprint == tokenizer.fingerprint
+    assert pickle.loads(pickle.dumps(tokenizer)).encode_batch([text])[0][0].tolist() == ids.tolist()[1:-1]
+
+
+def test_tiktoken(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiktoken_file(tmp_path))
+    ((ids, starts),) = tokenizer.encode_batch(["<s>two plus é!</s>"])
+    assert ids.tolist() == [300, 257, 258, 32, 195, 169, 33, 301]
+    assert starts.tolist() == [0, 3, 7, 11, 12, 12, 13, 14]
+    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos) == (302, 301, "<s>")
+    assert tokenizer.decode(ids) == "<s>two plus é!</s>"
+    other = tmp_path / "other"
+    other.mkdir()
+    assert load_tokenizer(tiktoken_file(other, pattern=r"\s+|\S+")).fingerprint != tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "tiktoken"])
+@settings(deadline=None)
+@given(data=st.data())
+def test_literal_special_tokens_stay_text_in_every_kind(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject
+) -> None:
+    if kind not in KINDS:
+        folder = tmp_path_factory.mktemp(kind)
+        path = tiktoken_file(folder) if kind == "tiktoken" else sentencepiece_model(folder, kind)
+        KINDS[kind] = load_tokenizer(path)
+    tokenizer = KINDS[kind]
+    words = data.draw(st.lists(st.sampled_from(["<s>", "</s>", "a", "two", " plus", "é", "\n", " "])))
+    guarded = tokenizer.special.guard("".join(words))
+    ((ids, starts),) = tokenizer.encode_batch([f"{tokenizer.bos}{guarded}{tokenizer.eos}"])
+    special = [int(token) for token in ids if int(token) in tokenizer.special_ids]
+    assert special == [ids[0], ids[-1]] == [tokenizer.special.ids["<s>"], tokenizer.eos_id]
+    assert (np.diff(starts) >= 0).all()
+    assert starts[-1] == len(guarded) + 3
+    if kind == "tiktoken":
+        assert tokenizer.decode(ids) == "<s>" + "".join(words) + "</s>"
+
+
+KINDS: dict[str, Tokenizer] = {}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.model", b"junk", "no SentencePiece model"),
+        ("a.json", b"{}", "neither .model"),
+        ("a.tiktoken", b"junk", "a.tiktoken.json beside it cannot be read"),
+    ],
+)
+def test_files_that_are_no_tokenizer(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=reason):
+        load_tokenizer(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"eos_token": "<end>"}, {"pattern": None}, {"special_tokens": ["</s>"]}, {"bos_token": "<b>"}]
+)
+def test_tiktoken_settings(tmp_path: Path, changed: dict) -> None:
+    with pytest.raises(InputError, match=r"words.tiktoken.json: must hold"):
+        load_tokenizer(tiktoken_file(tmp_path, **changed))
+
+
+def test_tiktoken_ranks_that_are_none(tmp_path: Path) -> None:
+    path = tiktoken_file(tmp_path)
+    path.write_text("not base64\n")
+    with pytest.raises(InputError, match="not a file of ranks"):
+        load_tokenizer(path)
+
+
+def test_the_hub_is_asked_only_by_its_name_and_code_is_not_trusted_unless_asked(
+    tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = AutoTokenizer.from_pretrained, []
+
+    def from_pretrained(source: str, **options: object) -> object:
+        asked.append((source, options["local_files_only"], options["trust_remote_code"]))
+        return real(str(tokenizer_dir))
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    load_tokenizer("hf://some-org/some-model")
+    load_tokenizer(tokenizer_dir, trust_remote_code=True)
+    assert asked == [("some-org/some-model", False, False), (str(tokenizer_dir), True, True)]
+
+
+def test_nothing_is_unpickled(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("unpickled")
+
+    monkeypatch.setattr(pickle, "load", refuse)
+    monkeypatch.setattr(pickle, "loads", refuse)
+    for path in (tokenizer_dir, sentencepiece_model(tmp_path, "bpe"), tiktoken_file(tmp_path)):
+        load_tokenizer(path)
+
+
+def test_a_pickled_tokenizer_still_takes_literal_special_tokens_for_text(tokenizer: Tokenizer) -> None:
+    guarded = tokenizer.special.guard("a</s>b")
+    ((expected, _),) = tokenizer.encode_batch([guarded])
+    ((ids, _),) = pickle.loads(pickle.dumps(tokenizer)).encode_batch([guarded])
+    assert ids.tolist() == expected.tolist()
+    assert tokenizer.eos_id not in ids
+
+
+def test_a_tokenizer_that_cannot_write_its_special_token_as_text(tokenizer_dir: Path) -> None:
+    backend = BackendTokenizer(models.WordLevel({"</s>": 0, "a": 1, "?": 2}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    wordy = FastTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+    with pytest.raises(InputError, match="'</s>' of the same letters"):
+        wordy.encode_batch([wordy.special.guard("a </s> a")])
+
+
+def test_private_characters_are_refused(tokenizer: Tokenizer) -> None:
+    assert tokenizer.special.guard("\ue000 \U000f0001") == "\ue000 \U000f0001"
+    for character in (chr(GUARD), "\U0010ffff"):
+        with pytest.raises(ValueError, match="private character U\\+10"):
+            tokenizer.special.guard(f"a{character}")

@@ -1,0 +1,47 @@
+"""How far `prepare` has come: a bar on a terminal, now and then a line elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class Progress:
+    """Shows how much of a source is done, on standard error."""
+
+    def __init__(self, name: str, total_bytes: int) -> None:
+        self._name = name
+        self._total = total_bytes
+        self._done = self._examples = 0
+        self._last_line = time.monotonic()
+        self._bar = tqdm(
+            total=total_bytes,
+            desc=name,
+            unit="B",
+            unit_scale=True,
+            leave=False,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def __enter__(self) -> "Progress":
+        """Return the progress."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the bar away."""
+        self._bar.close()
+
+    def advance(self, done_bytes: int, examples: int) -> None:
+        """Tell that so many more bytes of the input became so many examples."""
+        self._done += done_bytes
+        self._examples += examples
+        self._bar.update(done_bytes)
+        if self._bar.disable and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            share = self._done / max(self._total, 1)
+            print(f"{self._name}: {share:.0%}, {self._examples} examples", file=sys.stderr, flush=True)

@@ -1,0 +1,120 @@
+"""The command `prepare`: flags, exit codes and what it prints."""
+
+from pathlib import Path
+
+import pytest
+from config_fixtures import good_settings, write
+from data_fixtures import (  # noqa: F401
+    sharegpt,
+    tokenizer_dir_fixture,
+    varied_rows,
+    write_jsonl,
+)
+
+from megatron_dynmix.cli import main
+from megatron_dynmix.data.source_report import load_report
+from megatron_dynmix.training import prepare_command
+
+
+@pytest.fixture(name="run_yaml")
+def run_yaml_fixture(tmp_path: Path, tokenizer_dir: Path) -> Path:
+    """Three sources without probes; the second holds two texts of the first."""
+    content = good_settings(tmp_path)
+    content["data"] |= {"tokenizer": str(tokenizer_dir), "template": "vicuna", "seq_length": 256}
+    first = varied_rows(8)
+    for seed, source in enumerate(content["data"]["sources"].values()):
+        rows = varied_rows(8, seed) + (first[:2] if seed == 1 else [])
+        write_jsonl(tmp_path / source["path"], rows)
+        write_jsonl(tmp_path / source.pop("probe"), first[2:3])
+    return write(tmp_path, content)
+
+
+def test_probe_is_held_out_of_every_source(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, run_yaml: Path
+) -> None:
+    assert main(["prepare", str(run_yaml), "--probe", "3", "--workers", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("(probe)") >= 3
+    for probe in (tmp_path / "prepared").glob("*.probe.json"):
+        report = load_report(probe.with_name(probe.name.removesuffix(".json")))
+        assert report.examples == 3 and report.probe_of is not None
+    assert len(list((tmp_path / "prepared").glob("*.probe.json"))) == 3
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "prepared").glob("*.bin")}
+    assert main(["prepare", str(run_yaml), "--probe", "3"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_texts_in_two_sources_are_reported(capsys: pytest.CaptureFixture[str], run_yaml: Path) -> None:
+    assert main(["prepare", str(run_yaml)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert len(lines) == 1 and lines[0].startswith("WARNING: 2 texts stand in both ")
+
+
+def test_text_that_is_trained_on_and_probed_is_reported(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    rows = varied_rows(4)
+    write_jsonl(tmp_path / "chat.jsonl", rows)
+    write_jsonl(tmp_path / "held.jsonl", rows[:1])
+    content = good_settings(tmp_path)
+    content["data"] |= {"tokenizer": str(tokenizer_dir), "template": "vicuna", "seq_length": 256}
+    content["data"]["sources"] = {"chat": {"path": "chat.jsonl", "probe": "held.jsonl"}}
+    assert main(["prepare", str(write(tmp_path, content))]) == 0
+    assert (
+        "WARNING: 1 text stands in both chat and chat (probe): what is trained on is not held out"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--probe", "0"], ["--probe is 0", "1 or more"]),
+        (["--workers", "0"], ["workers is 0", "1 or more"]),
+        (["--overlong", "truncate"], ["--overlong truncate acts when rows are packed", "give it to train"]),
+        (["--seq-length", "64"], ["--seq-length acts when rows are packed"]),
+        (["--overlong", "split"], ["--overlong split needs --seq-length"]),
+        (["--template", "llama"], ["'llama' is unknown", "vicuna"]),
+        (["--strict"], ["rows.jsonl:2: ", "strict"]),
+        (["--probe", "9"], ["9 different examples were to be held out", "hold out fewer"]),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    tokenizer_dir: Path,
+    flags: list[str],
+    parts: list[str],
+) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [sharegpt("a", "b"), "{", sharegpt("c", "d")])
+    argv = ["prepare", "--input", str(path), "--output", str(tmp_path / "source")]
+    argv += ["--tokenizer", str(tokenizer_dir), *([] if "--template" in flags else ["--template", "vicuna"])]
+    assert main([*argv, *flags]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(part in said for part in parts), said
+    assert not list(tmp_path.glob("source*"))
+
+
+def test_one_source_with_probe_and_split(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    write_jsonl(tmp_path / "a.jsonl", varied_rows(6))
+    write_jsonl(tmp_path / "b.jsonl", varied_rows(6, seed=1))
+    argv = ["prepare", "--input", str(tmp_path / "*.jsonl"), "--output", str(tmp_path / "out/source")]
+    argv += ["--tokenizer", str(tokenizer_dir), "--probe", "2", "--overlong", "split", "--seq-length", "60"]
+    assert main(argv) == 0
+    report = load_report(tmp_path / "out/source")
+    assert (report.rows, report.held_out, report.recipe.split_length) == (12, 2, 60)
+    assert report.split > 0
+    assert "source (probe)" in capsys.readouterr().out
+
+
+def test_an_interrupt_is_said_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_command, "_prepare_files", interrupt)
+    assert main(["prepare"]) == 130
+    assert "interrupted; nothing half-written is left" in capsys.readouterr().err
