@@ -15,15 +15,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dynmix import __version__
+from megatron_dynmix.compare.command import (
+    compare_arguments,
+    evaluate_arguments,
+    run_compare,
+    run_evaluate,
+)
 from megatron_dynmix.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_REFUSED,
     EXIT_STOPPED,
+    CommandFailed,
     InputError,
     StoppedOnRequest,
     TrainingStopped,
 )
+from megatron_dynmix.training.prepare_command import prepare_arguments, run_prepare
 
 if TYPE_CHECKING:
     from megatron_dynmix.training.resume import Resume
@@ -39,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.command(arguments, rest))
     except InputError as error:
         return _end(EXIT_REFUSED, str(error))
+    except CommandFailed as error:
+        return _end(EXIT_FAILED, str(error))
     except TrainingStopped as error:
         return _end(EXIT_FAILED, f"stopped: {error}" if str(error) else "")
     except StoppedOnRequest as error:
@@ -76,12 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("quickstart", quickstart, "train a tiny MoE on four generated sources, on two ranks")
     sub.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
 
-    sub = command("prepare", prepare, "turn JSONL sources into tokens on disk", takes_flags=True)
-    sub.add_argument("run_yaml", nargs="?", type=Path, metavar="RUN.yaml")
-    sub.add_argument("--input", nargs="+", type=Path, metavar="FILE")
-    sub.add_argument("--output", type=Path, metavar="PREFIX")
-    sub.add_argument("--tokenizer", type=Path, metavar="DIR")
-    sub.add_argument("--template", choices=["tokenizer", "vicuna"])
+    sub = command("prepare", prepare, "turn sources into tokens on disk", takes_flags=True)
+    prepare_arguments(sub)
 
     sub = command(
         "train",
@@ -100,15 +106,44 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("verify", verify, "prove from a run's directory that it drew what its weights call for")
     sub.add_argument("run_dir", type=Path, metavar="RUN")
 
-    sub = command("update", update, "one weight update on given gate loads, without a model")
-    sub.add_argument("--load", type=Path, required=True, help='JSON: {"source": [load per expert], ...}')
-    sub.add_argument("--weights", type=Path, help='JSON: {"source": weight, ...}; default uniform')
-    sub.add_argument("--strategy", choices=["gate-load", "uniform", "fixed"], default="gate-load")
-    sub.add_argument("--eta", type=float, default=10.0)
-    sub.add_argument("--smoothing", type=float, default=0.05)
-    sub.add_argument("--metric", choices=["l2", "cos"], default="l2")
-    sub.add_argument("--aggregate", choices=["mean", "max"], default="mean")
+    sub = command("compare", compare, "run strategies x seeds, and set them side by side", takes_flags=True)
+    compare_arguments(sub)
+
+    sub = command("evaluate", evaluate, "held-out loss of each source, and answers that can be checked")
+    evaluate_arguments(sub)
+
+    sub = command("inspect", inspect, "show an example, a packed row or a batch as text", takes_flags=True)
+    _add_inspect(sub)
+
+    sub = command(
+        "update",
+        update,
+        "one weight update on given gate loads or losses, without a model; settings of the mixing section "
+        "are flags",
+        takes_flags=True,
+    )
+    sub.add_argument("--load", type=Path, metavar="FILE", help='JSON: {"source": [load per expert], ...}')
+    sub.add_argument("--loss", type=Path, metavar="FILE", help='JSON: {"source": loss in nats, ...}')
+    sub.add_argument(
+        "--weights", type=Path, metavar="FILE", help='JSON: {"source": weight, ...}; default uniform'
+    )
     return parser
+
+
+def compare(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Run a grid of variants and seeds; exit 1 if a run failed."""
+    from megatron_dynmix import platform
+
+    platform.start()
+    return run_compare(arguments, rest)
+
+
+def evaluate(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Evaluate a run's newest checkpoint on the held-out rows of its sources."""
+    from megatron_dynmix import platform
+
+    platform.start()
+    return run_evaluate(arguments)
 
 
 def quickstart(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -148,52 +183,7 @@ def prepare(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix import platform
 
     platform.start()
-    from megatron_dynmix.data.prepare import prepare_source
-    from megatron_dynmix.data.tokenizer import load_tokenizer
-    from megatron_dynmix.training.report import prepared_table
-
-    if arguments.run_yaml is not None:
-        if arguments.input or arguments.output:
-            raise InputError("give either RUN.yaml or --input and --output, not both")
-        return _prepare_run(arguments, rest)
-    if rest:
-        raise InputError(f"unknown arguments: {' '.join(rest)}")
-    missing = [name for name in ("input", "output", "tokenizer") if not getattr(arguments, name)]
-    if missing:
-        raise InputError(f"--{missing[0]} is missing; give RUN.yaml, or --input, --output and --tokenizer")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    report = prepare_source(
-        name=arguments.output.name,
-        inputs=arguments.input,
-        prefix=arguments.output,
-        tokenizer=load_tokenizer(arguments.tokenizer),
-        template=arguments.template or "tokenizer",
-    )
-    print(prepared_table([report]))
-    return 0
-
-
-def _prepare_run(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from megatron_dynmix.config.check import check_data, check_tokenizer
-    from megatron_dynmix.config.load import load_config
-    from megatron_dynmix.data.tokenizer import load_tokenizer
-    from megatron_dynmix.training.report import packed_table, prepared_table
-    from megatron_dynmix.training.sources import build_rows, prepare_sources
-
-    given = {"--tokenizer": arguments.tokenizer, "--template": arguments.template}
-    flags = [*rest, *(text for name, value in given.items() if value for text in (name, str(value)))]
-    config = load_config(arguments.run_yaml, flags)
-    check_data(config)
-    tokenizer = load_tokenizer(Path(config.data.tokenizer or ""))
-    check_tokenizer(config, tokenizer.vocab_size)
-    print(prepared_table(list(prepare_sources(config, tokenizer))))
-    print()
-    print(
-        packed_table(
-            [*build_rows(config, tokenizer, probe=False), *build_rows(config, tokenizer, probe=True)]
-        )
-    )
-    return 0
+    return run_prepare(arguments, rest)
 
 
 def train(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -318,49 +308,33 @@ def verify(arguments: argparse.Namespace, rest: list[str]) -> int:
     return 0 if verdict.proven else EXIT_FAILED
 
 
-def update(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Print the weights and deltas of one update as JSON."""
-    import numpy as np
+def _add_inspect(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("target", type=Path, metavar="PREFIX|RUN.yaml|RUN_DIR")
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--example", metavar="N", help="of a prepared PREFIX; SOURCE:N of a run")
+    what.add_argument("--row", metavar="SOURCE:N", help="packed row N of a source")
+    what.add_argument("--batch", type=int, metavar="ITERATION", help="the global batch of an iteration")
+    sub.add_argument("--tokenizer", type=Path, metavar="DIR")
+    sub.add_argument("--plain", action="store_true", help="marks instead of colours")
 
-    from megatron_dynmix.mixing.controller import MixingController
-    from megatron_dynmix.mixing.gate_load import GateLoad
-    from megatron_dynmix.mixing.static import Fixed, Uniform
-    from megatron_dynmix.mixing.strategy import Signal, Strategy
-    from megatron_dynmix.mixing.weights import normalise_weights
 
-    loads = _read_json_object(arguments.load)
-    weights = _read_json_object(arguments.weights) if arguments.weights else dict.fromkeys(loads, 1.0)
-    try:
-        weights_D = normalise_weights(weights, list(loads))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{arguments.weights}: {error}") from None
-    try:
-        if len({len(load) for load in loads.values()}) != 1:
-            raise ValueError("every source must have the same number of experts")
-        counts_DLE = np.array(list(loads.values()), dtype=np.float64)[:, None, :]
-        gate_load = GateLoad(
-            **{name: getattr(arguments, name) for name in ("eta", "smoothing", "metric", "aggregate")}
-        )
-        strategies: dict[str, Strategy] = {"gate-load": gate_load, "uniform": Uniform(), "fixed": Fixed()}
-        strategy = strategies[arguments.strategy]
-        controller = MixingController(list(loads), weights_D, strategy)
-        proposal, note = controller.update(Signal(counts_DLE=counts_DLE))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{arguments.load}: {error}") from None
-    answer = {
-        "weights": dict(zip(loads, proposal.weights_D.tolist(), strict=True)),
-        "delta": dict(zip(loads, proposal.delta_D.tolist(), strict=True)),
-        "note": note,
-    }
-    print(json.dumps(answer, indent=2))
+def inspect(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Print an example, a row or a batch: in colours on a terminal, with marks elsewhere."""
+    from megatron_dynmix import platform
+
+    platform.start()
+    from megatron_dynmix.data.row_text import show
+    from megatron_dynmix.training.inspect import inspect as inspect_target
+
+    given = {name: getattr(arguments, name) for name in ("tokenizer", "example", "row", "batch")}
+    show(inspect_target(arguments.target, rest, **given), in_colour=not arguments.plain)
     return 0
 
 
-def _read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict) or not content:
-        raise InputError(f'{path} holds {content!r}; it must hold an object: {{"source": ..., ...}}')
-    return content
+def update(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Print the weights and deltas of one update as JSON."""
+    from megatron_dynmix.training.update_command import update_once
+
+    answer = update_once(rest, load=arguments.load, loss=arguments.loss, weights=arguments.weights)
+    print(json.dumps(answer, indent=2))
+    return 0

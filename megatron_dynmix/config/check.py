@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 from pathlib import Path
 
@@ -13,10 +14,20 @@ from megatron_dynmix.config.megatron import (
     optimizer_config,
     transformer_config,
 )
-from megatron_dynmix.config.tree import RunConfig, TrainingConfig
+from megatron_dynmix.config.strategies import Chosen, resolved_options
+from megatron_dynmix.config.tree import HUB, MixingConfig, RunConfig, TrainingConfig
 from megatron_dynmix.errors import InputError
 
 MIN_GATE_LOAD_SOURCES = 3
+BY_DISTANCE = ("gate-load", "inverse")
+"""Strategies whose scores are equal where there are two sources."""
+RESOLVED_FROM = {
+    "reference": "a JSON file {source: loss of a reference model}",
+    "target": "a JSON file {source: loss that is aimed at}",
+    "weights_from": "the directory of a run with weight updates",
+    "embeddings": "a JSON or .npz file {source: vector}",
+    "schedule": "[[iteration, {source: weight}], ...]",
+}
 TWO_STAGES = 2
 
 
@@ -38,7 +49,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     transformer = transformer_config(config)
     optimizer_config(config)
     _check_model(transformer)
-    _check_capacity(transformer)
+    _check_capacity(transformer, config.mixing)
     _check_groups(config, micro_batch_group(transformer), world_size)
     _check_mixing(config, moe_layers(transformer))
     _check_lengths(config)
@@ -51,15 +62,19 @@ def check_data(config: RunConfig) -> None:
         raise InputError("data.sources is missing; name at least one: {chat: {path: chat.jsonl}}")
     if data.tokenizer is None:
         raise InputError("data.tokenizer is missing; give the folder of a Hugging Face tokenizer")
-    if not Path(data.tokenizer).is_dir():
-        raise InputError(f"data.tokenizer is {data.tokenizer}, which is no folder")
+    if not data.tokenizer.startswith(HUB) and not Path(data.tokenizer).exists():
+        raise InputError(
+            f"data.tokenizer is {data.tokenizer}, which does not exist; give a folder, a .model or .tiktoken "
+            f"file, or {HUB}ORGANISATION/NAME"
+        )
     for name, source in data.sources.items():
         for key, path in (("path", source.path), ("probe", source.probe)):
-            if path is not None and not Path(path).is_file() and not Path(f"{path}.idx").is_file():
+            if path is not None and not Path(f"{path}.idx").is_file() and not _exists(path):
                 raise InputError(
-                    f"source {name}: {key} is {path}, but there is no such file and no prepared {path}.idx"
+                    f"source {name}: {key} is {path}, but there is no such file, folder or pattern, and no "
+                    f"prepared {path}.idx"
                 )
-        if source.probe is not None and f"{name}.probe" in data.sources:
+        if name in data.probed and f"{name}.probe" in data.sources:
             raise InputError(
                 f"source {name}.probe has the name that the probe of source {name} is kept under; rename it"
             )
@@ -70,6 +85,10 @@ def check_data(config: RunConfig) -> None:
         raise InputError(f"some sources have a weight, but not {', '.join(without)}; give all or none")
     if given and sum(given) <= 0:
         raise InputError("all sources have weight 0; at least one must be drawn from")
+
+
+def _exists(path: str) -> bool:
+    return Path(path).exists() or bool(glob.glob(path, recursive=True))
 
 
 def _check_optimizer(config: RunConfig) -> None:
@@ -226,11 +245,16 @@ def _check_model(transformer: TransformerConfig) -> None:
         raise InputError(f"moe_router_topk is {topk}, but there are {experts} experts; use 1 to {experts}")
 
 
-def _check_capacity(transformer: TransformerConfig) -> None:
+def _check_capacity(transformer: TransformerConfig, mixing: MixingConfig) -> None:
     if transformer.moe_expert_capacity_factor is not None and transformer.moe_router_fusion:
         raise InputError(
             "moe_expert_capacity_factor with moe_router_fusion would count only the tokens that were not "
             "dropped: the fused router does not tell what it chose; leave out moe_router_fusion"
+        )
+    if transformer.moe_expert_capacity_factor is not None and mixing.load_mass == "probability":
+        raise InputError(
+            "mixing.load_mass is probability with moe_expert_capacity_factor: the probabilities of dropped "
+            "tokens are not known; use load_mass count, or leave out moe_expert_capacity_factor"
         )
 
 
@@ -243,27 +267,53 @@ def _check_mixing(config: RunConfig, layers: list[int]) -> None:
             "freeze_router keeps the routers as they are, but moe_router_enable_expert_bias goes on changing "
             "their choices; leave out one of them"
         )
-    if mixing.strategy != "gate-load":
-        return
-    if not layers:
+    _check_signal(config, mixing.chosen, "mixing.strategy is", layers)
+    for shadow in mixing.shadows:
+        _check_signal(config, shadow, "mixing.shadow has", layers)
+    _check_resolved(mixing)
+
+
+def _check_signal(config: RunConfig, chosen: Chosen, what: str, layers: list[int]) -> None:
+    """What a strategy reads must be there to be measured."""
+    sources = config.data.sources
+    needs_gate_load, needs_loss = chosen.needs
+    if needs_gate_load and not layers:
         raise InputError(
-            "mixing.strategy is gate-load, but the model is dense: it has no gates to read; set "
+            f"{what} {chosen.label}, but the model is dense: it has no gates to read; set "
             "num_moe_experts, or use strategy uniform or fixed"
         )
-    if len(sources) < MIN_GATE_LOAD_SOURCES:
+    if chosen.strategy in BY_DISTANCE and len(sources) < MIN_GATE_LOAD_SOURCES:
         raise InputError(
-            f"mixing.strategy is gate-load with {len(sources)} source{'s' * (len(sources) > 1)}; it needs "
+            f"{what} {chosen.label} with {len(sources)} source{'s' * (len(sources) > 1)}; it needs "
             f"{MIN_GATE_LOAD_SOURCES}: "
             "two are always equally far apart, so their weights never change; add a source, or use strategy "
             "fixed"
         )
-    if mixing.signal == "probe":
-        for name, source in sources.items():
-            if source.probe is None:
+    if (needs_gate_load or needs_loss) and config.mixing.signal == "probe":
+        for name in sources:
+            if name not in config.data.probed:
                 raise InputError(
-                    f"mixing.signal is probe, but source {name} has no probe; add data.sources.{name}.probe "
-                    "(held-out rows of the same kind), or use signal train"
+                    f"{what} {chosen.label} and mixing.signal probe, but source {name} has no probe; add "
+                    f"data.sources.{name}.probe (held-out rows of the same kind), hold some out with "
+                    "data.probe (--probe), or use signal train"
                 )
+
+
+def _check_resolved(mixing: MixingConfig) -> None:
+    """Files that strategies need are there, and none is given that nothing reads."""
+    used: set[str] = set()
+    for chosen in (mixing.chosen, *mixing.shadows):
+        settings = resolved_options(chosen.strategy)
+        used |= settings.keys()
+        for setting, required in settings.items():
+            if required and getattr(mixing, setting) is None:
+                raise InputError(f"strategy {chosen.label} needs mixing.{setting}: {RESOLVED_FROM[setting]}")
+    for setting, what in RESOLVED_FROM.items():
+        if getattr(mixing, setting) is not None and setting not in used:
+            raise InputError(
+                f"mixing.{setting} is given ({what}), but strategy {mixing.strategy} does not read it; leave "
+                "it out"
+            )
 
 
 def _check_lengths(config: RunConfig) -> None:

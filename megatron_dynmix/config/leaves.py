@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from megatron_dynmix.config import tree
+from megatron_dynmix.config.strategies import option_hints
 from megatron_dynmix.errors import InputError
 
 DECIDED = {
@@ -56,8 +57,9 @@ FLAG_ALIASES = {
     "swiglu": "gated_linear_unit",
     "tokenizer-model": "tokenizer",
     "disable-bias-linear": "no-add_bias_linear",
+    "mixing-unit": "unit",
 }
-"""Megatron-LM flags whose name differs from the field's; `no-` sets the field to false."""
+"""Flags whose name differs from the field's, mostly Megatron-LM's; `no-` sets the field to false."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,13 @@ class Leaf:
     name: str
     section: str
     hint: Any
+
+
+def mixing_leaves() -> dict[str, Leaf]:
+    """The leaves of the mixing section, options of strategies included; imports nothing heavy."""
+    leaves: dict[str, Leaf] = {}
+    _add(leaves, "mixing", tree.MixingConfig, ours=True, skip={"options"})
+    return {**leaves, **{name: Leaf(name, "mixing", hint) for name, hint in option_hints().items()}}
 
 
 @functools.cache
@@ -80,7 +89,8 @@ def all_leaves() -> dict[str, Leaf]:
     leaves: dict[str, Leaf] = {}
     for section in dataclasses.fields(tree.RunConfig):
         owner = getattr(tree, f"{section.name.capitalize()}Config")
-        _add(leaves, section.name, owner, ours=True, skip={"megatron", "sources"})
+        _add(leaves, section.name, owner, ours=True, skip={"megatron", "sources", "options"})
+    leaves |= mixing_leaves()
     parallel = {field.name for field in dataclasses.fields(ModelParallelConfig)}
     _add(leaves, "parallel", ModelParallelConfig)
     _add(leaves, "parallel", DistributedDataParallelConfig)

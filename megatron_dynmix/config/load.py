@@ -14,9 +14,15 @@ import yaml
 
 from megatron_dynmix.config import leaves, tree
 from megatron_dynmix.config.presets import COMMON, PRESETS
+from megatron_dynmix.config.strategies import option_hints
 from megatron_dynmix.errors import InputError
 
-PATH_LEAVES = ("tokenizer", "prepared_dir", "pretrained_checkpoint")
+PATH_LEAVES = (
+    *("tokenizer", "prepared_dir", "pretrained_checkpoint"),
+    *("reference", "target", "weights_from", "embeddings", "override_file"),
+)
+FLAT = ("megatron", "options")
+"""Mappings of a section that are written flat in YAML."""
 SECTIONS = tuple(field.name for field in dataclasses.fields(tree.RunConfig))
 Values = dict[str, dict[str, Any]]
 
@@ -52,7 +58,7 @@ def load_config(path: Path, flags: Sequence[str] = ()) -> tree.RunConfig:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
     except FileNotFoundError:
         raise InputError(
             f"{path}: there is no such file; give the path of a RUN.yaml, and flags after it"
@@ -70,11 +76,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-class _StrictLoader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, instead of keeping the last."""
 
 
-def _mapping_without_repeats(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+def _mapping_without_repeats(loader: StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [loader.construct_object(key) for key, _ in node.value]
     for key in keys:
         if keys.count(key) > 1:
@@ -84,7 +90,7 @@ def _mapping_without_repeats(loader: _StrictLoader, node: yaml.MappingNode) -> d
     return loader.construct_mapping(node, deep=True)
 
 
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
+StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
 
 
 def _yaml_value(path: Path, section: str, name: Any, value: Any) -> Any:
@@ -98,13 +104,43 @@ def _yaml_value(path: Path, section: str, name: Any, value: Any) -> Any:
     if leaf.section != section:
         raise InputError(f"{where} stands in the wrong section; put {name} under {leaf.section}")
     value = leaves.coerce(value, leaf.hint, where)
-    return _absolute(value, path.parent, where) if name in PATH_LEAVES else value
+    if name == "shadow":
+        return _shadows(value, where)
+    return _absolute(value, path.parent, where) if _is_path(name, value) else value
+
+
+def _is_path(name: str, value: Any) -> bool:
+    if name == "template":
+        return str(value).endswith(tree.JINJA_SUFFIXES)
+    return name in PATH_LEAVES and not str(value).startswith(tree.HUB)
+
+
+def _shadows(entries: tuple[str | dict[str, Any], ...], where: str) -> tuple[str | dict[str, Any], ...]:
+    """Options of shadows have the types of the same flat options."""
+    hints = option_hints()
+    return tuple(
+        entry
+        if isinstance(entry, str)
+        else {
+            key: leaves.coerce(item, hints[key], f"{where}.{key}") if key in hints else item
+            for key, item in entry.items()
+        }
+        for entry in entries
+    )
 
 
 def _sources(where: str, value: Any, folder: Path) -> dict[str, tree.SourceConfig]:
     if not isinstance(value, dict) or not value:
         raise InputError(f"{where} holds {value!r}; it must hold at least one source, as name: {{path: ...}}")
-    hints = {"path": str, "weight": float | None, "probe": str | None}
+    hints = {
+        "path": str,
+        "weight": float | None,
+        "probe": str | None,
+        "answer": str | None,
+        "max_epochs": float | None,
+        "format": str,
+        "fields": dict,
+    }
     sources = {}
     for name, settings in value.items():
         at = f"{where}.{name}"
@@ -136,14 +172,18 @@ def _absolute(text: str | None, folder: Path, where: str) -> str | None:
     return str((folder.absolute() / expanded).resolve())
 
 
-def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
+def parse_flags(flags: Sequence[str], known: Mapping[str, leaves.Leaf] | None = None) -> dict[str, Any]:
     """Flags -> leaf name -> value.
+
+    Args:
+        flags: as on a command line.
+        known: the leaves that may be set; all if not given.
 
     Raises:
         InputError: an unknown flag (with the nearest), a missing or wrong value.
 
     """
-    known = leaves.all_leaves()
+    known = leaves.all_leaves() if known is None else known
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
     parser.error = _refuse  # type: ignore[assignment, method-assign]
     for leaf in known.values():
@@ -168,8 +208,10 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
         if isinstance(value, list):
             value = value[0] if len(value) == 1 else f"[{', '.join(value)}]"
         if not isinstance(value, bool):
-            value = leaves.from_text(value, leaves.find(name))
-        if name in PATH_LEAVES:
+            value = leaves.from_text(value, leaves.find(name) if name in leaves.DECIDED else known[name])
+        if name == "shadow":
+            value = _shadows(value, "--shadow")
+        if _is_path(name, value):
             value = _absolute(value, Path.cwd(), f"--{name.replace('_', '-')}")
         parsed[name] = value
     return parsed
@@ -191,8 +233,8 @@ def _build(values: Values) -> tree.RunConfig:
         own = {item.name for item in dataclasses.fields(owner)}
         settings = values[field.name]
         arguments = {name: value for name, value in settings.items() if name in own}
-        if "megatron" in own:
-            arguments["megatron"] = {name: value for name, value in settings.items() if name not in own}
+        for rest in own.intersection(FLAT):
+            arguments[rest] = {name: value for name, value in settings.items() if name not in own}
         sections[field.name] = owner(**arguments)
     return tree.RunConfig(**sections)
 
@@ -203,7 +245,8 @@ def to_dict(config: tree.RunConfig) -> dict[str, dict[str, Any]]:
     for field in dataclasses.fields(config):
         section = getattr(config, field.name)
         flat = {item.name: getattr(section, item.name) for item in dataclasses.fields(section)}
-        flat.update(flat.pop("megatron", {}))
+        for rest in FLAT:
+            flat.update(flat.pop(rest, {}))
         sections[field.name] = {name: _plain(value) for name, value in flat.items()}
     return sections
 

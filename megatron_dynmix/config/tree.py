@@ -7,19 +7,30 @@ section's `megatron` mapping. What several sections must agree on is checked in 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from megatron_dynmix.config.strategies import Chosen, chosen_shadow, complete_options, is_own
 from megatron_dynmix.errors import InputError
 
-StrategyName = Literal["gate-load", "uniform", "fixed"]
 SignalName = Literal["probe", "train"]
-Overlong = Literal["drop", "truncate", "error"]
-Template = Literal["tokenizer", "vicuna"]
+UnitName = Literal["tokens", "examples"]
+LoadTokens = Literal["all", "trained"]
+LoadMass = Literal["count", "probability"]
+ProbeRows = Literal["fixed", "rotating"]
+Overlong = Literal["drop", "truncate", "split", "error"]
+BuiltInTemplate = Literal["tokenizer", "vicuna", "chatml", "plain"]
+HUB = "hf://"
+"""What stands before the name of a tokenizer on the Hugging Face hub."""
+JINJA_SUFFIXES = (".jinja", ".j2")
+TrainOn = Literal["all", "last", "completion", "everything"]
+RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"]
 Nonfinite = Literal["stop", "skip"]
 DecayStyle = Literal["linear", "cosine", "constant", "inverse-square-root"]
 OnSaveError = Literal["stop", "continue"]
+ONE_GROUP = "a regular expression with one group, around the answer, such as '#### (.+)'"
 
 
 def _require(condition: bool, name: str, value: object, need: str) -> None:
@@ -30,6 +41,14 @@ def _require(condition: bool, name: str, value: object, need: str) -> None:
 def _one_of(name: str, value: str, kind: Any) -> None:
     allowed = get_args(kind)
     _require(value in allowed, name, value, f"one of {', '.join(allowed)}")
+
+
+def _groups(pattern: str) -> int | None:
+    """Groups of a regular expression; None if it is none."""
+    try:
+        return re.compile(pattern).groups
+    except re.error:
+        return None
 
 
 def _positive(section: object, prefix: str, *names: str) -> None:
@@ -105,16 +124,30 @@ class SourceConfig:
     """One named dataset."""
 
     path: str
-    """A ShareGPT JSONL file, or the prefix of a prepared source."""
+    """A file, a pattern, a folder, or the prefix of a prepared source."""
+    format: RowFormat = "auto"
+    """Shape of the rows; found out for each file by its first rows if not given."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Names that our keys have in the rows, such as `{prompt: question, completion: answer}`."""
     weight: float | None = None
     """Initial share; uniform if no source has one."""
     probe: str | None = None
-    """Held-out rows of the same kind, for `mixing.signal: probe`."""
+    """Held-out rows of the same kind, for `mixing.signal: probe` and for evaluation."""
+    answer: str | None = None
+    """Regular expression whose one group is an answer that can be checked; evaluation compares it."""
+    max_epochs: float | None = None
+    """Epochs after which the source is drawn no more; its share goes to the others."""
 
     def __post_init__(self) -> None:
+        _positive(self, "a source's", "max_epochs")
+        _one_of("a source's format", self.format, RowFormat)
+        named = all(isinstance(name, str) for pair in self.fields.items() for name in pair)
+        _require(named, "a source's fields", self.fields, "names, as {prompt: question}")
         if self.weight is not None:
             ok = math.isfinite(self.weight) and self.weight >= 0
             _require(ok, "a source's weight", self.weight, "a finite number, 0 or more")
+        if self.answer is not None:
+            _require(_groups(self.answer) == 1, "a source's answer", self.answer, ONE_GROUP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,13 +155,26 @@ class DataConfig:
     """What is trained on."""
 
     tokenizer: str | None = None
-    """Folder of a Hugging Face tokenizer."""
-    template: Template = "tokenizer"
-    """How a conversation becomes text: the tokenizer's own chat template, or `vicuna`."""
+    """Folder of a Hugging Face tokenizer, a SentencePiece or tiktoken file, or `hf://ORGANISATION/NAME`."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the tokenizer may run."""
+    template: str = "tokenizer"
+    """How a conversation becomes text: the tokenizer's own chat template, `vicuna`, `chatml`, `plain`, or the
+    path of a Jinja file."""
+    train_on: TrainOn = "all"
+    """Which tokens are trained on: all answers, the last one, the only one of rows with one
+    (`completion`), or everything."""
     seq_length: int = 2048
     """Positions of a row."""
+    packing: bool = True
+    """Whether a row holds as many whole examples as fit; if not, each row holds one."""
     overlong: Overlong = "drop"
-    """What to do with an example longer than a row: drop and count it, truncate it, or stop."""
+    """What to do with an example longer than a row: drop and count it, truncate it, split it at turn borders
+    (what is too long even so is dropped), or stop."""
+    probe: int | None = None
+    """Examples of each source without a `probe` file that are kept from training to be its probe."""
+    strict: bool = False
+    """Whether one row that cannot be used is an error; if not, such rows are counted and left out."""
     num_workers: int = 1
     """Processes that read rows, per rank."""
     prepared_dir: str = "prepared"
@@ -137,36 +183,121 @@ class DataConfig:
     """Name -> source, in the order of their dataset_id."""
 
     def __post_init__(self) -> None:
-        _positive(self, "data", "seq_length")
+        _positive(self, "data", "seq_length", "probe")
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
         _one_of("data.overlong", self.overlong, Overlong)
-        _one_of("data.template", self.template, Template)
+        if not self.template.endswith(JINJA_SUFFIXES):
+            _one_of("data.template", self.template, BuiltInTemplate)
+        _one_of("data.train_on", self.train_on, TrainOn)
+
+    @property
+    def probed(self) -> tuple[str, ...]:
+        """Names of the sources that have held-out rows, in order."""
+        return tuple(name for name, source in self.sources.items() if source.probe is not None or self.probe)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixingConfig:
     """How the weights change."""
 
-    strategy: StrategyName = "gate-load"
+    strategy: str = "gate-load"
+    """A built-in one, or `module:name` of your own."""
     interval: int = 100
     """Iterations between two weight updates (the paper's m)."""
+    unit: UnitName = "tokens"
+    """What a weight is a share of: the tokens drawn (rows, all equally long), or the examples (the paper)."""
     signal: SignalName = "probe"
     """Where gate loads are measured: on held-out rows, or while training."""
     probe_tokens: int = 16384
-    """Positions of each source's held-out rows that a probe reads; the same ones every time."""
-    eta: float = 10.0
-    """Step size of an update."""
-    smoothing: float = 0.05
-    """Share of the weights that is spread evenly (the paper's c)."""
-    metric: str = "l2"
-    aggregate: str = "mean"
-    layers: str | tuple[int, ...] = "last"
-    """MoE layers whose loads count: `last`, `all` or a list of indices."""
+    """Positions of each source's held-out rows that a probe reads."""
+    probe_rows: ProbeRows = "fixed"
+    """Whether every probe reads the same rows, or each goes on where the last one stopped."""
+    load_tokens: LoadTokens = "all"
+    """Tokens that gate loads are made of: all but padding, or those whose label is trained on."""
+    load_mass: LoadMass = "count"
+    """What a token adds to the load of an expert it goes to: 1, or the weight its output gets."""
+    min_tokens: int = 1
+    """Of a source in an interval, for `signal: train`; with fewer its last known values are used."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of a built-in strategy, flat in YAML; those not given are filled in."""
+    strategy_options: dict[str, Any] = field(default_factory=dict)
+    """Options of a strategy of your own."""
+    reference: str | None = None
+    """JSON file {source: loss in nats} of a reference model."""
+    target: str | None = None
+    """JSON file {source: loss in nats} that is aimed at."""
+    weights_from: str | None = None
+    """Run directory whose last weights are taken."""
+    embeddings: str | None = None
+    """JSON or .npz file {source: vector}."""
+    schedule: tuple[Any, ...] | None = None
+    """[[iteration, {source: weight}], ...]."""
+    weight_floor: float = 0.0
+    """Least weight of a source that is not paused."""
+    max_kl_step: float | None = None
+    """Longest step of an update, in nats of KL from the old weights to the new."""
+    min_entropy: float | None = None
+    """Least entropy of the weights, as a share of the uniform mix's."""
+    prior: str | dict[str, float] | None = None
+    """Weights to be pulled towards: {source: weight}, `size` or `uniform`."""
+    prior_pull: float = 0.0
+    """How far each update is pulled towards the prior, from 0 to 1."""
+    override_file: str | None = None
+    """What an operator writes to change or pause sources; `override.json` in the run directory."""
+    shadow: tuple[str | dict[str, Any], ...] = ()
+    """Strategies that are asked beside it and change nothing: a name, or {strategy: NAME, option: value}."""
 
     def __post_init__(self) -> None:
-        _one_of("mixing.strategy", self.strategy, StrategyName)
         _one_of("mixing.signal", self.signal, SignalName)
+        _one_of("mixing.unit", self.unit, UnitName)
+        _one_of("mixing.probe_rows", self.probe_rows, ProbeRows)
+        _one_of("mixing.load_tokens", self.load_tokens, LoadTokens)
+        _one_of("mixing.load_mass", self.load_mass, LoadMass)
         _positive(self, "mixing", "interval", "probe_tokens")
+        _require(self.min_tokens >= 0, "mixing.min_tokens", self.min_tokens, "0 or more")
+        options = complete_options(self.strategy, self.options, "mixing")
+        if self.strategy_options and not is_own(self.strategy):
+            raise InputError(
+                f"mixing.strategy_options are for a strategy of your own (MODULE:NAME), not for "
+                f"{self.strategy}; write its options into the mixing section"
+            )
+        object.__setattr__(self, "options", options)  # frozen: this is the construction
+        labels = [shadow.label for shadow in self.shadows]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise InputError(f"mixing.shadow holds {label} twice; give each another option, or only one")
+
+    def flat(self) -> dict[str, Any]:
+        """As in YAML: the strategy's options beside the other settings."""
+        settings = {item.name: getattr(self, item.name) for item in fields(self)}
+        options = settings.pop("options")
+        return {**settings, **options}
+
+    @classmethod
+    def from_flat(cls, settings: Mapping[str, Any]) -> MixingConfig:
+        """Read `flat` back, from JSON too.
+
+        Raises:
+            InputError: a setting that there is not.
+
+        """
+        own = {item.name for item in fields(cls)}
+        tuples = {name: tuple(settings[name]) for name in ("shadow", "schedule") if settings.get(name)}
+        known = {name: value for name, value in settings.items() if name in own}
+        options = {name: value for name, value in settings.items() if name not in own}
+        return cls(**{**known, **tuples}, options=options)
+
+    @property
+    def chosen(self) -> Chosen:
+        """The strategy in charge, with its options."""
+        own = is_own(self.strategy)
+        options = self.strategy_options if own else self.options
+        return Chosen(label=self.strategy, strategy=self.strategy, options=options, own=own)
+
+    @property
+    def shadows(self) -> list[Chosen]:
+        """The strategies beside it."""
+        return [chosen_shadow(entry) for entry in self.shadow]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,8 @@
-"""Counts of routed tokens per source, on the device, without a host synchronisation.
+"""Gate loads per source: what was routed to each expert, on the device, without a host synchronisation.
 
-Axes: D sources, L MoE layers of the whole model, E experts, T tokens of this rank's micro-batch.
+Every source is counted in two halves, of its even and its odd rows: how far they disagree tells how noisy
+its load is. Axes: L MoE layers of the whole model, H = 2 halves, D sources, E experts, T tokens of this
+rank's micro-batch, G = H * D groups (half h of source d is group h * D + d).
 """
 
 from __future__ import annotations
@@ -8,24 +10,57 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+
+HALVES = 2
+
+PROBABILITY_UNIT = 2**24
+"""What a probability of 1 counts: float32 resolves no more, and 5e11 tokens fit into int64."""
 
 
 class GateLoadCounter:
-    """What the routers of one model write into, and the mixing callback reads.
+    """What the routers of one model write into, and `Reweighting` and the probe read.
 
     The training step announces each micro-batch with `set_sources`; every `GateLoadRouter` then calls
     `add` once per forward pass. Nothing is counted outside `recording`.
+
+    Probabilities are counted in units of 2^-24, as integers: their sum does not depend on the order in
+    which ranks, micro-batches and the parts of an interrupted interval are added.
     """
 
-    def __init__(self, num_sources: int, num_layers: int, num_experts: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        num_sources: int,
+        num_layers: int,
+        num_experts: int,
+        device: torch.device,
+        *,
+        trained_only: bool = False,
+        by_probability: bool = False,
+    ) -> None:
+        """Begin at zero.
+
+        Args:
+            num_sources: D.
+            num_layers: L; 0 for a dense model, which has nothing to count.
+            num_experts: E, shared ones not included.
+            device: where the routers are.
+            trained_only: leave out tokens whose label is not trained on.
+            by_probability: count a token not as 1 for each expert chosen, but as the weight that the
+                expert's output gets.
+
+        """
         self.num_sources = num_sources
-        self.counts_LDE = torch.zeros(
-            num_layers, num_sources, num_experts, dtype=torch.int64, device=device
+        self.by_probability = by_probability
+        self.counts_LHDE = torch.zeros(
+            num_layers, HALVES, num_sources, num_experts, dtype=torch.int64, device=device
         )  # int64: Float16Module turns float buffers into bf16, which cannot count
-        self._arange_D = torch.arange(num_sources, device=device)
+        self._trained_only = trained_only
+        self._arange_G = torch.arange(HALVES * num_sources, device=device)
         self._source_T: torch.Tensor | None = None
-        self._source_one_hot_DT: torch.Tensor | None = None
+        self._group_one_hot_GT: torch.Tensor | None = None
         self._recording = False
 
     @contextlib.contextmanager
@@ -42,20 +77,29 @@ class GateLoadCounter:
         """Whether a forward pass now would be counted."""
         return self._recording
 
-    def set_sources(self, source_T: torch.Tensor) -> None:
+    def set_sources(self, source_T: torch.Tensor, half_T: torch.Tensor, trained_T: torch.Tensor) -> None:
         """Announce the micro-batch that the next forward pass of this rank routes.
 
+        All in the order in which the router flattens the tokens (sequence-major).
+
         Args:
-            source_T: dataset_id of each token in the order in which the router flattens them
-                (sequence-major), -1 for padding, which is then counted nowhere.
+            source_T: dataset_id of each token, -1 for padding, which is then counted nowhere.
+            half_T: which half of its source the token's row is in, 0 or 1.
+            trained_T: whether the token's label is trained on.
 
         """
-        self._source_T = source_T
-        # float32 counts exactly up to 2^24 tokens of one micro-batch, and the product in `add` runs on the
-        # matrix units; bincount or boolean indexing would wait for the device.
-        self._source_one_hot_DT = (
-            (self._arange_D[:, None] == source_T[None, :]).float() if self._recording else None
-        )
+        self._source_T, self._group_one_hot_GT = source_T, None
+        if not self._recording:
+            return
+        counted_T = source_T >= 0
+        if self._trained_only:
+            counted_T &= trained_T
+        group_T = torch.where(counted_T, half_T * self.num_sources + source_T, -1)
+        # The product in `add` runs on the matrix units; bincount or boolean indexing would wait for the
+        # device. float32 holds sums of ones exactly up to 2^24 tokens of one micro-batch, float64 holds sums
+        # of probabilities up to 2^29.
+        dtype = torch.float64 if self.by_probability else torch.float32
+        self._group_one_hot_GT = (self._arange_G[:, None] == group_T[None, :]).to(dtype)
 
     @property
     def padding_T(self) -> torch.Tensor:
@@ -63,20 +107,37 @@ class GateLoadCounter:
         assert self._source_T is not None, "set_sources was not called before the forward pass"
         return self._source_T < 0
 
-    def add(self, layer: int, routing_map_TE: torch.Tensor) -> None:
-        """Add one layer's choice of experts for the announced micro-batch.
+    def add(self, layer: int, mass_TE: torch.Tensor) -> None:
+        """Add what one layer routed of the announced micro-batch.
 
         Args:
             layer: index of the MoE layer in the whole model, from 0.
-            routing_map_TE: which experts each token goes to.
+            mass_TE: which experts each token goes to; with `by_probability` their weights instead.
 
         """
-        assert self._source_one_hot_DT is not None, "set_sources was not called before the forward pass"
-        assert self._source_one_hot_DT.shape[1] == routing_map_TE.shape[0], "ids and tokens differ in number"
-        self.counts_LDE[layer] += (self._source_one_hot_DT @ routing_map_TE.float()).to(torch.int64)
+        one_hot_GT = self._group_one_hot_GT
+        assert one_hot_GT is not None, "set_sources was not called before the forward pass"
+        assert one_hot_GT.shape[1] == mass_TE.shape[0], "ids and tokens differ in number"
+        mass_TE = mass_TE.detach().to(one_hot_GT.dtype)
+        if self.by_probability:
+            mass_TE = (mass_TE * PROBABILITY_UNIT).round()
+        self.counts_LHDE[layer] += (one_hot_GT @ mass_TE).to(torch.int64).view(HALVES, self.num_sources, -1)
 
     def take(self) -> torch.Tensor:
-        """Return this rank's counts `[L, D, E]` and start again from zero."""
-        counts_LDE = self.counts_LDE.clone()
-        self.counts_LDE.zero_()
-        return counts_LDE
+        """Return this rank's counts `[L, H, D, E]` and start again from zero."""
+        counts_LHDE = self.counts_LHDE.clone()
+        self.counts_LHDE.zero_()
+        return counts_LHDE
+
+    def by_half(self, counts_LHDE: torch.Tensor) -> NDArray[np.int64] | NDArray[np.float64]:
+        """Counts of this counter as a strategy reads them.
+
+        Args:
+            counts_LHDE: what `take` gave, reduced or not.
+
+        Returns:
+            `[H, D, L, E]`: tokens (int64), or sums of probabilities (float64).
+
+        """
+        half_counts_HDLE = np.ascontiguousarray(counts_LHDE.permute(1, 2, 0, 3).cpu().numpy())
+        return half_counts_HDLE / PROBABILITY_UNIT if self.by_probability else half_counts_HDLE

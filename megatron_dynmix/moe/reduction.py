@@ -4,7 +4,7 @@ Every rank of a pipeline stage routes other tokens: expert-parallel ranks are ca
 data-parallel ones, and with sequence or context parallelism a rank holds a slice of the sequence. The
 sum therefore runs over the expert-parallel group, then over the expert-tensor and expert-data groups
 (which together hold each token of the stage once, in every layout), then over the pipeline stages,
-whose layers are disjoint.
+whose layers are disjoint. Axes: L MoE layers, H halves, D sources, E experts.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ import torch
 from megatron.core import parallel_state
 
 
-def reduce_counts(counts_LDE: torch.Tensor) -> torch.Tensor:
+def reduce_counts(counts_LHDE: torch.Tensor) -> torch.Tensor:
     """Sum counts over all tokens of the job and all pipeline stages.
 
     Args:
-        counts_LDE: this rank's int64 counts; zero for the layers of other stages.
+        counts_LHDE: this rank's int64 counts; zero for the layers of other stages.
 
     Returns:
         The same counts on every rank, exact: integers are added, in any order.
 
     """
-    total_LDE = counts_LDE.clone()
+    total_LHDE = counts_LHDE.clone()
+    if not total_LHDE.numel():  # of a dense model
+        return total_LHDE
     for group in (
         parallel_state.get_expert_model_parallel_group(),
         parallel_state.get_expert_tensor_parallel_group(),
@@ -31,5 +33,5 @@ def reduce_counts(counts_LDE: torch.Tensor) -> torch.Tensor:
         parallel_state.get_pipeline_model_parallel_group(),
     ):
         if group.size() > 1:
-            torch.distributed.all_reduce(total_LDE, group=group)
-    return total_LDE
+            torch.distributed.all_reduce(total_LHDE, group=group)
+    return total_LHDE

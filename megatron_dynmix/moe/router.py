@@ -81,7 +81,7 @@ class GateLoadRouter(TopKRouter):
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose experts, and count the choice once per token.
+        """Choose experts, and count each token once.
 
         Args:
             logits: `[S, B, E]`, this rank's slice of the sequence.
@@ -92,7 +92,8 @@ class GateLoadRouter(TopKRouter):
             padding_mask = self._own_padding(logits, padding_mask)
         probs, routing_map_TE = super().routing(logits, padding_mask)
         if self.counter is not None and self.counter.is_recording and not in_backward():
-            self.counter.add(self.moe_layer_index, self._choice_TE(routing_map_TE))
+            mass_TE = probs if self.counter.by_probability else self._choice_TE(routing_map_TE)
+            self.counter.add(self.moe_layer_index, mass_TE)
         return probs, routing_map_TE
 
     def _own_padding(self, logits: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:

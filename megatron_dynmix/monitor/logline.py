@@ -71,7 +71,8 @@ def mixing_table(update: Mapping[str, Any]) -> str:
     """A plain table of one weight update (the update of `MetricsWriter.mixing`), one line per source.
 
     Columns: weight before, after and the change between them; delta ("-" where the strategy has none);
-    tokens drawn and epochs seen so far. ASCII but for the sources' names: any log can hold it.
+    tokens drawn and epochs seen so far. Below them the weights that shadows would have, what guardrails and
+    the operator did, and a note. ASCII but for the sources' names: any log can hold it.
     """
     names, old, new, tokens, epochs = (
         update[key] for key in ("sources", "old_weights", "new_weights", "tokens", "epochs")
@@ -88,6 +89,13 @@ def mixing_table(update: Mapping[str, Any]) -> str:
     for name, *cells in rows:
         aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
         lines.append("  " + "  ".join([name.ljust(widths[0]), *aligned]))
+    if update.get("example_weights") is not None:  # the weights above are shares of the rows
+        pairs = zip(names, update["example_weights"], strict=True)
+        lines.append(f"  shares of examples: {', '.join(f'{name} {share:.4f}' for name, share in pairs)}")
+    for label, weights in update["shadow"].items():
+        shares = ", ".join(f"{name} {weight:.4f}" for name, weight in zip(names, weights, strict=True))
+        lines.append(f"  shadow {label}: {shares}")
+    lines += [f"  event: {event}" for event in update["events"]]
     if update["note"] is not None:
         lines.append(f"  note: {update['note']}")
     return "\n".join(lines)

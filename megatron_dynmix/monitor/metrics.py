@@ -27,6 +27,7 @@ MIXING_KEYS = frozenset(
             "distance",
         ),
         *("tokens", "rows", "epochs", "probe_loss", "entropy", "kl_step", "note", "seconds"),
+        *("events", "override", "shadow", "loss", "delta_error", "signal"),
     }
 )
 
@@ -74,7 +75,10 @@ class MetricsWriter:
         Keys: iteration, consumed_samples, sources, old_weights, new_weights, delta (or None), load (D x E
         or D x L x E, or None), distance (D x D, or None), tokens, rows, epochs (per source, so far),
         probe_loss (per source, or None), entropy of the new weights and kl_step from the old to them (nats),
-        note (or None), seconds {signal, reduce, update, rebuild}.
+        note (or None), events (a line each), override (or None), shadow {label: weights}, loss and
+        delta_error (per source, or None), signal (what was measured, or None), seconds {signal, reduce,
+        update, rebuild}. The weights are shares of the rows; example_weights, where they are there, those of
+        the examples.
         """
         assert update.keys() >= MIXING_KEYS, f"missing: {sorted(MIXING_KEYS - update.keys())}"
         assert list(update["sources"]) == self._sources, f"{update['sources']} are not {self._sources}"

@@ -52,6 +52,9 @@ class TensorBoardWriter:
             "token-share": tokens_D / tokens_D.sum() if tokens_D.any() else None,
             "epochs": update["epochs"],
             "probe-lm-loss": update["probe_loss"],
+            "delta-error": update["delta_error"],
+            "example-weight": update.get("example_weights"),
+            **{f"shadow/{label}": weights for label, weights in update["shadow"].items()},
         }
         for name, values_D in per_source.items():
             if values_D is not None:
@@ -67,6 +70,10 @@ class TensorBoardWriter:
             self._image("dynmix/distance", distance_image(update["distance"], sources), iteration)
         if update["note"] is not None:
             self._writer.add_text("dynmix/note", update["note"], iteration)
+        if update["events"]:
+            self._writer.add_text(
+                "dynmix/events", "\n".join(f"- {line}" for line in update["events"]), iteration
+            )
 
     def text(self, tag: str, markdown: str) -> None:
         """Write a text that belongs to the whole run, such as the resolved configuration."""

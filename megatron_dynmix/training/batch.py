@@ -29,12 +29,18 @@ class Batch:
     """True = padding."""
     source: torch.Tensor
     """dataset_id of each position, -1 for padding; shaped like `tokens`."""
+    half: torch.Tensor
+    """0 or 1, whether the position's row is an even or an odd one of its source; shaped like `tokens`."""
     attention_mask: torch.Tensor | None
     packed_seq_params: PackedSeqParams | None
 
-    def routed_source_T(self, sequence_parallel: bool) -> torch.Tensor:
-        """`source` in the order in which this rank's routers see their tokens."""
-        return router_token_slice(self.source.t(), sequence_parallel)
+    def routed_T(self, sequence_parallel: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`source`, `half`, and what is trained on, in the order in which this rank's routers see tokens."""
+        source_T, half_T, trained_T = (
+            router_token_slice(per_token.t(), sequence_parallel)
+            for per_token in (self.source, self.half, self.loss_mask > 0)
+        )
+        return source_T, half_T, trained_T
 
     def token_losses(self, model: torch.nn.Module) -> torch.Tensor:
         """Run the model: the loss of every position, or this pipeline stage's output."""
@@ -52,7 +58,7 @@ def to_batch(micro_batch: MicroBatch, device: torch.device, *, join_rows: bool) 
     """Move a micro-batch to its device and derive what follows from it.
 
     Args:
-        micro_batch: `dataset_id` [B] and the arrays [B, S] of `PackedRows`.
+        micro_batch: `dataset_id` and `half` [B] and the arrays [B, S] of `PackedRows`.
         device: where the model is.
         join_rows: see `layer_spec.joins_rows`.
 
@@ -61,6 +67,7 @@ def to_batch(micro_batch: MicroBatch, device: torch.device, *, join_rows: bool) 
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
     padding_BS = moved["padding_mask"].bool()
     source_BS = moved["dataset_id"].long()[:, None].expand_as(padding_BS).masked_fill(padding_BS, -1)
+    half_BS = moved["half"].long()[:, None].expand_as(padding_BS)
     positions_RC = context_parallel_positions(
         padding_BS.shape[1], parallel_state.get_context_parallel_world_size(), device
     )
@@ -77,6 +84,7 @@ def to_batch(micro_batch: MicroBatch, device: torch.device, *, join_rows: bool) 
         loss_mask=shaped(moved["loss_mask"]),
         padding_mask=shaped(padding_BS),
         source=shaped(source_BS),
+        half=shaped(half_BS),
         attention_mask=attention_mask,
         packed_seq_params=packed,
     )

@@ -1,6 +1,6 @@
-"""The probe: held-out rows of every source, read in evaluation mode, always the same ones.
+"""The probe: held-out rows of every source, read in evaluation mode.
 
-Axes: D sources, L MoE layers, E experts, B rows of a micro-batch.
+Axes: H halves, D sources, L MoE layers, E experts, B rows of a micro-batch.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from torch.utils.data import default_collate
 
 from megatron_dynmix.data.loader import MicroBatch
 from megatron_dynmix.data.rows import PackedRows
+from megatron_dynmix.moe.counter import HALVES
 from megatron_dynmix.moe.reduction import reduce_counts
 from megatron_dynmix.training.step import PassRunner, SourceStats
 
 
 class Probe:
-    """Measures gate loads and losses of all sources on their held-out rows."""
+    """Measures gate loads and losses of all sources on their held-out rows.
+
+    Of a dense model, which has no gates, it measures losses only.
+    """
 
     def __init__(
         self,
@@ -30,8 +34,9 @@ class Probe:
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
+        rotating: bool = False,
     ) -> None:
-        """Read this rank's share of the rows once.
+        """Read this rank's share of the rows, if they stay the same.
 
         Args:
             rows: held-out rows of each source.
@@ -40,44 +45,73 @@ class Probe:
             micro_batch_size: rows of a micro-batch.
             dp_rank: this data-parallel rank.
             dp_size: data-parallel ranks; they share the rows.
+            rotating: whether each measurement goes on where the last one stopped, from the first row again
+                after the last; if not, all read a source's first rows.
 
         """
-        per_source = -(-probe_tokens // seq_length)
-        pairs = [(d, row) for d, held_out in enumerate(rows) for row in range(min(per_source, len(held_out)))]
-        stride = micro_batch_size * dp_size
-        # Expert parallelism needs the same number of passes on every rank: fill up with rows of padding.
-        pairs += [(-1, 0)] * (-len(pairs) % stride)
-        empty = _padding_row(rows[0][0])
-        mine = (
-            pairs[first : first + micro_batch_size]
-            for first in range(dp_rank * micro_batch_size, len(pairs), stride)
-        )
-        self._micro_batches: list[MicroBatch] = [
-            default_collate(
-                [{"dataset_id": np.int16(d), **(rows[d][row] if d >= 0 else empty)} for d, row in share]
-            )
-            for share in mine
-        ]
+        self._rows = rows
+        self._per_source = -(-probe_tokens // seq_length)
+        self._micro_batch_size = micro_batch_size
+        self._first = dp_rank * micro_batch_size
+        self._stride = dp_size * micro_batch_size
+        self._kept = None if rotating else self._read(0)
 
-    def measure(self, run: PassRunner, seconds: dict[str, float]) -> tuple[torch.Tensor, SourceStats]:
-        """Counts `[L, D, E]` and sums per source, of all ranks; training state is left as it was.
+    def rows_of(self, source: int, measurement: int) -> list[int]:
+        """The held-out rows of a source that measurement number `measurement` of a run reads."""
+        size = len(self._rows[source])
+        count = min(self._per_source, size)
+        return [row % size for row in range(measurement * count, (measurement + 1) * count)]
 
-        `seconds["reduce"]` is set to the time of the reduction alone.
+    def measure(
+        self, run: PassRunner, seconds: dict[str, float], measurement: int
+    ) -> tuple[torch.Tensor, SourceStats]:
+        """Measure once; training state is left as it was.
+
+        Args:
+            run: the model.
+            seconds: `reduce` is set to the time of the reduction alone.
+            measurement: number of the measurement in the run, which decides the rows if they rotate.
+
+        Returns:
+            Counts `[L, H, D, E]`, the halves being even and odd rows of a source's file, and sums per
+            source; of all ranks.
+
         """
+        micro_batches = self._read(measurement) if self._kept is None else self._kept
         for chunk in run.chunks:
             chunk.eval()
         try:
             # Megatron-Core's schedules leave autograd on, and expert bias takes that for training.
             with torch.no_grad(), run.counter.recording():
-                stats = run(self._micro_batches, forward_only=True)
+                stats = run(micro_batches, forward_only=True)
         finally:
             for chunk in run.chunks:
                 chunk.train()
         run.platform.synchronize()
         start = time.perf_counter()
-        counts_LDE = reduce_counts(run.counter.take()).cpu()
+        counts_LHDE = reduce_counts(run.counter.take()).cpu()
         seconds["reduce"] = time.perf_counter() - start
-        return counts_LDE, stats
+        return counts_LHDE, stats
+
+    def _read(self, measurement: int) -> list[MicroBatch]:
+        """Read the micro-batches of a measurement that are this rank's."""
+        pairs = [(d, row) for d in range(len(self._rows)) for row in self.rows_of(d, measurement)]
+        # Expert parallelism needs the same number of passes on every rank: fill up with rows of padding.
+        pairs += [(-1, 0)] * (-len(pairs) % self._stride)
+        empty = _padding_row(self._rows[0][0])
+        return [
+            default_collate(
+                [
+                    {
+                        "dataset_id": np.int16(d),
+                        "half": np.int8(row % HALVES),
+                        **(self._rows[d][row] if d >= 0 else empty),
+                    }
+                    for d, row in pairs[first : first + self._micro_batch_size]
+                ]
+            )
+            for first in range(self._first, len(pairs), self._stride)
+        ]
 
 
 def _padding_row(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

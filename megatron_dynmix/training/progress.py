@@ -44,9 +44,8 @@ class LogInterval:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, exact."""
-        sums = (self.stats.loss_sum_D, self.stats.trained_D, self.stats.tokens_D)
         return {
-            "stats": [sum_D.tolist() for sum_D in sums],
+            "stats": self.stats.state_dict(),
             "iterations": self.iterations,
             "samples": self.samples,
             "seconds": self.seconds,
@@ -56,9 +55,8 @@ class LogInterval:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> LogInterval:
         """Go on from `state`."""
-        stats = SourceStats(*torch.tensor(state["stats"], dtype=torch.float64))
         return cls(
-            stats,
+            SourceStats.from_state_dict(state["stats"]),
             iterations=state["iterations"],
             samples=state["samples"],
             seconds=state["seconds"],

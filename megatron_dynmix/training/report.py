@@ -7,27 +7,44 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_yaml
-from megatron_dynmix.data.prepare import SourceReport
+from megatron_dynmix.data.duplicates import read_digests, shared_texts
+from megatron_dynmix.data.row_text import excerpt, plain, row_text
 from megatron_dynmix.data.rows import PackedRows
+from megatron_dynmix.data.source_report import SourceReport, file_of
+from megatron_dynmix.data.tokenizer import Tokenizer
+from megatron_dynmix.mixing.unit import example_shares
 from megatron_dynmix.monitor.tables import table
+from megatron_dynmix.training.mix import initial_shares
+from megatron_dynmix.training.sources import SourceFile, source_files
 
 if TYPE_CHECKING:
     from megatron_dynmix.training.run import Data
 
+SHOWN_LINES = 10
+"""Of a row, at the start of the log."""
 NOTABLE_DROP = 0.1
 """Share of a source's examples whose loss deserves a line of its own."""
 
 
 def report_start(
-    config: RunConfig, data: Data, run_dir: Path, changes: Sequence[str], notes: Sequence[str] = ()
+    config: RunConfig,
+    data: Data,
+    tokenizer: Tokenizer,
+    run_dir: Path,
+    changes: Sequence[str],
+    notes: Sequence[str] = (),
 ) -> None:
     """Print everything a user should see once, on one rank.
 
     Args:
         config: the resolved configuration.
         data: what the run reads.
+        tokenizer: what it was made with.
         run_dir: where everything is written.
         changes: settings that are not those of the checkpoint.
         notes: what was found wrong with checkpoints that are not used.
@@ -36,8 +53,14 @@ def report_start(
     print(f"------------------------ arguments ------------------------\n{to_yaml(config).rstrip()}")
     print("-------------------- end of arguments ---------------------")
     print(prepared_table(data.reports))
+    for line in shared_lines(list(source_files(config)), config):
+        print(line)
     print()
     print(packed_table([*data.train, *data.probe]))
+    print()
+    print(share_table(data.train, initial_shares(config, data.train)))
+    print("\nthe beginning of a row, [[what is trained on]] and {{special tokens}} in brackets:")
+    print(excerpt(plain(row_text(data.train[0], 0, tokenizer)), SHOWN_LINES))
     for note in notes:
         print(note)
     for change in changes:
@@ -49,16 +72,45 @@ def report_start(
 
 def prepared_table(reports: Sequence[SourceReport]) -> str:
     """What became of each input's examples; the first broken rows by file and line."""
-    header = ["source", "examples", "tokens", "trained", "longest", "broken", "untrained", "duplicates"]
+    header = [
+        *("source", "examples", "tokens", "trained", "mean length", "longest"),
+        *("broken", "untrained", "duplicates", "split", "held out"),
+    ]
     rows = [
         [
-            *(report.name, report.examples, report.tokens, report.trained_tokens, report.max_length),
-            *(report.broken, report.untrained, report.duplicates),
+            *(report.name, report.examples, report.tokens, report.trained_tokens),
+            *(f"{report.mean_length:.1f}", report.max_length, report.broken, report.untrained),
+            *(report.duplicates, report.split, report.held_out),
         ]
         for report in reports
     ]
     broken = [f"  broken: {line}" for report in reports for line in report.first_broken]
     return "\n".join([table(header, rows), *broken])
+
+
+def shared_lines(files: Sequence[SourceFile], config: RunConfig) -> list[str]:
+    """A line for each two inputs that have texts in common, from the digests beside their prepared files."""
+    digests = [read_digests(file_of(file.prefix(config), "digests")) for file in files]
+    lines = []
+    for shared in shared_texts(digests):
+        first, second = files[shared.first], files[shared.second]
+        texts = "1 text stands" if shared.texts == 1 else f"{shared.texts} texts stand"
+        why = "that much of their gate loads is alike for no other reason"
+        if first.is_probe != second.is_probe:
+            why = "what is trained on is not held out, so its gate loads and losses mislead"
+        lines.append(f"WARNING: {texts} in both {first.label} and {second.label}: {why}")
+    return lines
+
+
+def share_table(rows: Sequence[PackedRows], row_shares_D: NDArray[np.float64]) -> str:
+    """What the sources' weights mean before a strategy changes them: of the rows, and of the examples."""
+    per_row_D = np.array([source.mean_examples_per_row for source in rows])
+    shares = zip(rows, per_row_D, row_shares_D, example_shares(row_shares_D, per_row_D), strict=True)
+    lines = [
+        [source.name, f"{per_row:.2f}", f"{of_rows:.4f}", f"{of_examples:.4f}"]
+        for source, per_row, of_rows, of_examples in shares
+    ]
+    return table(["source", "examples a row", "share of rows", "share of examples"], lines)
 
 
 def packed_table(sources: Sequence[PackedRows]) -> str:

@@ -9,8 +9,11 @@ from typing import Any, Literal
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict
-from megatron_dynmix.data.prepare import SourceReport
+from megatron_dynmix.config.tree import MixingConfig
+from megatron_dynmix.data.source_report import SourceReport
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.mixing.static import Fixed
+from megatron_dynmix.mixing.strategies import STRATEGIES
 from megatron_dynmix.training.checkpointing import restore_point
 from megatron_dynmix.training.checkpointing.checkpoint import read_run_state
 from megatron_dynmix.training.source_change import differences as source_differences
@@ -25,17 +28,26 @@ SHAPE = (
     *("gated_linear_unit", "add_bias_linear", "untie_embeddings_and_output_weights"),
 )
 # Settings that decide the order of the rows; the state of the mix is that of one order.
-ORDER = (("training", "seed"), ("data", "seq_length"), ("data", "overlong"))
+ORDER = (
+    ("training", "seed"),
+    ("data", "seq_length"),
+    ("data", "overlong"),
+    ("data", "packing"),
+    ("mixing", "unit"),
+)
+
+# Settings that decide what a gate load is; the state of the mix holds such loads.
+LOADS = (("mixing", "load_tokens"), ("mixing", "load_mass"))
 
 
 def identity(config: RunConfig, reports: Sequence[SourceReport]) -> dict[str, Any]:
     """What a checkpoint says of the run it belongs to: its configuration, and what its sources held."""
     names = list(config.data.sources)
     prints = {
-        name: [*(file.sha256 for file in report.inputs), report.tokenizer, report.template]
+        name: [*(file.sha256 for file in report.inputs), *report.recipe.prints]
         for name, report in zip(names, reports, strict=False)
     }
-    probed = [name for name, source in config.data.sources.items() if source.probe is not None]
+    probed = config.data.probed
     probes = {
         name: [file.sha256 for file in report.inputs]
         for name, report in zip(probed, reports[len(names) :], strict=False)
@@ -123,12 +135,16 @@ def check_resume(
         for name in {**settings, **new}
         if settings.get(name) != new.get(name)
     }
-    for section, name in ORDER:
-        if (change := differences.get(f"{section}.{name}")) is not None:
+    for section, name in (*ORDER, *LOADS):
+        change = differences.get(f"{section}.{name}")
+        # A checkpoint from before a setting existed does not know it; its blend still compares the sizes.
+        if change is not None and change[0] is not None:
             raise InputError(
                 f"{section}.{name} was {change[0]} when {source} was written and is {change[1]} now, which "
-                f"changes the order of the rows; resume with {change[0]}"
+                f"changes {'the order of the rows' if (section, name) in ORDER else 'what gate loads are'}; "
+                f"resume with {change[0]}"
             )
+    _check_strategy(saved["config"]["mixing"]["strategy"], config.mixing, source)
     weights = [
         {name: entry.get("weight") for name, entry in settings["data"]["sources"].items()}
         for settings in (saved["config"], now["config"])
@@ -138,7 +154,11 @@ def check_resume(
             "the initial weights of the sources changed, but a resumed run goes on with the weights it had; "
             "give the old ones, or start a new --run-dir"
         )
-    differences.pop("data.sources", None)  # paths alone may differ
+    before, after = differences.pop("data.sources", ({}, {}))  # paths may differ
+    for name in [name for name in after if name in before]:
+        caps = tuple(sources[name].get("max_epochs") for sources in (before, after))
+        if caps[0] != caps[1]:
+            differences[f"data.sources.{name}.max_epochs"] = caps
     other_probes = [
         f"{name}: held-out rows of other content"
         for name, probe in now["probes"].items()
@@ -147,6 +167,17 @@ def check_resume(
     return (
         other_sources + other_probes + [f"{name}: {old} -> {new}" for name, (old, new) in differences.items()]
     )
+
+
+def _check_strategy(before: str, mixing: MixingConfig, source: Path) -> None:
+    """A run may go on with another strategy, if that has anything to say after the start."""
+    kind: Any = STRATEGIES.get(mixing.strategy)
+    if before != mixing.strategy and kind is not None and not kind.updates and kind is not Fixed:
+        raise InputError(
+            f"mixing.strategy was {before} when {source} was written; {mixing.strategy} chooses weights at "
+            f"the start of a run only: resume with {before}, keep the weights with fixed, or start a new "
+            "--run-dir"
+        )
 
 
 def check_pretrained(config: RunConfig) -> None:

@@ -1,13 +1,16 @@
-"""Every m iterations: signal -> reduced counts -> new weights -> next stage of the blend.
+"""Every m iterations: signal -> reduced counts and losses -> new weights -> next stage of the blend.
 
-Axes: D sources, L MoE layers, E experts.
+Axes: H halves, D sources, L MoE layers, E experts.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,41 +19,58 @@ from numpy.typing import NDArray
 
 from megatron_dynmix.config.tree import MixingConfig
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
-from megatron_dynmix.mixing.controller import MixingController, MixingUpdate
-from megatron_dynmix.mixing.gate_load import GateLoad
-from megatron_dynmix.mixing.static import Fixed, Uniform
-from megatron_dynmix.mixing.strategy import Proposal, Signal, Strategy
-from megatron_dynmix.mixing.weights import entropy, kl_divergence
+from megatron_dynmix.mixing.controller import Decision, MixingController
+from megatron_dynmix.mixing.override import Override, parse_override
+from megatron_dynmix.mixing.strategy import Signal
 from megatron_dynmix.moe.reduction import reduce_counts
+from megatron_dynmix.training.ledger.lines import begin_of
+from megatron_dynmix.training.mix import Horizon, Resolved, examples_per_row, for_strategy, in_rows
 from megatron_dynmix.training.probe import Probe
 from megatron_dynmix.training.step import PassRunner, SourceStats
+from megatron_dynmix.training.update_record import KEPT, update_record
 
 
 class MixingError(RuntimeError):
     """New weights could not be made; the last good ones stay in force."""
 
 
-def build_strategy(mixing: MixingConfig) -> Strategy:
-    """The configured rule.
+class BrokenOverride(Exception):
+    """The operator's file cannot be used; the message says why."""
+
+
+def start_weights(controller: MixingController, signal: Signal, device: torch.device) -> NDArray[np.float64]:
+    """The weights that a run begins with, chosen on rank 0; the same bits on every rank.
 
     Raises:
-        ValueError: a value out of range.
+        MixingError: on every rank, if there are none.
 
     """
-    match mixing.strategy:
-        case "gate-load":
-            return GateLoad(
-                eta=mixing.eta,
-                smoothing=mixing.smoothing,
-                metric=mixing.metric,
-                aggregate=mixing.aggregate,
-                layers=mixing.layers,
-            )
-        case "uniform":
-            return Uniform()
-        case "fixed":
-            return Fixed()
-    raise AssertionError(f"unknown strategy {mixing.strategy}")
+    failure = None
+    weights_D = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            weights_D = controller.start(signal).weights_D
+        except Exception as error:  # whatever it is, the other ranks are waiting to be told
+            failure = str(error)
+    told_D = _told_by_rank_0(weights_D, len(controller.sources), failure, device)
+    assert told_D is not None, "there are always first weights"
+    return told_D
+
+
+def _told_by_rank_0(
+    weights_D: NDArray[np.float64] | None, num_sources: int, failure: str | None, device: torch.device
+) -> NDArray[np.float64] | None:
+    """Rank 0's weights, on every rank; None if it has none to tell, MixingError if it failed."""
+    said = torch.zeros(1 + num_sources, dtype=torch.float64, device=device)
+    if failure is not None:
+        said[0] = -1
+    elif weights_D is not None:
+        said[0] = 1
+        said[1:] = torch.from_numpy(weights_D.copy())
+    torch.distributed.broadcast(said, src=0)
+    if said[0] < 0:
+        raise MixingError(failure or "rank 0 could not make new weights; its message says why")
+    return said[1:].cpu().numpy() if said[0] else None
 
 
 class Reweighting:
@@ -63,30 +83,51 @@ class Reweighting:
         blend: DynamicBlendedDataset,
         run: PassRunner,
         probe: Probe | None,
+        *,
+        horizon: Horizon,
+        resolved: Resolved,
+        initial_D: NDArray[np.float64],
+        override_file: Path,
     ) -> None:
         self.mixing = mixing
         self.controller = controller
         self.blend = blend
         self.run = run
         self.probe = probe
-        self._carried_LDE = torch.zeros_like(run.counter.counts_LDE, device="cpu")
+        self.horizon = horizon
+        self.resolved = resolved
+        self.initial_D = initial_D
+        """Shares that the sources were given, before the strategy chose the first weights."""
+        self._override_file = override_file
+        self._overridden = False
+        self._carried_LHDE = torch.zeros_like(run.counter.counts_LHDE, device="cpu")
+        self._interval = SourceStats.zero(len(controller.sources))
 
     @property
     def counts_training(self) -> bool:
         """Whether training passes are to be counted."""
-        return self.controller.strategy.needs_gate_load and self.mixing.signal == "train"
+        return self.controller.needs_gate_load and self.mixing.signal == "train"
 
-    def next_due(self, iteration: int) -> int | None:
-        """Iterations from this one to the next update; None if the weights never change."""
-        if not self.controller.strategy.updates:
-            return None
+    def begin(self) -> dict[str, Any]:
+        """What the first weights came from, for the record."""
+        return begin_of(self.controller, self.horizon, self.initial_D)
+
+    def observe(self, stats: SourceStats) -> None:
+        """Take note of what a training step saw: the losses of the `train` signal."""
+        self._interval += stats
+
+    def next_due(self, iteration: int) -> int:
+        """Iterations from this one to the next update."""
         return self.mixing.interval - iteration % self.mixing.interval
 
     def is_due(self, iteration: int) -> bool:
-        """Whether the weights change after this iteration."""
-        return self.controller.strategy.updates and iteration % self.mixing.interval == 0
+        """Whether the weights may change after this iteration.
 
-    def update(self, iteration: int, consumed_samples: int, tokens_D: torch.Tensor) -> dict[str, Any]:
+        Whatever the strategy: an operator may override it at every interval.
+        """
+        return iteration % self.mixing.interval == 0
+
+    def update(self, iteration: int, consumed_samples: int, tokens_D: torch.Tensor) -> dict[str, Any] | None:
         """Measure, decide on rank 0, tell everybody, append the stage.
 
         Args:
@@ -95,79 +136,133 @@ class Reweighting:
             tokens_D: tokens of each source trained on so far.
 
         Returns:
-            The record of the update; on other ranks than 0 without what only rank 0 knows.
+            The record of the update, on rank 0; an empty one on the others. None if there was none: nothing
+            changes the weights, and the stage goes on.
 
         Raises:
             MixingError: on every rank, if the signal or the new weights cannot be used.
 
         """
-        seconds: dict[str, float] = {}
+        seconds: dict[str, float] = {"reduce": 0.0}
         with self._timed(seconds, "signal"):
-            counts_LDE, probe_stats = self._measure(seconds)
-        old_D = self.blend.weights_D
-        with self._timed(seconds, "update"):
-            new_D, proposal, note = self._decide(counts_LDE, probe_stats)
-        with self._timed(seconds, "rebuild"):
-            self.blend.append_stage(consumed_samples, new_D)
+            measured, probe_stats = self._measure(seconds, iteration)
         seconds["signal"] -= seconds["reduce"]
         rows_D = self.blend.drawn_D(consumed_samples)
-        record = MixingUpdate(
+        told = self.horizon.signal(iteration, consumed_samples, rows_D)
+        signal, note = self._without_scarce(
+            replace(
+                told,
+                counts_DLE=measured.counts_DLE,
+                half_counts_HDLE=measured.half_counts_HDLE,
+                loss_D=measured.loss_D,
+            )
+        )
+        self._interval = SourceStats.zero(len(self.controller.sources))
+        old_D = self.blend.weights_D
+        with self._timed(seconds, "update"):
+            new_D, decision, override, notes = self._decide(signal, old_D, note)
+        if new_D is None:
+            return None
+        with self._timed(seconds, "rebuild"):
+            self.blend.append_stage(consumed_samples, new_D)
+        if torch.distributed.get_rank() != 0:
+            return {}
+        return update_record(
+            self.controller,
+            decision,
             iteration=iteration,
             consumed_samples=consumed_samples,
-            sources=self.controller.sources,
-            old_weights=old_D,
-            new_weights=new_D,
-            delta=proposal.delta_D if proposal else None,
-            load=self._by_layer(proposal.load_DE) if proposal else None,
-            distance=proposal.distance_DD if proposal else None,
-            tokens=tokens_D.long().numpy(),
-            rows=rows_D,
-            epochs=rows_D / self.blend.sizes_D,
+            old_D=old_D,
+            new_D=new_D,
+            tokens_D=tokens_D.long().numpy(),
+            rows_D=rows_D,
+            size_D=self.blend.sizes_D,
             seconds=seconds,
-            note=note,
-        ).to_json()
-        return {
-            **record,
-            "probe_loss": probe_stats.source_losses() if probe_stats else None,
-            "entropy": entropy(new_D),
-            "kl_step": kl_divergence(new_D, old_D),
-        }
+            override=override,
+            note=notes,
+            probe_loss=probe_stats.source_losses() if probe_stats else None,
+            examples_per_row_D=examples_per_row(self.resolved),
+        )
 
-    def _measure(self, seconds: dict[str, float]) -> tuple[torch.Tensor, SourceStats | None]:
+    def _measure(self, seconds: dict[str, float], iteration: int) -> tuple[Signal, SourceStats | None]:
+        """Counts and losses of the held-out rows, or of the interval."""
+        counts_LHDE, probe_stats = None, None
         if self.probe is not None:
-            return self.probe.measure(self.run, seconds)
-        with self._timed(seconds, "reduce"):
-            counts_LDE = reduce_counts(self.run.counter.take()).cpu() + self._carried_LDE
-        self._carried_LDE.zero_()
-        return counts_LDE, None
+            number = iteration // self.mixing.interval
+            counts_LHDE, probe_stats = self.probe.measure(self.run, seconds, number)
+        elif self.counts_training:
+            with self._timed(seconds, "reduce"):
+                counts_LHDE = reduce_counts(self.run.counter.take()).cpu() + self._carried_LHDE
+            self._carried_LHDE.zero_()
+        losses = (probe_stats or self._interval).source_losses()
+        loss_D = np.array([np.nan if loss is None else loss for loss in losses])
+        if counts_LHDE is None or not self.controller.needs_gate_load:
+            return Signal(loss_D=loss_D), probe_stats
+        halves_HDLE = self.run.counter.by_half(counts_LHDE)
+        counts_DLE = halves_HDLE.sum(axis=0)
+        return Signal(counts_DLE=counts_DLE, half_counts_HDLE=halves_HDLE, loss_D=loss_D), probe_stats
+
+    def _without_scarce(self, signal: Signal) -> tuple[Signal, str | None]:
+        """Without the sources of which the interval brought too few tokens to tell anything."""
+        if self.mixing.signal != "train":
+            return signal, None
+        tokens_D = self._interval.tokens_D.numpy()
+        scarce_D = tokens_D < self.mixing.min_tokens
+        seen = [
+            f"{name} ({int(tokens)})"
+            for name, tokens, scarce in zip(self.controller.sources, tokens_D, scarce_D, strict=True)
+            if scarce and tokens
+        ]
+        note = f"fewer than min_tokens {self.mixing.min_tokens}: {', '.join(seen)}" if seen else None
+        assert signal.loss_D is not None, "the losses of an interval are always known"
+        signal = replace(signal, loss_D=np.where(scarce_D, np.nan, signal.loss_D))
+        if signal.counts_DLE is not None and signal.half_counts_HDLE is not None:
+            enough_D11 = ~scarce_D[:, None, None]
+            signal = replace(
+                signal,
+                counts_DLE=signal.counts_DLE * enough_D11,
+                half_counts_HDLE=signal.half_counts_HDLE * enough_D11,
+            )
+        return signal, note
 
     def _decide(
-        self, counts_LDE: torch.Tensor, probe_stats: SourceStats | None
-    ) -> tuple[NDArray[np.float64], Proposal | None, str | None]:
-        """Weights, on every rank the same bits; the proposal and a note on rank 0."""
-        device = self.run.platform.device
-        weights_D = torch.full((len(self.controller.sources),), torch.nan, dtype=torch.float64, device=device)
-        proposal, note, failure = None, None, None
+        self, signal: Signal, old_D: NDArray[np.float64], note: str | None
+    ) -> tuple[NDArray[np.float64] | None, Decision | None, Override | None, str | None]:
+        """Weights, on every rank the same bits (None: no update); decision, override and note on rank 0."""
+        decision, override, weights_D, failure = None, None, None, None
         if torch.distributed.get_rank() == 0:
-            counts_DLE = counts_LDE.transpose(0, 1).contiguous().numpy()
-            losses = probe_stats.source_losses() if probe_stats else None
-            loss_D = None if losses is None else np.array(losses, dtype=np.float64)
             try:
-                proposal, note = self.controller.update(Signal(counts_DLE=counts_DLE, loss_D=loss_D))
-                weights_D.copy_(torch.from_numpy(self.controller.weights_D.copy()))
+                override = self._read_override()
+                if self.controller.updates or override is not None or self._overridden:
+                    decision = self.controller.update(signal, override)
+                    weights_D, self._overridden = decision.weights_D, override is not None
+            except BrokenOverride as broken:
+                weights_D, note = old_D, f"{KEPT}: {broken}"
             except Exception as error:  # whatever it is, the other ranks are waiting to be told
                 failure = str(error)
-        torch.distributed.broadcast(weights_D, src=0)  # NaN says: rank 0 could not decide
-        if weights_D.isnan().any():
-            raise MixingError(failure or "rank 0 could not make new weights; its message says why")
-        return weights_D.cpu().numpy(), proposal, note
+        new_D = _told_by_rank_0(weights_D, len(self.controller.sources), failure, self.run.platform.device)
+        return new_D, decision, override, note
 
-    def _by_layer(self, load_DE: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
-        """Loads of several layers, which a strategy lays side by side, as `[D, L, E]` for the record."""
-        num_experts = self.run.counter.counts_LDE.shape[2]
-        if load_DE is None or load_DE.shape[1] == num_experts:
-            return load_DE
-        return load_DE.reshape(len(load_DE), -1, num_experts)
+    def _read_override(self) -> Override | None:
+        """What the operator says now; None if there is no file.
+
+        Raises:
+            BrokenOverride: there is one that cannot be used.
+
+        """
+        path = self._override_file
+        try:
+            said = parse_override(json.loads(path.read_text(encoding="utf-8")), self.controller.sources)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:  # broken JSON and text are ValueErrors too
+            raise BrokenOverride(f"{path} cannot be used: {error}; correct or remove it") from None
+        if said.weights is None:
+            return said
+        shares_D = np.array([said.weights.get(name, 0.0) for name in self.controller.sources])
+        in_rows_D = in_rows(shares_D, self.resolved)
+        shares = zip(self.controller.sources, in_rows_D.tolist(), strict=True)
+        return replace(said, weights={name: share for name, share in shares if name in said.weights})
 
     @contextmanager
     def _timed(self, seconds: dict[str, float], phase: str) -> Iterator[None]:
@@ -178,16 +273,24 @@ class Reweighting:
         seconds[phase] = time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
-        """Blend, controller and the counts of the running interval, summed over all ranks."""
-        counts_LDE = self._carried_LDE + reduce_counts(self.run.counter.counts_LDE).cpu()
+        """Blend, controller, and what the running interval has seen so far, summed over all ranks."""
+        counts_LHDE = self._carried_LHDE + reduce_counts(self.run.counter.counts_LHDE).cpu()
         return {
             "blend": self.blend.state_dict(),
             "controller": self.controller.state_dict(),
-            "interval_counts": counts_LDE.tolist(),
+            "strategy": self.mixing.strategy,
+            "overridden": self._overridden,
+            "interval_counts": counts_LHDE.tolist(),
+            "interval_stats": self._interval.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`; the interval's counts so far are added to what this run will count."""
         self.blend.load_state_dict(state["blend"])
-        self.controller.load_state_dict(state["controller"])
-        self._carried_LDE = torch.tensor(state["interval_counts"], dtype=torch.int64)
+        self.controller.load_state_dict(
+            for_strategy(state["controller"], state["strategy"], self.mixing.strategy)
+        )
+        self._overridden = state["overridden"]
+        self._interval = SourceStats.from_state_dict(state["interval_stats"])
+        counts = torch.tensor(state["interval_counts"], dtype=torch.int64)
+        self._carried_LHDE = counts.view_as(self._carried_LHDE)  # an empty list has no shape

@@ -7,12 +7,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import (
     init_num_microbatches_calculator,
     unset_num_microbatches_calculator,
 )
+from numpy.typing import NDArray
 
 from megatron_dynmix import platform
 from megatron_dynmix.config import RunConfig
@@ -20,14 +22,11 @@ from megatron_dynmix.config.check import check_run, check_tokenizer
 from megatron_dynmix.config.host import Host, check_host
 from megatron_dynmix.config.load import to_yaml
 from megatron_dynmix.config.megatron import micro_batch_group, moe_layers, transformer_config
-from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
 from megatron_dynmix.data.loader import BlendLoader
-from megatron_dynmix.data.prepare import SourceReport
 from megatron_dynmix.data.rows import PackedRows
+from megatron_dynmix.data.source_report import SourceReport
 from megatron_dynmix.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_dynmix.errors import InputError
-from megatron_dynmix.mixing.controller import MixingController
-from megatron_dynmix.mixing.load import select_layers
+from megatron_dynmix.errors import TrainingStopped
 from megatron_dynmix.moe.counter import GateLoadCounter
 from megatron_dynmix.moe.router import attach_counter
 from megatron_dynmix.monitor.metrics import MetricsWriter
@@ -35,6 +34,14 @@ from megatron_dynmix.training.checkpointing import restore_point
 from megatron_dynmix.training.checkpointing.checkpoint import Checkpointer, write_atomically
 from megatron_dynmix.training.job.heartbeat import heartbeat_of_job
 from megatron_dynmix.training.job.signals import StopRequest
+from megatron_dynmix.training.mix import (
+    Horizon,
+    check_mix,
+    controller_of,
+    first_weights,
+    initial_shares,
+    resolve,
+)
 from megatron_dynmix.training.model.gpt import build_model
 from megatron_dynmix.training.model.layer_spec import joins_rows
 from megatron_dynmix.training.optimizer import build_optimizer
@@ -48,8 +55,8 @@ from megatron_dynmix.training.resume import (
     has_checkpoint,
     identity,
 )
-from megatron_dynmix.training.reweighting import Reweighting, build_strategy
-from megatron_dynmix.training.sources import build_blend, build_rows, initial_weights, prepare_sources
+from megatron_dynmix.training.reweighting import MixingError, Reweighting, start_weights
+from megatron_dynmix.training.sources import build_blend, build_rows, prepare_sources
 from megatron_dynmix.training.start import restore
 from megatron_dynmix.training.step import PassRunner
 from megatron_dynmix.training.trainer import Trainer, seed_iteration
@@ -64,6 +71,11 @@ class Data:
     train: list[PackedRows]
     probe: list[PackedRows]
 
+    @property
+    def size_D(self) -> NDArray[np.int64]:
+        """Rows of each source."""
+        return np.array([len(rows) for rows in self.train], np.int64)
+
 
 def check_before_start(config: RunConfig, world_size: int) -> Tokenizer:
     """Everything that can be refused without a process group or a model; returns the tokenizer.
@@ -74,13 +86,8 @@ def check_before_start(config: RunConfig, world_size: int) -> Tokenizer:
     """
     check_host(config, _host())
     check_run(config, world_size)
-    try:
-        build_strategy(config.mixing)
-        if config.mixing.strategy == "gate-load":
-            select_layers(config.mixing.layers, len(moe_layers(transformer_config(config))))
-    except ValueError as error:
-        raise InputError(f"mixing: {error}") from None
-    tokenizer = load_tokenizer(Path(config.data.tokenizer or ""))
+    check_mix(config, len(moe_layers(transformer_config(config))))
+    tokenizer = load_tokenizer(config.data.tokenizer or "", trust_remote_code=config.data.trust_remote_code)
     check_tokenizer(config, tokenizer.vocab_size)
     check_pretrained(config)
     return tokenizer
@@ -139,7 +146,7 @@ def train(
                 source=source,
             )
         if torch.distributed.get_rank() == 0:
-            report_start(config, data, run_dir, changes, notes)
+            report_start(config, data, tokenizer, run_dir, changes, notes)
         trainer = build_trainer(config, run_dir, data, here, resume=resume, source=source)
         trainer.fit(stop, heartbeat)
     return trainer
@@ -179,12 +186,16 @@ def read_data(config: RunConfig, tokenizer: Tokenizer) -> Data:
 
     """
     reports = list(prepare_sources(config, tokenizer))
-    probing = config.mixing.strategy == "gate-load" and config.mixing.signal == "probe"
-    return Data(
+    mixing = config.mixing
+    measured = any(any(chosen.needs) for chosen in (mixing.chosen, *mixing.shadows))
+    probing = measured and mixing.signal == "probe"
+    data = Data(
         reports=reports,
         train=build_rows(config, tokenizer, probe=False),
         probe=build_rows(config, tokenizer, probe=True) if probing else [],
     )
+    first_weights(config, data.train)
+    return data
 
 
 def build_trainer(
@@ -199,15 +210,14 @@ def build_trainer(
     """Model, optimizer, blend, probe and writers of this rank, at the state of the checkpoint `source`."""
     rank0 = torch.distributed.get_rank() == 0
     seed_iteration(config.training.seed, -1)  # of the time before the first iteration
-    run = _build_runner(config, len(data.train), here)
+    run = build_runner(config, len(data.train), here)
     optimizer, scheduler = build_optimizer(config, run.chunks)
-    blend = build_blend(config, data.train)
     batching = {
         "micro_batch_size": config.training.micro_batch_size,
         "dp_rank": parallel_state.get_data_parallel_rank(),
         "dp_size": parallel_state.get_data_parallel_world_size(),
     }
-    reweighting = _build_reweighting(config, data, blend, run, batching)
+    reweighting = _build_reweighting(config, data, run, batching, run_dir)
     checkpointer = Checkpointer(
         directory=run_dir / "checkpoints",
         chunks=run.chunks,
@@ -227,7 +237,7 @@ def build_trainer(
         optimizer=optimizer,
         scheduler=scheduler,
         loader=BlendLoader(
-            blend,
+            reweighting.blend,
             num_workers=config.data.num_workers,
             pin_memory=here.pin_memory,
             **batching,
@@ -250,29 +260,59 @@ def build_trainer(
 
 
 def _build_reweighting(
-    config: RunConfig, data: Data, blend: DynamicBlendedDataset, run: PassRunner, batching: dict[str, int]
+    config: RunConfig, data: Data, run: PassRunner, batching: dict[str, int], run_dir: Path
 ) -> Reweighting:
-    """What changes the mix, and the probe that it measures with."""
-    controller = MixingController(
-        list(config.data.sources), initial_weights(config), build_strategy(config.mixing)
-    )
+    """What changes the mix, the blend at its first weights, and the probe that is measured with.
+
+    Raises:
+        TrainingStopped: no first weights could be chosen.
+
+    """
+    mixing, resolved = config.mixing, resolve(config, data.train)
+    initial_D = initial_shares(config, data.train)
+    controller = controller_of(mixing, resolved, list(config.data.sources), data.size_D, initial_D)
+    horizon = Horizon.of(config, resolved, data.size_D)
+    try:
+        first_D = start_weights(
+            controller, horizon.signal(0, 0, np.zeros_like(data.size_D)), run.platform.device
+        )
+    except MixingError as error:
+        raise TrainingStopped(f"there are no weights to start with: {error}") from None
     probe = None
     if data.probe:
         probe = Probe(
             data.probe,
-            probe_tokens=config.mixing.probe_tokens,
+            probe_tokens=mixing.probe_tokens,
             seq_length=config.data.seq_length,
+            rotating=mixing.probe_rows == "rotating",
             **batching,
         )
-    return Reweighting(config.mixing, controller, blend, run, probe)
+    return Reweighting(
+        mixing,
+        controller,
+        build_blend(config, data.train, first_D),
+        run,
+        probe,
+        horizon=horizon,
+        resolved=resolved,
+        initial_D=initial_D,
+        override_file=Path(mixing.override_file or run_dir / "override.json"),
+    )
 
 
-def _build_runner(config: RunConfig, num_sources: int, here: platform.Platform) -> PassRunner:
+def build_runner(config: RunConfig, num_sources: int, here: platform.Platform) -> PassRunner:
     """The model, and the counter that its routers write into."""
     transformer = transformer_config(config)
     chunks = build_model(config, transformer, here)
     layers = moe_layers(transformer)
-    counter = GateLoadCounter(num_sources, len(layers), transformer.num_moe_experts or 1, here.device)
+    counter = GateLoadCounter(
+        num_sources,
+        len(layers),
+        transformer.num_moe_experts or 1,
+        here.device,
+        trained_only=config.mixing.load_tokens == "trained",
+        by_probability=config.mixing.load_mass == "probability",
+    )
     attach_counter(chunks, counter, layers)
     return PassRunner(
         chunks=chunks,

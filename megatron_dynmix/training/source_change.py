@@ -1,6 +1,6 @@
 """Going on with other data: the state of a run, carried over to a changed set of sources.
 
-Pure: plain values and NumPy in and out. Axes: D sources, L MoE layers, E experts.
+Pure: plain values and NumPy in and out. Axes: H halves, D sources, L MoE layers, E experts.
 """
 
 from __future__ import annotations
@@ -145,6 +145,21 @@ class SourceChange:
         gone = [name for name in self.before.names if name not in self.after.names]
         return lines + [f"{name}: removed" for name in gone]
 
+    def carry_controller(self, state: Mapping[str, Any], weights_D: list[float]) -> dict[str, Any]:
+        """The state of the mixing controller: what is known of unchanged sources; strategies begin anew."""
+        known = {name: self.if_unchanged(state[name], None) for name in state if name.startswith("last_")}
+        paused = {name: share for name, share in state["before_pause"].items() if name in self.after.names}
+        return {
+            **state,
+            **known,
+            "sources": list(self.after.names),
+            "weights": weights_D,
+            "first_weights": weights_D,
+            "before_pause": paused,
+            "strategy": {},
+            "shadows": {},
+        }
+
     def carry(
         self, state: Mapping[str, Any], initial_D: NDArray[np.float64]
     ) -> tuple[dict[str, Any], list[str]]:
@@ -162,9 +177,9 @@ class SourceChange:
         saved = Cursor(blend["chunk_start"], np.array(blend["drawn"], np.int64), np.array(blend["owed"]))
         stood = advance(saved, np.array(old_D), blend["chunk_size"], state["consumed_samples"])
         cursor, weights_D = self.cursor(stood), self.weights_D(old_D, initial_D)
-        counts_LDE = [
-            self.if_unchanged(counts_DE, np.zeros_like(counts_DE[0]).tolist())
-            for counts_DE in mixing["interval_counts"]
+        counts_LHDE = [
+            [self.if_unchanged(counts_DE, np.zeros_like(counts_DE[0]).tolist()) for counts_DE in counts_HDE]
+            for counts_HDE in mixing["interval_counts"]
         ]
         carried_blend = {
             **blend,
@@ -174,13 +189,6 @@ class SourceChange:
             "chunk_start": cursor.sample,
             "drawn": cursor.drawn_D.tolist(),
             "owed": cursor.owed_D.tolist(),
-        }
-        controller = {
-            **mixing["controller"],
-            "sources": list(self.after.names),
-            "weights": weights_D.tolist(),
-            "last_counts": self.if_unchanged(mixing["controller"]["last_counts"], None),
-            "strategy": {},
         }
         log_interval = {
             **state["log_interval"],
@@ -193,8 +201,9 @@ class SourceChange:
             "mixing": {
                 **mixing,
                 "blend": carried_blend,
-                "controller": controller,
-                "interval_counts": counts_LDE,
+                "controller": self.carry_controller(mixing["controller"], weights_D.tolist()),
+                "interval_counts": counts_LHDE,
+                "interval_stats": [self.if_unchanged(sum_D, 0.0) for sum_D in mixing["interval_stats"]],
             },
         }
         return carried, self.describe(old_D, weights_D.tolist(), cursor)

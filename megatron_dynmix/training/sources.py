@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +10,13 @@ import numpy as np
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
-from megatron_dynmix.data.prepare import SourceReport, is_current, load_report, prepare_source
+from megatron_dynmix.data.prepare import prepare_source, refuse_broken
+from megatron_dynmix.data.readers import find_inputs
 from megatron_dynmix.data.rows import PackedRows
+from megatron_dynmix.data.source_report import Recipe, SourceReport, current_report, load_report, probe_prefix
+from megatron_dynmix.data.template import Renderer
 from megatron_dynmix.data.tokenizer import Tokenizer
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.mixing.weights import normalise_weights
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,26 @@ class SourceFile:
     name: str
     is_probe: bool
     path: Path
-    """A JSONL file, or the prefix of a prepared source."""
+    """What rows are read from, or the prefix of a prepared source."""
+    is_held_out: bool = False
+    """Whether these are rows of the source's own `path`, kept from training."""
 
     @property
     def label(self) -> str:
         """How reports call it."""
         return f"{self.name} (probe)" if self.is_probe else self.name
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether `path` is the prefix of a prepared source."""
+        return not self.path.is_file() and Path(f"{self.path}.idx").is_file()
+
     def prefix(self, config: RunConfig) -> Path:
         """Where its prepared form is, or will be."""
-        if not self.path.is_file():
-            return self.path
-        return Path(config.data.prepared_dir) / (f"{self.name}.probe" if self.is_probe else self.name)
+        if not self.is_prepared:
+            source = Path(config.data.prepared_dir) / self.name
+            return probe_prefix(source) if self.is_probe else source
+        return probe_prefix(self.path) if self.is_held_out else self.path
 
 
 def source_files(config: RunConfig) -> Iterator[SourceFile]:
@@ -47,47 +55,102 @@ def source_files(config: RunConfig) -> Iterator[SourceFile]:
     for name, source in config.data.sources.items():
         if source.probe is not None:
             yield SourceFile(name, True, Path(source.probe))
+        elif config.data.probe:
+            yield SourceFile(name, True, Path(source.path), is_held_out=True)
 
 
-def prepare_sources(config: RunConfig, tokenizer: Tokenizer) -> Iterator[SourceReport]:
+def prepare_sources(
+    config: RunConfig, tokenizer: Tokenizer, workers: int | None = None
+) -> Iterator[SourceReport]:
     """Prepare what is not prepared yet, and yield the report of each input as it is done.
 
     Ranks and nodes may do so at once: one prepares a source, the others wait for it and find it.
 
+    Args:
+        config: the resolved configuration.
+        tokenizer: makes tokens.
+        workers: processes that encode; as `prepare_source` has it, if not given.
+
     Raises:
-        InputError: an input that cannot be read, or a prepared one made with another tokenizer or template.
+        InputError: an input that cannot be read, or a prepared one made in another way.
 
     """
-    template = config.data.template
+    data = config.data
     for file in source_files(config):
         prefix = file.prefix(config)
-        if file.path.is_file():
-            prefix.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(prefix):
-                if not is_current(prefix, [file.path], tokenizer, template):
-                    prepare_source(
-                        name=file.label,
-                        inputs=[file.path],
-                        prefix=prefix,
-                        tokenizer=tokenizer,
-                        template=template,
-                    )
-        report = load_report(prefix)
-        if (report.tokenizer, report.template) != (tokenizer.fingerprint, template):
-            raise InputError(
-                f"source {file.label}: {prefix} was prepared with template {report.template} and another "
-                f"tokenizer than {config.data.tokenizer}, or another template than {template}; prepare it "
-                "again, or give what it was prepared with"
+        recipe = _recipe(config, file, tokenizer)
+        if file.is_prepared or file.is_held_out:
+            report = load_report(prefix)
+            _refuse_other_recipe(file, report, recipe)
+            if data.strict:
+                refuse_broken(report)
+        else:
+            report = prepare_source(
+                name=file.label,
+                inputs=find_inputs(file.path),
+                prefix=prefix,
+                tokenizer=tokenizer,
+                template=data.template,
+                train_on=data.train_on,
+                format=data.sources[file.name].format,
+                fields=data.sources[file.name].fields,
+                split_length=recipe.split_length,
+                held_out=recipe.held_out,
+                strict=data.strict,
+                workers=workers,
             )
         yield report
 
 
-@contextmanager
-def _locked(prefix: Path) -> Iterator[None]:
-    """Hold a source's lock file; also between nodes where the file system locks over the network."""
-    with prefix.with_name(f".{prefix.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def prepared_sources(config: RunConfig, tokenizer: Tokenizer) -> Iterator[SourceReport]:
+    """The reports of all inputs as they are on disk; nothing is prepared.
+
+    Raises:
+        InputError: one is not prepared, or from other rows or in another way.
+
+    """
+    for file in source_files(config):
+        prefix = file.prefix(config)
+        report = load_report(prefix)
+        _refuse_other_recipe(file, report, _recipe(config, file, tokenizer))
+        reads_rows = not (file.is_prepared or file.is_held_out)
+        if reads_rows and current_report(prefix, find_inputs(file.path), report.recipe) is None:
+            raise InputError(
+                f"source {file.label}: {file.path} was changed since it was prepared; run `megatron-dynmix "
+                "prepare` for it"
+            )
+        yield report
+
+
+def _recipe(config: RunConfig, file: SourceFile, tokenizer: Tokenizer) -> Recipe:
+    """How an input is to be prepared."""
+    data = config.data
+    return Recipe(
+        tokenizer=tokenizer.fingerprint,
+        template=Renderer(tokenizer, data.template, data.train_on).fingerprint,
+        split_length=data.seq_length if data.overlong == "split" else None,
+        held_out=0 if file.is_probe or data.sources[file.name].probe else data.probe or 0,
+    )
+
+
+def _refuse_other_recipe(file: SourceFile, report: SourceReport, recipe: Recipe) -> None:
+    """Refuse a prepared source that was made otherwise; of which format its rows were does not matter."""
+    names = {
+        "tokenizer": "tokenizer",
+        "template": "template",
+        "split_length": "length at which conversations are split (--overlong split)",
+        **({} if file.is_probe else {"held_out": "number of held-out examples (--probe)"}),
+    }
+    other = [
+        f"another {said}" if name == "tokenizer" else f"{said} {getattr(report.recipe, name)}, not {wanted}"
+        for name, said in names.items()
+        if getattr(report.recipe, name) != (wanted := getattr(recipe, name))
+    ]
+    if other:
+        raise InputError(
+            f"source {file.label}: {file.path} was prepared with {'; '.join(other)}; prepare it again, or "
+            "give what it was prepared with"
+        )
 
 
 def build_rows(config: RunConfig, tokenizer: Tokenizer, *, probe: bool) -> list[PackedRows]:
@@ -101,26 +164,19 @@ def build_rows(config: RunConfig, tokenizer: Tokenizer, *, probe: bool) -> list[
             overlong=config.data.overlong,
             cache_dir=Path(config.data.prepared_dir) / "packing",
             pad_id=tokenizer.pad_id,
+            packing=config.data.packing,
         )
         for file in source_files(config)
         if file.is_probe == probe
     ]
 
 
-def initial_weights(config: RunConfig) -> np.ndarray:
-    """Shares of the sources at the start; uniform if none was given."""
-    weights = {
-        name: 1.0 if source.weight is None else source.weight for name, source in config.data.sources.items()
-    }
-    return normalise_weights(weights)
-
-
-def build_blend(config: RunConfig, rows: list[PackedRows]) -> DynamicBlendedDataset:
-    """The blend of a fresh run."""
+def build_blend(config: RunConfig, rows: list[PackedRows], weights_D: np.ndarray) -> DynamicBlendedDataset:
+    """The blend of a fresh run that begins with these weights."""
     assert config.training.global_batch_size is not None, "checked before start"
     return DynamicBlendedDataset(
         rows,
-        initial_weights(config),
+        weights_D,
         seed=config.training.seed,
         chunk_size=config.mixing.interval * config.training.global_batch_size,
     )

@@ -17,7 +17,6 @@ from megatron_dynmix.training.ledger.lines import DrawnSamples
 from megatron_dynmix.training.progress import LogInterval, Progress
 from megatron_dynmix.training.reweighting import Reweighting
 from megatron_dynmix.training.source_change import Prints, SourceChange, SourceSet, differences, fingerprint
-from megatron_dynmix.training.sources import initial_weights
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def restore(
 
     """
     if source is not None:
-        state, changes = _carried(config, checkpointer.load(source), reweighting, prints)
+        state, changes = _carried(checkpointer.load(source), reweighting, prints)
         reweighting.load_state_dict(state["mixing"])
         size = config.parallel.size
         tp, pp = size("tensor_model_parallel_size"), size("pipeline_model_parallel_size")
@@ -79,7 +78,7 @@ def restore(
 
 
 def _carried(
-    config: RunConfig, state: dict[str, Any], reweighting: Reweighting, prints: Prints
+    state: dict[str, Any], reweighting: Reweighting, prints: Prints
 ) -> tuple[dict[str, Any], list[str]]:
     """The state for the sources of now, and what was done to it; whether it may be was asked before."""
     if not differences(state["fingerprints"], prints):
@@ -88,4 +87,4 @@ def _carried(
     change = SourceChange.between(
         before, list(prints), list(map(fingerprint, prints.values())), reweighting.blend.sizes_D.tolist()
     )
-    return change.carry(state, initial_weights(config))
+    return change.carry(state, reweighting.blend.weights_D)

@@ -43,6 +43,15 @@ class SourceStats:
             self.tokens_D + other.tokens_D,
         )
 
+    def state_dict(self) -> list[list[float]]:
+        """Plain numbers, exact."""
+        return [sum_D.tolist() for sum_D in (self.loss_sum_D, self.trained_D, self.tokens_D)]
+
+    @classmethod
+    def from_state_dict(cls, state: list[list[float]]) -> SourceStats:
+        """Go on from `state`."""
+        return cls(*torch.tensor(state, dtype=torch.float64))
+
     @property
     def lm_loss(self) -> float:
         """Mean over all trained tokens."""
@@ -102,7 +111,7 @@ class PassRunner:
         self, micro_batches: Iterator[MicroBatch], model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = to_batch(next(micro_batches), self.platform.device, join_rows=self.join_rows)
-        self.counter.set_sources(batch.routed_source_T(self.sequence_parallel))
+        self.counter.set_sources(*batch.routed_T(self.sequence_parallel))
         return batch.token_losses(model), lambda token_loss: self._loss(token_loss, batch)
 
     def _loss(

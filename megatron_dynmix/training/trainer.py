@@ -167,6 +167,7 @@ class Trainer:
         self.scheduler.step(increment=get_current_global_batch_size())
         self._grad_norm = float(grad_norm or 0.0)
         self.progress.tokens_D += stats.tokens_D
+        self.reweighting.observe(stats)
         self.progress.skipped_in_row = 0
         self._interval.stats += stats
         self._interval.samples += get_current_global_batch_size()
@@ -189,11 +190,9 @@ class Trainer:
         self._grad_norm = math.nan
         self._interval.skipped += 1
 
-    def _first_undecided_sample(self) -> int | None:
-        """Where the next weight update may change the mix; nowhere if the weights never change."""
+    def _first_undecided_sample(self) -> int:
+        """Where the next weight update may change the mix."""
         iterations = self.reweighting.next_due(self.progress.iteration)
-        if iterations is None:
-            return None
         return self._schedule.samples_after(iterations, self.progress.consumed_samples)
 
     def _log(self, total: int) -> None:
@@ -243,10 +242,17 @@ class Trainer:
         """Put the stage that has just begun on record."""
         if self.writer is None:
             return
-        blend = self.reweighting.blend
-        sources = SourceSet.of(self.identity["fingerprints"], blend.state_dict())
+        reweighting = self.reweighting
+        sources = SourceSet.of(self.identity["fingerprints"], reweighting.blend.state_dict())
         line = StageLine.of_last(
-            blend, sources, self.config.mixing, why=why, iteration=iteration, changes=changes
+            reweighting.blend,
+            sources,
+            self.config.mixing,
+            reweighting.resolved,
+            why=why,
+            iteration=iteration,
+            changes=changes,
+            begin=reweighting.begin() if why == "start" else {},
         )
         self.writer.ledger(line.to_json())
 
@@ -256,11 +262,13 @@ class Trainer:
             update = self.reweighting.update(progress.iteration, progress.consumed_samples, progress.tokens_D)
         except MixingError as error:
             self._stop(f"the weights could not be updated after iteration {progress.iteration}: {error}")
+        if update is None:
+            return
         self.record_stage("update", progress.iteration)
         if self.writer is not None:
             self.writer.mixing(update)
             self.writer.flush()
-        self.say(mixing_table(update))
+            self.say(mixing_table(update))
 
     def save(self, *, last: bool) -> Path:
         """Write a checkpoint of the state after the last whole iteration, unless there is one.

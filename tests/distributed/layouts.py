@@ -126,14 +126,15 @@ def prove(run_yaml, flags, run_dir, signal):
         return _seen(trainer)
 
     long = ["--interval", str(INTERVAL), "--signal", signal, "--lr-decay-iters", str(ITERATIONS)]
-    short = ["--train-iters", str(SHORT), "--interval", "1", "--eta", "0"]
+    short = ["--train-iters", str(SHORT), "--interval", "1"]
+    still = [*short, "--eta", "0"]
     answers = {
         "whole": train("whole", *long, "--train-iters", str(ITERATIONS)),
         "first": train("parts", *long, "--train-iters", str(STOP)),
         "resumed": train("parts", *long, "--train-iters", str(ITERATIONS), resume="must"),
         "off": train("off", *short, "--strategy", "uniform"),
-        "probe": train("probe", *short, "--signal", "probe"),
-        "train": train("train", *short, "--signal", "train"),
+        "probe": train("probe", *still, "--signal", "probe"),
+        "train": train("train", *still, "--signal", "train"),
     }
     start_anew()
     return answers, programs.count_one_step(run_yaml, flags, run_dir / "counts")

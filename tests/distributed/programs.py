@@ -1,4 +1,4 @@
-"""What the ranks of a test run. Axes: D sources, L MoE layers, E experts."""
+"""What the ranks of a test run. Axes: L MoE layers, H halves, D sources, E experts."""
 
 import torch
 
@@ -60,19 +60,19 @@ def save_initial_weights(run_yaml, flags, run_dir):
 
 
 def count_one_step(run_yaml, flags, run_dir):
-    """Counts [L, D, E] of one training step and of one probe; the step's sums; the gradient norm."""
+    """Counts [L, H, D, E] of one training step and of one probe; the step's sums; the gradient norm."""
     trainer = build(run_yaml, flags, run_dir)
     batches = trainer.loader.step(0, training_run_num_micro_batches())
     with trainer.run.counter.recording():
         stats = trainer.run(batches, forward_only=False)
-    step_LDE = reduce_counts(trainer.run.counter.take()).numpy()
-    probe_LDE = None
+    step_LHDE = reduce_counts(trainer.run.counter.take()).numpy()
+    probe_LHDE = None
     if trainer.reweighting.probe is not None:
-        probe_LDE = trainer.reweighting.probe.measure(trainer.run, {})[0].numpy()
+        probe_LHDE = trainer.reweighting.probe.measure(trainer.run, {}, 0)[0].numpy()
     _, grad_norm, _ = trainer.optimizer.step()
     return {
-        "step_LDE": step_LDE,
-        "probe_LDE": probe_LDE,
+        "step_LHDE": step_LHDE,
+        "probe_LHDE": probe_LHDE,
         "tokens_D": stats.tokens_D.numpy(),
         "trained_D": stats.trained_D.numpy(),
         "loss_sum_D": stats.loss_sum_D.numpy(),

@@ -1,4 +1,6 @@
-"""Every layout against one rank; one launch of ranks per layout. Axes: D sources, L MoE layers, E experts.
+"""Every layout against one rank; one launch of ranks per layout.
+
+Axes: L MoE layers, H halves, D sources, E experts.
 
 What is compared exactly: two runs of a layout (bits), the order of the rows and the gate loads (integers)
 with one rank. Losses are sums in another order, so they agree to a tolerance. Which tokens are dropped by
@@ -19,7 +21,7 @@ from tests.distributed.conftest import SMALL, quick_or_slow
 from tests.distributed.layouts import INTERVAL, ITERATIONS, LAYOUTS, SHORT, STOP, VARIANTS
 from tests.distributed.ranks import run_ranks
 
-TOPK, LAYERS, SOURCES, EXPERTS = 2, 4, 4, 8
+TOPK, LAYERS, HALVES, SOURCES, EXPERTS = 2, 4, 2, 4, 8
 RTOL = 1e-4
 FLAGS = [*SMALL, "--num-layers", str(LAYERS), "--lr", "1e-3", "--probe-tokens", "256"]
 DROPS_BY_LAYOUT = {"TP2 x EP2, padded capacity"}
@@ -88,9 +90,9 @@ def test_the_documented_layouts_are_these():
 @pytest.mark.parametrize("signal", ["train", "probe"])
 def test_I6_one_rank_counts_every_real_token_topk_times(one_rank, signal):
     runs, counts = one_rank("base", signal)
-    assert counts["step_LDE"].shape == (LAYERS, SOURCES, EXPERTS)
-    assert (counts["step_LDE"].sum(axis=2) == TOPK * counts["tokens_D"]).all()
-    assert (counts["probe_LDE"].sum(axis=2) > 0).all()
+    assert counts["step_LHDE"].shape == (LAYERS, HALVES, SOURCES, EXPERTS)
+    assert (counts["step_LHDE"].sum(axis=(1, 3)) == TOPK * counts["tokens_D"]).all()
+    assert (counts["probe_LHDE"].sum(axis=3) > 0).all()
     assert sum(runs["whole"]["tokens"][0].values()) == counts["tokens_D"].sum()
 
 
@@ -125,9 +127,9 @@ def test_I6_counts_are_those_of_one_rank(layout):
     ranks, (_, one), name = layout
     same = slice(1) if name in DROPS_BY_LAYOUT else slice(None)  # layers whose input no dropping has changed
     for _, counts in ranks:
-        assert counts["step_LDE"].shape == (LAYERS, SOURCES, EXPERTS)
-        assert (counts["step_LDE"].sum(axis=2) == TOPK * counts["tokens_D"]).all()
-        for key in ("step_LDE", "probe_LDE"):
+        assert counts["step_LHDE"].shape == (LAYERS, HALVES, SOURCES, EXPERTS)
+        assert (counts["step_LHDE"].sum(axis=(1, 3)) == TOPK * counts["tokens_D"]).all()
+        for key in ("step_LHDE", "probe_LHDE"):
             assert counts[key][same].any() and np.array_equal(counts[key][same], one[key][same]), key
         for key in ("tokens_D", "trained_D"):
             assert np.array_equal(counts[key], one[key]), key

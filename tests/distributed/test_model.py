@@ -1,5 +1,7 @@
 """The model on one rank: packed rows, every preset's shape, padding. Axes: B rows, S positions."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -39,7 +41,7 @@ def _alone(packed, segment):
 
 def _loss_and_gradients(trainer, rows):
     batches = [
-        {"dataset_id": torch.tensor([1]), **{key: torch.tensor(row[key])[None] for key in row}}
+        {name: torch.tensor(array)[None] for name, array in {"dataset_id": 1, "half": 0, **row}.items()}
         for row in rows
     ]
     trainer.run.chunks[0].zero_grad_buffer()
@@ -48,13 +50,34 @@ def _loss_and_gradients(trainer, rows):
     return stats.lm_loss, torch.cat([gradient.flatten() for gradient in gradients]).numpy()
 
 
-def test_I9_a_packed_row_equals_its_examples_run_one_by_one(run_yaml, start_from, tmp_path):
-    flags = [*start_from, *EP1, "--moe-aux-loss-coeff", "0"]
-    result = run_ranks(1, packed_and_apart, run_yaml, flags, tmp_path)[0]
-    assert result["segments"] > 1
-    (packed_loss, packed_gradient), (loss, gradient) = result["packed"], result["apart"]
-    np.testing.assert_allclose(packed_loss, loss, rtol=1e-5)
-    np.testing.assert_allclose(packed_gradient, gradient, atol=1e-5)
+@pytest.mark.parametrize("stages", [1, 3], ids=["one pipeline stage", "with a middle pipeline stage"])
+def test_I9_a_packed_row_equals_its_examples_run_one_by_one(stages, run_yaml, start_from, tmp_path):
+    pipeline = ["--pipeline-model-parallel-size", str(stages)]
+    flags = [*start_from, *EP1, *pipeline, "--moe-aux-loss-coeff", "0"]
+    for result in run_ranks(stages, packed_and_apart, run_yaml, flags, tmp_path):
+        assert result["segments"] > 1
+        (packed_loss, packed_gradient), (loss, gradient) = result["packed"], result["apart"]
+        assert np.abs(gradient).max() > 1e-3
+        np.testing.assert_allclose(packed_loss, loss, rtol=1e-5)
+        np.testing.assert_allclose(packed_gradient, gradient, atol=1e-5)
+
+
+def packed_and_apart_without_a_mask_on_the_middle_stage(run_yaml, flags, run_dir):
+    """The same with a fault: the middle pipeline stage is not told of segments."""
+    from megatron_dynmix.training import batch
+
+    segment_mask = batch.segment_mask
+    is_middle = int(os.environ["RANK"]) == 1
+    batch.segment_mask = lambda *arguments: None if is_middle else segment_mask(*arguments)
+    return packed_and_apart(run_yaml, flags, run_dir)
+
+
+def test_a_middle_pipeline_stage_that_ignored_segments_would_be_seen(run_yaml, start_from, tmp_path):
+    flags = [*start_from, *EP1, "--pipeline-model-parallel-size", "3", "--moe-aux-loss-coeff", "0"]
+    program = packed_and_apart_without_a_mask_on_the_middle_stage
+    first, middle, last = run_ranks(3, program, run_yaml, flags, tmp_path)
+    for result in (first, middle, last):
+        assert np.abs(result["packed"][1] - result["apart"][1]).max() > 1e-4
 
 
 def joined_and_masked(run_yaml, flags, run_dir):
@@ -71,9 +94,10 @@ def joined_and_masked(run_yaml, flags, run_dir):
         with torch.no_grad():
             loss = batch.token_losses(model)
         answers.append((loss.reshape(-1) * batch.loss_mask.reshape(-1)).numpy())
-        sources = batch.routed_source_T(sequence_parallel=False)
-        assert sources.shape == (batch.tokens.numel(),)
-        assert (sources >= 0).sum() == (~batch.padding_mask).sum()
+        source_T, half_T, trained_T = batch.routed_T(sequence_parallel=False)
+        assert source_T.shape == half_T.shape == trained_T.shape == (batch.tokens.numel(),)
+        assert (source_T >= 0).sum() == (~batch.padding_mask).sum()
+        assert trained_T.sum() == batch.loss_mask.sum() and (source_T[trained_T] >= 0).all()
     return answers
 
 

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show. Run by `make gpu-check`. Axes: D sources, L MoE layers, E experts."""
+"""What only a CUDA device can show. Run by `make gpu-check`. Axes: E experts, T tokens."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,26 @@ def test_a_run_on_cuda_learns_and_updates_its_weights(precision, run_yaml, tmp_p
 
 def test_I6_counts_on_cuda_are_topk_times_the_real_tokens(run_yaml, tmp_path):  # noqa: F811
     result = run_ranks(1, programs.count_one_step, run_yaml, FLAGS, tmp_path)[0]
-    assert (result["step_LDE"].sum(axis=2) == 2 * result["tokens_D"]).all()
+    assert (result["step_LHDE"].sum(axis=(1, 3)) == 2 * result["tokens_D"]).all()
+
+
+@pytest.mark.parametrize("by_probability", [False, True])
+def test_counting_does_not_wait_for_the_device(by_probability):
+    from megatron_dynmix.moe.counter import GateLoadCounter
+
+    cuda = torch.device("cuda")
+    counter = GateLoadCounter(2, 1, 4, cuda, trained_only=True, by_probability=by_probability)
+    source_T = torch.tensor([0, 1, -1, 1], device=cuda)
+    half_T, trained_T = source_T % 2, source_T > 0
+    mass_TE = torch.full((4, 4), 0.25, device=cuda) if by_probability else torch.eye(4, device=cuda) > 0
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with counter.recording():
+            counter.set_sources(source_T, half_T, trained_T)
+            counter.add(0, mass_TE)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert counter.by_half(counter.take()).sum() == 2
 
 
 def test_I2_a_run_on_cuda_resumes_where_it_was(run_yaml, tmp_path):  # noqa: F811

@@ -1,7 +1,7 @@
 """A run's records without a model: blend, controller and ledger as a run writes them, on random loads."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,15 @@ from blend_fixtures import sources
 
 from megatron_dynmix.config.tree import MixingConfig
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
-from megatron_dynmix.mixing.controller import MixingController, MixingUpdate
-from megatron_dynmix.mixing.strategy import Signal
+from megatron_dynmix.mixing.override import Override
 from megatron_dynmix.monitor.jsonl import JsonlWriter
-from megatron_dynmix.training.ledger.lines import StageLine, sample_hash, samples_line
+from megatron_dynmix.training.batch_schedule import BatchSchedule
+from megatron_dynmix.training.checkpointing.checkpoint import FORMAT_VERSION
+from megatron_dynmix.training.ledger.lines import StageLine, begin_of, sample_hash, samples_line
 from megatron_dynmix.training.ledger.records import RunRecords
-from megatron_dynmix.training.reweighting import build_strategy
+from megatron_dynmix.training.mix import Horizon, controller_of, for_strategy
 from megatron_dynmix.training.source_change import SourceChange, SourceSet, fingerprint
+from megatron_dynmix.training.update_record import update_record
 
 BATCH, INTERVAL, LOG_INTERVAL = 8, 3, 2
 MIXING = MixingConfig(interval=INTERVAL)
@@ -37,32 +39,55 @@ class FakeRun:
     ledger: list[dict[str, Any]] = field(default_factory=list)
     mixing: dict[int, dict[str, Any]] = field(default_factory=dict)
     metrics: dict[int, int] = field(default_factory=dict)
+    settings: MixingConfig = MIXING
+    resolved: dict[str, Any] = field(default_factory=dict)
+    override: Override | None = None
+    """The operator's word at the updates that come."""
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(3)
         weights_D = np.full(len(self.sizes), 1 / len(self.sizes))
         self._build(weights_D)
+        self._begin = begin_of(self.controller, self.horizon, weights_D)
         self._write_stage("start", 0)
 
     def _build(self, weights_D) -> None:
-        self.blend = DynamicBlendedDataset(
-            sources(*self.sizes), weights_D, seed=self.seed, chunk_size=BATCH * INTERVAL
+        size_D = np.array(self.sizes)
+        caps = [cap or np.inf for cap in self.resolved.get("max_epochs", [None] * len(size_D))]
+        self.horizon = Horizon(
+            schedule=BatchSchedule(BATCH),
+            train_iters=100,
+            interval=INTERVAL,
+            seed=self.seed,
+            size_D=size_D,
+            cap_D=np.array(caps) * size_D,
         )
-        self.controller = MixingController(list(self.prints), weights_D, build_strategy(MIXING))
+        self.controller = controller_of(self.settings, self.resolved, list(self.prints), size_D, weights_D)
+        first = self.controller.start(self.horizon.signal(0, 0, np.zeros_like(size_D)))
+        self.blend = DynamicBlendedDataset(
+            sources(*self.sizes), first.weights_D, seed=self.seed, chunk_size=BATCH * INTERVAL
+        )
 
     def _write_stage(self, why, iteration, changes=()) -> None:
         source_set = SourceSet.of(self.prints, self.blend.state_dict())
         line = StageLine.of_last(
-            self.blend, source_set, MIXING, why=why, iteration=iteration, changes=changes
+            self.blend,
+            source_set,
+            self.settings,
+            self.resolved,
+            why=why,
+            iteration=iteration,
+            changes=changes,
+            begin=self._begin if why == "start" else {},
         )
         self.ledger.append(line.to_json())
 
     def train(self, iterations: int) -> "FakeRun":
         for _ in range(iterations):
             self.blend.advance_to(self.consumed)
-            pairs = np.array(self.blend.pairs(self.consumed, self.consumed + BATCH))
+            draws = np.array(self.blend.draws(self.consumed, self.consumed + BATCH))
             sample_N = np.arange(self.consumed, self.consumed + BATCH)
-            self.digest = (self.digest + int(sample_hash(sample_N, *pairs.T).sum())) % 2**64
+            self.digest = (self.digest + int(sample_hash(sample_N, *draws.T[:2]).sum())) % 2**64
             self.iteration += 1
             self.consumed += BATCH
             if self.iteration % LOG_INTERVAL == 0:
@@ -83,32 +108,42 @@ class FakeRun:
         self.first_sample, self.digest = self.consumed, 0
 
     def _reweight(self) -> None:
-        old_D = self.blend.weights_D
+        old_D, rows_D = self.blend.weights_D, self.blend.drawn_D(self.consumed)
         counts_DLE = self.rng.integers(1, 100, (len(self.sizes), 2, 8))
-        proposal, note = self.controller.update(Signal(counts_DLE=counts_DLE))
-        self.blend.append_stage(self.consumed, self.controller.weights_D)
-        rows_D = self.blend.drawn_D(self.consumed)
+        halves_HDLE = np.stack([counts_DLE // 2, counts_DLE - counts_DLE // 2])
+        told = self.horizon.signal(self.iteration, self.consumed, rows_D)
+        loss_D = 1 + 1 / counts_DLE[:, 0, 0]
+        signal = replace(told, counts_DLE=counts_DLE, half_counts_HDLE=halves_HDLE, loss_D=loss_D)
+        decision = self.controller.update(signal, self.override)
+        self.blend.append_stage(self.consumed, decision.weights_D)
         self._write_stage("update", self.iteration)
-        self.mixing[self.iteration] = MixingUpdate(
+        self.mixing[self.iteration] = update_record(
+            self.controller,
+            decision,
             iteration=self.iteration,
             consumed_samples=self.consumed,
-            sources=self.controller.sources,
-            old_weights=old_D,
-            new_weights=self.controller.weights_D,
-            delta=proposal.delta_D,
-            load=proposal.load_DE,
-            distance=proposal.distance_DD,
-            tokens=rows_D,
-            rows=rows_D,
-            epochs=rows_D / self.blend.sizes_D,
+            old_D=old_D,
+            new_D=decision.weights_D,
+            tokens_D=rows_D,
+            rows_D=rows_D,
+            size_D=self.blend.sizes_D,
             seconds={},
-            note=note,
-        ).to_json()
+            override=self.override,
+        )
+
+    def change_settings(self, settings: MixingConfig, resolved=None) -> "FakeRun":
+        """Go on from here with other settings, as a resumed run may."""
+        state, before = self.controller.state_dict(), self.settings.strategy
+        self.settings, self.resolved = settings, resolved or {}
+        weights_D, size_D = self.controller.weights_D, np.array(self.sizes)
+        self.controller = controller_of(settings, self.resolved, list(self.prints), size_D, weights_D)
+        self.controller.load_state_dict(for_strategy(state, before, settings.strategy))
+        return self
 
     def state(self) -> dict[str, Any]:
         """The run state of a checkpoint."""
         state = {
-            "format_version": 1,
+            "format_version": FORMAT_VERSION,
             "iteration": self.iteration,
             "consumed_samples": self.consumed,
             "fingerprints": self.prints,
@@ -116,7 +151,8 @@ class FakeRun:
             "mixing": {
                 "blend": self.blend.state_dict(),
                 "controller": self.controller.state_dict(),
-                "interval_counts": [[[d + 1] * 8 for d in range(len(self.sizes))] for _ in range(2)],
+                "interval_counts": [[[[d + 1] * 8 for d in range(len(self.sizes))]] * 2] * 2,
+                "interval_stats": [[float(d) for d in range(len(self.sizes))]] * 3,
             },
             "log_interval": {"stats": [[float(d) for d in range(len(self.sizes))]] * 3, "samples": 8},
             "drawn_samples": {"first_sample": self.first_sample, "digest": f"{self.digest:016x}"},
@@ -177,7 +213,7 @@ def _int_keys(content: dict[str, Any]) -> dict[Any, Any]:
     return {int(key) if key.isdigit() else key: value for key, value in content.items()}
 
 
-def fake_run(iterations: int = 0) -> FakeRun:
+def fake_run(iterations: int = 0, **settings: Any) -> FakeRun:
     """Three sources; the small one is drawn over several times."""
     prints = {name: [f"sha of {name}", "tokenizer", "template"] for name in ("chat", "math", "code")}
-    return FakeRun(prints, (40, 11, 23)).train(iterations)
+    return FakeRun(prints, (40, 11, 23), **settings).train(iterations)

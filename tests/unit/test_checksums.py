@@ -7,6 +7,7 @@ import pytest
 
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.training.checkpointing.checkpoint import (
+    FORMAT_VERSION,
     RUN_STATE,
     TRACKER,
     folder_of,
@@ -33,7 +34,7 @@ def make(directory, iteration, *, shard=b"shard"):
     folder.mkdir(parents=True)
     (folder / "__0_0.distcp").write_bytes(shard)
     (folder / ".metadata").write_bytes(b"metadata")
-    (folder / RUN_STATE).write_text(json.dumps({"format_version": 1, "iteration": iteration}))
+    (folder / RUN_STATE).write_text(json.dumps({"format_version": FORMAT_VERSION, "iteration": iteration}))
     sums = {name: checksum(folder / name) for name in files_of(folder)}
     (folder / CHECKSUMS).write_text(checksums_text(sums))
     return folder
@@ -179,12 +180,13 @@ def test_a_tracker_that_is_behind_all_folders_is_refused_with_what_would_do(dire
         newest_good(directory)
 
 
-def test_a_newer_version_is_refused_and_not_passed_over(directory):
+@pytest.mark.parametrize(("version", "age"), [(99, "a newer"), (1, "an older")])
+def test_another_version_is_refused_and_not_passed_over(directory, version, age):
     folder = folder_of(directory, 30)
-    (folder / RUN_STATE).write_text(json.dumps({"format_version": 99}))
+    (folder / RUN_STATE).write_text(json.dumps({"format_version": version}))
     sums = {name: checksum(folder / name) for name in files_of(folder)}
     (folder / CHECKSUMS).write_text(checksums_text(sums))
-    with pytest.raises(InputError, match="written by a newer version"):
+    with pytest.raises(InputError, match=f"written by {age} version"):
         newest_good(directory)
 
 

@@ -92,9 +92,7 @@ def test_version(capsys):
     assert capsys.readouterr().out.strip() == megatron_dynmix.__version__
 
 
-@pytest.mark.parametrize(
-    "argv", [[], ["tarin"], ["train", "x.yaml"], ["update", "--load", "x", "--etta", "1"], ["update"]]
-)
+@pytest.mark.parametrize("argv", [[], ["tarin"], ["train", "x.yaml"], ["train", "--run-dir", "x"]])
 def test_wrong_usage_exits_with_2(capsys, argv):
     with pytest.raises(SystemExit) as stopped:
         main(argv)

@@ -12,7 +12,7 @@ import pytest
 from tests.distributed.ranks import CONTEXT
 
 WORLD = 1024
-SOURCES, LAYERS, EXPERTS = 64, 32, 256
+LAYERS, HALVES, SOURCES, EXPERTS = 32, 2, 64, 256
 LAYOUTS = {
     "TP2 PP4 EP8, ETP1": {"tp": 2, "pp": 4, "cp": 1, "ep": 8, "etp": 1},
     "TP2 PP4 EP8, ETP2": {"tp": 2, "pp": 4, "cp": 1, "ep": 8, "etp": 2},
@@ -58,8 +58,8 @@ def groups_of_reduction(rank, sizes):
         asked.append((members, tensor.numel() * tensor.element_size()))
 
     torch.distributed.all_reduce = all_reduce
-    counts_LDE = torch.ones(LAYERS, SOURCES, EXPERTS, dtype=torch.int64)
-    assert torch.equal(reduce_counts(counts_LDE), counts_LDE)
+    counts_LHDE = torch.ones(LAYERS, HALVES, SOURCES, EXPERTS, dtype=torch.int64)
+    assert torch.equal(reduce_counts(counts_LHDE), counts_LHDE)
     return asked
 
 
@@ -112,7 +112,7 @@ def test_I6_a_rank_reduces_over_the_groups_of_the_picture(name, rank):
     asked = in_own_process(groups_of_reduction, rank, sizes)
     wanted = [next(group for group in groups if rank in group) for groups in expected_groups(sizes).values()]
     assert [members for members, _ in asked] == [group for group in wanted if len(group) > 1]
-    assert {size for _, size in asked} == {SOURCES * LAYERS * EXPERTS * 8} == {4 * 2**20}
+    assert {size for _, size in asked} == {LAYERS * HALVES * SOURCES * EXPERTS * 8} == {8 * 2**20}
 
 
 def test_the_expert_parallel_group_alone_would_not_do():

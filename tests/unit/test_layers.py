@@ -11,11 +11,12 @@ import megatron_dynmix
 PACKAGE = Path(megatron_dynmix.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
+    "compare": {"training", "data", "monitor", "config", "launch", "errors"},
     "training": {"data", "moe", "monitor", "mixing", "config", "platform", "errors"},
     "data": {"config", "platform", "errors"},
     "moe": {"config", "platform", "errors"},
     "monitor": {"config", "platform", "errors"},
-    "config": {"errors"},
+    "config": {"mixing", "errors"},
     "platform": {"errors"},
     "mixing": set(),
 }

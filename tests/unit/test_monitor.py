@@ -54,6 +54,12 @@ def mixing_update(iteration: int, **changes) -> dict:
         "entropy": 1.0397207708,
         "kl_step": 0.25,
         "note": None,
+        "events": [],
+        "override": None,
+        "shadow": {},
+        "loss": None,
+        "delta_error": None,
+        "signal": None,
         "seconds": {"signal": 0.1, "reduce": 0.01, "update": 0.001, "rebuild": 0.02},
         **changes,
     }
@@ -183,6 +189,14 @@ def test_mixing_table_is_aligned_ascii():
     ]
 
 
+def test_mixing_table_tells_what_shadows_and_guardrails_do():
+    update = mixing_update(10, shadow={"odm": [0.5, 0.25, 0.25]}, events=["override: math paused"])
+    assert logline.mixing_table(update).splitlines()[-2:] == [
+        "  shadow odm: chat 0.5000, math 0.2500, code 0.2500",
+        "  event: override: math paused",
+    ]
+
+
 def test_mixing_table_of_a_strategy_without_delta():
     lines = logline.mixing_table(mixing_update(10, delta=None)).splitlines()
     assert len(lines) == 5
@@ -276,6 +290,16 @@ def test_an_update_without_signal_draws_nothing_but_weights(tmp_path):
     assert scalars(tmp_path, "dynmix/weight/chat") == [(10, 0.25), (20, 0.25)]
     assert scalars(tmp_path, "dynmix/token-share/chat") == [(20, 0.25)]
     assert scalars(tmp_path, "dynmix/probe-lm-loss/code") == [(20, 4.0)]
+
+
+def test_errors_shadows_and_events_are_drawn(tmp_path):
+    writer = MetricsWriter(tmp_path, SOURCES, resume_iteration=None)
+    shadow = {"loss-softmax:temperature=2": [0.2, 0.3, 0.5]}
+    writer.mixing(mixing_update(10, delta_error=[0.01, 0.02, 0.03], shadow=shadow, events=["floor: code"]))
+    writer.close()
+    assert scalars(tmp_path, "dynmix/delta-error/math") == [(10, pytest.approx(0.02))]
+    assert scalars(tmp_path, "dynmix/shadow/loss-softmax:temperature=2/code") == [(10, 0.5)]
+    assert events(tmp_path).Tags()["tensors"] == ["dynmix/events/text_summary"]
 
 
 def test_resuming_at_10_leaves_no_iteration_twice_and_none_lost(run_dir):

@@ -78,7 +78,8 @@ def test_unchanged_sources_go_on_where_they_stood_and_others_begin():
     )
     assert weights == pytest.approx([0.5 * math / (chat + math), 0.5, 0.5 * chat / (chat + math)], abs=1e-12)
     counts = carried["mixing"]["interval_counts"]
-    assert [[layer[d][0] for d in range(3)] for layer in counts] == [[2, 0, 0]] * 2
+    halves = [half for layer in counts for half in layer]
+    assert [[half[d][0] for d in range(3)] for half in halves] == [[2, 0, 0]] * 4
     last = carried["mixing"]["controller"]["last_counts"]
     assert last == [state["mixing"]["controller"]["last_counts"][1], None, None]
     assert carried["tokens"] == [200.0, 0.0, 100.0]
@@ -105,13 +106,13 @@ def test_I4_an_epoch_in_hand_is_finished_without_repeats():
     follow = fake_run()
     for _ in range(14):
         follow.blend.advance_to(follow.consumed)
-        rows += [row for d, row in follow.blend.pairs(follow.consumed, follow.consumed + 8) if d == 1]
+        rows += [row for d, row, _ in follow.blend.draws(follow.consumed, follow.consumed + 8) if d == 1]
         follow.train(1)
     assert len(rows) == before
     run.change_sources({"law": LAW, "math": MATH, "chat": CHAT}, (9, 11, 40))
     for _ in range(6):
         run.blend.advance_to(run.consumed)
-        rows += [row for d, row in run.blend.pairs(run.consumed, run.consumed + 8) if d == 1]
+        rows += [row for d, row, _ in run.blend.draws(run.consumed, run.consumed + 8) if d == 1]
         run.train(1)
     for start in range(0, len(rows) - 10, 11):
         assert sorted(rows[start : start + 11]) == list(range(11))

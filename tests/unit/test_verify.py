@@ -114,8 +114,16 @@ def change_load(records):
     load[1][0], load[1][1] = load[1][1], load[1][0]
 
 
-def forget_load(records):
-    records.mixing[9]["load"] = None
+def change_counts(records):
+    records.mixing[9]["signal"]["half_counts"][0][1][0][0] += 1
+
+
+def forget_signal(records):
+    records.mixing[9]["signal"] = None
+
+
+def change_begin(records):
+    records.ledger[0]["begin"]["weights"] = [0.5, 0.25, 0.25]
 
 
 def change_rows(records):
@@ -174,8 +182,10 @@ def change_saved_digest(records):
         (drop_update, "mixing.jsonl has no update after iteration 9"),
         (exchange_stages, "iteration 8 comes after 9"),
         (exchange_weights_of_stages, "mixing.jsonl, iteration 6: new_weights"),
-        (change_load, "mixing.jsonl, iteration 9: distance does not follow"),
-        (forget_load, "mixing.jsonl, iteration 9: the weights changed, but no load"),
+        (change_load, "mixing.jsonl, iteration 9: load does not follow"),
+        (change_counts, "mixing.jsonl, iteration 9: distance does not follow"),
+        (forget_signal, "mixing.jsonl, iteration 9: the weights changed, but nothing is recorded"),
+        (change_begin, "ledger.jsonl:1: the first weights are"),
         (change_rows, "mixing.jsonl, iteration 9: rows is"),
         (change_epochs, "mixing.jsonl, iteration 9: epochs is"),
         (change_sizes, "mixing.jsonl, iteration 3: epochs is"),

@@ -48,7 +48,7 @@ from megatron_dynmix.training.optimizer import (
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_STATE = "run_state.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -326,7 +326,7 @@ def read_run_state(source: Path) -> dict[str, Any]:
 
     Raises:
         Damaged: no run state that can be read.
-        InputError: one of a newer version.
+        InputError: one of another version.
 
     """
     try:
@@ -335,10 +335,15 @@ def read_run_state(source: Path) -> dict[str, Any]:
         raise Damaged(f"{RUN_STATE} cannot be read ({error})") from None
     if not isinstance(state, dict) or not isinstance(state.get("format_version"), int):
         raise Damaged(f"{RUN_STATE} is no run state")
-    if state["format_version"] > FORMAT_VERSION:
+    version = state["format_version"]
+    if version != FORMAT_VERSION:
+        age, remedy = "a newer", "update megatron-dynmix"
+        if version < FORMAT_VERSION:
+            age = "an older"
+            remedy = "go on with the version that began the run, or begin a run from its weights"
         raise InputError(
-            f"{source} was written by a newer version (format {state['format_version']}, this one reads "
-            f"{FORMAT_VERSION}); update megatron-dynmix"
+            f"{source} was written by {age} version (format {version}, this one reads {FORMAT_VERSION}); "
+            f"{remedy}"
         )
     return dict(state)
 

@@ -6,7 +6,7 @@ Axes: N samples, D sources.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +18,9 @@ from megatron_dynmix.config.tree import MixingConfig
 from megatron_dynmix.data.blend import Cursor
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
 from megatron_dynmix.data.loader import MicroBatch
+from megatron_dynmix.mixing.controller import MixingController
+from megatron_dynmix.training.ledger.measured import TOLD
+from megatron_dynmix.training.mix import Horizon, Resolved
 from megatron_dynmix.training.source_change import SourceSet
 
 Why = Literal["start", "update", "sources changed"]
@@ -93,6 +96,21 @@ def samples_line(*, iteration: int, first_sample: int, consumed_samples: int, di
     }
 
 
+def begin_of(
+    controller: MixingController, horizon: Horizon, initial_D: NDArray[np.float64]
+) -> dict[str, Any]:
+    """What the first weights of a run come from, beside its settings.
+
+    The shares given; and how far it is to go, where something is made of that.
+    """
+    begin: dict[str, Any] = {"weights": initial_D.tolist()}
+    strategies = (controller.strategy, *controller.shadows.values())
+    if controller.guardrails.caps or any(strategy.starts for strategy in strategies):
+        told = horizon.signal(0, 0, np.zeros_like(horizon.size_D))
+        begin |= {name: getattr(told, name) for name in TOLD}
+    return begin
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageLine:
     """The line of one stage: what it takes to draw it again, and why it began."""
@@ -107,8 +125,12 @@ class StageLine:
     chunk_size: int
     mixing: MixingConfig
     """The settings that the weights came from."""
+    resolved: Resolved
+    """What those say by file and by source."""
     changes: tuple[str, ...] = ()
     """What became of each source, where they changed."""
+    begin: Mapping[str, Any] = field(default_factory=dict)
+    """What the first weights of a run came from, see `begin_of`."""
 
     @classmethod
     def of_last(
@@ -116,10 +138,12 @@ class StageLine:
         blend: DynamicBlendedDataset,
         sources: SourceSet,
         mixing: MixingConfig,
+        resolved: Resolved,
         *,
         why: Why,
         iteration: int,
         changes: Sequence[str] = (),
+        begin: Mapping[str, Any] | None = None,
     ) -> StageLine:
         """The line of the stage that has just begun."""
         stage = blend.stages[-1]
@@ -132,7 +156,9 @@ class StageLine:
             seed=blend.seed,
             chunk_size=blend.chunk_size,
             mixing=mixing,
+            resolved=resolved,
             changes=tuple(changes),
+            begin=begin or {},
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -151,8 +177,10 @@ class StageLine:
             "owed": self.cursor.owed_D,
             "fingerprints": self.sources.fingerprints,
             "shuffle_ids": self.sources.shuffle_ids,
-            "mixing": asdict(self.mixing),
+            "mixing": self.mixing.flat(),
+            "resolved": self.resolved,
             "changes": self.changes,
+            **({"begin": self.begin} if self.begin else {}),
         }
 
     @classmethod
@@ -163,7 +191,6 @@ class StageLine:
             KeyError, TypeError, ValueError: a line that `to_json` did not write.
 
         """
-        layers = record["mixing"]["layers"]
         return cls(
             why=record["why"],
             iteration=record["iteration"],
@@ -181,8 +208,8 @@ class StageLine:
             ),
             seed=int(record["seed"]),
             chunk_size=int(record["chunk_size"]),
-            mixing=MixingConfig(
-                **{**record["mixing"], "layers": tuple(layers) if isinstance(layers, list) else layers}
-            ),
+            mixing=MixingConfig.from_flat(record["mixing"]),
+            resolved=record["resolved"],
             changes=tuple(record["changes"]),
+            begin=record.get("begin", {}),
         )

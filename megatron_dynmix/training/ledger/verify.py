@@ -14,21 +14,14 @@ import numpy as np
 
 from megatron_dynmix.data.blend import Cursor, advance
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.mixing.gate_load import GateLoad
 from megatron_dynmix.mixing.weights import check_weights
 from megatron_dynmix.training.ledger.lines import StageLine
+from megatron_dynmix.training.ledger.not_proven import TOLERANCE, NotProven
 from megatron_dynmix.training.ledger.records import Record, RunRecords, read_run, stage_line
 from megatron_dynmix.training.ledger.replay import Replay
+from megatron_dynmix.training.ledger.rule import RuleReplay
 from megatron_dynmix.training.ledger.verdict import Verdict
-from megatron_dynmix.training.reweighting import build_strategy
 from megatron_dynmix.training.source_change import SourceChange
-
-TOLERANCE = 1e-12
-"""Of recomputed weights: the same bits on the same machine, a rounding apart on another."""
-
-
-class NotProven(Exception):
-    """Something does not agree; the message says where and what."""
 
 
 def verify(run_dir: Path) -> Verdict:
@@ -127,6 +120,8 @@ class _Proof:
         self._check_shares(line, where)
         self.stages.append(line)
         self.replay = Replay(line)
+        self._rule = RuleReplay(line, where)
+        self.verdict.notes += self._rule.notes
 
     def _check_shares(self, line: StageLine, where: str) -> None:
         try:
@@ -213,8 +208,8 @@ class _Proof:
         if record is not None:
             self._updates.remove(iteration)
             check_record(record, line, last, self.replay.cursor)
-            check_rule(record, line, last)
-            self.verdict.updates += 1
+            if self._rule.check(record, line, last):
+                self.verdict.updates += 1
         self.replay.begin_stage(line)
 
     def _change_sources(self, line: StageLine, last: StageLine, where: str) -> None:
@@ -228,6 +223,7 @@ class _Proof:
         weights_D = np.array(line.weights)
         if np.abs(change.weights_D(last.weights, weights_D) - weights_D).max() > TOLERANCE:
             raise NotProven(f"{where}: sources that stayed did not keep the proportion of their weights")
+        self._rule.change_sources(change, line)
         same_D = [
             old if unchanged else None
             for old, unchanged in zip(change.old_index_D, change.unchanged_D, strict=True)
@@ -311,36 +307,3 @@ def check_record(record: Record, line: StageLine, last: StageLine, cursor: Curso
                 f"mixing.jsonl, iteration {line.iteration}: {name} is {record.get(name)}; the ledger and its "
                 f"replay say {value}"
             )
-
-
-def check_rule(record: Record, line: StageLine, last: StageLine) -> None:
-    """The new weights follow from the recorded loads and the old weights, by the rule in force."""
-    where, old_D, new_D = f"mixing.jsonl, iteration {line.iteration}", np.array(last.weights), line.weights
-    load = record.get("load")
-    if load is None:
-        if list(new_D) != list(last.weights) or not str(record.get("note")).startswith("weights kept"):
-            raise NotProven(
-                f"{where}: the weights changed, but no load is recorded that they could follow from"
-            )
-        return
-    strategy = build_strategy(line.mixing)
-    if not isinstance(strategy, GateLoad):
-        raise NotProven(
-            f"{where}: strategy {line.mixing.strategy} does not read loads and never changes weights"
-        )
-    try:
-        load_DE = np.array(load, np.float64).reshape(len(old_D), -1)
-        if not np.abs(load_DE.sum(axis=1) - 1).max() < 1e-9:
-            raise NotProven(f"{where}: the loads of a source do not sum to 1")
-        proposal = strategy.from_load(old_D, load_DE)
-    except ValueError as error:
-        raise NotProven(f"{where}: {error}") from None
-    for name, value in (
-        ("distance", proposal.distance_DD),
-        ("delta", proposal.delta_D),
-        ("new_weights", proposal.weights_D),
-    ):
-        recorded = np.array(record.get(name), np.float64)
-        assert value is not None, "gate-load mixing makes all three"
-        if recorded.shape != value.shape or not np.abs(recorded - value).max() <= TOLERANCE:
-            raise NotProven(f"{where}: {name} does not follow from the recorded loads and old weights")

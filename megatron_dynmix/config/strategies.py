@@ -1,0 +1,148 @@
+"""The options of the mixing strategies as settings: which there are, and which strategy has which."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_dynmix.errors import InputError
+from megatron_dynmix.mixing.strategies import STRATEGIES, build_strategy
+
+RESOLVED = {
+    "reference": "reference_D",
+    "target": "target_D",
+    "weights_from": "weights_D",
+    "embeddings": "embeddings_DV",
+    "schedule": "points",
+}
+"""Settings that name a file, or values by source -> the option of a strategy that is made of them."""
+
+
+def is_own(strategy: str) -> bool:
+    """Whether it is a user's own: `module:name`."""
+    return ":" in strategy
+
+
+def option_hints() -> dict[str, Any]:
+    """Every option of every built-in strategy that can be written flat in the mixing section -> its type."""
+    return {
+        name: hint for kind in STRATEGIES.values() for name, hint in _hints(kind).items() if _is_flat(name)
+    }
+
+
+def option_defaults(strategy: str) -> dict[str, Any]:
+    """The options of a strategy that can be written flat -> their published defaults; none of a user's."""
+    if is_own(strategy):
+        return {}
+    fields = dataclasses.fields(STRATEGIES[strategy])  # type: ignore[arg-type]
+    return {field.name: field.default for field in fields if _is_flat(field.name)}
+
+
+def resolved_options(strategy: str) -> dict[str, bool]:
+    """The settings of `RESOLVED` that a strategy uses -> whether it cannot do without."""
+    if is_own(strategy):
+        return {}
+    fields = {field.name: field for field in dataclasses.fields(STRATEGIES[strategy])}  # type: ignore[arg-type]
+    return {
+        setting: fields[option].default in (dataclasses.MISSING, None, ())
+        and fields[option].default_factory is dataclasses.MISSING
+        for setting, option in RESOLVED.items()
+        if option in fields
+    }
+
+
+def complete_options(strategy: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The options given, and the published defaults of all others.
+
+    Args:
+        strategy: a built-in one, or `module:name`.
+        given: options by name.
+        where: what the message of a refusal calls them.
+
+    Raises:
+        InputError: an unknown strategy, or an option that it does not have.
+
+    """
+    if not is_own(strategy) and strategy not in STRATEGIES:
+        names = ", ".join(STRATEGIES)
+        raise InputError(
+            f"{where}.strategy is {strategy!r}; it must be one of {names}, or MODULE:NAME of your own"
+        )
+    defaults = option_defaults(strategy)
+    for name in given:
+        if name in defaults:
+            continue
+        if is_own(strategy):
+            raise InputError(
+                f"{where}.{name} is an option of built-in strategies, {strategy} is your own; put its "
+                f"options under {where}.strategy_options"
+            )
+        having = [other for other in STRATEGIES if name in option_defaults(other)]
+        raise InputError(
+            f"{where}.{name} is no option of strategy {strategy}, which has "
+            f"{', '.join(defaults) or 'none'}; leave it out, or use a strategy that has it: "
+            f"{', '.join(having) or 'none does'}"
+        )
+    return {**defaults, **given}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """A strategy with its options, as a configuration names it."""
+
+    label: str
+    """In records and tags; tells two choices of one strategy apart."""
+    strategy: str
+    options: Mapping[str, Any]
+    own: bool
+
+    @property
+    def needs(self) -> tuple[bool, bool]:
+        """Whether gate loads, and whether losses, must be measured for it.
+
+        Raises:
+            InputError: a strategy of your own that cannot be imported or made.
+
+        """
+        kind: Any = STRATEGIES.get(self.strategy)
+        if self.own:
+            try:
+                kind = build_strategy(self.strategy, self.options)
+            except ValueError as error:
+                raise InputError(f"mixing: {error}") from None
+        return kind.needs_gate_load, kind.needs_loss
+
+
+def chosen_shadow(entry: str | Mapping[str, Any]) -> Chosen:
+    """One entry of `mixing.shadow`.
+
+    Raises:
+        InputError: no strategy, one that never changes weights, or an option that it does not have.
+
+    """
+    given = {"strategy": entry} if isinstance(entry, str) else dict(entry)
+    strategy = given.pop("strategy", None)
+    if not isinstance(strategy, str):
+        raise InputError(
+            f"mixing.shadow holds {entry!r}; give the name of a strategy, or "
+            "{strategy: NAME, option: value}"
+        )
+    where = f"mixing.shadow {strategy}"
+    own = is_own(strategy)
+    options = given if own else complete_options(strategy, given, where)
+    kind: Any = STRATEGIES.get(strategy)
+    if not own and not kind.updates:
+        raise InputError(f"{where} never changes weights, so there is nothing to watch; leave it out")
+    label = ",".join([strategy, *(f"{name}={value}" for name, value in given.items())])
+    return Chosen(label=label.replace(",", ":", 1), strategy=strategy, options=options, own=own)
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _is_flat(option: str) -> bool:
+    return option not in RESOLVED.values()

@@ -1,0 +1,280 @@
+"""From settings to what decides a run's weights, and what it is told beside the measurements.
+
+Used by the run itself, before it starts, and by `verify`, from the settings on record. Axes: D sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.strategies import RESOLVED, Chosen, resolved_options
+from megatron_dynmix.config.tree import MixingConfig
+from megatron_dynmix.errors import InputError
+from megatron_dynmix.mixing.controller import MixingController
+from megatron_dynmix.mixing.guardrails import Guardrails
+from megatron_dynmix.mixing.load import select_layers
+from megatron_dynmix.mixing.strategies import build_strategy
+from megatron_dynmix.mixing.strategy import Signal, Strategy
+from megatron_dynmix.mixing.unit import InExamples, example_shares, row_shares
+from megatron_dynmix.mixing.weights import normalise_weights
+from megatron_dynmix.training.batch_schedule import BatchSchedule
+from megatron_dynmix.training.strategy_files import resolve_files
+
+if TYPE_CHECKING:  # `update` imports this module, and must not wait for torch
+    from megatron_dynmix.data.rows import PackedRows
+
+Resolved = Mapping[str, Any]
+"""Options that came from files; the sources' `max_epochs` (None: no cap) and, where weights are shares of
+examples, their `examples_per_row`, in the order of the sources."""
+
+
+def resolve(config: RunConfig, rows: Sequence[PackedRows] = ()) -> dict[str, Any]:
+    """What the settings of a run say by file and by source.
+
+    Args:
+        config: the resolved configuration.
+        rows: of each source; without them nothing is said of `examples_per_row`.
+
+    Raises:
+        InputError: a file that cannot be used.
+
+    """
+    sources = config.data.sources
+    resolved = resolve_files(config.mixing, list(sources))
+    caps = [source.max_epochs for source in sources.values()]
+    if any(cap is not None for cap in caps):
+        resolved["max_epochs"] = caps
+    if rows and config.mixing.unit == "examples":
+        resolved["examples_per_row"] = [source.mean_examples_per_row for source in rows]
+    return resolved
+
+
+def strategy_of(chosen: Chosen, resolved: Resolved) -> Strategy:
+    """A strategy with its options, those from files included.
+
+    Raises:
+        ValueError: an option that it cannot take.
+
+    """
+    from_files = {
+        RESOLVED[setting]: resolved[RESOLVED[setting]]
+        for setting in resolved_options(chosen.strategy)
+        if RESOLVED[setting] in resolved
+    }
+    per_row_D = examples_per_row(resolved)
+    if per_row_D is None:
+        return build_strategy(chosen.strategy, {**chosen.options, **from_files})
+    if RESOLVED["weights_from"] in from_files:  # on record are shares of rows
+        last_D = np.array(from_files[RESOLVED["weights_from"]])
+        from_files[RESOLVED["weights_from"]] = example_shares(last_D, per_row_D).tolist()
+    return InExamples(build_strategy(chosen.strategy, {**chosen.options, **from_files}), per_row_D)
+
+
+def examples_per_row(resolved: Resolved) -> NDArray[np.float64] | None:
+    """Of each source, where weights are shares of examples; None where they are shares of rows."""
+    return np.array(resolved["examples_per_row"]) if "examples_per_row" in resolved else None
+
+
+def in_rows(weights_D: NDArray[np.float64], resolved: Resolved) -> NDArray[np.float64]:
+    """Weights that a user has written, in the unit of the run, as shares of the rows."""
+    per_row_D = examples_per_row(resolved)
+    return weights_D if per_row_D is None else row_shares(weights_D, per_row_D)
+
+
+def guardrails_of(
+    mixing: MixingConfig, resolved: Resolved, sources: Sequence[str], size_D: NDArray[np.int64]
+) -> Guardrails:
+    """The limits on the weights.
+
+    Raises:
+        ValueError: a limit out of range, or a prior that does not name the sources.
+
+    """
+    prior_D = None
+    if mixing.prior == "size":
+        prior_D = normalise_weights(size_D)
+    elif mixing.prior == "uniform":
+        prior_D = in_rows(normalise_weights(np.ones(len(sources))), resolved)
+    elif isinstance(mixing.prior, Mapping):
+        prior_D = in_rows(normalise_weights(mixing.prior, sources), resolved)
+    elif mixing.prior is not None:
+        raise ValueError(f"prior is {mixing.prior!r}; give {{source: weight}}, size or uniform")
+    caps = resolved.get("max_epochs")
+    return Guardrails(
+        floor=mixing.weight_floor,
+        max_kl_step=mixing.max_kl_step,
+        min_entropy=mixing.min_entropy,
+        prior_D=prior_D,
+        prior_pull=mixing.prior_pull,
+        max_epochs_D=caps and [np.inf if cap is None else cap for cap in caps],
+    )
+
+
+def controller_of(
+    mixing: MixingConfig,
+    resolved: Resolved,
+    sources: Sequence[str],
+    size_D: NDArray[np.int64],
+    weights_D: NDArray[np.float64],
+    *,
+    without: Container[str] = (),
+) -> MixingController:
+    """Strategy, guardrails and shadows of a run, at its first weights.
+
+    Args:
+        mixing: the settings.
+        resolved: what they say by file and by source.
+        sources: names, in the order of their dataset_id.
+        size_D: rows of each source.
+        weights_D: shares given.
+        without: labels of shadows to leave out.
+
+    Raises:
+        ValueError: settings that cannot work.
+
+    """
+    return MixingController(
+        sources,
+        weights_D,
+        strategy_of(mixing.chosen, resolved),
+        guardrails=guardrails_of(mixing, resolved, sources, size_D),
+        shadows={
+            shadow.label: strategy_of(shadow, resolved)
+            for shadow in mixing.shadows
+            if shadow.label not in without
+        },
+    )
+
+
+def for_strategy(controller_state: Mapping[str, Any], before: str, after: str) -> Mapping[str, Any]:
+    """The state of a controller for another strategy: on from the weights in force, with no memory."""
+    if before == after:
+        return controller_state
+    return {**controller_state, "strategy": {}, "first_weights": controller_state["weights"]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Horizon:
+    """How far a run goes, in iterations and rows."""
+
+    schedule: BatchSchedule
+    train_iters: int
+    interval: int
+    seed: int
+    size_D: NDArray[np.int64]
+    """Rows of an epoch of each source."""
+    cap_D: NDArray[np.float64]
+    """Most rows that may be drawn of each source, infinity where there is no cap."""
+
+    @classmethod
+    def of(cls, config: RunConfig, resolved: Resolved, size_D: NDArray[np.int64]) -> Horizon:
+        """The horizon of a configuration that was checked."""
+        assert config.training.train_iters is not None, "checked before start"
+        caps = resolved.get("max_epochs", [None] * len(size_D))
+        return cls(
+            schedule=BatchSchedule.of(config.training),
+            train_iters=config.training.train_iters,
+            interval=config.mixing.interval,
+            seed=config.training.seed,
+            size_D=size_D,
+            cap_D=np.floor(np.array([np.inf if cap is None else cap for cap in caps]) * size_D),
+        )
+
+    @property
+    def run_rows(self) -> int:
+        """Rows of the whole run."""
+        return self.schedule.samples_after(self.train_iters)
+
+    def signal(self, iteration: int, consumed_samples: int, drawn_D: NDArray[np.int64]) -> Signal:
+        """What a strategy is told beside the measurements."""
+        return Signal(
+            iteration=iteration,
+            train_iters=self.train_iters,
+            interval_rows=self._interval_rows(iteration, consumed_samples, drawn_D),
+            run_rows=self.run_rows,
+            size_D=self.size_D,
+            drawn_D=drawn_D,
+            seed=self.seed,
+        )
+
+    def _interval_rows(self, iteration: int, consumed_samples: int, drawn_D: NDArray[np.int64]) -> int:
+        """Rows until the next weights.
+
+        A whole interval's, though the run may end before: it may be resumed with more iterations, and the
+        caps must hold then too. Only where the caps leave less than that, what the run itself still takes.
+        """
+
+        def rows(iterations: int) -> int:
+            return self.schedule.samples_after(iterations, consumed_samples) - consumed_samples
+
+        whole = rows(self.interval)
+        left = np.maximum(self.cap_D - drawn_D, 0).sum()
+        if left >= whole:
+            return whole
+        return max(int(left), rows(max(min(self.interval, self.train_iters - iteration), 0)))
+
+
+def check_mix(config: RunConfig, num_layers: int) -> None:
+    """Refuse strategies, shadows and guardrails that cannot be made, before anything is prepared.
+
+    Raises:
+        InputError: what is wrong.
+
+    """
+    names = list(config.data.sources)
+    resolved, some_D = resolve(config), np.ones(len(names), np.int64)
+    try:
+        controller = controller_of(config.mixing, resolved, names, some_D, normalise_weights(some_D))
+        for strategy in (controller.strategy, *controller.shadows.values()):
+            layers = getattr(strategy, "layers", None)
+            if layers is not None:
+                select_layers(layers, num_layers)
+    except ValueError as error:
+        raise InputError(f"mixing: {error}") from None
+
+
+def initial_weights(config: RunConfig) -> NDArray[np.float64]:
+    """Shares of the sources as given, in the configured unit; uniform if none was."""
+    weights = {
+        name: 1.0 if source.weight is None else source.weight for name, source in config.data.sources.items()
+    }
+    return normalise_weights(weights)
+
+
+def initial_shares(config: RunConfig, rows: Sequence[PackedRows]) -> NDArray[np.float64]:
+    """Shares of the rows that the sources are given; the strategy may choose others."""
+    return in_rows(initial_weights(config), resolve(config, rows))
+
+
+def first_weights(config: RunConfig, rows: Sequence[PackedRows]) -> NDArray[np.float64]:
+    """The weights that a run begins with; refused if there are none, or if caps cannot feed the run.
+
+    Args:
+        config: the resolved configuration.
+        rows: of each source.
+
+    Raises:
+        InputError: what is wrong; for caps, how many rows are missing.
+
+    """
+    names, resolved = list(config.data.sources), resolve(config, rows)
+    size_D = np.array([len(source) for source in rows], np.int64)
+    horizon = Horizon.of(config, resolved, size_D)
+    allowed = horizon.cap_D.sum()
+    if allowed < horizon.run_rows:
+        raise InputError(
+            f"max_epochs of the sources allows {int(allowed)} rows, but the run takes {horizon.run_rows}: "
+            f"{horizon.run_rows - int(allowed)} rows are missing; raise max_epochs, give more data, or use "
+            "fewer train_iters"
+        )
+    try:
+        controller = controller_of(config.mixing, resolved, names, size_D, initial_shares(config, rows))
+        return controller.start(horizon.signal(0, 0, np.zeros(len(names), np.int64))).weights_D
+    except ValueError as error:
+        raise InputError(f"mixing: {error}") from None
