@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 test test-slow soak quickstart: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow soak lint bench gpu-check clean
+.PHONY: help quickstart test test-slow soak study lint bench gpu-check clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -32,6 +32,10 @@ test-slow: $(INSTALLED)  ## run the tests that `make test` leaves out: more layo
 
 soak: $(INSTALLED)  ## kill a run KILLS times (50) and compare it with one that was not
 	$(BIN)/python -W ignore -m tests.distributed.kills $(or $(KILLS),50)
+
+study: $(INSTALLED)  ## compare strategies on DATA=DIR (chat, general, math, code); tables in OUTPUT (runs/study)
+	$(BIN)/python -W ignore examples/study/study.py --data $(or $(DATA),$(error give DATA=DIR)) \
+	  --output $(or $(OUTPUT),runs/study)
 
 lint: $(INSTALLED)  ## check style, formatting and types
 	$(BIN)/ruff check .

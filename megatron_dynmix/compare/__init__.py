@@ -1,0 +1,1 @@
+"""A grid of runs, strategy by seed: carried out, evaluated, and set side by side."""

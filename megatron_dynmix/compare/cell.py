@@ -1,0 +1,167 @@
+"""One cell of the grid: one variant with one seed, in a run directory of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dynmix.compare.grid import Variant
+from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.load import load_config, to_dict
+from megatron_dynmix.data.source_report import SourceReport
+from megatron_dynmix.errors import InputError
+from megatron_dynmix.training.checkpointing import restore_point
+from megatron_dynmix.training.checkpointing.checkpoint import read_run_state
+from megatron_dynmix.training.evaluate import EVALUATION
+from megatron_dynmix.training.resume import identity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What all cells of a comparison share."""
+
+    run_yaml: Path
+    output: Path
+    flags: tuple[str, ...]
+    """Of the command line, for every cell; a variant's own settings win over them."""
+    nproc: int
+    max_answers: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run."""
+
+    plan: Plan
+    variant: Variant
+    seed: int
+    config: RunConfig
+
+    @classmethod
+    def of(cls, plan: Plan, variant: Variant, seed: int) -> Cell:
+        """The cell of a variant and a seed.
+
+        Raises:
+            InputError: settings that cannot be used, by name of the variant.
+
+        """
+        try:
+            config = load_config(plan.run_yaml, [*plan.flags, *variant.flags(seed)])
+        except InputError as error:
+            raise InputError(f"variant {variant.name}: {error}") from None
+        return cls(plan=plan, variant=variant, seed=seed, config=config)
+
+    @property
+    def label(self) -> str:
+        """How progress lines call it."""
+        return f"{self.variant.name}, seed {self.seed}"
+
+    @property
+    def run_dir(self) -> Path:
+        """Where its run is."""
+        return self.plan.output / self.variant.name / f"seed-{self.seed}"
+
+    @property
+    def log(self) -> Path:
+        """What its processes say."""
+        return self.run_dir / "log.txt"
+
+    def check_run_dir(self) -> None:
+        """Refuse a directory that holds a run of another configuration.
+
+        Raises:
+            InputError: which settings differ.
+
+        """
+        path = self.run_dir / "config.yaml"
+        if not path.is_file():
+            return
+        try:
+            before = _plain(load_config(path))
+        except InputError as error:
+            raise InputError(f"{self.run_dir}: {error}; remove it, or give another --output") from None
+        if changes := list(_changes(before, _plain(self.config))):
+            raise InputError(
+                f"{self.run_dir} holds a run of another configuration: {'; '.join(changes)}. Give another "
+                "--output, or remove it"
+            )
+
+    def is_trained(self, reports: Sequence[SourceReport]) -> bool:
+        """Whether its run is at its last iteration, from sources that hold what they held.
+
+        Args:
+            reports: of the sources now.
+
+        Raises:
+            InputError: the sources hold something else.
+
+        """
+        directory = self.run_dir / "checkpoints"
+        if not restore_point.has_checkpoint(directory):
+            return False
+        state = read_run_state(restore_point.newest_good(directory).source)
+        now = identity(self.config, reports)
+        if any(state[key] != now[key] for key in ("fingerprints", "probes")):
+            raise InputError(
+                f"{self.run_dir} holds a run on sources of other content, which new ones cannot be compared "
+                "with; give another --output, or remove it"
+            )
+        return bool(state["iteration"] == self.config.training.train_iters)
+
+    def is_evaluated(self) -> bool:
+        """Whether its `evaluation.json` is of its last iteration, and of as many answers as wanted."""
+        found = read_json(self.run_dir / EVALUATION)
+        wanted = {
+            "iteration": self.config.training.train_iters,
+            "max_answers": self.plan.max_answers,
+            "max_new_tokens": self.plan.max_new_tokens,
+        }
+        return found is not None and wanted.items() <= found.items()
+
+    def train_command(self) -> list[str]:
+        """The command line that trains it, or goes on training."""
+        return [
+            *(sys.executable, "-m", "megatron_dynmix", "train", str(self.plan.run_yaml)),
+            *("--run-dir", str(self.run_dir), "--resume", "auto"),
+            *(["--nproc-per-node", str(self.plan.nproc)] if self.plan.nproc > 1 else []),
+            *self.plan.flags,
+            *self.variant.flags(self.seed),
+        ]
+
+    def evaluate_command(self) -> list[str]:
+        """The command line that evaluates it."""
+        return [
+            *(sys.executable, "-m", "megatron_dynmix", "evaluate", str(self.run_dir)),
+            *("--max-answers", str(self.plan.max_answers)),
+            *("--max-new-tokens", str(self.plan.max_new_tokens)),
+        ]
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is no such file, or half of one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    """The configuration as a file has it: no tuples."""
+    plain: dict[str, Any] = json.loads(json.dumps(to_dict(config)))
+    return plain
+
+
+def _changes(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Settings that differ, as `section.name: old -> new`."""
+    return [
+        f"{section}.{name}: {before.get(section, {}).get(name)} -> {settings.get(name)}"
+        for section, settings in now.items()
+        for name in {**before.get(section, {}), **settings}
+        if before.get(section, {}).get(name) != settings.get(name)
+    ]

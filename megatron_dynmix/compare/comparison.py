@@ -1,0 +1,111 @@
+"""A whole comparison: the grid is checked, carried out, read and set side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_dynmix.compare.cell import Cell, Plan
+from megatron_dynmix.compare.grid import Variant
+from megatron_dynmix.compare.page import html, markdown
+from megatron_dynmix.compare.plots import losses_svg, weights_svg
+from megatron_dynmix.compare.results import read_result, summarise
+from megatron_dynmix.compare.schedule import Task, run_tasks
+from megatron_dynmix.compare.tables import comparison_tables
+from megatron_dynmix.config.load import to_dict
+from megatron_dynmix.data.source_report import SourceReport
+from megatron_dynmix.errors import InputError
+from megatron_dynmix.training import run
+from megatron_dynmix.training.checkpointing.checkpoint import write_atomically
+
+
+def compare(
+    plan: Plan, variants: Sequence[Variant], seeds: Sequence[int], *, jobs: int, say: Callable[[str], None]
+) -> bool:
+    """Run what is not finished of the grid, and write `comparison.json`, `.md` and `.html`.
+
+    Args:
+        plan: what all cells share.
+        variants: rows of the comparison.
+        seeds: each variant is run with each.
+        jobs: cells at a time.
+        say: prints a line.
+
+    Returns:
+        Whether every cell is finished.
+
+    Raises:
+        InputError: before any cell is started: settings that cannot be used, or a cell's directory holds
+            another run.
+
+    """
+    cells = [Cell.of(plan, variant, seed) for variant in variants for seed in seeds]
+    reports = _check(cells)
+    tasks = [_task(cell, reports[cell.variant.name]) for cell in cells]
+    kept = sum(not task.commands for task in tasks)
+    say(f"{len(cells)} cells, {kept} of them finished before; {min(jobs, len(cells))} at a time")
+    reasons = run_tasks(tasks, jobs, say)
+    failures = [
+        {"variant": cells[place].variant.name, "seed": cells[place].seed, "reason": reason}
+        for place, reason in sorted(reasons.items())
+    ]
+    results = [read_result(cell) for place, cell in enumerate(cells) if place not in reasons]
+    sources = list(cells[0].config.data.sources)
+    summary = summarise([variant.name for variant in variants], sources, results, failures)
+    _write(plan, summary)
+    say(f"written: {plan.output}/comparison.md, comparison.html, comparison.json")
+    return not failures
+
+
+def _check(cells: Sequence[Cell]) -> dict[str, list[SourceReport]]:
+    """Refuse what would fail, and prepare the sources before cells need them all at once.
+
+    Returns:
+        What the sources of each variant hold.
+
+    """
+    for cell in cells:
+        cell.check_run_dir()
+        if not cell.config.data.probed:
+            raise InputError(
+                "no source has held-out rows to compare on; give some, as data.sources.NAME.probe"
+            )
+    reports: dict[str, list[SourceReport]] = {}
+    by_data: dict[str, list[SourceReport]] = {}
+    for cell in cells:
+        if cell.variant.name in reports:
+            continue
+        data = json.dumps(to_dict(cell.config)["data"])  # mostly the same for all
+        try:
+            tokenizer = run.check_before_start(cell.config, cell.plan.nproc)
+            if data not in by_data:
+                by_data[data] = run.read_data(cell.config, tokenizer).reports
+        except InputError as error:
+            raise InputError(f"variant {cell.variant.name}: {error}") from None
+        reports[cell.variant.name] = by_data[data]
+    return reports
+
+
+def _task(cell: Cell, reports: Sequence[SourceReport]) -> Task:
+    """What is left to do of a cell."""
+    if not cell.is_trained(reports):
+        return Task(cell, (cell.train_command(), cell.evaluate_command()))
+    return Task(cell, () if cell.is_evaluated() else (cell.evaluate_command(),))
+
+
+def _write(plan: Plan, summary: dict[str, Any]) -> None:
+    title = f"Comparison of {plan.run_yaml.stem}"
+    tables = comparison_tables(summary)
+    svgs = {}
+    if summary["variants"]:
+        svgs = {
+            ("Weights over iterations", "weights.svg"): weights_svg(summary),
+            ("Held-out loss of each source, in nats", "losses.svg"): losses_svg(summary),
+        }
+    for (_, name), svg in svgs.items():
+        write_atomically(plan.output / name, svg)
+    write_atomically(plan.output / "comparison.md", markdown(title, tables, list(svgs)))
+    page = html(title, tables, [(name, svg) for (name, _), svg in svgs.items()])
+    write_atomically(plan.output / "comparison.html", page)
+    write_atomically(plan.output / "comparison.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
