@@ -28,13 +28,23 @@ SIZES = {
     "gpu": [
         *("--num-layers", "8", "--hidden-size", "512", "--ffn-hidden-size", "1024"),
         *("--num-attention-heads", "8", "--num-query-groups", "4", "--num-moe-experts", "16"),
-        *("--seq-length", "1024", "--bf16", "--lr", "1e-3", "--lr-warmup-iters", "100"),
+        *(
+            "--seq-length",
+            "1024",
+            "--bf16",
+            "--init-method-std",
+            "0.02",
+            "--lr",
+            "1e-3",
+            "--lr-warmup-iters",
+            "100",
+        ),
         *("--train-iters", "2000", "--interval", "100", "--log-interval", "100", "--probe-tokens", "16384"),
         *("--micro-batch-size", "16", "--global-batch-size", "64"),
     ],
 }
 """Flags of every run, beside RUN.yaml."""
-PHASE = {"cpu": 25, "gpu": 500}
+PHASE = {"cpu": 50, "gpu": 500}
 """Iterations that `sequential` stays with a source: it goes through all four once."""
 
 
