@@ -18,6 +18,7 @@ from megatron_dynmix.data.source_report import SourceReport
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.training import run
 from megatron_dynmix.training.checkpointing.checkpoint import write_atomically
+from megatron_dynmix.training.mix import first_weights
 
 
 def compare(
@@ -72,7 +73,7 @@ def _check(cells: Sequence[Cell]) -> dict[str, list[SourceReport]]:
                 "no source has held-out rows to compare on; give some, as data.sources.NAME.probe"
             )
     reports: dict[str, list[SourceReport]] = {}
-    by_data: dict[str, list[SourceReport]] = {}
+    by_data: dict[str, run.Data] = {}
     for cell in cells:
         if cell.variant.name in reports:
             continue
@@ -80,10 +81,11 @@ def _check(cells: Sequence[Cell]) -> dict[str, list[SourceReport]]:
         try:
             tokenizer = run.check_before_start(cell.config, cell.plan.nproc)
             if data not in by_data:
-                by_data[data] = run.read_data(cell.config, tokenizer).reports
+                by_data[data] = run.read_data(cell.config, tokenizer)
+            first_weights(cell.config, by_data[data].train)
         except InputError as error:
             raise InputError(f"variant {cell.variant.name}: {error}") from None
-        reports[cell.variant.name] = by_data[data]
+        reports[cell.variant.name] = by_data[data].reports
     return reports
 
 

@@ -148,6 +148,8 @@ def _sources(where: str, value: Any, folder: Path) -> dict[str, tree.SourceConfi
             raise InputError(f"{at}: the source's name is read as {name!r}, not as text; put it in quotes")
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
             raise InputError(f"{at}: a source's name may hold letters, digits and . _ - only")
+        if name.endswith(".probe"):
+            raise InputError(f"{at}: held-out rows are kept under such names; call the source otherwise")
         if not isinstance(settings, dict) or "path" not in settings:
             raise InputError(f"{at} holds {settings!r}; it must hold a path: {{path: data/{name}.jsonl}}")
         for key in settings:

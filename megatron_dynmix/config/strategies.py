@@ -79,6 +79,8 @@ def complete_options(strategy: str, given: Mapping[str, Any], where: str) -> dic
                 f"{where}.{name} is an option of built-in strategies, {strategy} is your own; put its "
                 f"options under {where}.strategy_options"
             )
+        if name in RESOLVED:
+            raise InputError(f"{where}: {name} is shared: give it as mixing.{name}, for all strategies")
         having = [other for other in STRATEGIES if name in option_defaults(other)]
         raise InputError(
             f"{where}.{name} is no option of strategy {strategy}, which has "

@@ -82,15 +82,14 @@ class Encoder:
         for row in chunk.rows:
             try:
                 conversation = chunk.format.parse(row.parse())
-            except ValueError as error:
-                broken.append(BadRow(row.place, str(error)))
-                continue
-            try:
                 rendered = self.renderer.render(conversation)
             except InputError as error:
                 raise InputError(f"{row.place}: {error}") from error
             except ValueError as error:
                 broken.append(BadRow(row.place, str(error)))
+                continue
+            except RecursionError:
+                broken.append(BadRow(row.place, "not usable: nested too deeply"))
                 continue
             read.append(_Read(row.place, conversation, rendered))
         return self._encode(chunk, read, broken)

@@ -18,6 +18,7 @@ from megatron_dynmix.data.conversation import (
     parse_sharegpt,
     system_turns,
 )
+from megatron_dynmix.data.jsonl import parse_json
 from megatron_dynmix.errors import InputError
 
 FormatName = Literal["sharegpt", "messages", "alpaca", "prompt-completion", "text"]
@@ -78,6 +79,7 @@ def _turn_of_message(position: int, item: Any, fields: Mapping[str, str]) -> Tur
         content = ""
     elif content_key not in item:
         raise ValueError(f'{where} has no key "{content_key}"')
+    _check_json(where, extra)
     text = checked_text(f'{where}: "{content_key}"', content)
     if role in ("user", "assistant") and not calls and not text.strip():
         raise ValueError(f"{where}: the {role}'s text is empty")
@@ -92,7 +94,7 @@ def _tool_calls(where: str, given: object) -> list[dict[str, Any]]:
             raise ValueError(f'{where}: a tool call has no "function" with a "name"')
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            arguments = _json(f"{where}: arguments of {function['name']}", arguments)
+            arguments = _json(f"{where}: arguments of {function['name']!r}", arguments)
         calls.append({**call, "function": {**function, "arguments": arguments}})
     return calls
 
@@ -104,15 +106,23 @@ def _json_objects(where: str, given: object) -> list[dict[str, Any]]:
         return []
     if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
         raise ValueError(f"{where} must be a list of objects")
-    checked_text(where, json.dumps(given, ensure_ascii=False))
+    _check_json(where, given)
     return given
+
+
+def _check_json(where: str, value: object) -> None:
+    """Refuse what no template can write: Parquet has types that JSON has not, JSON has half surrogates."""
+    try:
+        checked_text(where, json.dumps(value, ensure_ascii=False))
+    except TypeError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
 
 
 def _json(where: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(checked_text(where, text).encode())
     except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
+        raise ValueError(f"{where}: {error}") from error
 
 
 def parse_alpaca(row: object, fields: Mapping[str, str] = NO_FIELDS) -> Conversation:

@@ -26,15 +26,17 @@ from megatron_dynmix.data.formats import Format, FormatName, check_format, find_
 from megatron_dynmix.data.held_out import HeldOut
 from megatron_dynmix.data.index_writer import IndexedWriter
 from megatron_dynmix.data.progress import Progress
-from megatron_dynmix.data.readers import RawRow, raw_rows
+from megatron_dynmix.data.readers import RawRow, is_compressed, raw_rows
 from megatron_dynmix.data.source_report import (
     FORMAT_VERSION,
+    WRITTEN,
     Recipe,
     SourceReport,
     current_report,
     file_of,
     load_report,
     probe_prefix,
+    refuse_overwriting,
     write_report,
 )
 from megatron_dynmix.data.template import Renderer, TrainOn
@@ -49,8 +51,8 @@ BYTES_PER_WORKER = 1 << 23
 
 _BROKEN_SHOWN = 5
 _ROW_BYTES = 1 << 10  # of a row that does not come as text, about
-WRITTEN = ("bin", "idx", "digests", "json")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_PLACE = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 
 def prepare_source(
@@ -108,10 +110,12 @@ def prepare_source(
         split_length=split_length,
         held_out=held_out,
     )
-    with _writing(name, prefix), _locked(prefix):
-        report = current_report(prefix, inputs, recipe)
-        if report is None:
-            report = _Preparation(name, inputs, prefix, renderer, recipe, strict).run(workers)
+    with _writing(name, prefix):
+        refuse_overwriting(prefix, inputs)
+        with _locked(prefix):
+            report = current_report(prefix, inputs, recipe)
+            if report is None:
+                report = _Preparation(name, inputs, prefix, renderer, recipe, strict).run(workers)
     if strict:
         refuse_broken(report)
     return report
@@ -219,7 +223,7 @@ class _Preparation:
         )
         with (
             closing(chunks),
-            Progress(self.name, size) as progress,
+            Progress(self.name, None if any(map(is_compressed, self.inputs)) else size) as progress,
             IndexedWriter(draft, self.dtype) as writer,
         ):
             for encoded in chunks:
@@ -377,7 +381,7 @@ def _writing(name: str, prefix: Path) -> Iterator[None]:
                 f"source {name}: no space is left for {prefix} ({error.strerror}); what was there is as it "
                 "was; free some space, or write elsewhere"
             ) from error
-        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        if isinstance(error, _NO_PLACE) or error.errno in (errno.EROFS, errno.ENAMETOOLONG):
             raise InputError(
                 f"source {name}: {prefix} cannot be written ({error.strerror}); give another place"
             ) from error

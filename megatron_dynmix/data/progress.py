@@ -12,7 +12,8 @@ SECONDS_BETWEEN_LINES = 15.0
 class Progress:
     """Shows how much of a source is done, on standard error."""
 
-    def __init__(self, name: str, total_bytes: int) -> None:
+    def __init__(self, name: str, total_bytes: int | None) -> None:
+        """``total_bytes`` is None where it is not known, as of compressed files."""
         self._name = name
         self._total = total_bytes
         self._done = self._examples = 0
@@ -43,5 +44,5 @@ class Progress:
         self._bar.update(done_bytes)
         if self._bar.disable and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            share = self._done / max(self._total, 1)
-            print(f"{self._name}: {share:.0%}, {self._examples} examples", file=sys.stderr, flush=True)
+            far = f"{self._done / self._total:.0%}" if self._total else f"{self._done >> 20} MiB"
+            print(f"{self._name}: {far}, {self._examples} examples", file=sys.stderr, flush=True)

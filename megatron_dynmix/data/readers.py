@@ -75,8 +75,10 @@ def find_inputs(path: str | Path) -> list[Path]:
     path = Path(path)
     if path.is_dir():
         return [path] if (path / "state.json").is_file() else _files_of_folder(path)
-    if path.exists():
+    if path.is_file():
         return [path]
+    if path.exists():
+        raise InputError(f"{path}: a pipe or device, and rows are read more than once; save them to a file")
     found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
     if files := [name for name in found if name.is_file()]:
         return files
@@ -100,6 +102,11 @@ def _files_of_folder(folder: Path) -> list[Path]:
             "these, or a dataset saved by `datasets`"
         )
     return files
+
+
+def is_compressed(path: Path) -> bool:
+    """Tell by its name whether an input holds other bytes than its rows have as text."""
+    return path.is_dir() or path.suffix.lower() in (*_COMPRESSED, ".parquet")
 
 
 def raw_rows(path: str | Path) -> Iterator[RawRow]:

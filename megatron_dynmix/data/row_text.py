@@ -4,6 +4,7 @@ Nothing in the data can command a terminal: what is not printable is shown by it
 of one example, S positions of a row.
 """
 
+import os
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -136,8 +137,12 @@ def show(spans: Sequence[Span], *, in_colour: bool = True) -> None:
     console = Console(highlight=False)
     if in_colour and console.is_terminal:
         console.print(coloured(spans), end="", soft_wrap=True)
-    else:
-        print(plain(spans), end="")
+        return
+    try:
+        print(plain(spans), end="", flush=True)
+    except BrokenPipeError:
+        # `| head` has seen enough; what is left must not be flushed into the pipe at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def excerpt(text: str, lines: int, width: int = 110) -> str:

@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -242,10 +243,11 @@ def _cached_pack(
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # not there yet, or damaged: the same packing is made again in a second
     packing = pack(lengths_N, capacity, seed)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    # Ranks may race: each writes its own file, and the equal results replace one another whole.
-    with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".packing-") as folder:
-        draft = Path(folder) / path.name
-        np.savez(draft, order_N=packing.order_N, row_starts_R1=packing.row_starts_R1)
-        os.replace(draft, path)
+    with suppress(OSError):  # a folder that only others write to, or a full disk: it is packed again then
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        # Ranks may race: each writes its own file, and the equal results replace one another whole.
+        with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".packing-") as folder:
+            draft = Path(folder) / path.name
+            np.savez(draft, order_N=packing.order_N, row_starts_R1=packing.row_starts_R1)
+            os.replace(draft, path)
     return packing

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -13,8 +14,12 @@ from megatron_dynmix.data.fingerprint import InputFile, recheck
 from megatron_dynmix.data.formats import FormatName
 from megatron_dynmix.errors import InputError
 
+WRITTEN = ("bin", "idx", "digests", "json")
 FORMAT_VERSION = 2
 """Raised when the same inputs would give other files; sources of another version are prepared anew."""
+
+
+_REPORT_HEAD = b'{\n  "name": '
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,5 +180,36 @@ def current_report(prefix: Path, inputs: Sequence[Path], recipe: Recipe) -> Sour
     if files != report.inputs:
         # the same bytes elsewhere or written anew: next time they need not be read to know that
         report = replace(report, inputs=files)
-        write_report(prefix, report)
+        with suppress(OSError):  # it may be a place that only others write to
+            write_report(prefix, report)
     return report
+
+
+def refuse_overwriting(prefix: Path, inputs: Sequence[Path]) -> None:
+    """Refuse a prefix whose files would take the place of what was not written by `prepare`.
+
+    Raises:
+        InputError: an input, or another JSON file, stands there, or the prefix has no name.
+
+    """
+    if not prefix.name:
+        raise InputError(f"the prefix {prefix} has no name; give one such as prepared/code")
+    written = {file_of(one, suffix).resolve() for one in (prefix, probe_prefix(prefix)) for suffix in WRITTEN}
+    for path in inputs:
+        if path.resolve() in written:
+            raise InputError(
+                f"{path}: rows are read from it, and {prefix} would be written over it; prepare to another "
+                "place (--output, or data.prepared_dir)"
+            )
+    report = file_of(prefix, "json")
+    # a report that a crash has cut off may be replaced
+    if report.is_file() and not _REPORT_HEAD.startswith(_head(report)):
+        raise InputError(
+            f"{report}: is no report of a prepared source, and would be written over; move it, or prepare to "
+            "another place (--output, or data.prepared_dir)"
+        )
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(len(_REPORT_HEAD))

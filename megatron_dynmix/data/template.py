@@ -134,21 +134,25 @@ class Renderer:
         ]
         _refuse_unknown_tools(template, messages, conversation)
         given: Mapping[str, Any] = {"tools": conversation.tools, "names": self.tokenizer.template_names}
+        answers = [at for at, turn in enumerate(conversation.turns) if turn.role == "assistant"]
+        # Answers that are not trained on may change as turns follow: templates for reasoning shorten them.
+        wanted = {"last": answers[-1:], "everything": []}.get(self.train_on, answers)
         try:
             text, spans = template.render(messages, **given)
             if not template.has_generation:
-                spans = _spans_by_prefixes(template, messages, text, given)
+                spans = _spans_by_prefixes(template, messages, wanted, text, given)
+            elif len(spans) == len(answers):
+                spans = spans[len(answers) - len(wanted) :]
+            else:
+                raise InputError(
+                    f"the chat template marks {len(spans)} answers with generation where there are "
+                    f"{len(answers)}"
+                )
         except InputError as error:
             raise InputError(f"{error}; use the template vicuna, or correct it") from error
-        answers = [turn for turn in conversation.turns if turn.role == "assistant"]
-        if len(spans) != len(answers):
-            raise InputError(
-                f"the chat template marks {len(spans)} answers with generation where there are {len(answers)}"
-                "; use the template vicuna, or correct it"
-            )
         ended = [
-            self._with_end(text, span, turn, number)
-            for number, (span, turn) in enumerate(zip(spans, answers, strict=True), start=1)
+            self._with_end(text, span, conversation.turns[at], answers.index(at) + 1)
+            for span, at in zip(spans, wanted, strict=True)
         ]
         return Rendered(text, tuple(ended))
 
@@ -161,17 +165,17 @@ class Renderer:
                 f"the chat template does not write answer {number} as it is; use the template vicuna, or "
                 "correct it"
             )
-        after = text[start:end].rfind(said) + len(said) if said else 0
-        tail = text[start + after : end]
-        if not tail.strip():
-            follows = next((name for name in self.tokenizer.special.texts if text.startswith(name, end)), "")
-            if not follows:
+        answer, names = text[start:end].rstrip(), self.tokenizer.special.texts
+        calls_tools = bool(turn.extra)
+        if not answer.endswith(names) and (answer.endswith(said) or calls_tools):
+            if follows := next((name for name in names if text.startswith(name, end)), ""):
+                return start, end + len(follows)
+            if not (calls_tools and answer):
                 raise InputError(
                     f"the chat template writes nothing behind answer {number} that ends it, so no end would "
                     "be learnt; use the template vicuna, or let it write eos_token there"
                 )
-            return start, end + len(follows)
-        return start, start + after + len(tail.rstrip())
+        return start, start + len(answer)
 
 
 def render(conversation: Conversation, tokenizer: Tokenizer, template: str) -> Rendered:
@@ -243,17 +247,19 @@ def _refuse_unknown_tools(
 
 
 def _spans_by_prefixes(
-    template: ChatTemplate, messages: list[dict[str, Any]], text: str, given: Mapping[str, Any]
+    template: ChatTemplate,
+    messages: list[dict[str, Any]],
+    answers: Sequence[int],
+    text: str,
+    given: Mapping[str, Any],
 ) -> tuple[tuple[int, int], ...]:
-    """Return where each answer stands: between the text up to it and the text with it.
+    """Return where each of these answers stands: between the text up to it and the text with it.
 
     One rendering for each border, so the time grows with the square of the turns; `{% generation %}` in
     the template spares that.
     """
     spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    for index in answers:
         before, _ = template.render(messages[:index], add_generation_prompt=True, **given)
         upto, _ = template.render(messages[: index + 1], **given)
         if not (upto.startswith(before) and text.startswith(upto)):

@@ -280,7 +280,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output_dir: str | Path) -> 
     corpus may give fewer tokens than asked for: see ``vocab_size`` of the result.
 
     Raises:
-        InputError: ``vocab_size`` has no room for the special tokens and the bytes.
+        InputError: ``vocab_size`` has no room for the special tokens and the bytes, or there is no such
+            folder and none can be made.
 
     """
     specials = [_BOS, _EOS, _PAD]
@@ -289,6 +290,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output_dir: str | Path) -> 
         raise InputError(
             f"vocabulary size {vocab_size}: bytes and {len(specials)} special tokens alone need {smallest}"
         )
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{output_dir}: is no folder to write to ({error.strerror}); give one") from error
     backend = BackendTokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -68,9 +68,14 @@ class OnlineDataMixing:
         Rewards of the other variant mean something else: after a change the counting begins anew.
 
         Raises:
-            ValueError: a loss is missing.
+            ValueError: a loss is missing, or the iteration, on which the exploration depends.
 
         """
+        if signal.iteration < 1:
+            raise ValueError(
+                "odm mixing needs the iterations done, from which its exploration follows; the signal tells "
+                "of none"
+            )
         loss_D = loss_of(signal, len(weights_D), self.name)
         if signal.iteration < self.warmup * signal.train_iters:
             return Proposal(weights_D=weights_D.copy(), delta_D=np.zeros(len(weights_D)), state=dict(state))

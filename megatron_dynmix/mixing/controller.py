@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from .course import Course
 from .guardrails import Guardrails
 from .last_known import Filled, LastKnown
+from .needs import FILLS, HALVES, LOSS, STAND_INS, TOKENS, matched, needs, waits
 from .override import Override
 from .strategy import Proposal, Signal, Strategy
 from .weights import check_weights
@@ -145,25 +146,27 @@ class MixingController:
 
         An operator's override may change weights whatever this says.
         """
-        return self.guardrails.caps or bool(self._updating())
+        return self.guardrails.caps or any(
+            strategy.updates for strategy in (self.strategy, *self.shadows.values())
+        )
 
     @property
     def needs_gate_load(self) -> bool:
         """Whether the strategy or a shadow needs token counts to update."""
-        return any(strategy.needs_gate_load for strategy in self._updating())
+        return TOKENS in self._needed()
 
     @property
     def needs_loss(self) -> bool:
         """Whether the strategy or a shadow needs losses to update."""
-        return any(strategy.needs_loss for strategy in self._updating())
+        return LOSS in self._needed()
 
     @property
     def needs_halves(self) -> bool:
         """Whether the strategy or a shadow needs the counts in two halves to update."""
-        return any(_needs_halves(strategy) for strategy in self._updating())
+        return HALVES in self._needed()
 
-    def _updating(self) -> list[Strategy]:
-        return [strategy for strategy in (self.strategy, *self.shadows.values()) if strategy.updates]
+    def _needed(self) -> set[str]:
+        return needs(self.strategy).union(*map(needs, self.shadows.values()))
 
     def start(self, signal: Signal, override: Override | None = None) -> Decision:
         """Choose the first weights, before anything is drawn; call it once in a fresh run.
@@ -213,15 +216,20 @@ class MixingController:
         """
         known, signal, unmeasured = self._fill(signal)
         course = replace(self._course, weights_D=self._with_returned(override))
-        proposal = course.update(self.strategy, signal, known=not _waits(self.strategy, unmeasured))
+        with_halves, without = matched(signal)
+        proposal = course.update(
+            self.strategy,
+            with_halves if HALVES in needs(self.strategy) else without,
+            known=not waits(self.strategy, unmeasured),
+        )
         weights_D, events = self._guarded(self.guardrails, course.weights_D, proposal, signal, override)
         # Of a shadow the weights are recorded, not how sure they are: most need no halves for that.
         bare = replace(signal, half_counts_HDLE=None)
         shadow, failed = self._ask_shadows(
             lambda course, strategy: course.update(
                 strategy,
-                signal if _needs_halves(strategy) else bare,
-                known=not _waits(strategy, unmeasured),
+                with_halves if HALVES in needs(strategy) else bare,
+                known=not waits(strategy, unmeasured),
             )
         )
         for name, shadowed in shadow.items():
@@ -241,24 +249,29 @@ class MixingController:
 
     def _fill(self, signal: Signal) -> tuple[LastKnown, Signal, dict[str, Filled]]:
         """Last known values for what the interval did not bring, and who was not measured."""
-        known, unmeasured = self._known, {}
-        if self.needs_gate_load:
-            known, signal, unmeasured["tokens"] = known.fill_counts(signal, with_halves=self.needs_halves)
-        if self.needs_loss:
-            known, signal, unmeasured["loss"] = known.fill_losses(signal)
+        known, unmeasured, needed = self._known, {}, self._needed()
+        for what, fill in FILLS.items():
+            if what not in needed:
+                continue
+            try:
+                known, signal, unmeasured[what] = fill(known, signal)
+            except ValueError:
+                # What only shadows need must not stop the run; they refuse it themselves when they are asked.
+                if what in needs(self.strategy):
+                    raise
         return known, signal, unmeasured
 
     def _notes(self, unmeasured: Mapping[str, Filled]) -> list[str]:
         notes = []
         for what, filled in unmeasured.items():
+            if what == HALVES and filled == unmeasured.get(TOKENS):
+                continue
             if filled.unknown:
-                kept = "weights" if _waits(self.strategy, {what: filled}) else "shadow weights"
+                kept = "weights" if waits(self.strategy, {what: filled}) else "shadow weights"
                 notes.append(f"{kept} kept: no {what} measured yet from {', '.join(filled.unknown)}")
             elif filled.stand_ins:
-                used = "counts" if what == "tokens" else "losses"
-                notes.append(
-                    f"no {what} in this interval, last known {used} used: {', '.join(filled.stand_ins)}"
-                )
+                names = ", ".join(filled.stand_ins)
+                notes.append(f"no {what} in this interval, last known {STAND_INS[what]} used: {names}")
         return notes
 
     def _ask_shadows(
@@ -352,17 +365,6 @@ class MixingController:
         }
         self._known, self._course, self._shadow_courses = known, course, shadows
         self._before_pause = dict(state["before_pause"])
-
-
-def _waits(strategy: Strategy, unmeasured: Mapping[str, Filled]) -> bool:
-    """Whether a strategy needs what is not known of a source."""
-    needs = {"tokens": strategy.needs_gate_load, "loss": strategy.needs_loss}
-    return strategy.updates and any(needs[what] and filled.unknown for what, filled in unmeasured.items())
-
-
-def _needs_halves(strategy: Strategy) -> bool:
-    """Whether a strategy asks for the counts in two halves; one that says nothing about it does not."""
-    return bool(getattr(strategy, "needs_halves", False))
 
 
 def _pauses(override: Override | None) -> tuple[str, ...]:

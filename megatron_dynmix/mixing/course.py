@@ -3,12 +3,13 @@
 Axes: D sources.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .strategy import Proposal, Signal, Strategy
 from .weights import check_weights
@@ -77,22 +78,57 @@ class Course:
 
 
 def checked(proposal: Proposal, strategy: Strategy, num_sources: int) -> Proposal:
-    """The proposal, after every array in it was found fit to adopt and record.
+    """The proposal, after all of it was found fit to adopt, record and save.
 
     Raises:
-        ValueError: weights that are no shares of so many sources, or a score, load or distance that is NaN or
-            infinite.
+        ValueError: no proposal, weights that are no shares of so many sources, a score, load or distance that
+            is NaN or infinite, or a state that would not come back from a checkpoint as it is.
 
     """
+    if not isinstance(proposal, Proposal):
+        raise ValueError(f"strategy {strategy.name} gave {type(proposal).__name__}; it must give a Proposal")
     weights_D = check_weights(proposal.weights_D, num_sources)
-    if proposal.delta_D.shape != weights_D.shape:
-        raise ValueError(f"delta has shape {proposal.delta_D.shape}; need ({num_sources},)")
-    for what, values in (
-        ("delta", proposal.delta_D),
-        ("load", proposal.load_DE),
-        ("distance", proposal.distance_DD),
-        ("delta error", proposal.delta_error_D),
+    delta_D = _fit("delta", proposal.delta_D, (num_sources,), strategy)
+    assert delta_D is not None, "a proposal has scores"
+    load_DE = _fit("load", proposal.load_DE, (num_sources, -1), strategy)
+    distance_DD = _fit("distance", proposal.distance_DD, (num_sources, num_sources), strategy)
+    error_D = _fit("delta error", proposal.delta_error_D, (num_sources,), strategy)
+    _check_state(proposal.state, strategy)
+    return replace(
+        proposal,
+        weights_D=weights_D,
+        delta_D=delta_D,
+        load_DE=load_DE,
+        distance_DD=distance_DD,
+        delta_error_D=error_D,
+    )
+
+
+def _fit(
+    what: str, values: ArrayLike | None, shape: tuple[int, ...], strategy: Strategy
+) -> NDArray[np.float64] | None:
+    """One part of a proposal as an array of that shape, -1 being any length; None stays None."""
+    if values is None:
+        return None
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != len(shape) or any(
+        need not in (-1, size) for size, need in zip(array.shape, shape, strict=True)
     ):
-        if values is not None and not np.isfinite(values).all():
-            raise ValueError(f"strategy {strategy.name} gave a NaN or infinite {what}: {values.tolist()}")
-    return replace(proposal, weights_D=weights_D)
+        need = ", ".join("any" if size < 0 else str(size) for size in shape)
+        raise ValueError(f"strategy {strategy.name} gave a {what} of shape {array.shape}; need ({need})")
+    if not np.isfinite(array).all():
+        raise ValueError(f"strategy {strategy.name} gave a NaN or infinite {what}: {array.tolist()}")
+    return array
+
+
+def _check_state(state: Mapping[str, Any], strategy: Strategy) -> None:
+    """Now, not at the next checkpoint: a save that fails would lose what was trained since the last one."""
+    try:
+        survives = json.loads(json.dumps(state, allow_nan=False)) == state
+    except (TypeError, ValueError):
+        survives = False
+    if not survives:
+        raise ValueError(
+            f"strategy {strategy.name} wants to remember {state!r}, which JSON does not give back as it is; "
+            "use text keys, lists, finite numbers and text"
+        )

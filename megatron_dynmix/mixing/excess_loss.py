@@ -60,10 +60,7 @@ class RefLoss:
             ValueError: a loss is missing, or further than ``max_gap`` from its reference.
 
         """
-        loss_D = loss_of(signal, len(weights_D), self.name)
-        delta_D = _excess(loss_D, self.reference_D, "reference loss", clip=self.clip, max_gap=self.max_gap)
-        new_D = reweight(weights_D, delta_D, eta=self.eta, smoothing=self.smoothing)
-        return Proposal(weights_D=new_D, delta_D=delta_D)
+        return _propose(self, self.reference_D, "reference loss", weights_D, signal)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +102,7 @@ class Sheared:
             ValueError: a loss is missing, or further than ``max_gap`` from its target.
 
         """
-        loss_D = loss_of(signal, len(weights_D), self.name)
-        delta_D = _excess(loss_D, self.target_D, "target loss", clip=self.clip, max_gap=self.max_gap)
-        new_D = reweight(weights_D, delta_D, eta=self.eta, smoothing=self.smoothing)
-        return Proposal(weights_D=new_D, delta_D=delta_D)
+        return _propose(self, self.target_D, "target loss", weights_D, signal)
 
 
 def _check_options(given_D: Sequence[float], what: str, eta: float, smoothing: float, max_gap: float) -> None:
@@ -118,17 +112,25 @@ def _check_options(given_D: Sequence[float], what: str, eta: float, smoothing: f
         raise ValueError(f"max_gap {max_gap} is no distance in nats; give a number > 0")
 
 
-def _excess(
-    loss_D: NDArray[np.float64], given_D: Sequence[float], what: str, *, clip: bool, max_gap: float
-) -> NDArray[np.float64]:
-    """How far each loss is above the given one; negative if below, unless clipped."""
+def _propose(
+    rule: RefLoss | Sheared,
+    given_D: Sequence[float],
+    what: str,
+    weights_D: NDArray[np.float64],
+    signal: Signal,
+) -> Proposal:
+    """The step by how far each loss is above the given one; negative if below, unless clipped."""
+    loss_D = loss_of(signal, len(weights_D), rule.name)
     if len(given_D) != len(loss_D):
         raise ValueError(f"{len(given_D)} values of {what} for {len(loss_D)} sources; give one per source")
-    excess_D = loss_D - np.asarray(given_D, dtype=np.float64)
-    furthest = int(np.argmax(np.abs(excess_D)))
-    if abs(excess_D[furthest]) > max_gap:
+    delta_D = loss_D - np.asarray(given_D, dtype=np.float64)
+    furthest = int(np.argmax(np.abs(delta_D)))
+    if abs(delta_D[furthest]) > rule.max_gap:
         raise ValueError(
             f"the {what} of source {furthest} (counted from 0) is {given_D[furthest]}, its measured loss "
-            f"{loss_D[furthest]:.4g}: more than {max_gap:g} nats apart; correct it, or raise max_gap"
+            f"{loss_D[furthest]:.4g}: more than {rule.max_gap:g} nats apart; correct it, or raise max_gap"
         )
-    return np.maximum(excess_D, 0) if clip else excess_D
+    if rule.clip:
+        delta_D = np.maximum(delta_D, 0)
+    new_D = reweight(weights_D, delta_D, eta=rule.eta, smoothing=rule.smoothing)
+    return Proposal(weights_D=new_D, delta_D=delta_D)

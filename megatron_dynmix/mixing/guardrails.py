@@ -41,7 +41,7 @@ class Guarded:
 
     Attributes:
         weights_D: shares, summing to 1.
-        events: one line for each guardrail that changed something.
+        events: one line for each limit that changed something; a pull towards the prior is none.
 
     """
 

@@ -29,7 +29,8 @@ class LastKnown:
     Attributes:
         sources: D names.
         counts: D arrays `[L, E]`.
-        halves: D arrays `[H, L, E]`, measured with the counts, where halves are asked for.
+        halves: D arrays `[H, L, E]`, where halves are asked for; of a later or an earlier interval than the
+            counts, if a source had rows of one half only.
         losses: D means in nats.
 
     """
@@ -45,13 +46,8 @@ class LastKnown:
         none = (None,) * len(sources)
         return cls(tuple(sources), none, none, none)
 
-    def fill_counts(self, signal: Signal, *, with_halves: bool) -> tuple["LastKnown", Signal, Filled]:
+    def fill_counts(self, signal: Signal) -> tuple["LastKnown", Signal, Filled]:
         """Remember the counts of the sources that have tokens, and stand in for those that have none.
-
-        Args:
-            signal: what the interval brought.
-            with_halves: whether the halves are needed too; a source then counts as measured only with
-                tokens in each of them, since one half alone tells nothing of the noise.
 
         Returns:
             What is known now; the signal, with 0 for sources that were never measured; who was not measured.
@@ -61,22 +57,20 @@ class LastKnown:
 
         """
         counts_DLE = self._checked_counts(signal)
-        halves_DHLE = self._checked_halves(signal, counts_DLE) if with_halves else None
         measured_D = self._totals(counts_DLE) > 0
-        if halves_DHLE is not None:
-            measured_D &= (self._totals(halves_DHLE[:, 0]) > 0) & (self._totals(halves_DHLE[:, 1]) > 0)
         known = self._updated(self.counts, counts_DLE, measured_D, "counts")
         if not measured_D.all():
             signal = replace(signal, counts_DLE=_stacked(known, counts_DLE))
-        now = replace(self, counts=known)
-        if halves_DHLE is not None:
-            known_halves = self._updated(self.halves, halves_DHLE, measured_D, "halves of counts")
-            if not measured_D.all():
-                halves_HDLE = _stacked(known_halves, halves_DHLE).swapaxes(0, 1)
-                signal = replace(signal, half_counts_HDLE=halves_HDLE)
-            now = replace(now, halves=known_halves)
-            known = known_halves
-        return now, signal, self._filled(measured_D, known)
+        return replace(self, counts=known), signal, self._filled(measured_D, known)
+
+    def fill_halves(self, signal: Signal) -> tuple["LastKnown", Signal, Filled]:
+        """The same for the halves, of sources with tokens in both: one alone tells nothing of the noise."""
+        halves_DHLE = self._checked_halves(signal)
+        measured_D = (self._totals(halves_DHLE[:, 0]) > 0) & (self._totals(halves_DHLE[:, 1]) > 0)
+        known = self._updated(self.halves, halves_DHLE, measured_D, "halves of counts")
+        if not measured_D.all():
+            signal = replace(signal, half_counts_HDLE=_stacked(known, halves_DHLE).swapaxes(0, 1))
+        return replace(self, halves=known), signal, self._filled(measured_D, known)
 
     def fill_losses(self, signal: Signal) -> tuple["LastKnown", Signal, Filled]:
         """The same for losses, where NaN says that nothing of a source was trained on.
@@ -113,7 +107,8 @@ class LastKnown:
             )
         return counts_DLE
 
-    def _checked_halves(self, signal: Signal, counts_DLE: Counts) -> Counts:
+    def _checked_halves(self, signal: Signal) -> Counts:
+        counts_DLE = self._checked_counts(signal)
         halves_HDLE = signal.half_counts_HDLE
         if halves_HDLE is None:
             raise ValueError(

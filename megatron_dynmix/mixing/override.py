@@ -1,7 +1,7 @@
 """What the operator of a running job says about its mix: weights, or sources to pause."""
 
 import difflib
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -71,10 +71,10 @@ def _parse_weights(weights: object, drawn: Sequence[str]) -> dict[str, float]:
         raise ValueError(f'"weights" lacks {", ".join(missing)}; name every source that is not paused')
     for name, weight in weights.items():
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight) or weight < 0:
+        if not number or not 0 <= weight <= sys.float_info.max:  # NaN is refused too
             raise ValueError(f"the weight of {name} is {weight!r}; give a finite number >= 0")
-    total = math.fsum(weights.values())
-    if not 0 < total < math.inf:
+    total = sum(map(float, weights.values()))
+    if not 0 < total <= sys.float_info.max:
         raise ValueError(f'"weights" sum to {total}; at least one must be > 0, and the sum finite')
     return {name: weights[name] / total for name in drawn}
 

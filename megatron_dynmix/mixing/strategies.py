@@ -84,8 +84,13 @@ def _construct(name: str, kind: type[Any], options: Mapping[str, Any]) -> Any:
         raise ValueError(f"strategy {name}: {error}; it has the options {', '.join(known)}") from None
     try:
         return kind(**options)
-    except TypeError as error:
-        raise ValueError(f"strategy {name} cannot take the options {dict(options)}: {error}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # a user's own constructor may raise anything
+        raise ValueError(
+            f"strategy {name} cannot be made with the options {dict(options)}: {type(error).__name__}: "
+            f"{error}"
+        ) from error
 
 
 def _with_all_parts(name: str, strategy: Any) -> Strategy:

@@ -70,6 +70,9 @@ class Strategy(Protocol):
 
     It keeps nothing itself: what it must remember goes out with the proposal and comes back with the next
     call, so that a checkpoint holds it and a replay of the recorded signals gives the same weights.
+
+    A strategy on gate loads may also have `needs_halves`, whether `Signal.half_counts_HDLE` must be measured
+    (without it: no), and `layers`, those that it reads, see `select_layers` (without it: all).
     """
 
     @property

@@ -22,7 +22,7 @@ from megatron_dynmix.config.load import load_config
 from megatron_dynmix.config.tree import ParallelConfig
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_dynmix.errors import InputError
+from megatron_dynmix.errors import CommandFailed, InputError
 from megatron_dynmix.training.answers import check_answers
 from megatron_dynmix.training.checkpointing import restore_point
 from megatron_dynmix.training.checkpointing.checkpoint import Checkpointer, read_run_state, write_atomically
@@ -38,6 +38,8 @@ STAGE_SETTINGS = (
     *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
 )
 """Settings of the model section that speak of pipeline stages."""
+MOST_NATS = 700.0
+"""The perplexity of a higher loss is no number that a float can hold."""
 
 
 def evaluate(run_dir: Path, *, max_answers: int = 100, max_new_tokens: int = 128) -> dict[str, Any]:
@@ -56,6 +58,7 @@ def evaluate(run_dir: Path, *, max_answers: int = 100, max_new_tokens: int = 128
 
     Raises:
         InputError: no run or no checkpoint in the directory, or no source has held-out rows.
+        CommandFailed: the model has diverged.
 
     """
     config = on_one_rank(_config_of(run_dir))
@@ -146,11 +149,22 @@ def _answers(
 
 
 def summarise(config: RunConfig, stats: SourceStats, answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The numbers of `evaluate` from sums over the held-out rows, in the order of their sources."""
+    """The numbers of `evaluate` from sums over the held-out rows, in the order of their sources.
+
+    Raises:
+        CommandFailed: a loss that is not finite, or has no perplexity.
+
+    """
     held_out = list(config.data.probed)
     losses = dict(zip(held_out, stats.source_losses(), strict=True))
     trained = dict(zip(held_out, stats.trained_D.tolist(), strict=True))
     known = {name: loss for name, loss in losses.items() if loss is not None}
+    for name, loss in known.items():
+        if not loss < MOST_NATS:
+            raise CommandFailed(
+                f"the held-out loss of source {name} is {loss}: the model has diverged, and there is nothing "
+                "to evaluate; train again with a lower learning rate"
+            )
     worst = max(known, key=known.__getitem__)
     sources = {
         name: {

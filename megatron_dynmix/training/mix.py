@@ -5,7 +5,8 @@ Used by the run itself, before it starts, and by `verify`, from the settings on 
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +51,37 @@ def resolve(config: RunConfig, rows: Sequence[PackedRows] = ()) -> dict[str, Any
     caps = [source.max_epochs for source in sources.values()]
     if any(cap is not None for cap in caps):
         resolved["max_epochs"] = caps
+    return resolved | _of_rows(config, rows)
+
+
+def _of_rows(config: RunConfig, rows: Sequence[PackedRows]) -> dict[str, Any]:
     if rows and config.mixing.unit == "examples":
-        resolved["examples_per_row"] = [source.mean_examples_per_row for source in rows]
-    return resolved
+        return {"examples_per_row": [source.mean_examples_per_row for source in rows]}
+    return {}
+
+
+def reason(error: Exception) -> str:
+    """What an exception says; its kind too, where it is none that we raise with a whole sentence."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def refusing(mixing: MixingConfig, where: str = "mixing") -> Iterator[None]:
+    """Say what is wrong with settings in one message, also where a user's own code fails in its own way.
+
+    Raises:
+        InputError: what is wrong.
+
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        own = any(chosen.own for chosen in (mixing.chosen, *mixing.shadows))
+        if not own and not isinstance(error, ValueError | TypeError):
+            raise
+        raise InputError(f"{where}: {reason(error)}") from None
 
 
 def strategy_of(chosen: Chosen, resolved: Resolved) -> Strategy:
@@ -229,14 +258,12 @@ def check_mix(config: RunConfig, num_layers: int) -> None:
     """
     names = list(config.data.sources)
     resolved, some_D = resolve(config), np.ones(len(names), np.int64)
-    try:
+    with refusing(config.mixing):
         controller = controller_of(config.mixing, resolved, names, some_D, normalise_weights(some_D))
         for strategy in (controller.strategy, *controller.shadows.values()):
             layers = getattr(strategy, "layers", None)
             if layers is not None:
                 select_layers(layers, num_layers)
-    except ValueError as error:
-        raise InputError(f"mixing: {error}") from None
 
 
 def initial_weights(config: RunConfig) -> NDArray[np.float64]:
@@ -249,7 +276,7 @@ def initial_weights(config: RunConfig) -> NDArray[np.float64]:
 
 def initial_shares(config: RunConfig, rows: Sequence[PackedRows]) -> NDArray[np.float64]:
     """Shares of the rows that the sources are given; the strategy may choose others."""
-    return in_rows(initial_weights(config), resolve(config, rows))
+    return in_rows(initial_weights(config), _of_rows(config, rows))
 
 
 def first_weights(config: RunConfig, rows: Sequence[PackedRows]) -> NDArray[np.float64]:
@@ -273,8 +300,6 @@ def first_weights(config: RunConfig, rows: Sequence[PackedRows]) -> NDArray[np.f
             f"{horizon.run_rows - int(allowed)} rows are missing; raise max_epochs, give more data, or use "
             "fewer train_iters"
         )
-    try:
+    with refusing(config.mixing):
         controller = controller_of(config.mixing, resolved, names, size_D, initial_shares(config, rows))
         return controller.start(horizon.signal(0, 0, np.zeros(len(names), np.int64))).weights_D
-    except ValueError as error:
-        raise InputError(f"mixing: {error}") from None

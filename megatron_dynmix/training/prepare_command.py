@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast, get_args
 
+from megatron_dynmix.config.tree import Overlong
 from megatron_dynmix.errors import EXIT_INTERRUPTED, InputError
 
 
@@ -18,10 +21,14 @@ def prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", help="tokenizer (default), vicuna, chatml, plain or PATH.jinja")
     parser.add_argument("--train-on", help="all (answers; the default), last, completion or everything")
     parser.add_argument("--format", help="shape of the rows of --input; found out if not given")
+    parser.add_argument(
+        "--fields", nargs="+", metavar="OURS=YOURS", help="what keys are called in the rows of --input"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the tokenizer's own code")
     parser.add_argument("--workers", type=int, metavar="N", help="processes; by default one for each core")
     parser.add_argument("--strict", action="store_true", help="a row that cannot be used is an error")
     parser.add_argument("--probe", type=int, metavar="N", help="hold N examples out, to PREFIX.probe")
-    parser.add_argument("--overlong", help="drop, truncate, split or error")
+    parser.add_argument("--overlong", help="what is too long: drop (default), truncate, split or error")
     parser.add_argument("--seq-length", type=int, metavar="N", help="positions of a row")
 
 
@@ -32,8 +39,9 @@ def run_prepare(arguments: argparse.Namespace, rest: list[str]) -> int:
             return _prepare_files(arguments, rest)
         if arguments.input or arguments.output:
             raise InputError("give either RUN.yaml or --input and --output, not both")
-        if arguments.format:
-            raise InputError("--format is for --input; in RUN.yaml each source has its own `format`")
+        for name in ("format", "fields"):
+            if getattr(arguments, name):
+                raise InputError(f"--{name} is for --input; in RUN.yaml each source has its own `{name}`")
         return _prepare_run(arguments, rest)
     except KeyboardInterrupt:
         print(
@@ -47,31 +55,51 @@ def run_prepare(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix.data.prepare import prepare_source
     from megatron_dynmix.data.readers import find_inputs
+    from megatron_dynmix.data.rows import PackedRows
     from megatron_dynmix.data.source_report import load_report, probe_prefix
     from megatron_dynmix.data.tokenizer import load_tokenizer
-    from megatron_dynmix.training.report import prepared_table
+    from megatron_dynmix.training.report import packed_table, prepared_table
 
     if rest:
         raise InputError(f"unknown arguments: {' '.join(rest)}")
     missing = [name for name in ("input", "output", "tokenizer") if not getattr(arguments, name)]
     if missing:
         raise InputError(f"--{missing[0]} is missing; give RUN.yaml, or --input, --output and --tokenizer")
-    prefix = arguments.output
+    prefix, seq_length = arguments.output, arguments.seq_length
+    overlong = _checked_overlong(arguments.overlong, seq_length)
+    tokenizer = load_tokenizer(arguments.tokenizer, trust_remote_code=arguments.trust_remote_code)
     report = prepare_source(
         name=prefix.name,
         inputs=[path for given in arguments.input for path in find_inputs(given)],
         prefix=prefix,
-        tokenizer=load_tokenizer(arguments.tokenizer),
+        tokenizer=tokenizer,
         template=arguments.template or "tokenizer",
         train_on=arguments.train_on or "all",
         format=arguments.format or "auto",
-        split_length=_split_length(arguments.overlong, arguments.seq_length),
+        fields=_checked_fields(arguments.fields or []),
+        split_length=seq_length if overlong == "split" else None,
         held_out=_count(arguments.probe),
         strict=arguments.strict,
         workers=arguments.workers,
     )
     prefixes = [prefix, *([probe_prefix(prefix)] if report.held_out else [])]
-    print(prepared_table([report, *map(load_report, prefixes[1:])]))
+    reports = [report, *map(load_report, prefixes[1:])]
+    print(prepared_table(reports))
+    if seq_length is not None:
+        print(f"\nwhat training with --seq-length {seq_length} --overlong {overlong} makes of them:")
+        rows = [
+            PackedRows.build(
+                name=report.name,
+                prefix=prefix,
+                seq_length=seq_length,
+                seed=0,
+                overlong=overlong,
+                cache_dir=None,
+                pad_id=tokenizer.pad_id,
+            )
+            for report, prefix in zip(reports, prefixes, strict=True)
+        ]
+        print(packed_table(rows))
     return 0
 
 
@@ -81,19 +109,27 @@ def _count(probe: int | None) -> int:
     return probe or 0
 
 
-def _split_length(overlong: str | None, seq_length: int | None) -> int | None:
-    """Positions above which conversations are split; the other rules act when rows are packed."""
-    if overlong is None and seq_length is None:
-        return None
-    if overlong != "split":
-        given = f"--overlong {overlong}" if overlong else "--seq-length"
-        raise InputError(
-            f"{given} acts when rows are packed, not here; give it to train, or beside RUN.yaml; "
-            "here there is --overlong split with --seq-length"
-        )
-    if seq_length is None or seq_length < 1:
-        raise InputError("--overlong split needs --seq-length, the positions of a row, 1 or more")
-    return seq_length
+def _checked_overlong(overlong: str | None, seq_length: int | None) -> Overlong:
+    if overlong is not None and overlong not in get_args(Overlong):
+        raise InputError(f"--overlong is {overlong!r}; it must be one of {', '.join(get_args(Overlong))}")
+    if overlong is not None and seq_length is None:
+        raise InputError(f"--overlong {overlong} needs --seq-length, the positions of a row")
+    if seq_length is not None and seq_length < 1:
+        raise InputError(f"--seq-length is {seq_length}; it must be 1 or more")
+    return cast(Overlong, overlong or "drop")
+
+
+def _checked_fields(pairs: Sequence[str]) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    for pair in pairs:
+        ours, equals, yours = pair.partition("=")
+        if not (ours and equals and yours) or ours in fields:
+            raise InputError(
+                f"--fields has {pair!r}; give each of our names once, with the name in your rows: "
+                "--fields prompt=question completion=answer"
+            )
+        fields[ours] = yours
+    return fields
 
 
 def _prepare_run(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -116,6 +152,7 @@ def _prepare_run(arguments: argparse.Namespace, rest: list[str]) -> int:
         *rest,
         *(text for name, value in given.items() if value is not None for text in (name, str(value))),
         *(["--strict"] if arguments.strict else []),
+        *(["--trust-remote-code"] if arguments.trust_remote_code else []),
     ]
     config = load_config(arguments.run_yaml, flags)
     check_data(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,7 +144,7 @@ def check_resume(
                 f"changes {'the order of the rows' if (section, name) in ORDER else 'what gate loads are'}; "
                 f"resume with {change[0]}"
             )
-    _check_strategy(saved["config"]["mixing"]["strategy"], config.mixing, source)
+    _check_strategy(saved["config"]["mixing"], config.mixing, source)
     weights = [
         {name: entry.get("weight") for name, entry in settings["data"]["sources"].items()}
         for settings in (saved["config"], now["config"])
@@ -169,10 +169,21 @@ def check_resume(
     )
 
 
-def _check_strategy(before: str, mixing: MixingConfig, source: Path) -> None:
-    """A run may go on with another strategy, if that has anything to say after the start."""
+def _check_strategy(saved: Mapping[str, Any], mixing: MixingConfig, source: Path) -> None:
+    """A run may go on with another strategy or other options, if those have a say after the start."""
     kind: Any = STRATEGIES.get(mixing.strategy)
-    if before != mixing.strategy and kind is not None and not kind.updates and kind is not Fixed:
+    if kind is None or kind.updates or kind is Fixed:
+        return
+    before = saved["strategy"]
+    if before == mixing.strategy:
+        for name, value in mixing.options.items():
+            if saved.get(name, value) != value:
+                raise InputError(
+                    f"mixing.{name} was {saved[name]} when {source} was written and is {value} now, but "
+                    f"{before} chooses weights at the start of a run only: resume with {saved[name]}, or "
+                    "start a new --run-dir"
+                )
+    else:
         raise InputError(
             f"mixing.strategy was {before} when {source} was written; {mixing.strategy} chooses weights at "
             f"the start of a run only: resume with {before}, keep the weights with fixed, or start a new "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from megatron_dynmix.mixing.override import Override, parse_override
 from megatron_dynmix.mixing.strategy import Signal
 from megatron_dynmix.moe.reduction import reduce_counts
 from megatron_dynmix.training.ledger.lines import begin_of
-from megatron_dynmix.training.mix import Horizon, Resolved, examples_per_row, for_strategy, in_rows
+from megatron_dynmix.training.mix import Horizon, Resolved, examples_per_row, for_strategy, in_rows, reason
 from megatron_dynmix.training.probe import Probe
 from megatron_dynmix.training.step import PassRunner, SourceStats
 from megatron_dynmix.training.update_record import KEPT, update_record
@@ -51,7 +51,7 @@ def start_weights(controller: MixingController, signal: Signal, device: torch.de
         try:
             weights_D = controller.start(signal).weights_D
         except Exception as error:  # whatever it is, the other ranks are waiting to be told
-            failure = str(error)
+            failure = reason(error)
     told_D = _told_by_rank_0(weights_D, len(controller.sources), failure, device)
     assert told_D is not None, "there are always first weights"
     return told_D
@@ -71,6 +71,26 @@ def _told_by_rank_0(
     if said[0] < 0:
         raise MixingError(failure or "rank 0 could not make new weights; its message says why")
     return said[1:].cpu().numpy() if said[0] else None
+
+
+def read_override(path: Path, sources: Sequence[str], resolved: Resolved) -> Override | None:
+    """What the operator says now, in shares of the rows; None if there is no file.
+
+    Raises:
+        BrokenOverride: there is one that cannot be used.
+
+    """
+    try:
+        said = parse_override(json.loads(path.read_text(encoding="utf-8")), sources)
+        if said.weights is None:
+            return said
+        shares_D = np.array([said.weights.get(name, 0.0) for name in sources])
+        shares = zip(sources, in_rows(shares_D, resolved).tolist(), strict=True)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # nothing that anybody may write into it is to end the run
+        raise BrokenOverride(f"{path} cannot be used: {reason(error)}; correct or remove it") from None
+    return replace(said, weights={name: share for name, share in shares if name in said.weights})
 
 
 class Reweighting:
@@ -157,10 +177,10 @@ class Reweighting:
                 loss_D=measured.loss_D,
             )
         )
-        self._interval = SourceStats.zero(len(self.controller.sources))
         old_D = self.blend.weights_D
         with self._timed(seconds, "update"):
             new_D, decision, override, notes = self._decide(signal, old_D, note)
+        self._begin_interval()
         if new_D is None:
             return None
         with self._timed(seconds, "rebuild"):
@@ -192,8 +212,7 @@ class Reweighting:
             counts_LHDE, probe_stats = self.probe.measure(self.run, seconds, number)
         elif self.counts_training:
             with self._timed(seconds, "reduce"):
-                counts_LHDE = reduce_counts(self.run.counter.take()).cpu() + self._carried_LHDE
-            self._carried_LHDE.zero_()
+                counts_LHDE = self._interval_counts()
         losses = (probe_stats or self._interval).source_losses()
         loss_D = np.array([np.nan if loss is None else loss for loss in losses])
         if counts_LHDE is None or not self.controller.needs_gate_load:
@@ -201,6 +220,16 @@ class Reweighting:
         halves_HDLE = self.run.counter.by_half(counts_LHDE)
         counts_DLE = halves_HDLE.sum(axis=0)
         return Signal(counts_DLE=counts_DLE, half_counts_HDLE=halves_HDLE, loss_D=loss_D), probe_stats
+
+    def _interval_counts(self) -> torch.Tensor:
+        """Counts of the running interval so far, of all ranks."""
+        return self._carried_LHDE + reduce_counts(self.run.counter.counts_LHDE).cpu()
+
+    def _begin_interval(self) -> None:
+        """Forget what the last one saw; not before it was used, or a rule that fails would lose it."""
+        self._interval = SourceStats.zero(len(self.controller.sources))
+        self._carried_LHDE.zero_()
+        self.run.counter.counts_LHDE.zero_()
 
     def _without_scarce(self, signal: Signal) -> tuple[Signal, str | None]:
         """Without the sources of which the interval brought too few tokens to tell anything."""
@@ -232,37 +261,23 @@ class Reweighting:
         decision, override, weights_D, failure = None, None, None, None
         if torch.distributed.get_rank() == 0:
             try:
-                override = self._read_override()
+                override = read_override(self._override_file, self.controller.sources, self.resolved)
                 if self.controller.updates or override is not None or self._overridden:
-                    decision = self.controller.update(signal, override)
+                    try:
+                        decision = self.controller.update(signal, override)
+                    except ValueError as error:
+                        if override is None:
+                            raise
+                        # A pause may leave too few rows under the caps: that is no reason to end the run.
+                        decision, override = self.controller.update(signal), None
+                        note = "; ".join(filter(None, [note, f"override not followed: {error}"]))
                     weights_D, self._overridden = decision.weights_D, override is not None
             except BrokenOverride as broken:
                 weights_D, note = old_D, f"{KEPT}: {broken}"
             except Exception as error:  # whatever it is, the other ranks are waiting to be told
-                failure = str(error)
+                failure = reason(error)
         new_D = _told_by_rank_0(weights_D, len(self.controller.sources), failure, self.run.platform.device)
         return new_D, decision, override, note
-
-    def _read_override(self) -> Override | None:
-        """What the operator says now; None if there is no file.
-
-        Raises:
-            BrokenOverride: there is one that cannot be used.
-
-        """
-        path = self._override_file
-        try:
-            said = parse_override(json.loads(path.read_text(encoding="utf-8")), self.controller.sources)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:  # broken JSON and text are ValueErrors too
-            raise BrokenOverride(f"{path} cannot be used: {error}; correct or remove it") from None
-        if said.weights is None:
-            return said
-        shares_D = np.array([said.weights.get(name, 0.0) for name in self.controller.sources])
-        in_rows_D = in_rows(shares_D, self.resolved)
-        shares = zip(self.controller.sources, in_rows_D.tolist(), strict=True)
-        return replace(said, weights={name: share for name, share in shares if name in said.weights})
 
     @contextmanager
     def _timed(self, seconds: dict[str, float], phase: str) -> Iterator[None]:
@@ -274,13 +289,12 @@ class Reweighting:
 
     def state_dict(self) -> dict[str, Any]:
         """Blend, controller, and what the running interval has seen so far, summed over all ranks."""
-        counts_LHDE = self._carried_LHDE + reduce_counts(self.run.counter.counts_LHDE).cpu()
         return {
             "blend": self.blend.state_dict(),
             "controller": self.controller.state_dict(),
             "strategy": self.mixing.strategy,
             "overridden": self._overridden,
-            "interval_counts": counts_LHDE.tolist(),
+            "interval_counts": self._interval_counts().tolist(),
             "interval_stats": self._interval.state_dict(),
         }
 

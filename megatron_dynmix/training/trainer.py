@@ -261,7 +261,7 @@ class Trainer:
         try:
             update = self.reweighting.update(progress.iteration, progress.consumed_samples, progress.tokens_D)
         except MixingError as error:
-            self._stop(f"the weights could not be updated after iteration {progress.iteration}: {error}")
+            self._stop_without_weights(error)
         if update is None:
             return
         self.record_stage("update", progress.iteration)
@@ -305,6 +305,17 @@ class Trainer:
             saved = self.save(last=True)
             text = f"saved and stopped on request; the state is in {saved}, go on with --resume auto"
         raise StoppedOnRequest(text)
+
+    def _stop_without_weights(self, error: MixingError) -> NoReturn:
+        """Keep the state, which nothing is wrong with: the weights in force are the last good ones."""
+        why = f"the weights could not be updated after iteration {self.progress.iteration}: {error}"
+        try:
+            saved = self.save(last=True)
+        except TrainingStopped as failure:
+            raise TrainingStopped(str(failure) and f"{why}. {failure}") from None
+        text = f"{why}. The state is kept in {saved}, and --resume goes on from it with the weights it had"
+        text += ". Mend the strategy or its settings first, or give another --strategy"
+        raise TrainingStopped(text if torch.distributed.get_rank() == 0 else "")
 
     def _stop(self, why: str) -> NoReturn:
         """Keep the state, point the run at its last good checkpoint, and end.

@@ -19,7 +19,7 @@ from megatron_dynmix.config.tree import MixingConfig
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.strategy import Signal
 from megatron_dynmix.mixing.weights import normalise_weights
-from megatron_dynmix.training.mix import controller_of
+from megatron_dynmix.training.mix import controller_of, refusing
 from megatron_dynmix.training.strategy_files import read_losses, resolve_files
 
 ONE_LAYER = 2
@@ -27,7 +27,7 @@ ONE_LAYER = 2
 RUN_ONLY = frozenset(
     {
         *("interval", "signal", "probe_tokens", "probe_rows", "load_tokens", "load_mass", "min_tokens"),
-        *("override_file", "unit", "strategy_options"),
+        *("override_file", "unit"),
     }
 )
 """Settings of the mixing section that mean something in a run only."""
@@ -54,8 +54,7 @@ def update_once(
         raise InputError("there is nothing to update from; give --load FILE.json, --loss FILE.json or both")
     sources = list(next(iter(contents.values())))
     weights_D = _weights(None if weights is None else contents[weights], sources, weights)
-    where = load or loss or weights
-    try:
+    with refusing(mixing, str(load or loss or weights)):
         counts_DLE = None if load is None else _loads(contents[load], sources)
         loss_D = None if loss is None else np.array(read_losses(loss, sources))
         if mixing.prior == "size":
@@ -66,10 +65,6 @@ def update_once(
         controller = controller_of(mixing, resolve_files(mixing, sources), sources, size_D, weights_D)
         signal = Signal(counts_DLE=counts_DLE, loss_D=loss_D)
         decision = controller.update(signal) if controller.updates else controller.start(signal)
-    except InputError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{where}: {error}") from None
 
     def named(values_D: NDArray[np.float64]) -> dict[str, float]:
         return dict(zip(sources, values_D.tolist(), strict=True))

@@ -97,6 +97,9 @@ def update_record(
 def _by_layer(load_DE: NDArray[np.float64] | None, decision: Decision) -> NDArray[np.float64] | None:
     """Loads of several layers, which a strategy lays side by side, as `[D, L, E]`."""
     counts_DLE = decision.signal.counts_DLE
-    if load_DE is None or counts_DLE is None or load_DE.shape[1] == counts_DLE.shape[2]:
+    if load_DE is None or counts_DLE is None:
         return load_DE
-    return load_DE.reshape(len(load_DE), -1, counts_DLE.shape[2])
+    num_experts = counts_DLE.shape[2]
+    if load_DE.shape[1] == num_experts or load_DE.shape[1] % num_experts:  # one layer, or a user's own loads
+        return load_DE
+    return load_DE.reshape(len(load_DE), -1, num_experts)

@@ -96,6 +96,20 @@ def test_a_source_is_not_drawn_beyond_its_epochs(capped_yaml, start_from, tmp_pa
     proven(tmp_path / "run")
 
 
+def test_a_pause_that_the_caps_do_not_allow_is_not_followed_and_ends_no_run(
+    capped_yaml, start_from, tmp_path
+):
+    sources = list(yaml.safe_load(capped_yaml.read_text())["data"]["sources"])
+    override = tmp_path / "override.json"
+    override.write_text(json.dumps({"pause": sources[1:]}))
+    flags = [*start_from, "--strategy", "fixed", "--interval", "2", "--override-file", str(override)]
+    result = run_ranks(2, programs.train, capped_yaml, flags, tmp_path / "run")[0]
+    for record in result["mixing"]:
+        assert record["override"] is None and min(record["new_weights"][1:]) > 0
+        assert "override not followed: max_epochs leaves" in record["note"]
+    assert proven(tmp_path / "run").updates == len(result["mixing"]) > 0
+
+
 def test_a_plan_decides_the_first_weights_too(run_yaml, start_from, tmp_path):
     sources = list(yaml.safe_load(run_yaml.read_text())["data"]["sources"])
     first = {name: float(n + 1) for n, name in enumerate(sources)}
@@ -109,10 +123,17 @@ def test_a_plan_decides_the_first_weights_too(run_yaml, start_from, tmp_path):
 
 
 def test_a_rule_that_fails_keeps_the_last_weights_and_stops(run_yaml, start_from, tmp_path):
-    flags = [*start_from, *TRAIN, "--strategy", f"{__name__}:broken_rule"]
+    flags = [*start_from, *TRAIN, "--save-interval", "1", "--strategy", f"{__name__}:broken_rule"]
     message = run_ranks(2, programs.train_until_stopped, run_yaml, flags, tmp_path)[0]
     assert "the weights could not be updated after iteration 2" in message and "sum to" in message
-    assert (tmp_path / "checkpoints/iter_0000002/run_state.json").is_file()
+    assert "iter_0000002, and --resume goes on from it" in message and "learning rate" not in message
+    assert (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "2"
+    state = json.loads((tmp_path / "checkpoints/iter_0000002/run_state.json").read_text())["mixing"]
+    tokens_D = np.array(state["interval_stats"][2])
+    counted_D = np.array(state["interval_counts"]).sum(axis=(0, 1, 3))
+    layers, topk = len(state["interval_counts"]), 2
+    assert (tokens_D > 0).all(), "the next update reads what this one could not use"
+    np.testing.assert_array_equal(counted_D, tokens_D * layers * topk)
 
 
 def broken_rule(weights_D, signal):

@@ -1,7 +1,11 @@
 """What `compare` is given: variants as text and as YAML, seeds."""
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+from config_fixtures import good_settings, load
+
+from megatron_dynmix import platform
 from megatron_dynmix.compare.grid import (
     Variant,
     check_distinct,
@@ -10,6 +14,10 @@ from megatron_dynmix.compare.grid import (
     variants_from_text,
 )
 from megatron_dynmix.errors import InputError
+
+platform.start()
+from megatron_dynmix.compare import comparison  # noqa: E402
+from megatron_dynmix.compare.cell import Cell, Plan  # noqa: E402
 
 
 def test_strategies_with_and_without_options():
@@ -117,3 +125,29 @@ def test_seeds():
             parse_seeds(text)
     with pytest.raises(InputError, match="a seed twice"):
         parse_seeds("1,1")
+
+
+@pytest.mark.filterwarnings("ignore:moe_ffn_hidden_size")
+def test_a_variant_without_first_weights_is_refused_before_any_cell_is_started(tmp_path, monkeypatch):
+    """All variants have the same data, which are read for the first of them only."""
+
+    def cell(name, mixing):
+        content = good_settings(tmp_path)
+        content["mixing"] |= mixing
+        plan = Plan(
+            run_yaml=tmp_path / "RUN.yaml",
+            output=tmp_path / "out",
+            flags=(),
+            nproc=1,
+            max_answers=1,
+            max_new_tokens=1,
+        )
+        return Cell(plan=plan, variant=Variant(name, ()), seed=1, config=load(tmp_path, content))
+
+    monkeypatch.setattr(comparison.run, "check_before_start", lambda config, nproc: None)
+    data = SimpleNamespace(train=[range(20)] * 3, reports=["of all"])
+    monkeypatch.setattr(comparison.run, "read_data", lambda config, tokenizer: data)
+    cells = [cell("even", {"strategy": "uniform"}), cell("few", {"strategy": "unimax"})]
+    assert comparison._check(cells[:1]) == {"even": ["of all"]}
+    with pytest.raises(InputError, match=r"variant few: mixing: the run draws 160 rows"):
+        comparison._check(cells)

@@ -90,6 +90,7 @@ def test_an_environment_variable_that_is_not_set_is_refused(tmp_path, monkeypatc
         ("data: {sources: {a: {path: x, wieght: 1}}}", "no setting of a source; did you mean weight?"),
         ("data: {sources: {a: {path: x, weight: -1}}}", "-1.0; it must be a finite number, 0 or more"),
         ("data: {sources: {a: {path: x, weight: .nan}}}", "nan; it must be a finite number, 0 or more"),
+        ("data: {sources: {a.probe: {path: x}}}", "call the source otherwise"),
         ("data: {sources: {a/b: {path: x}}}", "a source's name may hold letters, digits and . _ - only"),
         ("data: {sources: {on: {path: x}}}", "read as True, not as text; put it in quotes"),
         ("data: {sources: {010: {path: x}}}", "read as 8, not as text; put it in quotes"),

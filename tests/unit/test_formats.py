@@ -1,5 +1,6 @@
 import json
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
@@ -82,8 +83,22 @@ def test_tools_come_with_arguments_as_objects() -> None:
         ([ASK, {**ANSWER, "tool_calls": [3]}], "must be a list of objects"),
         (
             [ASK, {**ANSWER, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
-            "arguments of f: not JSON",
+            "arguments of 'f': not JSON",
         ),
+        (
+            [ASK, {**CALLS, "tool_calls": [{"function": {"name": "f", "arguments": '{"a": NaN}'}}]}],
+            "arguments of 'f': not strict JSON",
+        ),
+        (
+            [ASK, {**CALLS, "tool_calls": [{"function": {"name": "f", "arguments": "[" * 5000}}]}],
+            "nested too deeply",
+        ),
+        (
+            [ASK, {**CALLS, "tool_calls": [{"function": {"name": "f", "arguments": '"\\ud800"'}}]}],
+            "half of a surrogate pair",
+        ),
+        ([ASK, CALLS, {**RESULT, "name": "\ud800"}, ANSWER], "half of a surrogate pair"),
+        ([ASK, {**CALLS, "tool_calls": [{**CALL, "when": date(2024, 1, 1)}]}], "type date is not JSON"),
         ([ASK, {"role": "assistant"}], 'no key "content"'),
         ([ASK, {"role": "assistant", "content": None}], "must be a string, not null"),
         ([ASK, {"role": "assistant", "content": " "}], "text is empty"),

@@ -1,5 +1,7 @@
 import io
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -296,3 +298,11 @@ def test_rows_that_changed_since_are_not_shown(run_yaml: Path, capsys) -> None:
     write_jsonl(run_yaml.parent / "math.jsonl", varied_rows(40, 5))
     assert inspect(run_yaml, "--row", "code:1") == 2
     assert "math.jsonl was changed since it was prepared" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    with open(writer, "w") as pipe:
+        os.close(reader)
+        monkeypatch.setattr(sys, "stdout", pipe)
+        show([Span("text\n" * 30_000)])

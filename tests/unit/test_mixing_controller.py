@@ -69,6 +69,11 @@ def test_weights_cannot_be_changed_from_outside():
         Proposal(np.array([0.5, 0.25, 0.25]), np.zeros(2)),
         Proposal(np.array([0.5, 0.25, 0.25]), np.zeros(3), load_DE=np.full((3, 2), np.nan)),
         Proposal(np.array([0.5, 0.25, 0.25]), np.zeros(3), distance_DD=np.full((3, 3), np.inf)),
+        Proposal(np.array([0.5, 0.25, 0.25]), [0, 0]),
+        Proposal(np.array([0.5, 0.25, 0.25]), np.zeros(3), state={"seen": np.zeros(3)}),
+        Proposal(np.array([0.5, 0.25, 0.25]), np.zeros(3), state={"best": np.nan}),
+        Proposal(np.array([0.5, 0.25, 0.25]), np.zeros(3), state={0: "comes back as text"}),
+        np.array([0.5, 0.25, 0.25]),
     ],
 )
 def test_a_broken_proposal_is_refused_and_the_weights_stay(proposal):
@@ -76,6 +81,13 @@ def test_a_broken_proposal_is_refused_and_the_weights_stay(proposal):
     with pytest.raises(ValueError):
         controller.update(Signal())
     assert controller.weights_D.tolist() == THIRDS_D.tolist()
+
+
+def test_a_proposal_may_hold_lists():
+    controller = MixingController(SOURCES, THIRDS_D, Scripted(Proposal([0.5, 0.25, 0.25], [1, 2, 3])))
+    decision = controller.update(Signal())
+    assert decision.weights_D.tolist() == [0.5, 0.25, 0.25]
+    assert decision.proposal.delta_D.tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])

@@ -49,6 +49,8 @@ def test_what_a_file_may_say():
         ({"weights": {"code": 1, "math": 1, "chat": "1"}}, "weight of chat is '1'"),
         ({"weights": {"code": 1, "math": 1, "chat": math.nan}}, "weight of chat is nan"),
         ({"weights": {"code": 0, "math": 0, "chat": 0}}, "sum to 0"),
+        ({"weights": {"code": 10**400, "math": 0, "chat": 0}}, "weight of code is 1000"),
+        ({"weights": {"code": 1e308, "math": 1e308, "chat": 1e308}}, "sum to inf"),
     ],
 )
 def test_anything_else_is_refused_in_one_line(content, problem):

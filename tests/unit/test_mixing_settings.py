@@ -61,6 +61,10 @@ def test_the_resolved_settings_read_back(tmp_path):
         ({"shadow": [{"eta": 1}]}, "give the name of a strategy"),
         ({"shadow": ["odm", "odm"]}, "odm twice"),
         ({"shadow": [{"strategy": "odm", "eta": 1.0}]}, "mixing.shadow odm.eta is no option"),
+        (
+            {"shadow": [{"strategy": "ref-loss", "reference": "r.json"}]},
+            "reference is shared: give it as mixing.",
+        ),
         ({"min_tokens": -1}, "mixing.min_tokens"),
     ],
 )

@@ -1,5 +1,6 @@
 """The command `prepare`: flags, exit codes and what it prints."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -71,9 +72,13 @@ def test_text_that_is_trained_on_and_probed_is_reported(
     [
         (["--probe", "0"], ["--probe is 0", "1 or more"]),
         (["--workers", "0"], ["workers is 0", "1 or more"]),
-        (["--overlong", "truncate"], ["--overlong truncate acts when rows are packed", "give it to train"]),
-        (["--seq-length", "64"], ["--seq-length acts when rows are packed"]),
-        (["--overlong", "split"], ["--overlong split needs --seq-length"]),
+        (["--overlong", "truncate"], ["--overlong truncate needs --seq-length"]),
+        (["--overlong", "cut", "--seq-length", "9"], ["--overlong is 'cut'", "drop, truncate, split, error"]),
+        (["--seq-length", "0"], ["--seq-length is 0", "1 or more"]),
+        (["--fields", "prompt"], ["--fields has 'prompt'", "prompt=question"]),
+        (["--fields", "prompt=a", "prompt=b"], ["--fields has 'prompt=b'", "once"]),
+        (["--fields", "promt=a"], ["'promt' is no field"]),
+        (["--output", "."], ["has no name", "prepared/code"]),
         (["--template", "llama"], ["'llama' is unknown", "vicuna"]),
         (["--strict"], ["rows.jsonl:2: ", "strict"]),
         (["--probe", "9"], ["9 different examples were to be held out", "hold out fewer"]),
@@ -107,6 +112,55 @@ def test_one_source_with_probe_and_split(
     assert (report.rows, report.held_out, report.recipe.split_length) == (12, 2, 60)
     assert report.split > 0
     assert "source (probe)" in capsys.readouterr().out
+
+
+ASKED = [{"q": "two plus two", "a": "four"}, {"q": "hello " * 50, "a": "good " * 50}]
+
+
+def test_files_are_prepared_with_what_a_run_yaml_can_say(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    path, prefix = write_jsonl(tmp_path / "rows.jsonl", ASKED), tmp_path / "source"
+    argv = ["prepare", "--input", str(path), "--output", str(prefix), "--tokenizer", str(tokenizer_dir)]
+    argv += ["--fields", "prompt=q", "completion=a", "--format", "prompt-completion", "--trust-remote-code"]
+    argv += ["--template", str(template), "--train-on", "last", "--workers", "1"]
+    assert main([*argv, "--seq-length", "90"]) == 0
+    report = load_report(prefix)
+    assert (report.examples, report.recipe.fields) == (2, {"prompt": "q", "completion": "a"})
+    assert report.recipe.template.startswith("jinja:") and report.recipe.template.endswith("/last")
+    table = capsys.readouterr().out.split("--seq-length 90 --overlong drop")[1]
+    assert "WARNING: 50% of the examples of source are longer" in table
+    assert main([*argv, "--seq-length", "90", "--overlong", "error"]) == 2
+    assert "1 of 2 examples are longer than seq_length 90" in capsys.readouterr().err
+
+
+def test_input_is_not_written_over(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    source = tmp_path / "code.json"
+    source.write_text(json.dumps(varied_rows(3)))
+    before = source.read_bytes()
+    argv = ["prepare", "--output", str(tmp_path / "code"), "--tokenizer", str(tokenizer_dir), "--input"]
+    assert main([*argv, str(source)]) == 2
+    assert "code.json: rows are read from it, and" in capsys.readouterr().err
+    other = write_jsonl(tmp_path / "code.jsonl", varied_rows(3))
+    assert main([*argv, str(other)]) == 2
+    assert (
+        "code.json: is no report of a prepared source, and would be written over" in capsys.readouterr().err
+    )
+    assert source.read_bytes() == before
+    source.write_bytes(b'{\n  "na')  # a report that a crash has cut off
+    assert main([*argv, str(other)]) == 0
+
+
+@pytest.mark.parametrize("flag", [["--format", "text"], ["--fields", "text=body"]])
+def test_what_each_source_says_is_no_flag_beside_a_run_yaml(
+    capsys: pytest.CaptureFixture[str], run_yaml: Path, flag: list[str]
+) -> None:
+    assert main(["prepare", str(run_yaml), *flag]) == 2
+    assert f"{flag[0]} is for --input; in RUN.yaml each source has its own" in capsys.readouterr().err
 
 
 def test_an_interrupt_is_said_in_one_line(

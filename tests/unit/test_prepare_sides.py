@@ -294,6 +294,21 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path, tokenizer: T
     assert not left.exists()
 
 
+@pytest.mark.parametrize("place", ["rows.jsonl/source", "folder", "n" * 300])
+def test_place_that_is_none_is_named(tmp_path: Path, tokenizer: Tokenizer, place: str) -> None:
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(InputError, match=r"source toy: .* cannot be written \(.*\); give another place"):
+        prepare(tmp_path, varied_rows(2), tokenizer, prefix=tmp_path / place)
+
+
+def test_rows_nested_too_deeply_are_bad_rows(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    talk = '"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+    rows = [f'{{{talk}, "tools": [{{"x": {"[" * depth}{"]" * depth}}}]}}' for depth in (850, 900, 950)]
+    report = prepare(tmp_path, [f"{{{talk}}}", *rows], tokenizer, workers=1)
+    assert (report.examples, report.broken) == (1, 3)
+    assert any("nested too deeply" in line for line in report.first_broken)
+
+
 def test_place_that_cannot_be_written_is_named(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import ipc, parquet
 
-from megatron_dynmix.data import jsonl
-from megatron_dynmix.data.readers import find_inputs, raw_rows
+from megatron_dynmix.data import jsonl, progress
+from megatron_dynmix.data.readers import find_inputs, is_compressed, raw_rows
 from megatron_dynmix.errors import InputError
 
 ROWS = [{"text": f'row {i} é\u2028 ["{{'} for i in range(700)]
@@ -216,3 +217,23 @@ def test_files_that_a_path_means(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no file to read rows from"):
         find_inputs(tmp_path / "empty")
+
+
+def test_pipe_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(InputError, match=r"a.jsonl: a pipe or device, and rows are read more than once"):
+        find_inputs(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "said"),
+    [("a.jsonl", 4 << 20, "50%"), ("a.jsonl.gz", None, "2 MiB"), ("a.parquet", None, "2 MiB")],
+)
+def test_progress_gives_a_share_only_where_the_size_of_the_text_is_known(
+    monkeypatch: pytest.MonkeyPatch, capsys, name: str, total: int | None, said: str
+) -> None:
+    assert is_compressed(Path(name)) == (total is None)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    with progress.Progress("code", total) as shown:
+        shown.advance(2 << 20, 7)
+    assert f"code: {said}, 7 examples" in capsys.readouterr().err

@@ -186,6 +186,12 @@ def test_cache(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyP
     assert all(path.suffix == ".npz" for path in cache.iterdir())
 
 
+def test_cache_that_cannot_be_written_is_done_without(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    prepare(tmp_path, varied_rows(9), tokenizer)
+    (tmp_path / "file").touch()
+    assert same(build(tmp_path, 90, cache_dir=tmp_path / "file"), build(tmp_path, 90))
+
+
 def test_pickle_reopens_the_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
     prepare(tmp_path, varied_rows(40), tokenizer)
     packed = build(tmp_path, 300)

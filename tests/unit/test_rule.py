@@ -162,7 +162,18 @@ def test_a_users_own_strategy_is_not_replayed_and_that_is_said():
     run = fake_run(7, settings=settings(strategy=f"{__name__}:own_rule"))
     verdict = proof(run)
     assert verdict.updates == 0
-    assert "own_rule is the user's own: its rule was not replayed" in verdict.notes[0]
+    assert "own_rule is the user's own: it was not replayed" in verdict.notes[0]
+
+
+def test_own_rules_that_a_resumed_run_brings_are_named_too():
+    own = f"{__name__}:own_rule"
+    run = fake_run(4).change_settings(settings(shadow=(own,))).train(3)
+    verdict = proof(run.change_settings(settings(strategy=own)).train(6))
+    assert verdict.updates == 2
+    assert [note.split(" is the user's own")[0] for note in verdict.notes] == [
+        f"shadow {own}",
+        f"strategy {own}",
+    ]
 
 
 def test_a_users_own_shadow_is_left_out_and_that_is_said():

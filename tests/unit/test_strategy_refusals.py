@@ -134,7 +134,7 @@ def test_an_option_has_one_type_in_all_strategies():
         ("gate-laod", {}, "did you mean gate-load"),
         ("ref-loss", {"reference_D": [1.0], "smothing": 0.1}, "no option 'smothing'; did you mean smoothing"),
         ("uniform", {"eta": 1}, "no option 'eta'.*it has none"),
-        ("sequential", {"every": "often"}, "cannot take the options"),
+        ("sequential", {"every": "often"}, "cannot be made with the options"),
         ("own_rules:Missing", {}, "AttributeError"),
         ("no_such_module:Rule", {}, "ModuleNotFoundError"),
         ("own_rules:number", {}, "neither a class nor a function"),
@@ -142,6 +142,7 @@ def test_an_option_has_one_type_in_all_strategies():
         ("own_rules:Half", {}, "lacks needs_gate_load, needs_loss, starts, updates"),
         ("own_rules:Plain", {"powr": 2}, "no option 'powr'; did you mean power"),
         ("own_rules:Plain", {}, "missing a required argument: 'power'"),
+        ("own_rules:Fails", {}, "own_rules:Fails cannot be made .*KeyError: 'no table'"),
     ],
 )
 def test_names_and_own_strategies_that_cannot_be_used(own_rules, name, options, message):
@@ -164,6 +165,11 @@ class Plain:
         return Proposal(weights_D=new_D / new_D.sum(), delta_D=np.zeros(len(weights_D)))
 
 
+class Fails(Plain):
+    def __init__(self):
+        raise KeyError("no table")
+
+
 class Half:
     name = "half"
 
@@ -183,6 +189,7 @@ class Anything(Plain):
 def own_rules(monkeypatch):
     module = ModuleType("own_rules")
     module.Plain, module.Half, module.Anything, module.number = Plain, Half, Anything, 3
+    module.Fails = Fails
     module.even = lambda weights_D, signal: np.full(len(weights_D), 1 / len(weights_D))
     module.words = lambda weights_D, signal: {"code": 1}
     monkeypatch.setitem(sys.modules, "own_rules", module)
@@ -207,6 +214,11 @@ def test_odm_keeps_the_weights_and_counts_nothing_until_warm():
     assert strategy.propose(before_D, cold, {}).state == {}
     warm = strategy.propose(before_D, changed(cold, iteration=100), {})
     assert warm.weights_D[0] > warm.weights_D[1] == warm.weights_D[2]
+
+
+def test_odm_refuses_to_tell_its_exploration_without_an_iteration():
+    with pytest.raises(ValueError, match="odm mixing needs the iterations done"):
+        OnlineDataMixing().propose(uniform(3), Signal(loss_D=np.array([3.0, 1.0, 1.0])), {})
 
 
 def test_odm_survives_a_loss_whose_perplexity_overflows():

@@ -308,6 +308,45 @@ def test_an_end_behind_the_generation_block_belongs_to_the_answer(tokenizer_dir:
     assert trained_texts(rendered) == ["good day</s>", "four</s>"]
 
 
+def test_an_end_behind_the_generation_block_belongs_to_tool_calls_too(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = tmp_path / "tools.jinja"
+    path.write_text(
+        "{{ tools | tojson }}{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}{% endgeneration %}{{ eos_token }}"
+        "{% else %}{{ m.role }}: {{ m.content }}{% endif %}{% endfor %}{# tool #}"
+    )
+    calls, answer = trained_texts(Renderer(tokenizer, str(path)).render(parse_messages(TOOL_ROW)))
+    assert calls.startswith("[{") and calls.endswith("]</s>")
+    assert answer == "four</s>"
+
+
+@pytest.mark.parametrize("answer", [">", "s", "</", "s>"])
+def test_an_answer_may_look_like_a_part_of_its_end(tokenizer_dir: Path, answer: str) -> None:
+    template = (
+        "{% for m in messages %}{{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{{ '' if not add_generation_prompt }}"
+    )
+    conversation = parse_sharegpt(sharegpt("which", answer))
+    rendered = render(conversation, with_template(tokenizer_dir, template), "tokenizer")
+    assert trained_texts(rendered) == [f"{answer}</s>"]
+
+
+SHORTENS = (
+    "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else m.content[:2] }}"
+    "{{ eos_token }}{% endfor %}"
+)
+
+
+def test_only_answers_that_are_trained_on_must_stay_as_they_are(tokenizer_dir: Path) -> None:
+    tokenizer = with_template(tokenizer_dir, SHORTENS)
+    with pytest.raises(InputError, match="turn 3 differently once later turns follow"):
+        trained(TWO_ROUNDS, tokenizer, "tokenizer", "all")
+    assert trained(TWO_ROUNDS, tokenizer, "tokenizer", "last") == ["four</s>"]
+    assert "go</s>" in trained(TWO_ROUNDS, tokenizer, "tokenizer", "everything")[0]
+
+
 def test_template_that_is_no_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         Renderer(tokenizer, str(tmp_path / "no.jinja"))

@@ -152,6 +152,10 @@ def test_training_is_deterministic_and_needs_room(tokenizer: Tokenizer, tmp_path
     assert train_bpe(TEXTS, 400, tmp_path).fingerprint == tokenizer.fingerprint
     with pytest.raises(InputError, match="259"):
         train_bpe(TEXTS, 258, tmp_path)
+    (tmp_path / "file").touch()
+    for place in ("file", "file/folder"):
+        with pytest.raises(InputError, match=r"file.* is no folder to write to"):
+            train_bpe(TEXTS, 400, tmp_path / place)
 
 
 def test_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from megatron_dynmix.mixing.update import reweight
 from megatron_dynmix.mixing.weights import normalise_weights
 from megatron_dynmix.training.ledger.verify import verify_records
 from megatron_dynmix.training.mix import strategy_of
-from megatron_dynmix.training.reweighting import Reweighting
+from megatron_dynmix.training.reweighting import read_override
 
 PER_ROW = np.array([6.0, 3.0])
 
@@ -142,11 +142,9 @@ def test_caps_of_a_run_in_examples_are_kept_in_rows():
 
 def test_an_operators_weights_are_in_the_unit_of_the_run(tmp_path):
     run = run_in_examples(0)
-    reweighting = Reweighting.__new__(Reweighting)
-    reweighting.controller, reweighting.resolved = run.controller, run.resolved
-    reweighting._override_file = tmp_path / "override.json"
-    reweighting._override_file.write_text('{"weights": {"chat": 0.5, "math": 0.5}, "pause": ["code"]}')
-    said = reweighting._read_override()
+    path = tmp_path / "override.json"
+    path.write_text('{"weights": {"chat": 0.5, "math": 0.5}, "pause": ["code"]}')
+    said = read_override(path, run.controller.sources, run.resolved)
     assert said.pause == ("code",)
     # a row of chat holds three times the examples of one of math
     assert said.weights == {"chat": pytest.approx(0.25), "math": pytest.approx(0.75)}

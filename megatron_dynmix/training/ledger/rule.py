@@ -32,23 +32,22 @@ class RuleReplay:
     A strategy of the user's own is not run: its code is not part of the record.
     """
 
-    def __init__(self, start: StageLine, where: str) -> None:
+    def __init__(self, start: StageLine, where: str, notes: list[str]) -> None:
         """Choose the first weights again.
+
+        Args:
+            start: the line of the run's first stage.
+            where: what to call it.
+            notes: what a reader must know is added to them, here and by `check`.
 
         Raises:
             NotProven: they are not those of the first stage.
 
         """
-        self.notes: list[str] = []
+        self._notes = notes
         self._line = start
         self._state: Mapping[str, Any] | None = None
-        if is_own(start.mixing.strategy):
-            self.notes.append(
-                f"strategy {start.mixing.strategy} is the user's own: its rule was not replayed"
-            )
-        own = [shadow.label for shadow in start.mixing.shadows if shadow.own]
-        if own:
-            self.notes.append(f"shadow {', '.join(own)} is the user's own: it was not replayed")
+        self._say_own(start)
         if is_own(start.mixing.strategy):
             return
         try:
@@ -83,6 +82,7 @@ class RuleReplay:
                     f"{where}: the weights changed, but nothing is recorded that they could follow from"
                 )
             return True
+        self._say_own(line)
         if is_own(line.mixing.strategy) or self._state is None:
             self._state = None  # nothing that follows is known from the start on
             return False
@@ -99,6 +99,16 @@ class RuleReplay:
         if self._state is not None:
             self._state = change.carry_controller(self._state, list(line.weights))
         self._line = line
+
+    def _say_own(self, line: StageLine) -> None:
+        """Note what is not replayed, once: a resumed run may bring other strategies."""
+        found = [f"shadow {shadow.label}" for shadow in line.mixing.shadows if shadow.own]
+        if is_own(line.mixing.strategy):
+            found.append(f"strategy {line.mixing.strategy}")
+        for what in found:
+            note = f"{what} is the user's own: it was not replayed"
+            if note not in self._notes:
+                self._notes.append(note)
 
     def _controller(self, line: StageLine, weights: Any) -> MixingController:
         own = {shadow.label for shadow in line.mixing.shadows if shadow.own}

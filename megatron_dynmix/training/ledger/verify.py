@@ -120,8 +120,7 @@ class _Proof:
         self._check_shares(line, where)
         self.stages.append(line)
         self.replay = Replay(line)
-        self._rule = RuleReplay(line, where)
-        self.verdict.notes += self._rule.notes
+        self._rule = RuleReplay(line, where, self.verdict.notes)
 
     def _check_shares(self, line: StageLine, where: str) -> None:
         try:
