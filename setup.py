@@ -38,6 +38,7 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.9,<2.12"],  # the range that megatron-core 0.16.1 asks for
         "tiktoken": ["tiktoken"],
+        "embed": ["sentence-transformers"],
         "wandb": ["wandb"],
         "dev": ["tiktoken", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"],
     },

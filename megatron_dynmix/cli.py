@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
+    if "" not in sys.path:
+        sys.path.append("")  # strategies of your own may lie in the current folder, as for `python -m`
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and not arguments.takes_flags:

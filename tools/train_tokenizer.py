@@ -4,33 +4,16 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from megatron_dynmix.data.formats import find_format
-from megatron_dynmix.data.readers import find_inputs, raw_rows
+from megatron_dynmix.data.formats import read_conversations
+from megatron_dynmix.data.readers import find_inputs
 from megatron_dynmix.data.tokenizer import train_bpe
 from megatron_dynmix.errors import InputError
 
 
-def _values(path: Path) -> Iterator[tuple[str, Any]]:
-    for row in raw_rows(path):
-        try:
-            yield row.place, row.parse()
-        except ValueError as error:
-            yield row.place, error
-
-
 def _texts(paths: Iterable[Path]) -> Iterator[str]:
     for path in paths:
-        shape = find_format(_values(path))
-        for place, value in _values(path):
-            try:
-                if isinstance(value, ValueError):
-                    raise value
-                conversation = shape.parse(value)
-            except ValueError as error:
-                print(f"{place}: left out: {error}", file=sys.stderr)
-                continue
+        for conversation in read_conversations(path):
             yield from (turn.text for turn in conversation.turns)
 
 

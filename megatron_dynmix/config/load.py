@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,30 @@ def load_config(path: Path, flags: Sequence[str] = ()) -> tree.RunConfig:
             raise InputError(f"{path}: section {section} holds {settings!r}; it must hold settings by name")
         for name, value in settings.items():
             values[section][name] = _yaml_value(path, section, name, value)
-    for name, value in parse_flags(flags).items():
+    given = parse_flags(flags)
+    if "strategy" in given:
+        _leave_options(path, values["mixing"], given["strategy"])
+    for name, value in given.items():
         values[leaves.find(name).section][name] = value
     values["data"].setdefault("prepared_dir", _absolute("prepared", path.parent, "data.prepared_dir"))
     return _build(values)
+
+
+def _leave_options(path: Path, mixing: dict[str, Any], strategy: str) -> None:
+    """Leave out what the file says of its own strategy, if a flag gives another one, and say so.
+
+    Not only what the other does not have: a value that was chosen for one means nothing to another.
+    """
+    before = mixing.get("strategy", tree.MixingConfig.strategy)
+    options = {name: mixing[name] for name in mixing if name in (*option_hints(), "strategy_options")}
+    if strategy == before or not options:
+        return
+    for name in options:
+        del mixing[name]
+    if os.environ.get("RANK", "0") == "0":
+        said = ", ".join(f"{name} {value}" for name, value in options.items())
+        left = f"{path}: {said}: left out, it is for strategy {before} and --strategy is {strategy}"
+        print(left, file=sys.stderr)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

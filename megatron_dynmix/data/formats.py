@@ -1,8 +1,10 @@
 """The shapes of a row: which keys it has, and how they become a conversation."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from megatron_dynmix.data.conversation import (
@@ -19,6 +21,7 @@ from megatron_dynmix.data.conversation import (
     system_turns,
 )
 from megatron_dynmix.data.jsonl import parse_json
+from megatron_dynmix.data.readers import raw_rows
 from megatron_dynmix.errors import InputError
 
 FormatName = Literal["sharegpt", "messages", "alpaca", "prompt-completion", "text"]
@@ -288,3 +291,28 @@ def _shapes_of(row: object, fields: Mapping[str, str]) -> list[FormatName]:
 
 def _fields_of(name: FormatName, fields: Mapping[str, str]) -> dict[str, str]:
     return {key: given for key, given in fields.items() if key in _SHAPES[name].fields}
+
+
+def read_conversations(path: Path) -> Iterator[Conversation]:
+    """The good rows of one file, in its own format; each row that is left out is named on stderr.
+
+    Raises:
+        InputError: a file that cannot be read, or of no known format.
+
+    """
+
+    def values() -> Iterator[tuple[str, Any]]:
+        for row in raw_rows(path):
+            try:
+                yield row.place, row.parse()
+            except ValueError as error:
+                yield row.place, error
+
+    shape = find_format(values())
+    for place, value in values():
+        try:
+            if isinstance(value, ValueError):
+                raise value
+            yield shape.parse(value)
+        except ValueError as error:
+            print(f"{place}: left out: {error}", file=sys.stderr)

@@ -97,7 +97,8 @@ def mixing_table(update: Mapping[str, Any]) -> str:
         lines.append(f"  shadow {label}: {shares}")
     lines += [f"  event: {event}" for event in update["events"]]
     if update["note"] is not None:
-        lines.append(f"  note: {update['note']}")
+        stands_still = update["note"].startswith("weights kept") or "override not followed" in update["note"]
+        lines.append(f"  {'WARNING' if stands_still else 'note'}: {update['note']}")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ Used by the run itself, before it starts, and by `verify`, from the settings on 
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,8 +62,12 @@ def _of_rows(config: RunConfig, rows: Sequence[PackedRows]) -> dict[str, Any]:
 
 
 def reason(error: Exception) -> str:
-    """What an exception says; its kind too, where it is none that we raise with a whole sentence."""
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    """What an exception says; its kind and place too, where it is none that we raise with a sentence."""
+    if isinstance(error, ValueError):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    where = "".join(f" ({frame.filename}:{frame.lineno} in {frame.name})" for frame in place)
+    return f"{type(error).__name__}: {error}{where}"
 
 
 @contextmanager

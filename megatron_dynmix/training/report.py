@@ -59,6 +59,8 @@ def report_start(
     print(packed_table([*data.train, *data.probe]))
     print()
     print(share_table(data.train, initial_shares(config, data.train)))
+    for line in mix_warnings(config):
+        print(line)
     print("\nthe beginning of a row, [[what is trained on]] and {{special tokens}} in brackets:")
     print(excerpt(plain(row_text(data.train[0], 0, tokenizer)), SHOWN_LINES))
     for note in notes:
@@ -99,6 +101,25 @@ def shared_lines(files: Sequence[SourceFile], config: RunConfig) -> list[str]:
         if first.is_probe != second.is_probe:
             why = "what is trained on is not held out, so its gate loads and losses mislead"
         lines.append(f"WARNING: {texts} in both {first.label} and {second.label}: {why}")
+    return lines
+
+
+def mix_warnings(config: RunConfig) -> list[str]:
+    """A line for each setting with which no weight will ever change, though the strategy is to."""
+    mixing, lines = config.mixing, []
+    if not any(mixing.chosen.needs):
+        return []
+    if config.training.train_iters is not None and mixing.interval >= config.training.train_iters:
+        lines.append(
+            f"WARNING: the first weight update is due after iteration {mixing.interval}, the run ends at "
+            f"{config.training.train_iters}: its weights will never change; give a shorter --interval"
+        )
+    idle = [name for name, source in config.data.sources.items() if source.weight == 0]
+    if idle and mixing.signal == "train":
+        lines.append(
+            f"WARNING: {', '.join(idle)} begin with weight 0, so training measures nothing of them, and no "
+            "weight can change; give them a small weight, or --signal probe"
+        )
     return lines
 
 

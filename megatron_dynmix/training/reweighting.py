@@ -5,7 +5,6 @@ Axes: H halves, D sources, L MoE layers, E experts.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_dynmix.config.tree import MixingConfig
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
+from megatron_dynmix.data.jsonl import parse_json
 from megatron_dynmix.mixing.controller import Decision, MixingController
 from megatron_dynmix.mixing.override import Override, parse_override
 from megatron_dynmix.mixing.strategy import Signal
@@ -81,7 +81,7 @@ def read_override(path: Path, sources: Sequence[str], resolved: Resolved) -> Ove
 
     """
     try:
-        said = parse_override(json.loads(path.read_text(encoding="utf-8")), sources)
+        said = parse_override(parse_json(path.read_bytes()), sources)
         if said.weights is None:
             return said
         shares_D = np.array([said.weights.get(name, 0.0) for name in sources])

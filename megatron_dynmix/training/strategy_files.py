@@ -6,7 +6,6 @@ D sources, V dimensions of an embedding.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from megatron_dynmix.config.strategies import RESOLVED
 from megatron_dynmix.config.tree import MixingConfig
+from megatron_dynmix.data.jsonl import parse_json
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.weights import normalise_weights
 from megatron_dynmix.monitor.jsonl import read_records
@@ -49,8 +49,11 @@ def resolve_files(mixing: MixingConfig, sources: Sequence[str]) -> dict[str, Any
 
 
 def read_losses(path: Path, sources: Sequence[str]) -> list[float]:
-    """Losses of all sources in nats from a JSON file {source: loss}."""
-    content = _by_source(path, _read_json(path), sources)
+    """Losses of all sources in nats from a JSON file {source: loss}, or a run's ``evaluation.json``."""
+    content = _read_json(path)
+    if isinstance(content, dict) and "iteration" in content and isinstance(content.get("sources"), dict):
+        content = {name: measured.get("loss") for name, measured in content["sources"].items()}
+    content = _by_source(path, content, sources)
     for name, loss in content.items():
         good = isinstance(loss, int | float) and not isinstance(loss, bool) and math.isfinite(loss)
         if not good or loss < 0:
@@ -127,11 +130,11 @@ def plan(points: Sequence[Any], sources: Sequence[str]) -> list[list[Any]]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+        raise InputError(f"{path} cannot be read: {error}") from None
 
 
 def _read_npz(path: Path) -> dict[str, Any]:

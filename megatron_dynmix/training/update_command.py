@@ -5,7 +5,6 @@ Imports neither torch nor Megatron-Core, so that it answers at once. Axes: D sou
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from megatron_dynmix.config import leaves
 from megatron_dynmix.config.load import parse_flags
 from megatron_dynmix.config.tree import MixingConfig
+from megatron_dynmix.data.jsonl import parse_json
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.strategy import Signal
 from megatron_dynmix.mixing.weights import normalise_weights
@@ -111,9 +111,11 @@ def read_object(path: Path) -> dict[str, Any]:
 
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+        raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict) or not content:
         raise InputError(f'{path} holds {content!r}; it must hold an object: {{"source": ..., ...}}')
     return content

@@ -280,3 +280,16 @@ def test_settings_reach_megatron_core(tmp_path):
 def test_sections_are_frozen(tmp_path):
     with pytest.raises(dataclasses.FrozenInstanceError):
         load_config(write(tmp_path, "")).training.seed = 3
+
+
+def test_another_strategy_by_flag_begins_from_its_own_defaults_and_says_so(tmp_path, capsys):
+    path = write(tmp_path, "mixing: {strategy: gate-load, eta: 3, metric: cos, interval: 7}")
+    mixing = load_config(path, ["--strategy", "ref-loss"]).mixing
+    assert (mixing.options["eta"], mixing.interval) == (1.0, 7)
+    assert "eta 3.0, metric cos: left out, it is for strategy gate-load" in capsys.readouterr().err
+    assert load_config(path, ["--strategy", "uniform"]).mixing.options == {}
+    kept = load_config(path, ["--strategy", "gate-load", "--eta", "2"]).mixing.options
+    assert (kept["eta"], kept["metric"]) == (2.0, "cos")
+    capsys.readouterr()
+    assert load_config(path).mixing.options["eta"] == 3.0
+    assert not capsys.readouterr().err

@@ -12,6 +12,7 @@ from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.controller import MixingController
 from megatron_dynmix.mixing.strategy import Proposal, Signal
 from megatron_dynmix.training.mix import check_mix, first_weights, initial_shares
+from megatron_dynmix.training.report import mix_warnings
 from megatron_dynmix.training.update_record import update_record
 
 pytestmark = pytest.mark.filterwarnings("ignore:moe_ffn_hidden_size")
@@ -110,3 +111,18 @@ def test_shares_are_told_before_the_files_of_a_strategy_are_there(tmp_path, unit
     shares_D = initial_shares(load(tmp_path, content), rows(1.0, 1.0, 2.0))
     expected = [1 / 3] * 3 if unit == "tokens" else [0.4, 0.4, 0.2]
     assert shares_D.tolist() == pytest.approx(expected)
+
+
+def test_settings_with_which_no_weight_can_change_are_said(tmp_path):
+    settings = good_settings(tmp_path)
+    assert mix_warnings(load(tmp_path, settings)) == []
+    settings["mixing"]["interval"] = 10**6
+    settings["mixing"]["signal"] = "train"
+    next(iter(settings["data"]["sources"].values()))["weight"] = 0
+    for source in list(settings["data"]["sources"].values())[1:]:
+        source["weight"] = 1
+    late, idle = mix_warnings(load(tmp_path, settings))
+    assert "the first weight update is due after iteration 1000000" in late
+    assert "begin with weight 0" in idle
+    settings["mixing"]["strategy"] = "fixed"
+    assert mix_warnings(load(tmp_path, settings)) == []

@@ -26,10 +26,11 @@ def test_no_file_is_no_word(tmp_path):
     "content",
     [
         *("", '{"pause": ["ma', "[]", '{"pause": ["nobody"]}', "[" * 100_000),
+        '{"pause": ["math"], "pause": ["chat"]}',
         '{"weights": {"chat": 1e308, "math": 1e308, "code": 1e308}}',
         f'{{"weights": {{"chat": {"9" * 400}, "math": 1, "code": 1}}}}',
     ],
-    ids=["empty", "half", "a list", "unknown", "nested", "sum", "digits"],
+    ids=["empty", "half", "a list", "unknown", "nested", "twice", "sum", "digits"],
 )
 def test_a_file_that_cannot_be_used_is_named(tmp_path, content):
     with pytest.raises(BrokenOverride, match=r"override\.json cannot be used: .+; correct or remove it"):

@@ -34,6 +34,18 @@ def test_values_are_put_into_the_order_of_the_sources(tmp_path):
     assert resolved(schedule=points) == {"points": [[0, [0.25, 0.25, 0.5]], [9, [0.0, 0.0, 1.0]]]}
 
 
+def test_a_runs_evaluation_is_a_reference(tmp_path):
+    measured = {name: {"loss": loss, "tokens": 5} for name, loss in LOSSES.items()}
+    path = json_file(tmp_path, {"iteration": 7, "sources": measured, "mean_loss": 1.0})
+    assert resolved(reference=path) == {"reference_D": [2.0, 0.0, 1.5]}
+
+
+def test_a_source_given_twice_is_refused(tmp_path):
+    path = json_file(tmp_path, '{"chat": 2, "math": 0, "code": 1, "chat": 3}')
+    with pytest.raises(InputError, match="chat"):
+        resolved(reference=path)
+
+
 def test_the_last_weights_of_another_run_are_taken_by_name(tmp_path):
     run = fake_run(7)
     weights = dict(zip(run.prints, run.mixing[6]["new_weights"], strict=True))
@@ -49,13 +61,13 @@ def test_the_last_weights_of_another_run_are_taken_by_name(tmp_path):
         ("reference", {"chat": 1, "math": 1}, "missing code, unknown none"),
         ("target", {**LOSSES, "law": 1}, "missing none, unknown law"),
         ("reference", {**LOSSES, "math": -100}, "the loss of source math is -100"),
-        ("reference", '{"chat": 1, "math": NaN, "code": 1}', "the loss of source math is nan"),
+        ("reference", '{"chat": 1, "math": NaN, "code": 1}', "NaN is no JSON value"),
         ("reference", {**LOSSES, "math": "2"}, "the loss of source math is '2'"),
         ("reference", "[1, 2]", "holds list"),
-        ("reference", "{", "cannot be read as JSON"),
+        ("reference", "{", "not JSON"),
         ("embeddings", {**VECTORS, "math": [1]}, "different lengths"),
         ("embeddings", {**VECTORS, "math": ["x"]}, "source math is no list of numbers"),
-        ("embeddings", '{"chat": [1], "math": [NaN], "code": [1]}', "source math"),
+        ("embeddings", '{"chat": [1], "math": [NaN], "code": [1]}', "NaN is no JSON value"),
     ],
 )
 def test_a_bad_file_is_refused_by_name(tmp_path, setting, content, part):

@@ -246,6 +246,21 @@ def test_a_checkpoint_behind_the_ledger_agrees():
     assert "iter_0000000: rows owed" in failure(run.records(state=state))
 
 
+@pytest.mark.parametrize("iterations", [1, 7])
+def test_a_checkpoint_beyond_the_ledger_proves_the_rest_by_its_digest(iterations):
+    run = fake_run(iterations)
+    state = run.state()
+    without, verdict = verify_records(run.records()), verify_records(run.records(state=state))
+    assert without.samples < run.consumed
+    assert verdict.failure is None and verdict.samples == run.consumed
+    state["drawn_samples"]["digest"] = f"{int(state['drawn_samples']['digest'], 16) ^ 1:016x}"
+    assert "are not those that the stages call for" in failure(run.records(state=state))
+
+
+def test_nothing_on_record_is_not_called_proven():
+    assert "NOTHING TO PROVE" in verdict_text(verify_records(fake_run(1).records()))
+
+
 PRINTS = {
     "math": ["sha of math", "tokenizer", "template"],
     "law": ["sha of law", "tokenizer", "template"],

@@ -52,7 +52,9 @@ def verdict_text(verdict: Verdict) -> str:
         )
     lines += [f"note: {note}" for note in verdict.notes]
     reach = f"samples 0 to {verdict.samples - 1}" if verdict.samples else "no sample"
-    if verdict.proven:
+    if verdict.proven and not verdict.samples:
+        lines.append("NOTHING TO PROVE: no samples are on record yet")
+    elif verdict.proven:
         lines.append(
             f"PROVEN: {reach} (iteration {verdict.iteration}) were drawn as the stages say, and "
             f"{verdict.updates} weight updates follow from their loads"

@@ -264,6 +264,8 @@ class _Proof:
             raise InputError(
                 f"the run state of {where} is incomplete ({type(error).__name__}: {error})"
             ) from None
+        if before is None:  # it stands beyond the ledger: the digest it holds has proven the rest
+            self.verdict.samples, self.verdict.iteration = state["consumed_samples"], state["iteration"]
 
     def _compare_state(self, state: Record, where: str) -> None:
         assert self.replay is not None
