@@ -118,6 +118,8 @@ def test_I2_skipped_batches_are_part_of_the_state(run_yaml, start_from, tmp_path
     result = parts[0][1]
     assert result["metrics"][-1]["tokens"] == whole["metrics"][-1]["tokens"]
     assert result["metrics"][-1]["lm_loss"] == whole["metrics"][-1]["lm_loss"]
+    for update in (*result["mixing"], *whole["mixing"]):  # the first part was to end after three
+        del update["signal"]["train_iters"], update["signal"]["run_rows"]
     assert result["mixing"] and without_clock(result["mixing"]) == without_clock(whole["mixing"])
     for name, router in whole["routers"].items():
         assert np.array_equal(router, result["routers"][name]), name
