@@ -70,8 +70,7 @@ RESUMED = {
 
 QUICK = {
     *(("EP2", "1 rank"), ("EP2", "EP2 x DP2"), ("EP2", "TP2 x EP2"), ("EP2", "PP2 VPP2 x EP2")),
-    *(("EP2", "CP2 x EP2"), ("EP2", "EP2, plain"), ("EP2, plain", "1 rank, plain")),
-    ("EP2, bf16", "1 rank, bf16"),
+    ("EP2", "EP2, plain"),
 }
 """The others are slow tests."""
 
