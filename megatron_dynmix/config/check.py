@@ -74,10 +74,6 @@ def check_data(config: RunConfig) -> None:
                     f"source {name}: {key} is {path}, but there is no such file, folder or pattern, and no "
                     f"prepared {path}.idx"
                 )
-        if name in data.probed and f"{name}.probe" in data.sources:
-            raise InputError(
-                f"source {name}.probe has the name that the probe of source {name} is kept under; rename it"
-            )
     weights = [source.weight for source in data.sources.values()]
     given = [weight for weight in weights if weight is not None]
     if given and len(given) < len(weights):

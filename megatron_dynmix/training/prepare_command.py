@@ -6,10 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
-from megatron_dynmix.config.tree import Overlong
 from megatron_dynmix.errors import EXIT_INTERRUPTED, InputError
+
+if TYPE_CHECKING:  # `--help` must not wait for NumPy
+    from megatron_dynmix.config.tree import Overlong
 
 
 def prepare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,6 +112,8 @@ def _count(probe: int | None) -> int:
 
 
 def _checked_overlong(overlong: str | None, seq_length: int | None) -> Overlong:
+    from megatron_dynmix.config.tree import Overlong
+
     if overlong is not None and overlong not in get_args(Overlong):
         raise InputError(f"--overlong is {overlong!r}; it must be one of {', '.join(get_args(Overlong))}")
     if overlong is not None and seq_length is None:

@@ -176,10 +176,11 @@ def test_a_killed_rank_is_named_by_another(lost, run_yaml, start_from, tmp_path)
     if lost == 0:  # and the store with it, in a job that no launcher holds together
         assert all("does not answer: its host or the network is gone" in text for text in said)
     else:
-        assert len(said) == 1, said
-        assert f"iteration 2 could not be finished: rank {lost} (" in said[0]
-        assert "is gone or frozen" in said[0] and "rank 0 (" not in said[0] and "rank 2 (" not in said[0]
-        assert "Collectives wait 10 minutes" in said[0] and "--resume auto" in said[0]
+        assert said, "one of the others says it; on a busy machine both may"
+        for text in said:
+            assert f"iteration 2 could not be finished: rank {lost} (" in text
+            assert "is gone or frozen" in text and "rank 0 (" not in text and "rank 2 (" not in text
+            assert "Collectives wait 10 minutes" in text and "--resume auto" in text
 
 
 DP3 = ["--expert-model-parallel-size", "1", "--global-batch-size", "6"]

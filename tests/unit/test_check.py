@@ -227,14 +227,6 @@ def test_a_run_that_cannot_work_is_refused(tmp_path, changes, parts):
         assert part in message
 
 
-def test_a_source_may_not_have_the_name_of_anothers_probe(tmp_path):
-    other = {"path": "code.jsonl", "probe": "code.probe.jsonl"}
-    content = good_settings(tmp_path)
-    content["data"]["sources"]["chat.probe"] = other
-    with pytest.raises(InputError, match=r"source chat\.probe has the name .*; rename it"):
-        check_data(load(tmp_path, content))
-
-
 def test_prepare_needs_no_more_than_data(tmp_path):
     content = good_settings(tmp_path)
     check_data(load(tmp_path, {"data": content["data"]}))

@@ -250,7 +250,7 @@ def test_update_starts_from_given_weights_by_name(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("loads", "flags", "part"),
     [
-        ('{"A": [1, 2', [], "cannot be read as JSON"),
+        ('{"A": [1, 2', [], "cannot be read: not JSON"),
         ([1, 2], [], "it must hold an object"),
         ({}, [], "it must hold an object"),
         ({"A": [1, 2], "B": [2, 1]}, [], "needs at least 3 sources, got 2"),
@@ -258,7 +258,7 @@ def test_update_starts_from_given_weights_by_name(capsys, tmp_path):
         ({"A": 1, "B": 2, "C": 3}, [], "load.json: "),
         ({"A": [1, 2], "B": ["x", 1], "C": [1, 1]}, [], "load.json: "),
         ({"A": [1, 2], "B": [-2, 1], "C": [1, 1]}, [], "source 'B' has a negative"),
-        ('{"A": [1, 2], "B": [NaN, 1], "C": [1, 1]}', [], "source 'B' has a negative, NaN"),
+        ('{"A": [1, 2], "B": [NaN, 1], "C": [1, 1]}', [], "NaN is no JSON value"),
         (GOLDEN_LOADS, ["--eta", "-1"], "eta"),
         (GOLDEN_LOADS, ["--smoothing", "2"], "smoothing"),
     ],
@@ -274,7 +274,7 @@ def test_update_refuses(capsys, tmp_path, loads, flags, part):
         ({"A": -1, "B": 1, "C": 1, "D": 1}, "negative"),
         ({"A": 1, "B": 1, "C": 1}, "missing ['D']"),
         ({"A": 0, "B": 0, "C": 0, "D": 0}, "at least one must be > 0"),
-        ("{", "cannot be read as JSON"),
+        ("{", "cannot be read: not JSON"),
     ],
 )
 def test_update_refuses_weights_and_names_their_file(capsys, tmp_path, weights, part):
@@ -286,7 +286,9 @@ def test_update_refuses_weights_and_names_their_file(capsys, tmp_path, weights, 
 
 
 def test_update_names_a_file_that_is_not_there(capsys, tmp_path):
-    assert "gone.json cannot be read" in refused(capsys, "update", "--load", str(tmp_path / "gone.json"))
+    assert "gone.json: there is no such file" in refused(
+        capsys, "update", "--load", str(tmp_path / "gone.json")
+    )
 
 
 def test_srun_tasks_must_be_told_where_to_meet(capsys, tmp_path, monkeypatch):
