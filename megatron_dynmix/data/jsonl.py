@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any
 
 from megatron_dynmix.errors import InputError
@@ -172,6 +173,21 @@ def parse_json(raw: bytes) -> Any:
         raise ValueError("not usable: nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"not strict JSON: {error}") from None
+
+
+def read_json(path: Path) -> Any:
+    """Return the value of a file that holds one JSON text.
+
+    Raises:
+        InputError: there is no such file, it cannot be read, or it is not strict JSON.
+
+    """
+    try:
+        return parse_json(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
 
 
 def _refuse_constant(name: str) -> None:

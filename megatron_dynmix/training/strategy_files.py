@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_dynmix.config.strategies import RESOLVED
 from megatron_dynmix.config.tree import MixingConfig
-from megatron_dynmix.data.jsonl import parse_json
+from megatron_dynmix.data.jsonl import read_json
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.weights import normalise_weights
 from megatron_dynmix.monitor.jsonl import read_records
@@ -50,7 +50,7 @@ def resolve_files(mixing: MixingConfig, sources: Sequence[str]) -> dict[str, Any
 
 def read_losses(path: Path, sources: Sequence[str]) -> list[float]:
     """Losses of all sources in nats from a JSON file {source: loss}, or a run's ``evaluation.json``."""
-    content = _read_json(path)
+    content = read_json(path)
     if isinstance(content, dict) and "iteration" in content and isinstance(content.get("sources"), dict):
         content = {name: measured.get("loss") for name, measured in content["sources"].items()}
     content = _by_source(path, content, sources)
@@ -86,7 +86,7 @@ def last_weights(run_dir: Path, sources: Sequence[str]) -> list[float]:
 
 def read_embeddings(path: Path, sources: Sequence[str]) -> list[list[float]]:
     """One vector per source, from a JSON file {source: [number, ...]} or an .npz of one array per source."""
-    content = _by_source(path, _read_npz(path) if path.suffix == ".npz" else _read_json(path), sources)
+    content = _by_source(path, _read_npz(path) if path.suffix == ".npz" else read_json(path), sources)
     vectors = []
     for name in sources:
         try:
@@ -126,15 +126,6 @@ def plan(points: Sequence[Any], sources: Sequence[str]) -> list[list[Any]]:
             raise InputError(f"mixing.schedule at iteration {point[0]}: {error}") from None
         resolved.append([point[0], weights_D.tolist()])
     return resolved
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return parse_json(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
 
 
 def _read_npz(path: Path) -> dict[str, Any]:

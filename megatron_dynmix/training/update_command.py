@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from megatron_dynmix.config import leaves
 from megatron_dynmix.config.load import parse_flags
 from megatron_dynmix.config.tree import MixingConfig
-from megatron_dynmix.data.jsonl import parse_json
+from megatron_dynmix.data.jsonl import read_json
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.strategy import Signal
 from megatron_dynmix.mixing.weights import normalise_weights
@@ -110,12 +110,7 @@ def read_object(path: Path) -> dict[str, Any]:
         InputError: it is none.
 
     """
-    try:
-        content = parse_json(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+    content = read_json(path)
     if not isinstance(content, dict) or not content:
         raise InputError(f'{path} holds {content!r}; it must hold an object: {{"source": ..., ...}}')
     return content
