@@ -145,7 +145,7 @@ class DynamicBlendedDataset(BlendedDataset):
         self.chunk_size = state["chunk_size"]
         self.shuffle_ids_D = np.array(state["shuffle_ids"], np.int64)
         self.stages = [Stage(start, tuple(weights)) for start, weights in state["stages"]]
-        cursor = Cursor(state["chunk_start"], np.array(state["drawn"], np.int64), np.array(state["owed"]))
+        cursor = Cursor.of_state(state)
         self._chunks = deque([build_chunk(cursor, np.array(self.stages[-1].weights), self.chunk_size)])
 
     def _begin_stage(self, cursor: Cursor, weights_D: NDArray[np.float64]) -> None:

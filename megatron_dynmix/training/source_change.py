@@ -174,7 +174,7 @@ class SourceChange:
         """
         mixing, blend = state["mixing"], state["mixing"]["blend"]
         old_D = blend["stages"][-1][1]
-        saved = Cursor(blend["chunk_start"], np.array(blend["drawn"], np.int64), np.array(blend["owed"]))
+        saved = Cursor.of_state(blend)
         stood = advance(saved, np.array(old_D), blend["chunk_size"], state["consumed_samples"])
         cursor, weights_D = self.cursor(stood), self.weights_D(old_D, initial_D)
         counts_LHDE = [

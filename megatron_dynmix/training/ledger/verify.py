@@ -280,7 +280,7 @@ class _Proof:
                 f"{where} stands at sample {consumed} and knows a ledger up to {drawn['first_sample']}, but "
                 f"it ends at {self.verdict.samples}: lines are missing"
             )
-        saved = Cursor(blend["chunk_start"], np.array(blend["drawn"], np.int64), np.array(blend["owed"]))
+        saved = Cursor.of_state(blend)
         there = advance(saved, np.array(self.stages[-1].weights), blend["chunk_size"], consumed)
         self.replay.go_to(consumed)
         self._check_cursor(there, self.replay.cursor, where)
