@@ -7,14 +7,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FrameType
 
 from megatron_dynmix.compare.cell import Cell
 from megatron_dynmix.errors import StoppedOnRequest
 from megatron_dynmix.launch import DEFAULTS, LIFELINE
-from megatron_dynmix.training.job.signals import STOP_SIGNALS
+from megatron_dynmix.training.job.signals import handling
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 120.0
@@ -61,7 +60,7 @@ def run_tasks(tasks: Sequence[Task], jobs: int, say: Callable[[str], None]) -> d
     running: dict[int, _Running] = {}
     lifeline, held = os.pipe()  # cells end with us, even if we are killed: see `launch.end_with_launcher`
     try:
-        with _raising():
+        with handling(_stop_all):
             while waiting or running:
                 while waiting and len(running) < jobs:
                     place = waiting.pop(0)
@@ -122,21 +121,11 @@ def _reason(current: _Running, code: int) -> str:
     return f"{last.removeprefix('megatron-dynmix: ')} ({end}; {log})"
 
 
-@contextlib.contextmanager
-def _raising() -> Iterator[None]:
-    """Turn requests to stop into an exception, so that the cells are asked too."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise StoppedOnRequest(
-            "stopped on request; unfinished cells have saved what they had, the same command goes on"
-        )
-
-    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+def _stop_all() -> None:
+    """Turn a request to stop into an exception, so that the cells are asked too."""
+    raise StoppedOnRequest(
+        "stopped on request; unfinished cells have saved what they had, the same command goes on"
+    )
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

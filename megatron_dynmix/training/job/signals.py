@@ -24,7 +24,7 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
         """Take the signals as requests, and leave the handlers afterwards as they were."""
-        with _handling(self.ask):
+        with handling(self.ask):
             for number in STOP_SIGNALS:
                 signal.siginterrupt(number, False)  # nothing that reads or writes need know of it
             yield self
@@ -42,12 +42,14 @@ def stopping_at_once() -> Iterator[None]:
     def stop() -> None:
         raise StoppedOnRequest("stopped on request, before training")
 
-    with _handling(stop):
+    with handling(stop):
         yield
 
 
 @contextmanager
-def _handling(act: Callable[[], None]) -> Iterator[None]:
+def handling(act: Callable[[], None]) -> Iterator[None]:
+    """Act when asked to stop, and leave the handlers afterwards as they were."""
+
     def handler(number: int, frame: FrameType | None) -> None:
         act()
 
