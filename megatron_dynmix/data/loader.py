@@ -14,6 +14,8 @@ from megatron_dynmix.data.blend import Stage
 from megatron_dynmix.data.dynamic_blend import Draw, DynamicBlendedDataset
 
 MicroBatch = dict[str, torch.Tensor]
+PADDING = {"dataset_id": -1, "padding_mask": 1, "segment_ids": -1}
+"""What the parts of a row hold that is all padding; 0 where nothing is said."""
 
 
 class BlendSampler(Sampler[list[Draw]]):

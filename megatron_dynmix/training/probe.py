@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from megatron_dynmix.data.loader import MicroBatch
+from megatron_dynmix.data.loader import PADDING, MicroBatch
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.moe.counter import HALVES
 from megatron_dynmix.moe.reduction import reduce_counts
@@ -116,7 +116,4 @@ class Probe:
 
 def _padding_row(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Make a row of the same shape that is all padding."""
-    empty = {name: np.zeros_like(values) for name, values in row.items()}
-    empty["padding_mask"] = np.ones_like(row["padding_mask"])
-    empty["segment_ids"] = np.full_like(row["segment_ids"], -1)
-    return empty
+    return {name: np.full_like(values, PADDING.get(name, 0)) for name, values in row.items()}

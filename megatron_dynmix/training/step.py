@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_dynmix.data.loader import MicroBatch
+from megatron_dynmix.data.loader import PADDING, MicroBatch
 from megatron_dynmix.moe.counter import GateLoadCounter
 from megatron_dynmix.platform import Platform
 from megatron_dynmix.training.batch import Batch, to_batch
@@ -145,8 +145,7 @@ class PassRunner:
 
 def _padding_like(micro_batch: MicroBatch) -> MicroBatch:
     """A micro-batch of the same shape that is all padding."""
-    fills = {"dataset_id": -1, "padding_mask": 1, "segment_ids": -1}
-    return {name: torch.full_like(tensor, fills.get(name, 0)) for name, tensor in micro_batch.items()}
+    return {name: torch.full_like(tensor, PADDING.get(name, 0)) for name, tensor in micro_batch.items()}
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
