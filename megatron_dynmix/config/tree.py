@@ -26,7 +26,8 @@ HUB = "hf://"
 """What stands before the name of a tokenizer on the Hugging Face hub."""
 JINJA_SUFFIXES = (".jinja", ".j2")
 TrainOn = Literal["all", "last", "completion", "everything"]
-RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"]
+FormatName = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"]
+RowFormat = Literal["auto", FormatName]
 Nonfinite = Literal["stop", "skip"]
 DecayStyle = Literal["linear", "cosine", "constant", "inverse-square-root"]
 OnSaveError = Literal["stop", "continue"]

@@ -5,8 +5,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from megatron_dynmix.config.tree import FormatName
 from megatron_dynmix.data.conversation import (
     NO_FIELDS,
     Conversation,
@@ -21,10 +22,8 @@ from megatron_dynmix.data.conversation import (
     system_turns,
 )
 from megatron_dynmix.data.jsonl import parse_json
-from megatron_dynmix.data.readers import raw_rows
+from megatron_dynmix.data.readers import parsed_rows
 from megatron_dynmix.errors import InputError
-
-FormatName = Literal["sharegpt", "messages", "alpaca", "prompt-completion", "text"]
 
 _MESSAGE_ROLES: dict[str, Role] = {
     "system": "system",
@@ -300,16 +299,8 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
         InputError: a file that cannot be read, or of no known format.
 
     """
-
-    def values() -> Iterator[tuple[str, Any]]:
-        for row in raw_rows(path):
-            try:
-                yield row.place, row.parse()
-            except ValueError as error:
-                yield row.place, error
-
-    shape = find_format(values())
-    for place, value in values():
+    shape = find_format(parsed_rows(path))
+    for place, value in parsed_rows(path):
         try:
             if isinstance(value, ValueError):
                 raise value

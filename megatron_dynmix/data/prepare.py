@@ -13,20 +13,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from megatron.core.datasets.indexed_dataset import DType
 
+from megatron_dynmix.config.tree import RowFormat
 from megatron_dynmix.data.conversation import NO_FIELDS
 from megatron_dynmix.data.duplicates import count_duplicates, read_digests
 from megatron_dynmix.data.encode import Chunk, Encoded, Encoder
 from megatron_dynmix.data.examples import Examples
 from megatron_dynmix.data.fingerprint import InputFile, read_input, refuse_changed
-from megatron_dynmix.data.formats import Format, FormatName, check_format, find_format
+from megatron_dynmix.data.formats import Format, check_format, find_format
 from megatron_dynmix.data.held_out import HeldOut
 from megatron_dynmix.data.index_writer import IndexedWriter
 from megatron_dynmix.data.progress import Progress
-from megatron_dynmix.data.readers import RawRow, is_compressed, raw_rows
+from megatron_dynmix.data.readers import RawRow, is_compressed, parsed_rows, raw_rows
 from megatron_dynmix.data.source_report import (
     FORMAT_VERSION,
     WRITTEN,
@@ -63,7 +63,7 @@ def prepare_source(
     tokenizer: Tokenizer,
     template: str,
     train_on: TrainOn = "all",
-    format: FormatName | Literal["auto"] = "auto",
+    format: RowFormat = "auto",
     fields: Mapping[str, str] = NO_FIELDS,
     split_length: int | None = None,
     held_out: int = 0,
@@ -315,15 +315,7 @@ def _chunks(inputs: Sequence[Path], recipe: Recipe) -> Iterator[Chunk]:
 def _format_of(path: Path, recipe: Recipe) -> Format:
     if recipe.format != "auto":
         return Format(name=recipe.format, fields=recipe.fields)
-    return find_format(_parsed(path), recipe.fields)
-
-
-def _parsed(path: Path) -> Iterator[tuple[str, object]]:
-    for row in raw_rows(path):
-        try:
-            yield row.place, row.parse()
-        except ValueError as error:
-            yield row.place, error
+    return find_format(parsed_rows(path), recipe.fields)
 
 
 @contextmanager

@@ -137,6 +137,15 @@ def raw_rows(path: str | Path) -> Iterator[RawRow]:
         raise InputError(f"{path}: holds no rows; give a file with one conversation per line")
 
 
+def parsed_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """Yield the place and the value of each row; a ValueError in place of a row that is no JSON."""
+    for row in raw_rows(path):
+        try:
+            yield row.place, row.parse()
+        except ValueError as error:
+            yield row.place, error
+
+
 def _rows(path: Path) -> Iterator[RawRow]:
     if path.is_dir():
         yield from _saved_dataset(path)

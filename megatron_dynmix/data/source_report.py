@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
 
+from megatron_dynmix.config.tree import RowFormat
 from megatron_dynmix.data.examples import DIGEST_BYTES
 from megatron_dynmix.data.fingerprint import InputFile, recheck
-from megatron_dynmix.data.formats import FormatName
 from megatron_dynmix.errors import InputError
 
 WRITTEN = ("bin", "idx", "digests", "json")
@@ -33,7 +32,7 @@ class Recipe:
 
     tokenizer: str
     template: str
-    format: FormatName | Literal["auto"] = "auto"
+    format: RowFormat = "auto"
     fields: dict[str, str] = field(default_factory=dict)
     split_length: int | None = None
     held_out: int = 0
