@@ -37,6 +37,7 @@ def endless() -> Iterator[int]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         for _ in map_in_order(wait_a_little, endless(), 2, preload=NAME):
             print("working", flush=True)
