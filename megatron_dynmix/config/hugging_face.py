@@ -1,0 +1,248 @@
+"""config.json of a Hugging Face model <-> our `model` section; what we cannot run as written is refused."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from megatron_dynmix.config.dialects import DIALECTS, FIXED, NAMES, PLAIN, Dialect, Values
+from megatron_dynmix.config.tree import ModelConfig
+from megatron_dynmix.errors import InputError
+
+SIZES = {
+    *("vocab_size", "max_position_embeddings", "num_layers", "hidden_size", "ffn_hidden_size"),
+    *("num_attention_heads", "moe_router_topk", "num_moe_experts", "moe_ffn_hidden_size"),
+    "moe_shared_expert_intermediate_size",
+}
+"""Settings that are whole numbers, 1 or more."""
+
+
+def model_settings(config: Values) -> dict[str, Any]:
+    """Our `model` section for a Hugging Face model: what decides its tensors and what it computes.
+
+    What only training reads (the coefficient of the balance loss) is not taken over.
+
+    Args:
+        config: what config.json holds, as transformers 4 or 5 writes it.
+
+    Raises:
+        InputError: a family that is not known, a setting that we cannot run, one that is missing.
+
+    """
+    dialect = _dialect(config)
+    config = dialect.plain(config)
+    _refuse_what_we_cannot_run(config, dialect)
+    names = {**NAMES, **dialect.names}
+    settings = {ours: _said(config, theirs) for ours, theirs in names.items()}
+    for ours in settings.keys() & SIZES:
+        _require_size(names[ours], settings[ours])
+    heads = settings["num_attention_heads"]
+    groups, width = config.get("num_key_value_heads"), config.get("head_dim")
+    settings["num_query_groups"] = heads if groups is None else groups
+    settings["kv_channels"] = settings["hidden_size"] // heads if width is None else width
+    _require_size("num_key_value_heads", settings["num_query_groups"])
+    _require_size("head_dim", settings["kv_channels"])
+    if heads % settings["num_query_groups"]:
+        raise InputError(
+            f"num_key_value_heads is {groups}, which does not divide num_attention_heads {heads}; the "
+            "config.json is not that of the model"
+        )
+    for ours, (theirs, default, opposite) in dialect.switches.items():
+        value = config.get(theirs, default)
+        if not isinstance(value, bool):
+            raise InputError(f"{theirs} is {value!r}; it must be true or false")
+        settings[ours] = value is not opposite
+    settings["rotary_base"] = _rotary_base(config, dialect)
+    settings["untie_embeddings_and_output_weights"] = not config.get("tie_word_embeddings", False)
+    settings["attention_dropout"] = config.get("attention_dropout", 0.0)
+    settings["moe_layer_freq"] = _moe_layer_freq(config, settings["num_layers"]) if dialect.mixed else 1
+    settings |= {"qk_layernorm_full_width": False, **FIXED, **dialect.fixed, **dialect.own(config)}
+    if settings["moe_router_topk"] == 1 and not settings["moe_router_pre_softmax"]:
+        raise InputError(
+            "num_experts_per_tok is 1 and norm_topk_prob true: every weight would be 1 and the router learn "
+            "nothing; Megatron-Core has no such model"
+        )
+    return settings
+
+
+def flat_settings(model: ModelConfig) -> dict[str, Any]:
+    """The `model` section as one mapping: our fields, and those of `TransformerConfig` beside them."""
+    own = {item.name: getattr(model, item.name) for item in fields(model) if item.name != "megatron"}
+    return {**own, **model.megatron}
+
+
+def hugging_face_config(settings: Values) -> dict[str, Any]:
+    """config.json of a model that did not come from Hugging Face: of the first family that is the same.
+
+    Token ids are null: a model does not know its tokenizer.
+
+    Args:
+        settings: the `model` section, flat; `flat_settings` of a `ModelConfig`.
+
+    Raises:
+        InputError: no family computes what this model does; the message says what none has.
+
+    """
+    given = _completed(settings)
+    wrong: dict[str, list[str]] = {}
+    for model_type, dialect in DIALECTS.items():
+        means = {**PLAIN, **dialect.fixed}
+        for name in dialect.own({}):
+            means.pop(name, None)
+        wrong[model_type] = [name for name, value in means.items() if given.get(name) != value]
+        if given["num_moe_experts"] is None:
+            wrong[model_type].append("num_moe_experts")
+        if not wrong[model_type]:
+            config = _written(model_type, dialect, given)
+            read = model_settings(config)
+            wrong[model_type] = [name for name, value in read.items() if given.get(name) != value]
+            if not wrong[model_type]:
+                return config
+    closest = min(wrong, key=lambda name: len(wrong[name]))
+    shown = ", ".join(f"{name} {given.get(name)!r}" for name in wrong[closest])
+    raise InputError(
+        f"no family of Hugging Face models that is known ({', '.join(DIALECTS)}) computes what this model "
+        f"does; {closest} has no {shown}; it can be trained, but not be written for transformers"
+    )
+
+
+def _completed(settings: Values) -> dict[str, Any]:
+    """Settings with what Megatron-Core takes those to be that are not given."""
+    heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
+    inner = settings.get("ffn_hidden_size") or 4 * hidden
+    filled: dict[str, Any] = {
+        **PLAIN,
+        "normalization": "LayerNorm",
+        "gated_linear_unit": False,
+        "add_bias_linear": True,
+        "layernorm_epsilon": 1e-5,
+        "num_query_groups": heads,
+        "kv_channels": hidden // heads,
+        "ffn_hidden_size": inner,
+        "num_moe_experts": None,
+        "moe_ffn_hidden_size": inner,
+        "moe_shared_expert_intermediate_size": None,
+        "moe_shared_expert_gate": False,
+        "moe_router_topk": 2,
+        "moe_router_pre_softmax": False,
+        "moe_layer_freq": 1,
+        "qk_layernorm": False,
+        "qk_layernorm_full_width": False,
+        "add_qkv_bias": False,
+        "attention_dropout": 0.1,
+        "untie_embeddings_and_output_weights": True,
+        **{name: value for name, value in settings.items() if value is not None},
+    }
+    frequency = filled["moe_layer_freq"]
+    if isinstance(frequency, int):
+        frequency = [int(index % frequency == 0) for index in range(filled["num_layers"])]
+    filled["moe_layer_freq"] = 1 if all(frequency) else list(frequency)
+    if filled["router_noise"] is not None:
+        filled["router_noise"] = "training"  # that its weights are there is what config.json says
+    return filled
+
+
+def _written(model_type: str, dialect: Dialect, given: Values) -> dict[str, Any]:
+    config = {theirs: given[ours] for ours, theirs in {**NAMES, **dialect.names}.items()}
+    config |= {
+        theirs: given[ours] is not opposite for ours, (theirs, _, opposite) in dialect.switches.items()
+    }
+    if dialect.mixed:
+        frequency = given["moe_layer_freq"]
+        dense = [] if frequency == 1 else [index for index, is_moe in enumerate(frequency) if not is_moe]
+        config |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+    if given["kv_channels"] * given["num_attention_heads"] != given["hidden_size"]:
+        config["head_dim"] = given["kv_channels"]
+    written = {
+        "architectures": [dialect.architecture],
+        "model_type": model_type,
+        **config,
+        "num_key_value_heads": given["num_query_groups"],
+        "hidden_act": "silu",
+        "attention_dropout": given["attention_dropout"],
+        "rope_theta": given["rotary_base"],
+        "tie_word_embeddings": not given["untie_embeddings_and_output_weights"],
+        "sliding_window": None,
+        **dialect.must,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    return dialect.published(written, given)
+
+
+def _dialect(config: Values) -> Dialect:
+    dialect = DIALECTS.get(str(config.get("model_type")))
+    known = ", ".join(f"{name} ({item.architecture})" for name, item in DIALECTS.items())
+    if dialect is None:
+        raise InputError(f"model_type is {config.get('model_type')!r}, which is not known; known are {known}")
+    given = config.get("architectures")
+    if given and given != [dialect.architecture]:
+        raise InputError(f"architectures is {given}, of which only the language model is known: {known}")
+    return dialect
+
+
+def _said(config: Values, name: str) -> Any:
+    if name == "num_experts" and name not in config:
+        name = "num_local_experts"  # as transformers 5 writes it for some families
+    if config.get(name) is None:
+        raise InputError(f"{name} is not in it, and without it the shape of the model is not known")
+    return config[name]
+
+
+def _require_size(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise InputError(f"{name} is {value!r}; it must be a whole number, 1 or more")
+
+
+def _refuse_what_we_cannot_run(config: Values, dialect: Dialect) -> None:
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", quantization) if isinstance(quantization, dict) else "?"
+        raise InputError(
+            f"quantization_config says {method}: the weights are no plain floats and cannot be trained; take "
+            "the model that was quantised, in bfloat16"
+        )
+    for name, value in {"hidden_act": "silu", **dialect.must}.items():
+        if config.get(name, value) != value:
+            raise InputError(f"{name} is {config[name]!r}, and only {value!r} can be run here")
+    window = config.get("sliding_window")
+    used = bool(window) and config.get("use_sliding_window", True)
+    if used and window < _said(config, "max_position_embeddings"):
+        raise InputError(
+            f"sliding_window is {window}: attention here is over the whole sequence; set it to null if rows "
+            "are no longer than that"
+        )
+
+
+def _rotary_base(config: Values, dialect: Dialect) -> float:
+    rope = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {}
+    for name, value in (("rope_parameters", rope), ("rope_scaling", scaling)):
+        kind = value.get("rope_type", value.get("type", "default"))
+        if kind != "default" or any(isinstance(item, dict) for item in value.values()):
+            raise InputError(f"{name} is {value}; only a plain rotary embedding (default) can be run here")
+    for part in (config.get("partial_rotary_factor"), rope.get("partial_rotary_factor")):
+        if part not in (None, 1, 1.0):
+            raise InputError(f"partial_rotary_factor is {part}, and only 1.0 can be run here")
+    base: Any = rope.get("rope_theta") or config.get("rope_theta") or dialect.rope_theta
+    if not isinstance(base, int | float):
+        raise InputError(f"rope_theta is {base!r}; it must be a number")
+    return float(base)
+
+
+def _moe_layer_freq(config: Values, layers: int) -> int | list[int]:
+    """As Qwen says it: every `decoder_sparse_step`-th layer is MoE, but none of `mlp_only_layers`."""
+    step = config.get("decoder_sparse_step", 1)
+    dense = config.get("mlp_only_layers") or []
+    if type(step) is not int or step < 1 or not isinstance(dense, list):
+        raise InputError(
+            f"decoder_sparse_step is {step!r} and mlp_only_layers {dense!r}; they must be a whole number, "
+            "1 or more, and a list of layers"
+        )
+    pattern = [int(index not in dense and (index + 1) % step == 0) for index in range(layers)]
+    if not any(pattern):
+        raise InputError(
+            f"decoder_sparse_step {step} and mlp_only_layers {dense} leave no layer with experts; dense "
+            "models are not known"
+        )
+    return 1 if all(pattern) else pattern

@@ -1,0 +1,227 @@
+"""A folder of a Hugging Face model: its configuration, and its weights read box by box from safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_dynmix.config.hugging_face import model_settings
+from megatron_dynmix.convert.blocks import Shape, WeightMap
+from megatron_dynmix.convert.families import COMPUTED, weight_map
+from megatron_dynmix.convert.tensors import box
+from megatron_dynmix.errors import InputError
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Types of weights that are taken, by their names in safetensors."""
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+NO_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
+LFS = b"version https://git-lfs"
+SHOWN = 3
+"""Names that a message gives of many."""
+
+
+class HuggingFaceFolder:
+    """The weights of a folder, checked when it is opened; of them, only headers are read then.
+
+    One file is held open at a time: a map of it counts as memory of the process as far as it was read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a folder.
+
+        Raises:
+            InputError: no folder, no configuration or one of a model that we cannot run, weights that are
+                pickled, quantised, incomplete, damaged, or not those of the configuration.
+
+        """
+        self.path = path
+        self.config = _read_json(_existing(path) / "config.json")
+        try:
+            self.settings = model_settings(self.config)
+        except InputError as error:
+            raise InputError(f"{path / 'config.json'}: {error}") from None
+        self.files = _weight_files(path)
+        self.shapes: Mapping[str, Shape]
+        self.dtypes: Mapping[str, torch.dtype]
+        self.file_of: Mapping[str, Path]
+        self.computed: tuple[str, ...]
+        """Tensors in which nothing was learnt; they are not read."""
+        self._read_headers()
+        self.fused_experts = any(name.endswith("experts.gate_up_proj") for name in self.shapes)
+        self._open: tuple[Path, Any] | None = None
+        self._check_against_config()
+
+    def weight_map(self, padded_vocab: int | None = None) -> WeightMap:
+        """Where the numbers of this folder are in a checkpoint with so many rows of the embedding."""
+        return weight_map(
+            self.settings, self.config, fused_experts=self.fused_experts, padded_vocab=padded_vocab
+        )
+
+    @property
+    def carried_files(self) -> list[Path]:
+        """What goes with the weights: configuration, tokenizer, generation settings, chat template, code."""
+        return carried_files(self.path)
+
+    def read(self, name: str, offset: Shape, shape: Shape) -> torch.Tensor:
+        """Read a box of a tensor, as a view of the file."""
+        path = self.file_of[name]
+        opened = self._open  # once: another thread may open another file
+        if opened is None or opened[0] != path:
+            opened = self._open = (path, safe_open(path, framework="pt"))
+        part: torch.Tensor = opened[1].get_slice(name)[box(offset, shape)]
+        return part
+
+    def _read_headers(self) -> None:
+        shapes: dict[str, Shape] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        file_of: dict[str, Path] = {}
+        computed = []
+        for path, named in self.files.items():
+            header = _read_header(path)
+            for name, (dtype, shape) in header.items():
+                if name in file_of:
+                    raise InputError(
+                        f"{name} is in both {file_of[name].name} and {path.name} of {self.path}; fetch "
+                        "it again"
+                    )
+                file_of[name] = path
+                if name.endswith(COMPUTED):
+                    computed.append(name)
+                    continue
+                if dtype not in DTYPES:
+                    raise InputError(
+                        f"{name} in {path} is of type {dtype}; weights are taken as {', '.join(DTYPES)}: a "
+                        "quantised model cannot be trained, take the one that it was made from"
+                    )
+                shapes[name], dtypes[name] = shape, DTYPES[dtype]
+            if named is not None and (absent := named - header.keys()):
+                raise InputError(
+                    f"{self.path / INDEX} says that {_some(absent)} is in {path.name}, and it is not; fetch "
+                    "both again"
+                )
+            if named is not None and (extra := header.keys() - named):
+                raise InputError(
+                    f"{path} holds {_some(extra)}, which {INDEX} does not name there; fetch both again"
+                )
+        self.shapes, self.dtypes, self.file_of, self.computed = shapes, dtypes, file_of, tuple(computed)
+
+    def _check_against_config(self) -> None:
+        """Refuse tensors that are too many, too few, or of another shape than the configuration says."""
+        expected = self.weight_map()
+        config = self.path / "config.json"
+        for name, shape in expected.hf_shapes.items():
+            if name in self.shapes and self.shapes[name] != shape:
+                raise InputError(
+                    f"{name} is {list(self.shapes[name])} in {self.file_of[name]}, but {config} says "
+                    f"{list(shape)}; they are not of one model"
+                )
+        if missing := expected.hf_shapes.keys() - self.shapes.keys():
+            raise InputError(f"{self.path} holds no {_some(missing)}, which the model of {config} has")
+        if unused := self.shapes.keys() - expected.hf_shapes.keys():
+            raise InputError(
+                f"{self.path} holds {_some(unused)}, which the model of {config} has not, and which would be "
+                "lost; correct config.json, or take the tensors out"
+            )
+        for name, places in expected.megatron.index.items():
+            found = {self.dtypes[block.hf]: block.hf for blocks in places.values() for block in blocks}
+            if len(found) > 1:
+                (one, first), (other, second), *_ = found.items()
+                raise InputError(
+                    f"{first} is {one} and {second} is {other}, but both are parts of {name}, which has one "
+                    "type; cast the model to one type first"
+                )
+
+
+def carried_files(folder: Path) -> list[Path]:
+    """The files of a folder that are no weights, in order."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file()
+        and not path.name.startswith(".")
+        and path.suffix not in NO_WEIGHTS
+        and not path.name.endswith(".index.json")
+    )
+
+
+def _existing(path: Path) -> Path:
+    """The folder, if it can be that of a whole model."""
+    if not path.is_dir():
+        raise InputError(f"{path} is no folder; give that of a Hugging Face model, with its config.json")
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path} holds no config.json; give the folder of a Hugging Face model")
+    if (path / ADAPTER).is_file():
+        raise InputError(
+            f"{path} holds an adapter ({ADAPTER}), which transformers would add to the weights and this "
+            "not; merge it into the model first (merge_and_unload of peft), or take it out of the folder"
+        )
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); fetch it again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds {value!r:.40} and no settings by name; fetch it again")
+    return value
+
+
+def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """File of weights -> the tensors that the index says are there; None without an index."""
+    if (folder / INDEX).is_file():
+        named = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+            raise InputError(f"{folder / INDEX} has no weight_map of tensors to files; fetch it again")
+        files: dict[Path, set[str] | None] = {}
+        for name, file in sorted(named.items(), key=lambda item: (item[1], item[0])):
+            if Path(file).name != file:
+                raise InputError(f"{folder / INDEX} names {file!r}, which is no file of this folder")
+            files.setdefault(folder / file, set()).add(name)  # type: ignore[union-attr]
+        missing = {path.name for path in files if not path.is_file()}
+        if missing:
+            raise InputError(
+                f"{folder} has not {_some(missing)}, of the {len(files)} files that its index names; fetch "
+                "what is missing"
+            )
+        return files
+    if (folder / SINGLE).is_file():
+        return {folder / SINGLE: None}
+    if pickled := sorted(path.name for pattern in PICKLED for path in folder.glob(pattern)):
+        raise InputError(
+            f"{folder} has its weights as pickle ({_some(pickled)}), which can run code when it is read; "
+            "make safetensors of them where that can do no harm, with transformers: "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR), and give that folder"
+        )
+    raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}; fetch the weights")
+
+
+def _read_header(path: Path) -> dict[str, tuple[str, Shape]]:
+    """Tensor -> its type, as safetensors names it, and shape."""
+    with path.open("rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise InputError(f"{path} is a pointer of Git LFS and holds no weights; run `git lfs pull` there")
+    try:
+        with safe_open(path, framework="pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path} is not whole, or no safetensors file ({error}; {path.stat().st_size} bytes); fetch it "
+            "again"
+        ) from None
+
+
+def _some(names: Iterable[str]) -> str:
+    every = sorted(names)
+    rest = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
+    return ", ".join(every[:SHOWN]) + rest

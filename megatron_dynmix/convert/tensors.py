@@ -1,0 +1,108 @@
+"""The tensors of one world, read as if they were those of the other; held is only what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+
+from megatron_dynmix.convert.blocks import Block, Shape, Side, WeightMap
+
+
+class Tensors(Protocol):
+    """Named tensors of which boxes can be read: a folder of safetensors, a checkpoint, a model's state."""
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Name -> shape."""
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """Name -> type of its numbers."""
+
+    def read(self, name: str, offset: Shape, shape: Shape) -> torch.Tensor:
+        """Read a box of a tensor, as a CPU tensor of exactly `shape`; no more than it is read from disk."""
+
+
+class InMemory:
+    """Tensors that are in memory already."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+
+    def read(self, name: str, offset: Shape, shape: Shape) -> torch.Tensor:
+        """Read a box as a view."""
+        return self.tensors[name][box(offset, shape)]
+
+
+class _Seen:
+    """What is common to both directions: boxes of the wanted side assembled from blocks of the held one."""
+
+    def __init__(self, held: Tensors, wanted: Side, holding: Side) -> None:
+        self._held = held
+        self._wanted = wanted
+        self._holding = holding
+        self.shapes = wanted.shapes
+        self.dtypes = {name: held.dtypes[self._source(name)] for name in wanted.shapes}
+
+    def _source(self, name: str) -> str:
+        """A held tensor that has a part in a wanted one; all of them have one type in a model's folder."""
+        blocks = next(iter(self._wanted.index[name].values()))
+        return self._holding.place(blocks[0])[0]
+
+    def read(self, name: str, offset: Shape, shape: Shape) -> torch.Tensor:
+        """Assemble a box of a tensor; rows that pad the vocabulary are zeros.
+
+        A box inside one block is what was read, without a copy.
+        """
+        dtype = self.dtypes[name]
+        blocks = list(self._wanted.blocks_in(name, offset, shape))
+        if len(blocks) == 1:
+            place, part, tensor = self._read_block(blocks[0], offset, shape)
+            if part == shape:
+                return tensor.to(dtype)
+        real = self._wanted.padded.get(name)
+        padded = real is not None and offset[0] + shape[0] > real
+        result = torch.zeros(shape, dtype=dtype) if padded else torch.empty(shape, dtype=dtype)
+        for block in blocks:
+            place, part, tensor = self._read_block(block, offset, shape)
+            result[box(place, part)] = tensor
+        return result
+
+    def _read_block(self, block: Block, offset: Shape, shape: Shape) -> tuple[Shape, Shape, torch.Tensor]:
+        """The block's part in a box: where in the box it begins, its size there, its numbers."""
+        _, start = self._wanted.place(block)
+        size = (1,) * (len(start) - len(block.shape)) + block.shape
+        low = tuple(map(max, start, offset))
+        high = tuple(min(s + n, o + m) for s, n, o, m in zip(start, size, offset, shape, strict=True))
+        part = tuple(h - a for h, a in zip(high, low, strict=True))
+        source, source_start = self._holding.place(block)
+        inner = len(block.shape)
+        shift = tuple(a - s for a, s in zip(low, start, strict=True))[len(start) - inner :]
+        leading = len(source_start) - inner
+        source_offset = (*source_start[:leading], *map(sum, zip(source_start[leading:], shift, strict=True)))
+        source_shape = (1,) * leading + part[len(part) - inner :]
+        tensor = self._held.read(source, source_offset, source_shape).reshape(part)
+        return tuple(a - o for a, o in zip(low, offset, strict=True)), part, tensor
+
+
+class AsMegatron(_Seen):
+    """Tensors of a Hugging Face model, seen as those of a Megatron checkpoint."""
+
+    def __init__(self, hugging_face: Tensors, weight_map: WeightMap) -> None:
+        super().__init__(hugging_face, weight_map.megatron, weight_map.hf)
+
+
+class AsHuggingFace(_Seen):
+    """Tensors of a Megatron checkpoint, seen as those of a Hugging Face model."""
+
+    def __init__(self, megatron: Tensors, weight_map: WeightMap) -> None:
+        super().__init__(megatron, weight_map.hf, weight_map.megatron)
+
+
+def box(offset: Shape, shape: Shape) -> tuple[slice, ...]:
+    """The index of a box in a tensor."""
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))

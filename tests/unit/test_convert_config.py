@@ -1,0 +1,267 @@
+"""config.json <-> the model section: published models, there and back, and what is refused."""
+
+import dataclasses
+import json
+
+import convert_fixtures as tiny
+import pytest
+import transformers
+from config_fixtures import load
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dynmix.config.dialects import DIALECTS, FIXED, PLAIN
+from megatron_dynmix.config.hugging_face import flat_settings, hugging_face_config, model_settings
+from megatron_dynmix.config.megatron import transformer_config
+from megatron_dynmix.config.presets import COMMON, PRESETS
+from megatron_dynmix.config.tree import ModelConfig
+from megatron_dynmix.convert.families import FAMILIES, weight_map
+from megatron_dynmix.errors import InputError
+
+MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mixtral",
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 32000,
+}
+MIXTRAL_8X22B = {
+    **MIXTRAL_8X7B,
+    "hidden_size": 6144,
+    "intermediate_size": 16384,
+    "max_position_embeddings": 65536,
+    "num_attention_heads": 48,
+    "num_hidden_layers": 56,
+    "router_aux_loss_coef": 0.001,
+}
+QWEN3_30B_A3B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN15_MOE = {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "attention_dropout": 0.0,
+    "decoder_sparse_step": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "max_position_embeddings": 8192,
+    "max_window_layers": 21,
+    "model_type": "qwen2_moe",
+    "moe_intermediate_size": 1408,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 5632,
+    "sliding_window": 32768,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+OLMOE_1B_7B = {
+    "architectures": ["OlmoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "clip_qkv": None,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "max_position_embeddings": 4096,
+    "model_type": "olmoe",
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 16,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "router_aux_loss_coef": 0.01,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 50304,
+}
+PUBLISHED = {
+    "mixtral-8x7b": (MIXTRAL_8X7B, 46_702_792_704),
+    "mixtral-8x22b": (MIXTRAL_8X22B, 140_620_634_112),
+    "qwen3-30b-a3b": (QWEN3_30B_A3B, 30_532_122_624),
+    "olmoe-1b-7b": (OLMOE_1B_7B, 6_919_161_856),
+    "qwen1.5-moe-a2.7b": (QWEN15_MOE, 14_315_784_192),
+}
+CASES = [
+    *((family, {}) for family in tiny.FAMILIES),
+    ("mixtral", {"tie_word_embeddings": True, "rope_theta": 500.0}),
+    ("qwen2_moe", {**tiny.MIXED, "qkv_bias": False}),
+    ("qwen3_moe", {"num_hidden_layers": 4, "decoder_sparse_step": 2, "norm_topk_prob": False}),
+    ("olmoe", {"norm_topk_prob": True, "attention_dropout": 0.25}),
+]
+
+
+def resolved(config):
+    """What Megatron-Core makes of a configuration; functions that initialise weights are never equal."""
+    values = vars(transformer_config(config)).items()
+    return {name: value for name, value in values if not name.endswith("init_method")}
+
+
+@pytest.mark.filterwarnings("ignore:moe_ffn_hidden_size")
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_are_the_published_models(preset, tmp_path):
+    config, total = PUBLISHED[preset]
+    assert weight_map({**COMMON, **PRESETS[preset]}, config).parameters == total
+    ours, theirs = (
+        load(tmp_path, {"model": values})
+        for values in ({"preset": preset}, {"preset": None, **model_settings(config)})
+    )
+    assert resolved(ours) == resolved(theirs), "the preset is the published config.json"
+    own = ("vocab_size", "max_position_embeddings", "rotary_base", "qk_layernorm_full_width")
+    for name in (*own, "untie_embeddings_and_output_weights"):
+        assert getattr(ours.model, name) == getattr(theirs.model, name), name
+    assert hugging_face_config(flat_settings(ours.model))["model_type"] == config["model_type"]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
+def test_the_map_of_a_large_model_is_made_in_seconds(fused):
+    # 128 experts in each of 48 layers: 18,432 matrices of experts; the constructor checks every one
+    config = QWEN3_30B_A3B
+    tensors = weight_map(model_settings(config), config, fused_experts=fused, padded_vocab=152064)
+    assert tensors.parameters == PUBLISHED["qwen3-30b-a3b"][1]
+    assert len(tensors.hf_shapes) == 3 + 48 * (9 + (2 if fused else 3 * 128))
+
+
+@pytest.mark.parametrize(("family", "changes"), CASES, ids=str)
+def test_there_and_back(family, changes):
+    config = json.loads(tiny.tiny_config(family, **changes).to_json_string())
+    read = model_settings(config)
+    written = hugging_face_config(read)
+    assert model_settings(written) == read
+    # what transformers makes of it computes the same: all but what only training or generation reads
+    opened = transformers.AutoConfig.for_model(**written).to_dict()
+    ignored = {"decoder_sparse_step", "mlp_only_layers", "router_aux_loss_coef", "sliding_window", "dtype"}
+    ignored |= {"bos_token_id", "eos_token_id", "architectures", "layer_types", "head_dim"}
+    assert written["model_type"] == family
+    assert {name: opened[name] for name in config.keys() - ignored} == {
+        name: config[name] for name in config.keys() - ignored
+    }
+
+
+def test_our_own_tiny_model_is_a_mixtral(tmp_path):
+    config = hugging_face_config(flat_settings(load(tmp_path, {}).model))
+    assert config["architectures"] == ["MixtralForCausalLM"] and config["num_local_experts"] == 8
+    assert config["eos_token_id"] is None and config["rope_theta"] == 10000.0
+
+
+def test_what_is_plain_is_what_megatron_core_does_by_itself():
+    known = {item.name: item.default for item in dataclasses.fields(TransformerConfig)}
+    known |= {item.name: item.default for item in dataclasses.fields(ModelConfig)}
+    assert PLAIN.keys() <= known.keys()
+    for name in PLAIN.keys() - FIXED.keys():
+        assert PLAIN[name] == known[name], name
+
+
+def test_every_family_has_names_and_a_dialect():
+    assert FAMILIES.keys() == DIALECTS.keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moe_router_score_function": "sigmoid"}, "mixtral has no moe_router_score_function 'sigmoid'"),
+        ({"num_moe_experts": None}, "num_moe_experts None"),
+        ({"normalization": "LayerNorm"}, "normalization 'LayerNorm'"),
+        ({"moe_layer_freq": [0, 1]}, r"moe_layer_freq \[0, 1\]"),
+        ({"qk_layernorm": True, "add_qkv_bias": True}, "known .*(qk_layernorm|add_qkv_bias) True"),
+    ],
+)
+def test_a_model_of_no_family_is_not_written(changes, message):
+    with pytest.raises(InputError, match=message):
+        hugging_face_config({**COMMON, **PRESETS["tiny"], **changes})
+
+
+REFUSED = [
+    (MIXTRAL_8X7B, {"model_type": "llama"}, r"model_type is 'llama'.*mixtral \(MixtralForCausalLM\)"),
+    (MIXTRAL_8X7B, {"model_type": None}, "model_type is None"),
+    (MIXTRAL_8X7B, {"architectures": ["MixtralForSequenceClassification"]}, "only the language model"),
+    (MIXTRAL_8X7B, {"sliding_window": 4096}, "sliding_window is 4096"),
+    (MIXTRAL_8X7B, {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1, and only 0.0"),
+    (MIXTRAL_8X7B, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    (MIXTRAL_8X7B, {"hidden_size": None}, "hidden_size is not in it"),
+    (MIXTRAL_8X7B, {"hidden_size": "4096"}, "hidden_size is '4096'; it must be a whole number"),
+    (MIXTRAL_8X7B, {"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    (MIXTRAL_8X7B, {"num_key_value_heads": 5}, "num_key_value_heads is 5, which does not divide"),
+    (MIXTRAL_8X7B, {"num_key_value_heads": 0}, "num_key_value_heads is 0; it must be"),
+    (MIXTRAL_8X7B, {"num_experts_per_tok": 1}, "num_experts_per_tok is 1"),
+    (MIXTRAL_8X7B, {"quantization_config": {"quant_method": "awq"}}, "quantization_config says awq"),
+    (MIXTRAL_8X7B, {"rope_theta": "big"}, "rope_theta is 'big'"),
+    (QWEN3_30B_A3B, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling is .*yarn"),
+    (
+        QWEN3_30B_A3B,
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+        "rope_parameters is .*linear",
+    ),
+    (QWEN3_30B_A3B, {"attention_bias": True}, "attention_bias is True"),
+    (QWEN3_30B_A3B, {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+    (QWEN3_30B_A3B, {"mlp_only_layers": list(range(48))}, "leave no layer with experts"),
+    (QWEN3_30B_A3B, {"norm_topk_prob": "yes"}, "norm_topk_prob is 'yes'; it must be true or false"),
+    (QWEN3_30B_A3B, {"use_sliding_window": True, "sliding_window": 4096}, "sliding_window is 4096"),
+    (QWEN3_30B_A3B, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    (OLMOE_1B_7B, {"clip_qkv": 8.0}, "clip_qkv is 8.0, and only None"),
+]
+
+
+@pytest.mark.parametrize(("config", "changes", "message"), REFUSED, ids=lambda value: str(value)[:60])
+def test_what_we_cannot_run_is_refused(config, changes, message):
+    with pytest.raises(InputError, match=message):
+        model_settings({**config, **changes})
+
+
+def test_a_window_over_the_whole_sequence_is_none():
+    assert model_settings({**MIXTRAL_8X7B, "sliding_window": 32768}) == model_settings(MIXTRAL_8X7B)
