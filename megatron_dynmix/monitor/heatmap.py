@@ -1,19 +1,26 @@
-"""Heat maps of gate loads and distances, drawn to pixels.
+"""Heat maps of gate loads and distances, as pixels for a dashboard.
 
-Shapes: R rows, C columns, H and W pixels. pyplot is left alone: its global state would hold every figure
-of a long run, and it may look for a display.
+Drawn by Pillow: a figure of matplotlib's takes a hundred times as long, which an update every few iterations
+of a small model would feel. Shapes: R rows, C columns, H and W pixels.
 """
 
 from collections.abc import Sequence
 
+import matplotlib
 import numpy as np
 import numpy.typing as npt
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
 
-# more names than this cannot be read in a figure of sensible size: source numbers stand in for them
 MOST_NAMES = 40
+"""More rows than this are only numbered: their names could not be read in an image of sensible size."""
+MAP_WIDTH, MAP_HEIGHT = 720, 480
+"""Pixels that the cells may take, as far as each has one at least."""
+MOST_CELL = 48
+LINE = 18
+"""Height of a line of text."""
+SCALE_WIDTH = 14
+FONT = ImageFont.load_default(12)
+COLOURS_256 = (matplotlib.colormaps["viridis"](np.linspace(0, 1, 256))[:, :3] * 255).astype(np.uint8)
 
 
 def gate_load_image(load: npt.ArrayLike, sources: Sequence[str]) -> npt.NDArray[np.uint8]:
@@ -21,46 +28,47 @@ def gate_load_image(load: npt.ArrayLike, sources: Sequence[str]) -> npt.NDArray[
     load_DLE = np.asarray(load, dtype=np.float64)
     load_DC = load_DLE.reshape(len(load_DLE), -1)
     columns = "expert" if load_DLE.ndim == 2 else f"expert, {load_DLE.shape[1]} layers side by side"
-    return _draw(load_DC, sources, None, title="gate load", columns=columns, scale="share of routed tokens")
+    return _draw(load_DC, sources, f"gate load: share of the source's routed tokens by {columns}")
 
 
 def distance_image(distance: npt.ArrayLike, sources: Sequence[str]) -> npt.NDArray[np.uint8]:
     """Image of `distance_DD` between the sources' gate loads; uint8 `[H, W, 3]`."""
     distance_DD = np.asarray(distance, dtype=np.float64)
-    return _draw(
-        distance_DD, sources, sources, title="distance", columns="source", scale="distance of gate loads"
+    return _draw(distance_DD, sources, "distance of gate loads, columns in the order of the rows")
+
+
+def _draw(matrix_RC: npt.NDArray[np.float64], names: Sequence[str], title: str) -> npt.NDArray[np.uint8]:
+    """Draw one matrix: title, a name and a number for each row, numbered columns, and the scale."""
+    rows, columns = matrix_RC.shape
+    cell_height, cell_width = (
+        max(1, min(MOST_CELL, space // count)) for space, count in ((MAP_HEIGHT, rows), (MAP_WIDTH, columns))
     )
+    labels = [f"{name}  {row}" if rows <= MOST_NAMES else str(row) for row, name in enumerate(names)]
+    left = 8 + max(int(FONT.getlength(label)) for label in labels) + 6
+    top, height, width = LINE + 8, rows * cell_height, columns * cell_width
+    low, high = float(matrix_RC.min()), float(matrix_RC.max())
+    scale_left = left + width + 16
+    right = scale_left + SCALE_WIDTH + 8 + int(FONT.getlength(f"{max(abs(low), abs(high)):.4g}")) + 24
+    page = Image.new("RGB", (max(right, 16 + int(FONT.getlength(title))), top + height + LINE + 8), "white")
+    index_RC = np.zeros((rows, columns), np.uint8)
+    if high > low:
+        index_RC = np.round((matrix_RC - low) / (high - low) * 255).astype(np.uint8)
+    cells = Image.fromarray(COLOURS_256[index_RC])
+    page.paste(cells.resize((width, height), Image.Resampling.NEAREST), (left, top))
+    scale = Image.fromarray(COLOURS_256[::-1, None])
+    page.paste(scale.resize((SCALE_WIDTH, height), Image.Resampling.NEAREST), (scale_left, top))
+
+    pen = ImageDraw.Draw(page)
+    pen.text((8, 4), title, "black", FONT)
+    for row in _legible(rows, cell_height, LINE):
+        pen.text((left - 6, top + (row + 0.5) * cell_height), labels[row], "black", FONT, anchor="rm")
+    for column in _legible(columns, cell_width, 2 * LINE):
+        pen.text((left + (column + 0.5) * cell_width, top + height + 4), str(column), "black", FONT, "mt")
+    for value, y, anchor in ((high, top, "lt"), (low, top + height, "lb")):
+        pen.text((scale_left + SCALE_WIDTH + 6, y), f"{value:.4g}", "black", FONT, anchor)
+    return np.asarray(page)
 
 
-def _draw(
-    matrix_RC: npt.NDArray[np.float64],
-    row_names: Sequence[str],
-    column_names: Sequence[str] | None,
-    *,
-    title: str,
-    columns: str,
-    scale: str,
-) -> npt.NDArray[np.uint8]:
-    """Draw one matrix with labelled axes and a colour bar; columns without names are numbered."""
-    n_rows, n_columns = matrix_RC.shape
-    inches = (min(5 + 0.25 * n_columns, 14), min(2 + 0.25 * n_rows, 12))
-    figure = Figure(figsize=inches, dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    picture = axes.imshow(matrix_RC, aspect="auto", interpolation="nearest", cmap="viridis")
-    figure.colorbar(picture, ax=axes, label=scale)
-    axes.set(title=title, xlabel=columns, ylabel="source")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    if n_rows <= MOST_NAMES:
-        axes.set_yticks(range(n_rows), labels=[_verbatim(name) for name in row_names])
-    if column_names is not None and n_columns <= MOST_NAMES:
-        axes.set_xticks(range(n_columns), labels=[_verbatim(name) for name in column_names], rotation=90)
-    canvas.draw()
-    pixels_HW4 = np.asarray(canvas.buffer_rgba())
-    return pixels_HW4[..., :3].copy()
-
-
-def _verbatim(name: str) -> str:
-    """A name as matplotlib prints it unchanged: two dollar signs would be read as a formula."""
-    return name.replace("$", r"\$")
+def _legible(count: int, size: int, room: int) -> range:
+    """Every so many of the rows or columns, that their labels have room."""
+    return range(0, count, -(-room // size) if size < LINE else 1)

@@ -88,10 +88,26 @@ def update_record(
         "example_weights": None
         if examples_per_row_D is None
         else example_shares(new_D, examples_per_row_D).tolist(),
+        "expert_load": busiest_expert(decision, old_D),
         "probe_loss": probe_loss,
         "entropy": entropy(new_D),
         "kl_step": kl_divergence(new_D, old_D),
     }
+
+
+def busiest_expert(decision: Decision | None, weights_D: NDArray[np.float64]) -> list[float] | None:
+    """Load of the busiest expert over the mean one, by MoE layer, of the mix in force; None if not measured.
+
+    1 is an even load. Sources are weighted as they are drawn: a probe reads equally much of each.
+    """
+    counts_DLE = None if decision is None else decision.signal.counts_DLE
+    if counts_DLE is None or not counts_DLE.any():
+        return None
+    total_DL1 = counts_DLE.sum(axis=2, keepdims=True)
+    load_DLE = counts_DLE / np.maximum(total_DL1, 1)
+    mix_LE = np.einsum("d,dle->le", weights_D, load_DLE)
+    mean_L = mix_LE.mean(axis=1)
+    return (mix_LE.max(axis=1) / np.where(mean_L > 0, mean_L, 1)).tolist()
 
 
 def _by_layer(load_DE: NDArray[np.float64] | None, decision: Decision) -> NDArray[np.float64] | None:

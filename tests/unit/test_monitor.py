@@ -1,8 +1,11 @@
+import io
 import json
 import math
+import sys
 import time
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from megatron_dynmix.errors import InputError, TrainingStopped
 from megatron_dynmix.monitor import logline
 from megatron_dynmix.monitor.heatmap import MOST_NAMES, distance_image, gate_load_image
 from megatron_dynmix.monitor.jsonl import JsonlWriter, read_records
+from megatron_dynmix.monitor.live_line import LiveLine
 from megatron_dynmix.monitor.metrics import MetricsWriter
 
 SOURCES = ["chat", "math", "code"]
@@ -73,6 +77,10 @@ def resume(run_dir: Path, iteration: int) -> MetricsWriter:
     # TensorBoard orders event files by the whole second in their names; only a test shares one with its past
     time.sleep(1.01 - time.time() % 1)
     return MetricsWriter(run_dir, SOURCES, resume_iteration=iteration)
+
+
+def texts(run_dir: Path) -> list[str]:
+    return [tag for tag in events(run_dir).Tags()["tensors"] if tag != "custom_scalars__config__"]
 
 
 def events(run_dir: Path) -> EventAccumulator:
@@ -276,7 +284,7 @@ def test_mixing_scalars_and_images_lie_under_dynmix(run_dir):
     for tag, value in expected.items():
         assert scalars(run_dir, tag) == [(i, pytest.approx(value)) for i in (10, 15)]
     assert sorted(events(run_dir).Tags()["images"]) == ["dynmix/distance", "dynmix/gate-load"]
-    assert events(run_dir).Tags()["tensors"] == ["config/text_summary"]
+    assert texts(run_dir) == ["config/text_summary"]
 
 
 def test_an_update_without_signal_draws_nothing_but_weights(tmp_path):
@@ -299,7 +307,7 @@ def test_errors_shadows_and_events_are_drawn(tmp_path):
     writer.close()
     assert scalars(tmp_path, "dynmix/delta-error/math") == [(10, pytest.approx(0.02))]
     assert scalars(tmp_path, "dynmix/shadow/loss-softmax:temperature=2/code") == [(10, 0.5)]
-    assert events(tmp_path).Tags()["tensors"] == ["dynmix/events/text_summary"]
+    assert texts(tmp_path) == ["dynmix/events/text_summary"]
 
 
 def test_resuming_at_10_leaves_no_iteration_twice_and_none_lost(run_dir):
@@ -350,3 +358,109 @@ def test_a_full_disk_stops_the_run_and_names_the_file(tmp_path):
     for write in (lambda: writer.write({"iteration": 1}), writer.flush, writer.close):
         with pytest.raises(TrainingStopped, match=r"metrics.jsonl cannot be written \(No space left on dev"):
             write()
+
+
+# dashboards
+
+
+def test_charts_with_several_tags_and_the_settings_are_told(tmp_path):
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    writer = MetricsWriter(tmp_path, SOURCES, resume_iteration=None)
+    writer.settings({"optimizer.lr": 1e-3, "training.bf16": True, "mixing.strategy": "gate-load"})
+    writer.mixing(mixing_update(10, expert_load=[1.5, 2.25]))
+    writer.close()
+    found = events(tmp_path)
+    told = Layout.FromString(found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for chart in told.category[0].chart}
+    assert charts["weights"] == ["dynmix/weight/.*"] and "loss of each source" in charts
+    assert "_hparams_/session_start_info" in found.summary_metadata
+    assert scalars(tmp_path, "dynmix/expert-load/layer-1") == [(10, 2.25)]
+
+
+class FakeWandb:
+    """What is used of the client of Weights & Biases, and what it was told."""
+
+    def __init__(self):
+        self.given, self.logged, self.finished = [], [], 0
+        self.config = SimpleNamespace(update=lambda settings, allow_val_change: self.logged.append(settings))
+        self.summary, self.id = {}, "abc123"
+
+    def init(self, **given):
+        self.given.append(given)
+        return self
+
+    def define_metric(self, *names, **options):
+        pass
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def finish(self):
+        self.finished += 1
+
+    @staticmethod
+    def Image(pixels):
+        return pixels.shape
+
+
+def test_weights_and_biases_gets_the_same_numbers_and_a_resumed_run_goes_on(tmp_path, monkeypatch):
+    client = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", client)
+    run_dir = tmp_path / "mine"
+    run_dir.mkdir()
+    for resume_iteration in (None, 10):
+        writer = MetricsWriter(
+            run_dir, SOURCES, resume_iteration=resume_iteration, wandb_project="mixes", wandb_exp_name=None
+        )
+        writer.training(training_record(20))
+        writer.mixing(mixing_update(20))
+        writer.close()
+    assert [(given["name"], given["id"]) for given in client.given] == [("mine", None), ("mine", "abc123")]
+    training, mixing = client.logged[:2]
+    assert training["iteration"] == 20 and training["lm loss"] == 2.5
+    assert "dynmix/lm-loss/code" not in training  # it was not drawn
+    assert mixing["dynmix/weight/math"] == 0.5 and mixing["dynmix/gate-load"][2] == 3
+    assert client.finished == 2
+    tags = set(events(run_dir).Tags()["scalars"])
+    assert {tag for tag in (training | mixing) if tag not in ("iteration",)} <= tags | {
+        "dynmix/gate-load",
+        "dynmix/distance",
+    }
+
+
+def test_weights_and_biases_that_cannot_be_reached_is_one_message(tmp_path, monkeypatch):
+    def fail(**given):
+        raise OSError("no route to host")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail))
+    with pytest.raises(InputError, match=r"mixes: no route to host; log in .*WANDB_MODE=offline"):
+        MetricsWriter(tmp_path, SOURCES, resume_iteration=None, wandb_project="mixes")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_has_a_line_that_is_always_true(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "120")
+    line = LiveLine(["a", "b", "c", "d", "e"], 10, 4, silent=False)
+    monkeypatch.setattr(line._bar, "mininterval", 0)
+    line.step(2.5, 8192.0, np.array([0.1, 0.5, 0.2, 0.15, 0.05]))
+    line.say("a log line")
+    line.close()
+    shown = terminal.getvalue()
+    assert "5/10" in shown and "loss 2.500 | 8,192 tokens/s | b 0.50 c 0.20 d 0.15 a 0.10 +1 more" in shown
+    assert "a log line\n" in shown
+
+
+def test_elsewhere_there_are_only_log_lines(capsys):
+    for silent in (False, True):
+        line = LiveLine(["a"], 10, 0, silent=silent)
+        line.step(2.5, 8192.0, np.ones(1))
+        line.say("a log line")
+        line.close()
+    assert capsys.readouterr().out == "a log line\n"
