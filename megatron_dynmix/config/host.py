@@ -6,6 +6,7 @@ would silently have no effect.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ class Host:
     cuda: bool
     transformer_engine: bool
     deep_ep: bool = False
+    wandb: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ NEEDS = (
     Need("nccl_ub", bool, _cuda, "NCCL", _OUT),
     Need("pipeline_model_parallel_comm_backend", bool, _cuda, "NCCL", _OUT),
 )
+SHAPES = {"moe_latent_size", "multi_latent_attention"}
+"""Of these, settings that decide which tensors the model has."""
 
 
 def check_host(config: RunConfig, host: Host) -> None:
@@ -114,6 +118,33 @@ def check_host(config: RunConfig, host: Host) -> None:
             "results are wrong; leave out overlap_p2p_comm and batch_p2p_comm"
         )
     _check_packed_rows(config, host)
+    if config.logging.wandb_project is not None and not host.wandb:
+        raise InputError(
+            f"wandb_project is {config.logging.wandb_project}, but the package wandb is not installed here; "
+            "pip install 'megatron-dynmix[wandb]', or leave it out"
+        )
+
+
+def without_unmet(config: RunConfig, host: Host) -> RunConfig:
+    """The run as this host could follow it, to check a layout that is meant for another one.
+
+    What is left out are ways to compute, some of which Megatron-Core refuses by name where Transformer
+    Engine is not; shapes and group sizes stay.
+    """
+    unmet = {
+        need.setting: need.values
+        for need in NEEDS
+        if need.setting not in SHAPES and not need.met(host, config)
+    }
+
+    def kept(section: Any) -> Any:
+        settings = section.megatron.items()
+        kept = {name: value for name, value in settings if name not in unmet or not unmet[name](value)}
+        return dataclasses.replace(section, megatron=kept)
+
+    return dataclasses.replace(
+        config, model=kept(config.model), parallel=kept(config.parallel), optimizer=kept(config.optimizer)
+    )
 
 
 def _check_packed_rows(config: RunConfig, host: Host) -> None:

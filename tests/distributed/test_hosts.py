@@ -1,6 +1,6 @@
 """Several hosts: two network namespaces with addresses of their own, and a cable between them.
 
-Each starts its ranks with examples/multi_node/train.sh.
+Each starts its ranks with examples/torchrun.sh.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.test_faults import without_clock
 from tests.distributed.test_launch import children_of
 
-TRAIN = Path(__file__).parents[2] / "examples/multi_node/train.sh"
+TRAIN = Path(__file__).parents[2] / "examples/torchrun.sh"
 HOSTS = ["10.213.7.1", "10.213.7.2"]
 
 
@@ -67,13 +67,13 @@ class Hosts:
         environment = {
             **os.environ,
             "PYTHON": sys.executable,
-            "PYTHONPATH": str(TRAIN.parents[2]),
+            "PYTHONPATH": str(TRAIN.parents[1]),
             "PYTHONWARNINGS": "ignore",
             "NNODES": "2",
             "NODE_RANK": str(index),
             "MASTER_ADDR": HOSTS[0],
             "LOCAL_ADDR": HOSTS[index],
-            "NPROC_PER_NODE": "2",
+            "GPUS_PER_NODE": "2",
             "SAVE_SECONDS": "20",
             "GLOO_SOCKET_IFNAME": self.ends[index],
         }

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from config_fixtures import good_settings, load
 
-from megatron_dynmix.config.host import NEEDS, Host, check_host
+from megatron_dynmix.config.host import NEEDS, Host, check_host, without_unmet
 from megatron_dynmix.config.leaves import all_leaves
+from megatron_dynmix.config.megatron import transformer_config
 from megatron_dynmix.errors import InputError
 
 CPU = Host(cuda=False, transformer_engine=False)
@@ -63,6 +64,22 @@ def test_the_documented_needs_are_these():
     text = (Path(__file__).parents[2] / "docs/layouts.md").read_text()
     for need in NEEDS:
         assert f"| `{need.setting}" in text and f"| {need.what} |" in text, need.setting
+
+
+@pytest.mark.parametrize("need", NEEDS, ids=lambda need: need.setting)
+def test_a_run_meant_for_another_host_can_be_checked_here(need, tmp_path):
+    config = load(tmp_path, settings(tmp_path, need.setting))
+    transformer_config(without_unmet(config, CPU))
+
+
+def test_what_a_host_can_follow_and_what_shapes_the_model_stays_in_a_run_meant_for_another(tmp_path):
+    content = settings(tmp_path, "moe_grouped_gemm")
+    content["model"] |= {"recompute_modules": ["moe"], "moe_latent_size": 16}
+    config = load(tmp_path, content)
+    given = dict(config.model.megatron)
+    assert without_unmet(config, GPU) == config
+    del given["moe_grouped_gemm"]
+    assert without_unmet(config, CPU).model.megatron == given
 
 
 def test_what_a_cpu_can_do_passes(tmp_path):
