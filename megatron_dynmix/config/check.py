@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import glob
 import math
-from pathlib import Path
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dynmix.config.check_data import check_files, check_sources
 from megatron_dynmix.config.megatron import (
     micro_batch_group,
     moe_layers,
@@ -15,7 +14,7 @@ from megatron_dynmix.config.megatron import (
     transformer_config,
 )
 from megatron_dynmix.config.strategies import Chosen, resolved_options
-from megatron_dynmix.config.tree import HUB, MixingConfig, RunConfig, TrainingConfig
+from megatron_dynmix.config.tree import MixingConfig, RunConfig, TrainingConfig
 from megatron_dynmix.errors import InputError
 
 MIN_GATE_LOAD_SOURCES = 3
@@ -42,49 +41,24 @@ def check_run(config: RunConfig, world_size: int) -> None:
         InputError: the first thing found, with what was given and what would work.
 
     """
-    check_data(config)
+    check_files(config)
+    check_settings(config, world_size)
+
+
+def check_settings(config: RunConfig, world_size: int) -> None:
+    """`check_run` without a look at the disk: the files may be on another machine."""
+    check_sources(config)
     _check_required(config)
     _check_optimizer(config)
     _check_layout(config, world_size)
     transformer = transformer_config(config)
     optimizer_config(config)
     _check_model(transformer)
+    _check_router(config)
     _check_capacity(transformer, config.mixing)
     _check_groups(config, micro_batch_group(transformer), world_size)
     _check_mixing(config, moe_layers(transformer))
     _check_lengths(config)
-
-
-def check_data(config: RunConfig) -> None:
-    """Refuse data settings that cannot work; `prepare` needs no more than these."""
-    data = config.data
-    if not data.sources:
-        raise InputError("data.sources is missing; name at least one: {chat: {path: chat.jsonl}}")
-    if data.tokenizer is None:
-        raise InputError("data.tokenizer is missing; give the folder of a Hugging Face tokenizer")
-    if not data.tokenizer.startswith(HUB) and not Path(data.tokenizer).exists():
-        raise InputError(
-            f"data.tokenizer is {data.tokenizer}, which does not exist; give a folder, a .model or .tiktoken "
-            f"file, or {HUB}ORGANISATION/NAME"
-        )
-    for name, source in data.sources.items():
-        for key, path in (("path", source.path), ("probe", source.probe)):
-            if path is not None and not Path(f"{path}.idx").is_file() and not _exists(path):
-                raise InputError(
-                    f"source {name}: {key} is {path}, but there is no such file, folder or pattern, and no "
-                    f"prepared {path}.idx"
-                )
-    weights = [source.weight for source in data.sources.values()]
-    given = [weight for weight in weights if weight is not None]
-    if given and len(given) < len(weights):
-        without = [name for name, source in data.sources.items() if source.weight is None]
-        raise InputError(f"some sources have a weight, but not {', '.join(without)}; give all or none")
-    if given and sum(given) <= 0:
-        raise InputError("all sources have weight 0; at least one must be drawn from")
-
-
-def _exists(path: str) -> bool:
-    return Path(path).exists() or bool(glob.glob(path, recursive=True))
 
 
 def _check_optimizer(config: RunConfig) -> None:
@@ -241,6 +215,39 @@ def _check_model(transformer: TransformerConfig) -> None:
         raise InputError(f"moe_router_topk is {topk}, but there are {experts} experts; use 1 to {experts}")
 
 
+def _check_router(config: RunConfig) -> None:
+    """What routers and frozen weights need of the rest of the model."""
+    model = config.model
+    if model.router_network == "mlp" and not model.megatron.get("num_moe_experts"):
+        raise InputError("router_network is mlp, but the model is dense: it has no routers; leave it out")
+    if model.router_noise is not None and model.router_network != "mlp":
+        raise InputError(
+            f"router_noise is {model.router_noise} with router_network {model.router_network}, which has no "
+            "weights for it; leave out router_noise, or set router_network to mlp"
+        )
+    if model.freeze_router and model.megatron.get("moe_router_enable_expert_bias"):
+        raise InputError(
+            "freeze_router keeps the routers as they are, but moe_router_enable_expert_bias goes on changing "
+            "their choices; leave out one of them"
+        )
+    if not model.freeze_expert_gate:
+        return
+    if not model.megatron.get("num_moe_experts") or not model.megatron.get("gated_linear_unit"):
+        raise InputError(
+            "freeze_expert_gate is true, but the model has no experts with a gate projection; leave it out"
+        )
+    if config.optimizer.weight_decay:
+        raise InputError(
+            f"freeze_expert_gate keeps the experts' gate projections as they are, but weight_decay "
+            f"{config.optimizer.weight_decay} would shrink them; set weight_decay to 0"
+        )
+    if model.megatron.get("moe_use_legacy_grouped_gemm"):
+        raise InputError(
+            "freeze_expert_gate with moe_use_legacy_grouped_gemm, which keeps all experts in one matrix, is "
+            "not supported; leave out moe_use_legacy_grouped_gemm"
+        )
+
+
 def _check_capacity(transformer: TransformerConfig, mixing: MixingConfig) -> None:
     if transformer.moe_expert_capacity_factor is not None and transformer.moe_router_fusion:
         raise InputError(
@@ -258,11 +265,6 @@ def _check_mixing(config: RunConfig, layers: list[int]) -> None:
     mixing, sources = config.mixing, config.data.sources
     if mixing.strategy == "uniform" and len({source.weight for source in sources.values()}) > 1:
         raise InputError("mixing.strategy is uniform, but the sources have different weights; use fixed")
-    if config.model.freeze_router and config.model.megatron.get("moe_router_enable_expert_bias"):
-        raise InputError(
-            "freeze_router keeps the routers as they are, but moe_router_enable_expert_bias goes on changing "
-            "their choices; leave out one of them"
-        )
     _check_signal(config, mixing.chosen, "mixing.strategy is", layers)
     for shadow in mixing.shadows:
         _check_signal(config, shadow, "mixing.shadow has", layers)

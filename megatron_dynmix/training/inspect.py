@@ -10,7 +10,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dynmix.config import RunConfig
-from megatron_dynmix.config.check import check_data
+from megatron_dynmix.config.check_data import check_data
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.data.blend import chunks_until, rows_of
 from megatron_dynmix.data.row_text import Span, border, example_text, row_text

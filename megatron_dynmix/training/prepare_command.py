@@ -137,7 +137,8 @@ def _checked_fields(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _prepare_run(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from megatron_dynmix.config.check import check_data, check_tokenizer
+    from megatron_dynmix.config.check import check_tokenizer
+    from megatron_dynmix.config.check_data import check_data
     from megatron_dynmix.config.load import load_config
     from megatron_dynmix.data.tokenizer import load_tokenizer
     from megatron_dynmix.training.mix import initial_shares

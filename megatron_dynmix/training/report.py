@@ -10,16 +10,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_dynmix import platform
 from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.host import Host
 from megatron_dynmix.config.load import to_yaml
 from megatron_dynmix.data.duplicates import read_digests, shared_texts
 from megatron_dynmix.data.row_text import excerpt, plain, row_text
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.source_report import SourceReport, file_of
 from megatron_dynmix.data.tokenizer import Tokenizer
+from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.unit import example_shares
 from megatron_dynmix.monitor.tables import table
-from megatron_dynmix.training.mix import initial_shares
+from megatron_dynmix.planning.plan import Plan, SourceWork
+from megatron_dynmix.planning.text import epochs_table, memory_text, model_line, needs_line
+from megatron_dynmix.training.batch_schedule import BatchSchedule
+from megatron_dynmix.training.mix import first_weights, initial_shares
 from megatron_dynmix.training.sources import SourceFile, source_files
 
 if TYPE_CHECKING:
@@ -59,6 +65,8 @@ def report_start(
     print(packed_table([*data.train, *data.probe]))
     print()
     print(share_table(data.train, initial_shares(config, data.train)))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    print(f"\n{overview(config, data, world_size)}")
     for line in mix_warnings(config):
         print(line)
     print("\nthe beginning of a row, [[what is trained on]] and {{special tokens}} in brackets:")
@@ -67,9 +75,47 @@ def report_start(
         print(note)
     for change in changes:
         print(f"changed since the checkpoint: {change}")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
-    print(f"\ntraining on {ranks}; everything is written to {run_dir}\n", flush=True)
+    print(f"\ntraining on {ranks}; everything is written to {run_dir}:\n{written(config)}\n", flush=True)
+
+
+def overview(config: RunConfig, data: Data, world_size: int) -> str:
+    """Model, layout, epochs of each source and memory, as `plan` reckons them."""
+    sources = {
+        source.name: SourceWork(
+            name=source.name,
+            rows=len(source),
+            useful_share=source.packing_report.useful_token_share,
+            share=float(share),
+        )
+        for source, share in zip(data.train, first_weights(config, data.train), strict=True)
+    }
+    here = platform.start()
+    host = Host(cuda=here.device.type == "cuda", transformer_engine=here.transformer_engine)
+    rows = BatchSchedule.of(config.training).samples_after(config.training.train_iters or 0)
+    try:
+        plan = Plan.of(config, world_size, host, run_rows=rows, sources=sources)
+    except InputError as error:  # a model that can be trained, but not reckoned
+        return f"memory unknown: {error}"
+    needs = needs_line(plan.largest, host)
+    lines = [model_line(plan), f"layout   {plan.layout.describe()}", epochs_table(plan, [*sources.values()])]
+    return "\n".join([*lines, memory_text(plan), needs])
+
+
+def written(config: RunConfig) -> str:
+    """What a run writes into its directory, and beside it."""
+    every = config.checkpoint.save_interval
+    when = f"every {every} iterations and at the end" if every else "at the end"
+    places = {
+        "config.yaml": "this configuration",
+        "mixing.jsonl": "every update of the weights",
+        "metrics.jsonl": "losses, throughput",
+        "ledger.jsonl": "what was drawn",
+        "tensorboard/": "the same as curves",
+        "checkpoints/": when,
+        config.data.prepared_dir: "prepared sources, packings (not in the run's directory)",
+    }
+    return "\n".join(f"  {name:<14}  {what}" for name, what in places.items())
 
 
 def prepared_table(reports: Sequence[SourceReport]) -> str:

@@ -1,0 +1,236 @@
+"""The facts that checks look at: plain values, so that tests can make any machine up."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import platform as python_platform
+import re
+import resource
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+ApexKind = Literal["none", "NVIDIA", "namesake"]
+UNLIMITED = -1
+"""Of a limit that is not set."""
+SMI = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+SMI_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as torch sees it."""
+
+    name: str
+    memory: int
+    """Bytes in all."""
+    free: int
+    """Bytes that no other process has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What was found; the defaults are those of a laptop on which all is well."""
+
+    python: str = "3.11.0"
+    requirements: tuple[str, ...] = ()
+    """What this package says that it needs, as requirement lines, extras included."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Installed distributions by normalised name."""
+    import_errors: Mapping[str, str] = field(default_factory=dict)
+    """Of compiled modules that are installed and fail to import: why."""
+    apex: ApexKind = "none"
+    flash_attention_range: tuple[str, str] | None = None
+    """Versions that Transformer Engine accepts, least and greatest; None if it cannot be asked."""
+    torch_cuda: str | None = None
+    """CUDA that torch was built for; None for a CPU build."""
+    cuda_available: bool = False
+    cuda_error: str = ""
+    driver: str | None = None
+    """Version of the NVIDIA driver; None if there is none."""
+    driver_cuda: str | None = None
+    """Newest CUDA that the driver has, such as `12.4`."""
+    gpus: tuple[Gpu, ...] = ()
+    nccl: str | None = None
+    gloo: bool = True
+    infiniband: tuple[str, ...] = ()
+    interfaces: tuple[str, ...] = ("lo", "eth0")
+    environment: Mapping[str, str] = field(default_factory=dict)
+    hostname: str = "laptop"
+    addresses: Mapping[str, str | None] = field(default_factory=dict)
+    """Names that were looked up, and their addresses; None for one that is not known."""
+    port_is_free: bool | None = None
+    """Whether MASTER_PORT can be listened on here; None if this is not its machine, or the job has begun."""
+    open_files: int = 65536
+    locked_memory: int = UNLIMITED
+    address_space: int = UNLIMITED
+    """Soft limits; bytes for both memories."""
+    shared_memory: int = 8 * 2**30
+    """Bytes of /dev/shm."""
+    memory: int = 16 * 2**30
+
+
+def look() -> Machine:
+    """Look at this machine; a few seconds, most of them to import torch."""
+    import psutil
+    import torch
+
+    cuda_available, cuda_error = _cuda()
+    environment = dict(os.environ)
+    names = [socket.gethostname(), *filter(None, [environment.get("MASTER_ADDR")])]
+    addresses = {name: _address(name) for name in names}
+    shared = Path("/dev/shm")
+    return Machine(
+        python=python_platform.python_version(),
+        requirements=_requirements(),
+        versions=_versions(),
+        import_errors=_import_errors(),
+        apex=_apex(),
+        flash_attention_range=_flash_attention_range(),
+        torch_cuda=torch.version.cuda,
+        cuda_available=cuda_available,
+        cuda_error=cuda_error,
+        driver=_driver(),
+        driver_cuda=_driver_cuda(),
+        gpus=_gpus() if cuda_available else (),
+        nccl=".".join(map(str, torch.cuda.nccl.version())) if cuda_available else None,
+        gloo=torch.distributed.is_available() and torch.distributed.is_gloo_available(),
+        infiniband=_entries("/sys/class/infiniband"),
+        interfaces=tuple(name for _, name in socket.if_nameindex()),
+        environment=environment,
+        hostname=socket.gethostname(),
+        addresses=addresses,
+        port_is_free=_port_is_free(environment, addresses),
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        locked_memory=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
+        address_space=resource.getrlimit(resource.RLIMIT_AS)[0],
+        shared_memory=shutil.disk_usage(shared).total if shared.is_dir() else 0,
+        memory=psutil.virtual_memory().total,
+    )
+
+
+def _requirements() -> tuple[str, ...]:
+    try:
+        return tuple(importlib.metadata.requires("megatron-dynmix") or ())
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+
+
+def _versions() -> dict[str, str]:
+    found = importlib.metadata.distributions()
+    return {normalised(dist.metadata["Name"] or ""): dist.version for dist in found}
+
+
+def normalised(name: str) -> str:
+    """The name of a distribution as indexes compare it: `Flash_Attn` is `flash-attn`."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _import_errors() -> dict[str, str]:
+    """Import what was compiled against a certain torch and CUDA: that it is installed says little."""
+    errors = {}
+    for module in ("transformer_engine.pytorch", "flash_attn"):
+        if importlib.util.find_spec(module.split(".")[0]) is None:
+            continue
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # undefined symbols, missing libraries: whatever it is, it is not usable
+            errors[module.split(".")[0]] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return errors
+
+
+def _apex() -> ApexKind:
+    if importlib.util.find_spec("apex") is None:
+        return "none"
+    try:
+        is_nvidia = importlib.util.find_spec("apex.normalization.fused_layer_norm") is not None
+    except Exception:  # the namesake imports Pyramid's modules, which may be missing
+        is_nvidia = False
+    return "NVIDIA" if is_nvidia else "namesake"
+
+
+def _flash_attention_range() -> tuple[str, str] | None:
+    try:
+        module = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention.utils")
+        utils = module.FlashAttentionUtils
+        return str(utils.version_required), str(utils.max_version)
+    except Exception:  # not installed, broken, or of a version that says it elsewhere
+        return None
+
+
+def _cuda() -> tuple[bool, str]:
+    """Whether torch can use CUDA, and what it says if not."""
+    import torch
+
+    if torch.version.cuda is None:
+        return False, ""
+    try:
+        torch.cuda.init()
+    except Exception as error:  # RuntimeError and AssertionError of several kinds: their text is the finding
+        return False, str(error).splitlines()[0]
+    return torch.cuda.device_count() > 0, ""
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(Gpu(torch.cuda.get_device_name(index), total, free))
+    return tuple(found)
+
+
+def _driver() -> str | None:
+    if shutil.which(SMI[0]) is None:
+        return None
+    done = subprocess.run(SMI, capture_output=True, text=True, timeout=SMI_SECONDS, check=False)
+    lines = done.stdout.split()
+    return lines[0] if done.returncode == 0 and lines else None
+
+
+def _driver_cuda() -> str | None:
+    """Ask the driver's own library, which is there without any toolkit."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if library.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def _entries(folder: str) -> tuple[str, ...]:
+    return tuple(sorted(os.listdir(folder))) if os.path.isdir(folder) else ()
+
+
+def _address(name: str) -> str | None:
+    try:
+        return socket.gethostbyname(name)
+    except OSError:
+        return None
+
+
+def _port_is_free(environment: Mapping[str, str], addresses: Mapping[str, str | None]) -> bool | None:
+    """Try to listen on MASTER_PORT, before a job does."""
+    name, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT", "")
+    if name is None or not port.isdigit() or int(port) > 65535 or "TORCHELASTIC_RUN_ID" in environment:
+        return None
+    here = {"127.0.0.1", addresses.get(socket.gethostname())}
+    if addresses.get(name) not in here:
+        return None
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind(("", int(port)))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,116 @@
+"""How ranks are grouped, and what follows from that for a step.
+
+The groups are those of Megatron-Core's own `RankGenerator`, in the order that it starts a job with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron.core.parallel_state import RankGenerator
+
+from megatron_dynmix.config import RunConfig
+
+ORDER = "tp-cp-ep-dp-pp"
+"""The default of Megatron-Core's `initialize_model_parallel`: neighbours share a tensor-parallel group."""
+SHOWN_GROUPS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sizes of the groups that a number of ranks is divided into."""
+
+    world_size: int
+    tp: int
+    pp: int
+    cp: int
+    ep: int
+    etp: int
+    """Ranks that share each expert; the tensor-parallel size if not given."""
+    virtual: int
+    """Chunks of the model that each pipeline stage has; 1 if the pipeline is not interleaved."""
+
+    @classmethod
+    def of(cls, config: RunConfig, world_size: int) -> Layout:
+        """The layout of a configuration, on ranks that it was checked for."""
+        size, given = config.parallel.size, config.parallel.megatron
+        tp = size("tensor_model_parallel_size")
+        return cls(
+            world_size=world_size,
+            tp=tp,
+            pp=size("pipeline_model_parallel_size"),
+            cp=size("context_parallel_size"),
+            ep=size("expert_model_parallel_size"),
+            etp=int(given.get("expert_tensor_parallel_size") or tp),
+            virtual=config.parallel.virtual_stages or 1,
+        )
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel size: replicas of the layers that are not experts, each with rows of its own."""
+        return self.world_size // (self.tp * self.cp * self.pp)
+
+    @property
+    def expert_dp(self) -> int:
+        """Replicas of each expert."""
+        return self.world_size // (self.etp * self.ep * self.pp)
+
+    def groups(self) -> Iterator[tuple[str, list[list[int]]]]:
+        """Name and ranks of each kind of group, those of one rank included."""
+        dense = RankGenerator(tp=self.tp, ep=1, dp=self.dp, pp=self.pp, cp=self.cp, order=ORDER)
+        experts = RankGenerator(tp=self.etp, ep=self.ep, dp=self.expert_dp, pp=self.pp, cp=1, order=ORDER)
+        kinds = (
+            *(("TP", dense, "tp"), ("CP", dense, "cp"), ("DP", dense, "dp"), ("PP", dense, "pp")),
+            *(("expert TP", experts, "tp"), ("EP", experts, "ep"), ("expert DP", experts, "dp")),
+        )
+        for name, generator, token in kinds:
+            yield name, generator.get_ranks(token)
+
+    def as_json(self) -> dict[str, int]:
+        """All sizes by name."""
+        return {**dataclasses.asdict(self), "dp": self.dp, "expert_dp": self.expert_dp}
+
+    def describe(self) -> str:
+        """The sizes in one line."""
+        experts = f"; experts: ETP {self.etp} x EP {self.ep} x PP {self.pp} x expert DP {self.expert_dp}"
+        interleaved = f" (interleaved, {self.virtual} chunks each)" if self.virtual > 1 else ""
+        ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
+        return f"{ranks} = TP {self.tp} x CP {self.cp} x DP {self.dp} x PP {self.pp}{interleaved}{experts}"
+
+
+def group_text(groups: list[list[int]]) -> str:
+    """The first groups of a kind by their ranks: a run of them as `0-7`, equal steps as `0, 8, .. 24`."""
+    shown = "; ".join(_ranks_text(ranks) for ranks in groups[:SHOWN_GROUPS])
+    return f"{shown}; ..." if len(groups) > SHOWN_GROUPS else shown
+
+
+def _ranks_text(ranks: list[int]) -> str:
+    steps = {after - before for before, after in itertools.pairwise(ranks)}
+    if len(ranks) > 2 and len(steps) == 1:
+        step = steps.pop()
+        return f"{ranks[0]}-{ranks[-1]}" if step == 1 else f"{ranks[0]}, {ranks[1]}, .. {ranks[-1]}"
+    return ", ".join(map(str, ranks))
+
+
+def micro_batches(config: RunConfig, layout: Layout, batch_size: int | None = None) -> int:
+    """Micro-batches that each rank runs in a step of `batch_size` rows; of the full batch if not given."""
+    rows = batch_size or config.training.global_batch_size
+    assert rows is not None, "checked before"
+    return rows // (config.training.micro_batch_size * layout.dp)
+
+
+def bubble_share(layout: Layout, count: int) -> float:
+    """Share of a step that a stage waits for others to begin and to end: (p - 1) / (v m + p - 1).
+
+    From the ratio (p - 1) / (v m) of waiting to work in Narayanan et al. 2021 (arXiv 2104.04473, section
+    2.2), p stages, v chunks each and m micro-batches, all taken to be equally slow.
+
+    Args:
+        layout: which has p and v.
+        count: micro-batches of a step on each rank (m).
+
+    """
+    return (layout.pp - 1) / (layout.virtual * count + layout.pp - 1)

@@ -1,0 +1,208 @@
+"""Parameters of each rank, from the configuration alone: exactly those that Megatron-Core builds.
+
+Counts are kept apart where they are divided in another way: `dense` parameters are replicated over the
+data-parallel ranks, `expert` parameters over the expert-data-parallel ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_dynmix import platform
+from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.host import Host, without_unmet
+from megatron_dynmix.config.megatron import moe_layers, padded_vocab_size, transformer_config
+from megatron_dynmix.errors import InputError
+
+UNKNOWN = (
+    "multi_latent_attention",
+    "mtp_num_layers",
+    "experimental_attention_variant",
+    "attention_output_gate",
+    "heterogeneous_block_specs",
+    "moe_latent_size",
+)
+"""Settings that give layers other parameters than are counted here."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many numbers are learned."""
+
+    dense: int
+    expert: int
+
+    def __add__(self, other: Parameters) -> Parameters:
+        """Sum part by part."""
+        return Parameters(self.dense + other.dense, self.expert + other.expert)
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.dense + self.expert
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Ranks that a layer is divided over."""
+
+    tp: int = 1
+    etp: int = 1
+    ep: int = 1
+
+
+def transformer_here(config: RunConfig) -> TransformerConfig:
+    """Megatron-Core's configuration, without ways to compute that this machine cannot even name to it."""
+    here = platform.start()
+    host = Host(cuda=here.device.type == "cuda", transformer_engine=here.transformer_engine)
+    return transformer_config(without_unmet(config, host))
+
+
+def stage_layers(transformer: TransformerConfig, stage: int) -> list[list[int]]:
+    """0-based decoder layers of a pipeline stage, by virtual chunk: `[[0, 1], [4, 5]]`."""
+    chunks = transformer.virtual_pipeline_model_parallel_size
+    found = []
+    for chunk in range(chunks) if chunks else [None]:
+        count = get_num_layers_to_build(transformer, vp_stage=chunk, pp_rank=stage)
+        first = get_transformer_layer_offset(transformer, vp_stage=chunk, pp_rank=stage)
+        found.append(list(range(first, first + count)))
+    return found
+
+
+def stage_parameters(config: RunConfig, transformer: TransformerConfig, stage: int) -> Parameters:
+    """Parameters of one rank of a pipeline stage.
+
+    Args:
+        config: the resolved configuration.
+        transformer: what follows from it.
+        stage: 0-based.
+
+    """
+    refuse_unknown(transformer)
+    shards = _shards(transformer)
+    routed = set(moe_layers(transformer))
+    last = stage == transformer.pipeline_model_parallel_size - 1
+    layers = [layer for chunk in stage_layers(transformer, stage) for layer in chunk]
+    total = Parameters(0, 0)
+    for layer in layers:
+        total += layer_parameters(config, transformer, shards, is_moe=layer in routed)
+    words = padded_vocab_size(config) // shards.tp * transformer.hidden_size
+    if stage == 0:
+        total += Parameters(words, 0)
+    if last:
+        total += Parameters(_norm(transformer, transformer.hidden_size), 0)
+        # Tied weights of a model on one stage are the embedding's; on several, the last has a copy.
+        if config.model.untie_embeddings_and_output_weights or stage > 0:
+            total += Parameters(words, 0)
+    return total
+
+
+def model_parameters(config: RunConfig, *, active: bool = False) -> int:
+    """Parameters of the model as it is published: no padding, nothing held twice.
+
+    Args:
+        config: the resolved configuration, of any layout.
+        active: only those that a token meets: of the experts, those that it is routed to.
+
+    Raises:
+        InputError: a model whose parameters are not known here.
+
+    """
+    transformer = transformer_here(config)
+    refuse_unknown(transformer)
+    assert config.model.vocab_size is not None, "the preset gives one"
+    routed = set(moe_layers(transformer))
+    tables = 1 + config.model.untie_embeddings_and_output_weights
+    total = tables * config.model.vocab_size * transformer.hidden_size
+    total += _norm(transformer, transformer.hidden_size)
+    for layer in range(transformer.num_layers):
+        part = layer_parameters(config, transformer, Shards(), is_moe=layer in routed)
+        experts = part.expert
+        if active and experts:
+            experts = experts // int(transformer.num_moe_experts or 1) * transformer.moe_router_topk
+        total += part.dense + experts
+    return total
+
+
+def refuse_unknown(transformer: TransformerConfig) -> None:
+    """Refuse to count what is not known.
+
+    Raises:
+        InputError: the setting.
+
+    """
+    for name in UNKNOWN:
+        if getattr(transformer, name, None):
+            raise InputError(
+                f"{name} is {getattr(transformer, name)}: the parameters of such a model are not known "
+                "before it is built, so its memory cannot be planned"
+            )
+
+
+def layer_parameters(
+    config: RunConfig, transformer: TransformerConfig, shards: Shards, *, is_moe: bool
+) -> Parameters:
+    """Parameters of one rank's part of a decoder layer."""
+    hidden = transformer.hidden_size
+    dense = 2 * _norm(transformer, hidden) + _attention(config, transformer, shards.tp)
+    if not is_moe:
+        width = transformer.ffn_hidden_size
+        return Parameters(dense + _mlp(transformer, width, shards.tp), 0)
+    experts = int(transformer.num_moe_experts or 0)
+    dense += _router(config, transformer, experts)
+    if shared := transformer.moe_shared_expert_intermediate_size:
+        dense += _mlp(transformer, shared, shards.tp) + hidden * bool(transformer.moe_shared_expert_gate)
+    width = int(transformer.moe_ffn_hidden_size or transformer.ffn_hidden_size)
+    return Parameters(dense, experts // shards.ep * _mlp(transformer, width, shards.etp))
+
+
+def _shards(transformer: TransformerConfig) -> Shards:
+    return Shards(
+        tp=transformer.tensor_model_parallel_size,
+        etp=int(transformer.expert_tensor_parallel_size or 1),
+        ep=transformer.expert_model_parallel_size,
+    )
+
+
+def _norm(transformer: TransformerConfig, width: int) -> int:
+    return width * (2 if transformer.normalization == "LayerNorm" else 1)
+
+
+def _attention(config: RunConfig, transformer: TransformerConfig, tp: int) -> int:
+    hidden, head = transformer.hidden_size, int(transformer.kv_channels or 0)
+    queries = transformer.num_attention_heads * head
+    keys = int(transformer.num_query_groups or 0) * head
+    fused = queries + 2 * keys
+    total = hidden * fused // tp + queries * hidden // tp
+    if transformer.add_bias_linear or transformer.add_qkv_bias:
+        total += fused // tp
+    if transformer.add_bias_linear:
+        total += hidden
+    if config.model.qk_layernorm_full_width:
+        total += _norm(transformer, queries) + _norm(transformer, keys)
+    elif transformer.qk_layernorm:
+        total += 2 * _norm(transformer, head)
+    return total
+
+
+def _router(config: RunConfig, transformer: TransformerConfig, experts: int) -> int:
+    total = experts * (transformer.hidden_size + transformer.add_bias_linear)
+    if config.model.router_network == "mlp":
+        total += experts * experts
+        if config.model.router_noise is not None:
+            total += experts * transformer.hidden_size
+    return total
+
+
+def _mlp(transformer: TransformerConfig, width: int, tp: int) -> int:
+    """Both linear layers of one MLP or expert: the first has two outputs where it is gated."""
+    hidden = transformer.hidden_size
+    first = width * (2 if transformer.gated_linear_unit else 1)
+    total = (first + width) * hidden // tp
+    if transformer.add_bias_linear:
+        total += first // tp + hidden
+    return total

@@ -1,0 +1,284 @@
+"""`doctor`: every check with every outcome, on machines that are made up; the command on this one."""
+
+import dataclasses
+import errno
+import os
+
+import pytest
+from config_fixtures import good_settings, load, write
+
+from megatron_dynmix import platform
+from megatron_dynmix.cli import main
+from megatron_dynmix.doctor import devices, job, packages, storage
+from megatron_dynmix.doctor.command import check_run, findings_text, fingerprint, same_everywhere
+from megatron_dynmix.doctor.machine import Gpu, Machine, look, normalised
+from megatron_dynmix.doctor.storage import Folder, try_folder
+
+platform.start()
+
+GIB = 2**30
+NEEDS = (
+    "megatron-core<0.17,>=0.16.1",
+    "numpy>=1.26",
+    "psutil",
+    'transformer-engine[pytorch]<2.12,>=2.9; extra == "te"',
+)
+VERSIONS = {"megatron-core": "0.16.1", "numpy": "2.4.6", "psutil": "7.0"}
+LAPTOP = Machine(requirements=NEEDS, versions=VERSIONS, addresses={"laptop": "127.0.1.1"})
+H100 = Gpu("NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB)
+NODE = dataclasses.replace(
+    LAPTOP,
+    versions={**VERSIONS, "transformer-engine": "2.10.0", "torch": "2.8.0+cu128"},
+    apex="NVIDIA",
+    torch_cuda="12.8",
+    cuda_available=True,
+    driver="570.86",
+    driver_cuda="12.8",
+    gpus=(H100,) * 8,
+    nccl="2.27.3",
+    infiniband=("mlx5_0", "mlx5_1"),
+)
+RANK = {"RANK": "1", "WORLD_SIZE": "16", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+ADDRESSES = {"laptop": "10.0.0.2", "node0": "10.0.0.1"}
+
+
+def versions(machine, **changed):
+    names = {normalised(name): version for name, version in changed.items()}
+    kept = {**machine.versions, **names}
+    return {"versions": {name: version for name, version in kept.items() if version is not None}}
+
+
+def told(**environment):
+    return {"environment": {**RANK, **environment}, "addresses": ADDRESSES}
+
+
+CASES = [
+    (packages.python, NODE, {}, "OK", "3.11.0"),
+    (packages.python, NODE, {"python": "3.14.1"}, "problem", "3.10 to 3.13"),
+    (packages.python, NODE, {"python": "3.9.2"}, "problem", "3.9.2"),
+    (packages.requirements, LAPTOP, {}, "OK", "megatron-core 0.16.1"),
+    (
+        packages.requirements,
+        LAPTOP,
+        versions(LAPTOP, megatron_core="0.17.0"),
+        "problem",
+        "megatron-core 0.17.0",
+    ),
+    (packages.requirements, LAPTOP, versions(LAPTOP, psutil=None), "problem", "psutil is missing"),
+    (packages.requirements, LAPTOP, {"requirements": ()}, "problem", "not installed"),
+    (packages.transformer_engine, LAPTOP, {}, "OK", "not needed on a CPU"),
+    (packages.transformer_engine, NODE, {}, "OK", "2.10.0"),
+    (packages.transformer_engine, NODE, versions(NODE, transformer_engine=None), "warning", "not installed"),
+    (packages.transformer_engine, NODE, versions(NODE, transformer_engine="2.12.0"), "problem", "2.12.0"),
+    (
+        *(packages.transformer_engine, NODE),
+        *({"import_errors": {"transformer_engine": "ImportError: undefined symbol"}}, "problem", "undefined"),
+    ),
+    (packages.apex, NODE, {}, "OK", "NVIDIA's"),
+    (packages.apex, LAPTOP, {}, "OK", "not needed"),
+    (packages.apex, NODE, {"apex": "namesake"}, "problem", "pip uninstall apex"),
+    (packages.flash_attention, NODE, {}, "OK", "not needed"),
+    (packages.flash_attention, NODE, versions(NODE, flash_attn="2.8.1"), "OK", "not used"),
+    (
+        *(packages.flash_attention, NODE),
+        *({**versions(NODE, flash_attn="2.8.1"), "flash_attention_range": ("2.1.1", "2.8.1")}, "OK", "2.8.1"),
+    ),
+    (
+        *(packages.flash_attention, NODE),
+        *({**versions(NODE, flash_attn="2.8.3"), "flash_attention_range": ("2.1.1", "2.8.1")}, "warning"),
+        "2.8.3; this Transformer Engine takes 2.1.1 to 2.8.1",
+    ),
+    (
+        *(packages.flash_attention, NODE),
+        {**versions(NODE, flash_attn="2.8.1"), "import_errors": {"flash_attn": "ImportError: GLIBC"}},
+        *("problem", "GLIBC"),
+    ),
+    (devices.cuda, LAPTOP, {}, "OK", "runs on the CPU"),
+    (devices.cuda, NODE, {}, "OK", "torch's 12.8, the driver's 12.8"),
+    (devices.cuda, LAPTOP, {"driver": "570.86"}, "problem", "built for CPUs"),
+    (devices.cuda, LAPTOP, {"torch_cuda": "12.8"}, "OK", "no driver"),
+    (
+        devices.cuda,
+        NODE,
+        {"cuda_available": False, "torch_cuda": "13.0"},
+        "problem",
+        "a torch that is built for CUDA 12",
+    ),
+    (devices.cuda, NODE, {"cuda_available": False, "cuda_error": "No CUDA GPUs"}, "problem", "No CUDA GPUs"),
+    (devices.gpus, LAPTOP, {}, "OK", "none"),
+    (devices.gpus, NODE, {}, "OK", "8 x NVIDIA H100 80GB HBM3, 80 GiB"),
+    (devices.gpus, NODE, {"gpus": (H100, Gpu("NVIDIA A100", 40 * GIB, 40 * GIB))}, "warning", "slowest"),
+    (
+        devices.gpus,
+        NODE,
+        {"gpus": (H100, Gpu(H100.name, 80 * GIB, 8 * GIB))},
+        "warning",
+        "use number 1: 8 GiB",
+    ),
+    (devices.backends, LAPTOP, {}, "OK", "gloo"),
+    (devices.backends, NODE, {}, "OK", "NCCL 2.27.3"),
+    (devices.backends, NODE, {"nccl": None}, "problem", "no NCCL"),
+    (devices.backends, LAPTOP, {"gloo": False}, "problem", "no gloo"),
+    (devices.infiniband, LAPTOP, {}, "OK", "Ethernet"),
+    (devices.infiniband, NODE, {}, "OK", "mlx5_0, mlx5_1"),
+    (devices.infiniband, NODE, {"environment": {"NCCL_IB_DISABLE": "1"}}, "warning", "NCCL_IB_DISABLE"),
+    (devices.infiniband, NODE, {"locked_memory": 65536}, "warning", "64 KiB of memory may be locked"),
+    (job.ranks, LAPTOP, {}, "OK", "not in a job"),
+    (job.ranks, NODE, told(), "OK", "rank 1 of 16"),
+    (job.ranks, NODE, {"environment": {"RANK": "0"}}, "problem", "not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+    (job.ranks, NODE, told(RANK="16"), "problem", "RANK is 16, but WORLD_SIZE is 16"),
+    (job.ranks, NODE, told(RANK="one"), "problem", "RANK is 'one'"),
+    (job.ranks, NODE, told(LOCAL_RANK="8", LOCAL_WORLD_SIZE="8"), "problem", "LOCAL_RANK is 8"),
+    (job.ranks, NODE, told(SLURM_PROCID="2", SLURM_NTASKS="16"), "problem", "SLURM_PROCID is 2"),
+    (job.ranks, NODE, told(SLURM_PROCID="1", SLURM_NTASKS="8"), "problem", "SLURM_NTASKS is 8"),
+    (job.ranks, NODE, told(SLURM_PROCID="0", SLURM_NTASKS="2", TORCHELASTIC_RUN_ID="7"), "OK", "rank 1"),
+    (job.ranks, NODE, told(LOCAL_RANK="1", LOCAL_WORLD_SIZE="16"), "problem", "16 ranks on this node, but 8"),
+    (job.meeting_place, LAPTOP, {}, "OK", "known by name"),
+    (job.meeting_place, NODE, told(), "OK", "node0:29500"),
+    (
+        job.meeting_place,
+        NODE,
+        {**told(), "addresses": {"laptop": "10.0.0.2", "node0": None}},
+        "problem",
+        "node0",
+    ),
+    (job.meeting_place, NODE, told(MASTER_PORT="99999"), "problem", "from 1 to 65535"),
+    (job.meeting_place, NODE, {**told(), "port_is_free": False}, "problem", "29500 is in use"),
+    (job.meeting_place, LAPTOP, {"addresses": {"laptop": None}}, "warning", "/etc/hosts"),
+    (job.interfaces, LAPTOP, {}, "OK", "eth0"),
+    (job.interfaces, LAPTOP, {"environment": {"NCCL_SOCKET_IFNAME": "eth"}}, "OK", "eth0"),
+    (job.interfaces, LAPTOP, {"environment": {"NCCL_SOCKET_IFNAME": "^docker"}}, "OK", "eth0"),
+    (job.interfaces, LAPTOP, {"environment": {"NCCL_SOCKET_IFNAME": "ib0"}}, "problem", "there is no ib0"),
+    (job.interfaces, LAPTOP, {"environment": {"GLOO_SOCKET_IFNAME": "eth"}}, "problem", "there is no eth"),
+    (job.time_outs, LAPTOP, {}, "OK", "distributed_timeout_minutes"),
+    (
+        *(job.time_outs, NODE, {"environment": {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}}, "problem"),
+        "hangs until it is cancelled",
+    ),
+    (
+        job.time_outs,
+        NODE,
+        {"environment": {"NCCL_BLOCKING_WAIT": "1"}},
+        "warning",
+        "TORCH_NCCL_BLOCKING_WAIT",
+    ),
+    (job.time_outs, NODE, {"environment": {"CUDA_LAUNCH_BLOCKING": "1"}}, "warning", "every kernel"),
+    (job.open_files, LAPTOP, {}, "OK", "65536"),
+    (job.open_files, LAPTOP, {"open_files": 1024}, "warning", "ulimit -n"),
+    (job.shared_memory, LAPTOP, {}, "OK", "8.0 GiB"),
+    (job.shared_memory, LAPTOP, {"shared_memory": 64 * 2**20}, "warning", "--shm-size"),
+    (job.address_space, LAPTOP, {}, "OK", "16 GiB"),
+    (job.address_space, LAPTOP, {"address_space": 8 * GIB}, "warning", "limit of 8 GiB"),
+]
+
+
+@pytest.mark.parametrize(
+    ("check", "machine", "changes", "status", "says"),
+    CASES,
+    ids=[f"{case[0].__name__}-{case[3]}-{number}" for number, case in enumerate(CASES)],
+)
+def test_a_check_of_a_machine(check, machine, changes, status, says):
+    finding = check(dataclasses.replace(machine, **changes))
+    assert finding.status == status
+    assert says in f"{finding.found} {finding.remedy}"
+    assert bool(finding.remedy) == (status != "OK")
+
+
+FOLDER = Folder(path="/shared")
+TWO_NODES = {"SLURM_JOB_NUM_NODES": "2"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "environment", "checkpoint", "bad", "says"),
+    [
+        ({}, {}, None, {}, "of this node only"),
+        ({}, {}, 10 * GIB, {}, "a checkpoint of this run is 10.0 GiB"),
+        ({"kind": "nfs4"}, TWO_NODES, None, {}, "some seconds late"),
+        ({"kind": "lustre"}, TWO_NODES, None, {}, "stripe"),
+        (
+            {"kind": "xfs"},
+            TWO_NODES,
+            None,
+            {"file system": "problem"},
+            "which this node alone sees; the job has 2",
+        ),
+        (
+            *({"kind": "tmpfs"}, {"WORLD_SIZE": "32", "LOCAL_WORLD_SIZE": "8"}, None),
+            *({"file system": "problem"}, "the job has 4"),
+        ),
+        ({"error": "Permission denied"}, {}, None, {"writing": "problem"}, "Permission denied"),
+        ({"seconds": 9.0}, {}, None, {"writing": "warning"}, "overloaded"),
+        ({"free": 15 * GIB}, {}, 10 * GIB, {"space": "problem"}, "make room for two"),
+        ({"skew": -40.0}, {}, None, {"clock": "warning"}, "-40.0 s off"),
+    ],
+)
+def test_a_check_of_a_folder(folder, environment, checkpoint, bad, says):
+    findings = storage.check_folder(dataclasses.replace(FOLDER, **folder), environment, checkpoint)
+    assert {finding.name: finding.status for finding in findings if finding.status != "OK"} == bad
+    assert says in " ".join(f"{finding.found} {finding.remedy}" for finding in findings)
+
+
+def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
+    mounts = f"/dev/sda / ext4 rw 0 0\nserver:/x {tmp_path} nfs4 rw 0 0\n"
+    folder = try_folder(tmp_path / "not" / "there", mounts)
+    assert (folder.error, folder.kind) == ("", "nfs4")
+    assert abs(folder.skew) < 60 and folder.free > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_flushed_is_a_problem(tmp_path, monkeypatch):
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left" in try_folder(tmp_path, "").error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_must_be_alike():
+    other = dataclasses.replace(NODE, **versions(NODE, numpy="1.26.0"))
+    prints = [("node0", fingerprint(NODE)), ("node0", fingerprint(NODE)), ("node1", fingerprint(other))]
+    assert same_everywhere(prints[:2]).found == "2 on 1 machine, all alike"
+    finding = same_everywhere(prints)
+    assert finding.status == "problem" and "node1 are not those of node0" in finding.found
+
+
+def test_a_run_is_held_against_the_machine(tmp_path):
+    settings = good_settings(tmp_path)
+    (finding,) = check_run(load(tmp_path, settings), LAPTOP)
+    assert finding.status == "OK"
+    settings["model"]["moe_grouped_gemm"] = True
+    settings["parallel"]["distributed_timeout_minutes"] = 1
+    first, second = check_run(load(tmp_path, settings), LAPTOP)
+    assert first.status == "problem" and "moe_grouped_gemm" in first.found
+    assert second.status == "warning" and "distributed_timeout_minutes is 1" in second.found
+
+
+def test_the_text_has_every_remedy():
+    findings = [packages.apex(dataclasses.replace(NODE, apex="namesake")), packages.python(NODE)]
+    text = findings_text(findings)
+    assert "PROBLEM  apex" in text and "-> pip uninstall apex" in text
+    assert text.endswith("2 checks: 1 problems, 0 warnings")
+
+
+def test_this_machine_is_looked_at(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    machine = look()
+    assert machine.versions["megatron-core"].startswith("0.16.")
+    assert any(need.startswith("megatron-core") for need in machine.requirements)
+    path = write(tmp_path, good_settings(tmp_path))
+    code = main(["doctor", str(path), "--shared-dir", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert code == int("PROBLEM" in text)
+    assert "RUN.yaml" in text and "writing" in text
+
+
+def test_a_folder_that_is_not_there_is_a_problem(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["doctor", "--shared-dir", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere is no folder" in capsys.readouterr().out
+
+
+def test_flags_need_a_run(capsys):
+    assert main(["doctor", "--bf16"]) == 2
+    assert "only beside a RUN.yaml" in capsys.readouterr().err

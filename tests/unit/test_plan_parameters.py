@@ -1,0 +1,128 @@
+"""Parameters are reckoned exactly: rank by rank those of a model that was built, in total those published."""
+
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+from config_fixtures import good_settings, load
+
+from megatron_dynmix import platform
+from tests.distributed.ranks import CONTEXT
+
+platform.start()
+
+from megatron_dynmix.config.megatron import transformer_config  # noqa: E402
+from megatron_dynmix.planning.layout import Layout  # noqa: E402
+from megatron_dynmix.planning.parameters import model_parameters, stage_parameters  # noqa: E402
+
+SP = {"sequence_parallel": True}
+TP2 = {"tensor_model_parallel_size": 2, **SP}
+PP2 = {"pipeline_model_parallel_size": 2}
+SHARED = {"moe_shared_expert_intermediate_size": 192, "moe_shared_expert_gate": True}
+CASES = {
+    "one rank": (1, {}, {}),
+    "tied": (1, {}, {"untie_embeddings_and_output_weights": False}),
+    "EP2": (2, {"expert_model_parallel_size": 2}, {}),
+    "TP2": (2, TP2, {"qk_layernorm": True}),
+    "TP2 ETP1 EP2": (2, {**TP2, "expert_tensor_parallel_size": 1, "expert_model_parallel_size": 2}, SHARED),
+    "PP2 uneven": (2, PP2, {"num_layers": 3, "num_layers_in_first_pipeline_stage": 1}),
+    "PP2 tied": (2, PP2, {"untie_embeddings_and_output_weights": False}),
+    "PP2 VPP2": (2, {**PP2, "virtual_pipeline_model_parallel_size": 2}, {"num_layers": 4}),
+    "dense layers, shared experts": (4, {**PP2, **TP2}, {**SHARED, "moe_layer_freq": [0, 1]}),
+    "biases, LayerNorm": (
+        2,
+        {**TP2, "expert_tensor_parallel_size": 1},
+        {"add_bias_linear": True, "add_qkv_bias": True, "normalization": "LayerNorm", "vocab_size": 1000},
+    ),
+    "no gate, one group, full-width norms": (
+        1,
+        {},
+        {"gated_linear_unit": False, "num_query_groups": 4, "qk_layernorm_full_width": True},
+    ),
+    "router with two layers and noise": (1, {}, {"router_network": "mlp", "router_noise": "idle"}),
+    "dense": (1, {}, {"num_moe_experts": None}),
+}
+
+
+def config_of(folder, name):
+    _, parallel, model = CASES[name]
+    settings = good_settings(folder)
+    settings["model"] |= model
+    settings["parallel"] = parallel
+    return load(folder, settings)
+
+
+def built_parameters(folder):
+    """Of each case and rank the numbers that are replicated and those of experts, of models on this CPU."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_dynmix.training.model.gpt import build_gpt
+
+    def join(config):
+        layout = Layout.of(config, torch.distributed.get_world_size())
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=config.parallel.virtual_stages or None,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
+            create_gloo_process_groups=False,
+        )
+
+    found = {}
+    for case, (world_size, _, _) in CASES.items():
+        config = config_of(folder, case)
+        for rank in range(world_size):
+            torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+            join(config)
+            model_parallel_cuda_manual_seed(0, force_reset_rng=True)
+            transformer = transformer_config(config)
+            chunks = transformer.virtual_pipeline_model_parallel_size
+            built = [
+                (name, parameter.numel())
+                for stage in (range(chunks) if chunks else [None])
+                for name, parameter in build_gpt(config, transformer, False, stage).named_parameters()
+            ]
+            expert = sum(numbers for name, numbers in built if ".experts." in name)
+            dense = sum(numbers for _, numbers in built) - expert
+            stage = parallel_state.get_pipeline_model_parallel_rank()
+            found[case, rank] = (stage, dense, expert)
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
+    return found
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
+        return pool.submit(built_parameters, tmp_path_factory.mktemp("built")).result(timeout=120)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_rank_has_the_parameters_of_a_model_that_was_built(name, built, tmp_path):
+    config = config_of(tmp_path, name)
+    transformer = transformer_config(config)
+    for rank in range(CASES[name][0]):
+        stage, dense, expert = built[name, rank]
+        reckoned = stage_parameters(config, transformer, stage)
+        assert (reckoned.dense, reckoned.expert) == (dense, expert), f"rank {rank}, stage {stage}"
+
+
+@pytest.mark.parametrize(
+    ("preset", "total", "active"),
+    [
+        ("mixtral-8x7b", 46_702_792_704, 12.9e9),
+        ("mixtral-8x22b", 140_620_634_112, 39e9),
+        ("qwen3-30b-a3b", 30_532_122_624, 3.3e9),
+        ("olmoe-1b-7b", 6_919_161_856, 1.3e9),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(preset, total, active, tmp_path):
+    """As the models' cards have them: 46.7B of which 12.9B active, 141B/39B, 30.5B/3.3B, 6.9B/1.3B."""
+    settings = good_settings(tmp_path)
+    settings["model"] = {"preset": preset}
+    config = load(tmp_path, settings)
+    assert model_parameters(config) == total
+    assert model_parameters(config, active=True) == pytest.approx(active, rel=0.02)
