@@ -1,33 +1,19 @@
 """The main job as a newcomer meets it: one command, two ranks, from nothing."""
 
 import json
-import os
 import subprocess
-import sys
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SOURCES = ["chat", "math", "math_again", "code"]
 
 
-def run(*arguments):
-    environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_dynmix", *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+def test_quickstart_learns_finds_the_redundant_sources_and_says_what_to_open(clone, quickstart):
+    assert quickstart.returncode == 0, quickstart.stderr
+    assert "weight update at iteration       10" in quickstart.stdout
+    assert quickstart.stdout.rstrip().splitlines()[-6].startswith("Done. What to open")
 
-
-def test_quickstart_learns_finds_the_redundant_sources_and_says_what_to_open(tmp_path):
-    run_dir = tmp_path / "quickstart"
-    done = run("quickstart", "--run-dir", run_dir)
-    assert done.returncode == 0, done.stderr
-    assert "weight update at iteration       10" in done.stdout
-    assert done.stdout.rstrip().splitlines()[-6].startswith("Done. What to open")
-
+    run_dir = clone / "runs/quickstart"
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["iteration"] == 100
     assert metrics[-1]["lm_loss"] < 0.3 * metrics[0]["lm_loss"]
@@ -43,7 +29,10 @@ def test_quickstart_learns_finds_the_redundant_sources_and_says_what_to_open(tmp
     _check_tensorboard(run_dir)
     assert (run_dir / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "100"
 
-    again = run("quickstart", "--run-dir", run_dir)
+
+def test_quickstart_does_not_write_over_a_run(clone, quickstart):
+    command = [".venv/bin/megatron-dynmix", "quickstart"]
+    again = subprocess.run(command, cwd=clone, capture_output=True, text=True, timeout=280)
     assert again.returncode == 2
     assert "holds a run already" in again.stderr and "Traceback" not in again.stderr
 

@@ -1,0 +1,1 @@
+"""A run, or several, explained on one HTML page that needs no other file and no network."""

@@ -1,0 +1,59 @@
+"""The subcommand `report`: its arguments, and what it does with them.
+
+Heavy imports wait inside the functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from datetime import datetime
+from pathlib import Path
+
+from megatron_dynmix.errors import InputError
+
+REPORT = "report.html"
+
+
+def report_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `report` takes."""
+    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.html",
+        help=f"default RUN/{REPORT}; of several runs, {REPORT} in the current folder",
+    )
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    """Carry out `report`; returns its exit code.
+
+    Raises:
+        InputError: what is given is no run, or the page cannot be written.
+
+    """
+    from megatron_dynmix.report.contents import page_of_run, page_of_runs
+    from megatron_dynmix.report.page import html
+    from megatron_dynmix.report.run import read_run
+
+    run_dirs: list[Path] = arguments.run_dirs
+    if len({path.resolve() for path in run_dirs}) < len(run_dirs):
+        raise InputError(f"{' '.join(map(str, run_dirs))}: a run is given twice; give each once")
+    runs = [read_run(path) for path in run_dirs]
+    now = time.time()
+    page = page_of_run(runs[0], now) if len(runs) == 1 else page_of_runs(runs, now)
+    output: Path = arguments.output or (run_dirs[0] / REPORT if len(runs) == 1 else Path(REPORT))
+    text = html(page, datetime.fromtimestamp(now))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{output} cannot be written ({error.strerror or error}); give another file with --output"
+        ) from None
+    for run in runs:
+        for sentence in run.missing:
+            print(f"{run.path}: {sentence}")
+    print(f"written: {output} ({len(text) / 1e6:.1f} MB), open it in any browser")
+    return 0

@@ -1,0 +1,138 @@
+"""The tables of a page; a chart's numbers can be read without seeing it.
+
+Axes: D sources.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from megatron_dynmix.compare.tables import Table
+from megatron_dynmix.report.ends import end_losses, end_weights
+from megatron_dynmix.report.frames import Frame
+from megatron_dynmix.report.records import by_source, number
+from megatron_dynmix.report.run import Run
+
+MOST_EVENTS = 200
+MOST_PAIRS = 12
+
+
+def text(value: float | None, form: str = ".4g") -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def sources_table(run: Run) -> Table:
+    """Each source from the start of the run to its end."""
+    first = run.weights[0].shares if run.weights else {}
+    last = run.weights[-1].shares if run.weights else {}
+    losses = [by_source(record.get("source_loss"), None) for record in run.metrics]
+    tokens = by_source(run.metrics[-1].get("tokens"), None) if run.metrics else {}
+    whole = sum(value for value in tokens.values() if value > 0)
+    update = run.updates[-1] if run.updates else None
+    rows = []
+    for name in run.sources:
+        seen = [loss[name] for loss in losses if math.isfinite(loss.get(name, math.nan))]
+        rows.append(
+            [
+                name,
+                *(text(first.get(name), ".3f"), text(last.get(name), ".3f")),
+                text(last.get(name, math.nan) - first.get(name, math.nan), "+.3f"),
+                *(text(seen[0] if seen else None), text(seen[-1] if seen else None)),
+                text(update.delta.get(name) if update else None),
+                text(tokens.get(name), ",.0f"),
+                text(tokens.get(name, math.nan) / whole if whole else None, ".1%"),
+                text(update.epochs.get(name) if update else None, ".2f"),
+            ]
+        )
+    header = ["source", "first weight", "last weight", "change", "first loss", "last loss"]
+    header += ["last delta", "tokens", "share of tokens", "epochs"]
+    return Table("Sources", header, rows, "Weights are shares of the rows drawn; losses in nats per token.")
+
+
+def course_table(title: str, curves: Sequence[tuple[str, Sequence[float]]]) -> Table:
+    """First, lowest, median, highest and last value of each curve."""
+    rows = []
+    for name, values in curves:
+        found = [value for value in values if math.isfinite(value)]
+        if not found:
+            continue
+        middle = float(np.median(found))
+        numbers = (found[0], min(found), middle, max(found), found[-1])
+        rows.append([name, *(text(value) for value in numbers)])
+    return Table(title, ["", "first", "lowest", "median", "highest", "last"], rows)
+
+
+def pairs(frame: Frame) -> list[tuple[float, str, str]]:
+    """Distances of all pairs of sources, nearest first."""
+    names = frame.sources
+    found = [
+        (float(frame.values_RC[one, other]), names[one], names[other])
+        for one in range(len(names))
+        for other in range(one + 1, len(names))
+        if math.isfinite(frame.values_RC[one, other])
+    ]
+    return sorted(found)
+
+
+def distance_table(frame: Frame) -> Table:
+    """The nearest and the farthest pairs at the last update."""
+    found = pairs(frame)
+    note = f"At iteration {frame.iteration}."
+    if len(found) > 2 * MOST_PAIRS:
+        note += f" The {MOST_PAIRS} nearest and the {MOST_PAIRS} farthest of {len(found):,} pairs."
+        found = found[:MOST_PAIRS] + found[-MOST_PAIRS:]
+    rows = [[f"{one} – {other}", text(distance)] for distance, one, other in found]
+    return Table("Pairs of sources", ["pair", "distance"], rows, note)
+
+
+def events_table(run: Run) -> Table:
+    """What happened, in order; of many, the last."""
+    events = run.events[-MOST_EVENTS:]
+    rows = [[str(event.iteration), event.kind, event.text] for event in events]
+    note = ""
+    if len(events) < len(run.events):
+        note = f"The last {MOST_EVENTS} of {len(run.events):,}; all are in mixing.jsonl and events.jsonl."
+    return Table("Events", ["iteration", "kind", "what"], rows, note)
+
+
+def runs_table(runs: Sequence[Run], names: Sequence[str]) -> Table:
+    """One line for each run."""
+    rows = []
+    for run, name in zip(runs, names, strict=True):
+        loss = number(run.metrics[-1].get("lm_loss")) if run.metrics else None
+        seconds = run.step_seconds + run.mixing_seconds
+        rows.append(
+            [
+                name,
+                str(run.setting("mixing", "strategy") or "–"),
+                str(run.setting("training", "seed") or "–"),
+                f"{run.iteration:,} of {run.train_iters or '?'}",
+                text(loss),
+                text(run.updates[-1].entropy if run.updates else None),
+                text(seconds or None, ",.1f"),
+                text(run.mixing_seconds / seconds if seconds else None, ".2%"),
+            ]
+        )
+    header = ["run", "strategy", "seed", "iterations", "last loss", "entropy", "seconds", "of them mixing"]
+    note = "Training losses of runs with other mixes are means over other data: compare held-out losses "
+    return Table("Runs", header, rows, note + "(megatron-dynmix evaluate) before you prefer one.")
+
+
+def end_weights_table(runs: Sequence[Run], names: Sequence[str]) -> Table:
+    """Weights after the last update."""
+    return _beside("Last weights", names, [end_weights(run) for run in runs], ".3f")
+
+
+def end_losses_table(runs: Sequence[Run], names: Sequence[str]) -> Table:
+    """Last losses in nats per token."""
+    return _beside("Last losses of the sources", names, [end_losses(run) for run in runs], ".4f")
+
+
+def _beside(title: str, names: Sequence[str], found: Sequence[Mapping[str, float]], form: str) -> Table:
+    sources = dict.fromkeys(source for values in found for source in values)
+    rows = [[source, *(text(values.get(source), form) for values in found)] for source in sources]
+    return Table(title, ["source", *names], rows)
