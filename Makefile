@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 test test-slow soak quickstart: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow soak study lint bench gpu-check clean
+.PHONY: help quickstart test test-slow soak study lint docs bench gpu-check clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -41,6 +41,11 @@ lint: $(INSTALLED)  ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)  ## build the pages under docs/ to build/docs, warnings are errors
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/python -W ignore tools/config_reference.py docs/configuration.md
+	$(BIN)/sphinx-build -q -W --keep-going docs build/docs
 
 bench: $(INSTALLED)  ## run every benchmark
 	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done

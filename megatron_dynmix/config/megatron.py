@@ -9,10 +9,16 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.optimizer import OptimizerConfig
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_dynmix.config.tree import RunConfig
 from megatron_dynmix.errors import InputError
+
+STAGE_SETTINGS = (
+    *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+)
+"""Settings of the model section that speak of pipeline stages."""
 
 
 def _fields(owner: type) -> set[str]:
@@ -43,8 +49,17 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     if config.parallel.virtual_stages:
         layout["overlap_p2p_comm"] = config.parallel.overlap_p2p_comm
         layout.setdefault("batch_p2p_comm", not layout["overlap_p2p_comm"])
+    kind = TransformerConfig
+    latent = _fields(MLATransformerConfig) - _fields(TransformerConfig)
+    if config.model.megatron.get("multi_latent_attention"):
+        kind, derived = MLATransformerConfig, {**derived, "rotary_base": config.model.rotary_base}
+    elif given := sorted(latent.intersection(config.model.megatron)):
+        raise InputError(
+            f"{', '.join(given)}: only multi-latent attention has that; set multi_latent_attention, or leave "
+            "it out"
+        )
     try:
-        return TransformerConfig(**{**layout, **config.model.megatron, **derived})
+        return kind(**{**layout, **config.model.megatron, **derived})
     except (ValueError, AssertionError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"Megatron-Core refuses the model or its layout: {error}") from error
 

@@ -7,12 +7,12 @@ section's `megatron` mapping. What several sections must agree on is checked in 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from megatron_dynmix.config.strategies import Chosen, chosen_shadow, complete_options, is_own
+from megatron_dynmix.config.values import groups, one_of, positive, require
 from megatron_dynmix.errors import InputError
 
 SignalName = Literal["probe", "train"]
@@ -31,40 +31,21 @@ RowFormat = Literal["auto", FormatName]
 Nonfinite = Literal["stop", "skip"]
 DecayStyle = Literal["linear", "cosine", "constant", "inverse-square-root"]
 OnSaveError = Literal["stop", "continue"]
+SaveHF = Literal["end", "every"]
+RouterNetwork = Literal["linear", "mlp"]
+RouterNoise = Literal["idle", "training"]
 ONE_GROUP = "a regular expression with one group, around the answer, such as '#### (.+)'"
-
-
-def _require(condition: bool, name: str, value: object, need: str) -> None:
-    if not condition:
-        raise InputError(f"{name} is {value!r}; it must be {need}")
-
-
-def _one_of(name: str, value: str, kind: Any) -> None:
-    allowed = get_args(kind)
-    _require(value in allowed, name, value, f"one of {', '.join(allowed)}")
-
-
-def _groups(pattern: str) -> int | None:
-    """Groups of a regular expression; None if it is none."""
-    try:
-        return re.compile(pattern).groups
-    except re.error:
-        return None
-
-
-def _positive(section: object, prefix: str, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        good = value is None or (value > 0 and math.isfinite(value))
-        _require(good, f"{prefix}.{name}", value, "a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which model; any field of Megatron-Core's `TransformerConfig` may stand beside these."""
 
-    preset: str = "tiny"
-    """Published sizes to start from; see `presets.py`."""
+    preset: str | None = "tiny"
+    """Where the shape comes from: the name of published sizes (see `presets.py`), or a folder with a
+    config.json of Hugging Face's; null for nothing but the settings beside it."""
+    load_hf: str | None = None
+    """Hugging Face folder whose weights a fresh run starts from, and whose shape the model has."""
     vocab_size: int | None = None
     """Rows of the embedding, before padding; the preset's if not given."""
     make_vocab_size_divisible_by: int = 128
@@ -77,14 +58,24 @@ class ModelConfig:
     """Whether the output layer has weights of its own."""
     qk_layernorm_full_width: bool = False
     """Normalise queries and keys over all heads together, as OLMoE does, not head by head."""
+    router_network: RouterNetwork = "linear"
+    """How routers make their logits: by one matrix, or by two with a tanh between (LLaMA-MoE)."""
+    router_noise: RouterNoise | None = None
+    """Noise of a learnt size on the logits of `router_network: mlp`, while `training`; if `idle`, its weights
+    are kept and not used; if not given, there are none."""
     freeze_router: bool = False
     """Keep the routers as they are: their weights get no gradient."""
+    freeze_expert_gate: bool = False
+    """Keep the gate projections of all experts as they are (half of linear_fc1, before the activation)."""
     megatron: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `TransformerConfig`."""
 
     def __post_init__(self) -> None:
-        _positive(self, "model", "vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings")
-        _positive(self, "model", "rotary_base")
+        positive(self, "model", "vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings")
+        positive(self, "model", "rotary_base")
+        one_of("model.router_network", self.router_network, RouterNetwork)
+        if self.router_noise is not None:
+            one_of("model.router_noise", self.router_noise, RouterNoise)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +90,10 @@ class ParallelConfig:
     """Fields of `ModelParallelConfig` and `DistributedDataParallelConfig`."""
 
     def __post_init__(self) -> None:
-        _positive(self, "parallel", "distributed_timeout_minutes")
+        positive(self, "parallel", "distributed_timeout_minutes")
         for name, value in self.megatron.items():
             if name.endswith("_parallel_size") and value is not None:
-                _require(value >= 1, f"parallel.{name}", value, "1 or more")
+                require(value >= 1, f"parallel.{name}", value, "1 or more")
 
     @property
     def virtual_stages(self) -> int:
@@ -140,15 +131,15 @@ class SourceConfig:
     """Epochs after which the source is drawn no more; its share goes to the others."""
 
     def __post_init__(self) -> None:
-        _positive(self, "a source's", "max_epochs")
-        _one_of("a source's format", self.format, RowFormat)
+        positive(self, "a source's", "max_epochs")
+        one_of("a source's format", self.format, RowFormat)
         named = all(isinstance(name, str) for pair in self.fields.items() for name in pair)
-        _require(named, "a source's fields", self.fields, "names, as {prompt: question}")
+        require(named, "a source's fields", self.fields, "names, as {prompt: question}")
         if self.weight is not None:
             ok = math.isfinite(self.weight) and self.weight >= 0
-            _require(ok, "a source's weight", self.weight, "a finite number, 0 or more")
+            require(ok, "a source's weight", self.weight, "a finite number, 0 or more")
         if self.answer is not None:
-            _require(_groups(self.answer) == 1, "a source's answer", self.answer, ONE_GROUP)
+            require(groups(self.answer) == 1, "a source's answer", self.answer, ONE_GROUP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,12 +175,12 @@ class DataConfig:
     """Name -> source, in the order of their dataset_id."""
 
     def __post_init__(self) -> None:
-        _positive(self, "data", "seq_length", "probe")
-        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
-        _one_of("data.overlong", self.overlong, Overlong)
+        positive(self, "data", "seq_length", "probe")
+        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+        one_of("data.overlong", self.overlong, Overlong)
         if not self.template.endswith(JINJA_SUFFIXES):
-            _one_of("data.template", self.template, BuiltInTemplate)
-        _one_of("data.train_on", self.train_on, TrainOn)
+            one_of("data.template", self.template, BuiltInTemplate)
+        one_of("data.train_on", self.train_on, TrainOn)
 
     @property
     def probed(self) -> tuple[str, ...]:
@@ -249,13 +240,13 @@ class MixingConfig:
     """Strategies that are asked beside it and change nothing: a name, or {strategy: NAME, option: value}."""
 
     def __post_init__(self) -> None:
-        _one_of("mixing.signal", self.signal, SignalName)
-        _one_of("mixing.unit", self.unit, UnitName)
-        _one_of("mixing.probe_rows", self.probe_rows, ProbeRows)
-        _one_of("mixing.load_tokens", self.load_tokens, LoadTokens)
-        _one_of("mixing.load_mass", self.load_mass, LoadMass)
-        _positive(self, "mixing", "interval", "probe_tokens")
-        _require(self.min_tokens >= 0, "mixing.min_tokens", self.min_tokens, "0 or more")
+        one_of("mixing.signal", self.signal, SignalName)
+        one_of("mixing.unit", self.unit, UnitName)
+        one_of("mixing.probe_rows", self.probe_rows, ProbeRows)
+        one_of("mixing.load_tokens", self.load_tokens, LoadTokens)
+        one_of("mixing.load_mass", self.load_mass, LoadMass)
+        positive(self, "mixing", "interval", "probe_tokens")
+        require(self.min_tokens >= 0, "mixing.min_tokens", self.min_tokens, "0 or more")
         options = complete_options(self.strategy, self.options, "mixing")
         if self.strategy_options and not is_own(self.strategy):
             raise InputError(
@@ -306,23 +297,27 @@ class TrainingConfig:
     """Length, batch and precision."""
 
     train_iters: int | None = None
+    """Iterations of the run."""
     micro_batch_size: int = 1
+    """Rows that a rank runs at a time."""
     global_batch_size: int | None = None
+    """Rows of an iteration, over all ranks."""
     rampup_batch_size: tuple[int, ...] | None = None
     """Start, increment and samples: the batch grows to `global_batch_size` over so many samples."""
     seed: int = 1234
+    """Of the initial weights, dropout, and the order of the samples."""
     bf16: bool = False
     """Parameters and activations in bfloat16, master weights and gradients in float32."""
     nonfinite: Nonfinite = "stop"
     """At a loss or gradient that is not finite: stop at the last good state, or skip the batch."""
 
     def __post_init__(self) -> None:
-        _positive(self, "training", "train_iters", "micro_batch_size", "global_batch_size")
+        positive(self, "training", "train_iters", "micro_batch_size", "global_batch_size")
         ramp = self.rampup_batch_size
         good = ramp is None or (len(ramp) == 3 and min(ramp) > 0)
-        _require(good, "training.rampup_batch_size", ramp, "START INCREMENT SAMPLES, each 1 or more")
-        _require(self.seed >= 0, "training.seed", self.seed, "0 or more")
-        _one_of("training.nonfinite", self.nonfinite, Nonfinite)
+        require(good, "training.rampup_batch_size", ramp, "START INCREMENT SAMPLES, each 1 or more")
+        require(self.seed >= 0, "training.seed", self.seed, "0 or more")
+        one_of("training.nonfinite", self.nonfinite, Nonfinite)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,21 +325,26 @@ class OptimizerConfig:
     """Learning rate and its schedule; any field of Megatron-Core's `OptimizerConfig` may stand beside."""
 
     lr: float = 2.0e-5
+    """Highest learning rate, reached after the warm-up."""
     min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
     lr_decay_style: DecayStyle = "cosine"
+    """Shape of the decay."""
     lr_decay_iters: int | None = None
     """Iterations until `min_lr`; `train_iters` if not given."""
     lr_warmup_iters: int = 0
+    """Iterations over which the learning rate rises from 0."""
     weight_decay: float = 0.0
+    """Decoupled, as AdamW's; norms and biases have none."""
     megatron: Mapping[str, Any] = field(default_factory=dict)
     """Fields of Megatron-Core's `OptimizerConfig`."""
 
     def __post_init__(self) -> None:
-        _positive(self, "optimizer", "lr", "lr_decay_iters")
-        _require(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"from 0 to lr ({self.lr})")
-        _require(self.lr_warmup_iters >= 0, "optimizer.lr_warmup_iters", self.lr_warmup_iters, "0 or more")
-        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
-        _one_of("optimizer.lr_decay_style", self.lr_decay_style, DecayStyle)
+        positive(self, "optimizer", "lr", "lr_decay_iters")
+        require(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"from 0 to lr ({self.lr})")
+        require(self.lr_warmup_iters >= 0, "optimizer.lr_warmup_iters", self.lr_warmup_iters, "0 or more")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        one_of("optimizer.lr_decay_style", self.lr_decay_style, DecayStyle)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,10 +361,14 @@ class CheckpointConfig:
     """Checkpoints that are kept, the newest ones; all if not given."""
     on_save_error: OnSaveError = "stop"
     """What a checkpoint that cannot be written does to the run; the last one always ends it."""
+    save_hf: SaveHF | None = None
+    """Write the model as a Hugging Face folder too: at the end of the run, or with every checkpoint."""
 
     def __post_init__(self) -> None:
-        _positive(self, "checkpoint", "save_interval", "keep_last")
-        _one_of("checkpoint.on_save_error", self.on_save_error, OnSaveError)
+        if self.save_hf is not None:
+            one_of("checkpoint.save_hf", self.save_hf, SaveHF)
+        positive(self, "checkpoint", "save_interval", "keep_last")
+        one_of("checkpoint.on_save_error", self.on_save_error, OnSaveError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,9 +377,13 @@ class LoggingConfig:
 
     log_interval: int = 10
     """Iterations between two log lines."""
+    wandb_project: str | None = None
+    """Project on Weights & Biases that gets the numbers too; needs the extra `wandb`."""
+    wandb_exp_name: str | None = None
+    """Name of the run there; that of its directory if not given."""
 
     def __post_init__(self) -> None:
-        _positive(self, "logging", "log_interval")
+        positive(self, "logging", "log_interval")
 
 
 @dataclass(frozen=True, kw_only=True)

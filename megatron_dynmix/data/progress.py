@@ -1,4 +1,4 @@
-"""How far `prepare` has come: a bar on a terminal, now and then a line elsewhere."""
+"""How far a long command has come: a bar on a terminal, now and then a line elsewhere."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class Progress:
-    """Shows how much of a source is done, on standard error."""
+    """Shows how much is done, on standard error."""
 
     def __init__(self, name: str, total_bytes: int | None) -> None:
         """``total_bytes`` is None where it is not known, as of compressed files."""
@@ -37,12 +37,13 @@ class Progress:
         """Take the bar away."""
         self._bar.close()
 
-    def advance(self, done_bytes: int, examples: int) -> None:
-        """Tell that so many more bytes of the input became so many examples."""
+    def advance(self, done_bytes: int, examples: int = 0) -> None:
+        """Tell that so many more bytes are done, of which so many examples came."""
         self._done += done_bytes
         self._examples += examples
         self._bar.update(done_bytes)
         if self._bar.disable and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             far = f"{self._done / self._total:.0%}" if self._total else f"{self._done >> 20} MiB"
-            print(f"{self._name}: {far}, {self._examples} examples", file=sys.stderr, flush=True)
+            made = f", {self._examples} examples" if self._examples else ""
+            print(f"{self._name}: {far}{made}", file=sys.stderr, flush=True)

@@ -2,7 +2,7 @@
 
 This is the only place of the project that asks. `start` must run before the first import of
 `megatron.core`, in every process; on a host without CUDA it installs the stand-ins of `cpu.py`, on a
-host with CUDA it changes nothing.
+host with CUDA it changes nothing but one wrong flag where Transformer Engine is missing.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def _cuda() -> Platform:
         )
     device = torch.device("cuda", local_rank)
     with_te = importlib.util.find_spec("transformer_engine") is not None
+    if not with_te:
+        _correct_latent_attention()
     return Platform(device=device, backend="nccl", transformer_engine=with_te)
 
 
@@ -87,7 +89,18 @@ def _cpu() -> Platform:
     from megatron_dynmix.platform import cpu
 
     cpu.install()
+    _correct_latent_attention()
     return Platform(device=torch.device("cpu"), backend="gloo", transformer_engine=False)
+
+
+def _correct_latent_attention() -> None:
+    """Tell Megatron-Core's latent attention that there is no Transformer Engine.
+
+    It takes it to be there wherever names can be imported, and then asks for the type None.
+    """
+    import megatron.core.transformer.multi_latent_attention as latent
+
+    latent.HAVE_TE = False
 
 
 def rendezvous(timeout_minutes: float) -> torch.distributed.Store:

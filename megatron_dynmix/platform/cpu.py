@@ -113,6 +113,9 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 def _redirect_tensor_factories() -> None:
     # A TorchFunctionMode would be tidier, but it is off inside backward().
+    # `with torch.device(...)` knows the factories by identity, from the first time it is asked: ask before
+    # they are wrapped, or models that are built on the meta device are built on the CPU.
+    torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self

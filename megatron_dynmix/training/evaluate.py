@@ -19,6 +19,7 @@ from torch.utils.data import default_collate
 from megatron_dynmix import platform
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import load_config
+from megatron_dynmix.config.megatron import STAGE_SETTINGS
 from megatron_dynmix.config.tree import ParallelConfig
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.tokenizer import Tokenizer, load_tokenizer
@@ -33,11 +34,6 @@ from megatron_dynmix.training.step import PassRunner, SourceStats
 from megatron_dynmix.training.trainer import seed_iteration
 
 EVALUATION = "evaluation.json"
-STAGE_SETTINGS = (
-    *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"),
-    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
-)
-"""Settings of the model section that speak of pipeline stages."""
 MOST_NATS = 700.0
 """The perplexity of a higher loss is no number that a float can hold."""
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict
+from megatron_dynmix.config.shape import other_shape
 from megatron_dynmix.config.tree import MixingConfig
 from megatron_dynmix.data.source_report import SourceReport
 from megatron_dynmix.errors import InputError
@@ -20,13 +21,6 @@ from megatron_dynmix.training.source_change import differences as source_differe
 
 Resume = Literal["no", "must", "auto"]
 
-# Settings of the model section that decide which tensors a checkpoint holds.
-SHAPE = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "moe_ffn_hidden_size", "num_attention_heads"),
-    *("num_query_groups", "kv_channels", "num_moe_experts", "moe_layer_freq", "vocab_size"),
-    *("moe_shared_expert_intermediate_size", "qk_layernorm", "qk_layernorm_full_width", "normalization"),
-    *("gated_linear_unit", "add_bias_linear", "untie_embeddings_and_output_weights"),
-)
 # Settings that decide the order of the rows; the state of the mix is that of one order.
 ORDER = (
     ("training", "seed"),
@@ -58,6 +52,11 @@ def identity(config: RunConfig, reports: Sequence[SourceReport]) -> dict[str, An
 def has_checkpoint(run_dir: Path) -> bool:
     """Whether a run directory holds a checkpoint to go on from."""
     return restore_point.has_checkpoint(run_dir / "checkpoints")
+
+
+def begins(run_dir: Path, resume: Resume) -> bool:
+    """Whether a run begins, rather than going on from a checkpoint."""
+    return resume == "no" or not has_checkpoint(run_dir)
 
 
 def check_run_dir(run_dir: Path, resume: Resume) -> None:
@@ -116,7 +115,7 @@ def check_resume(
         InputError: a change that the run cannot go on with.
 
     """
-    if resume == "no" or not has_checkpoint(run_dir):
+    if begins(run_dir, resume):
         return []
     source = source or restore_point.newest_good(run_dir / "checkpoints").source
     saved, now = read_run_state(source), identity(config, reports)
@@ -206,7 +205,7 @@ def check_pretrained(config: RunConfig) -> None:
 
 
 def _check_shape(saved: dict[str, Any], now: dict[str, Any], source: Path) -> None:
-    differing = [name for name in SHAPE if saved.get(name) != now.get(name)]
+    differing = other_shape(saved, now)
     if differing:
         changes = ", ".join(f"{name} {saved.get(name)} (now {now.get(name)})" for name in differing)
         raise InputError(f"{source} holds another model: {changes}; give the model it was trained with")

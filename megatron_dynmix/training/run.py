@@ -20,7 +20,6 @@ from megatron_dynmix import platform
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.check import check_run, check_tokenizer
 from megatron_dynmix.config.host import Host, check_host
-from megatron_dynmix.config.load import to_yaml
 from megatron_dynmix.config.megatron import micro_batch_group, moe_layers, transformer_config
 from megatron_dynmix.data.loader import BlendLoader
 from megatron_dynmix.data.rows import PackedRows
@@ -29,9 +28,11 @@ from megatron_dynmix.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dynmix.errors import TrainingStopped
 from megatron_dynmix.moe.counter import GateLoadCounter
 from megatron_dynmix.moe.router import attach_counter
-from megatron_dynmix.monitor.metrics import MetricsWriter
+from megatron_dynmix.monitor.live_line import LiveLine
 from megatron_dynmix.training.checkpointing import restore_point
-from megatron_dynmix.training.checkpointing.checkpoint import Checkpointer, write_atomically
+from megatron_dynmix.training.checkpointing.checkpoint import Checkpointer
+from megatron_dynmix.training.hugging_face import check_load_hf
+from megatron_dynmix.training.hugging_face_export import check_save_hf
 from megatron_dynmix.training.job.heartbeat import heartbeat_of_job
 from megatron_dynmix.training.job.signals import StopRequest
 from megatron_dynmix.training.mix import (
@@ -46,9 +47,11 @@ from megatron_dynmix.training.model.gpt import build_model
 from megatron_dynmix.training.model.layer_spec import joins_rows
 from megatron_dynmix.training.optimizer import build_optimizer
 from megatron_dynmix.training.probe import Probe
+from megatron_dynmix.training.records import open_writer
 from megatron_dynmix.training.report import report_start
 from megatron_dynmix.training.resume import (
     Resume,
+    begins,
     check_pretrained,
     check_resume,
     check_run_dir,
@@ -56,6 +59,7 @@ from megatron_dynmix.training.resume import (
     identity,
 )
 from megatron_dynmix.training.reweighting import MixingError, Reweighting, start_weights
+from megatron_dynmix.training.run_events import recorded
 from megatron_dynmix.training.sources import build_blend, build_rows, prepare_sources
 from megatron_dynmix.training.start import restore
 from megatron_dynmix.training.step import PassRunner
@@ -77,8 +81,14 @@ class Data:
         return np.array([len(rows) for rows in self.train], np.int64)
 
 
-def check_before_start(config: RunConfig, world_size: int) -> Tokenizer:
+def check_before_start(config: RunConfig, world_size: int, *, fresh: bool = True) -> Tokenizer:
     """Everything that can be refused without a process group or a model; returns the tokenizer.
+
+    Args:
+        config: the resolved configuration.
+        world_size: ranks it is to run on.
+        fresh: whether the run begins, and so with weights of its own or of another; what it would have begun
+            with need not be there any more when it goes on.
 
     Raises:
         InputError: what is wrong.
@@ -89,7 +99,9 @@ def check_before_start(config: RunConfig, world_size: int) -> Tokenizer:
     check_mix(config, len(moe_layers(transformer_config(config))))
     tokenizer = load_tokenizer(config.data.tokenizer or "", trust_remote_code=config.data.trust_remote_code)
     check_tokenizer(config, tokenizer.vocab_size)
-    check_pretrained(config)
+    if fresh:
+        check_load_hf(config)
+        check_pretrained(config)
     return tokenizer
 
 
@@ -99,6 +111,7 @@ def _host() -> Host:
         cuda=here.device.type == "cuda",
         transformer_engine=here.transformer_engine,
         deep_ep=importlib.util.find_spec("deep_ep") is not None,
+        wandb=importlib.util.find_spec("wandb") is not None,
     )
 
 
@@ -123,8 +136,10 @@ def train(
 
     """
     here = platform.start()
-    tokenizer = check_before_start(config, int(os.environ.get("WORLD_SIZE", "1")))
+    fresh = begins(run_dir, resume)
+    tokenizer = check_before_start(config, int(os.environ.get("WORLD_SIZE", "1")), fresh=fresh)
     check_run_dir(run_dir, resume)
+    check_save_hf(config, run_dir)
     # Before the ranks wait for one another: nothing can be refused after that, and preparing takes its time.
     data = read_data(config, tokenizer)
     changes = check_resume(config, data.reports, run_dir, resume, allow_source_change=allow_source_change)
@@ -148,7 +163,8 @@ def train(
         if torch.distributed.get_rank() == 0:
             report_start(config, data, tokenizer, run_dir, changes, notes)
         trainer = build_trainer(config, run_dir, data, here, resume=resume, source=source)
-        trainer.fit(stop, heartbeat)
+        with recorded(run_dir, trainer.progress, resumed=source is not None, notes=[*changes, *notes]):
+            trainer.fit(stop, heartbeat)
     return trainer
 
 
@@ -225,10 +241,11 @@ def build_trainer(
         scheduler=scheduler,
         keep_last=config.checkpoint.keep_last,
     )
-    say = _say if rank0 else _silent
     mine = identity(config, data.reports)
+    say = _say if rank0 else _silent
     start = restore(config, checkpointer, reweighting, mine["fingerprints"], say, source)
     iteration = start.progress.iteration
+    live = LiveLine(tuple(config.data.sources), config.training.train_iters or 0, iteration, silent=not rank0)
     # A run that died before its first checkpoint begins again: its records are those of no state.
     keep_until = None if resume == "no" else iteration if source else -1
     trainer = Trainer(
@@ -244,12 +261,12 @@ def build_trainer(
         ),
         reweighting=reweighting,
         checkpointer=checkpointer,
-        writer=_open_writer(config, run_dir, keep_until) if rank0 else None,
+        writer=open_writer(config, run_dir, data, resume_iteration=keep_until) if rank0 else None,
         identity=mine,
         progress=start.progress,
         interval=start.interval,
         drawn=start.drawn,
-        say=say,
+        live=live,
     )
     if source is None:
         trainer.record_stage("start", 0)
@@ -323,14 +340,6 @@ def build_runner(config: RunConfig, num_sources: int, here: platform.Platform) -
         join_rows=joins_rows(here.transformer_engine, transformer.context_parallel_size),
         micro_batch_group=micro_batch_group(transformer),
     )
-
-
-def _open_writer(config: RunConfig, run_dir: Path, resume_iteration: int | None) -> MetricsWriter:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / "config.yaml", to_yaml(config))
-    writer = MetricsWriter(run_dir, tuple(config.data.sources), resume_iteration=resume_iteration)
-    writer.text("config", f"```yaml\n{to_yaml(config)}```")
-    return writer
 
 
 def _say(text: str) -> None:

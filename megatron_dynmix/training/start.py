@@ -1,4 +1,4 @@
-"""Where a run starts: at its checkpoint, at another run's weights, or at nothing."""
+"""Where a run starts: at its checkpoint, at another run's weights, at a Hugging Face model, or at nothing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from megatron_dynmix.config import RunConfig
 from megatron_dynmix.monitor.logline import loaded_line, loading_line
 from megatron_dynmix.training.checkpointing import restore_point
 from megatron_dynmix.training.checkpointing.checkpoint import Checkpointer
+from megatron_dynmix.training.hugging_face import load_hugging_face
+from megatron_dynmix.training.hugging_face_export import keep_origin
 from megatron_dynmix.training.ledger.lines import DrawnSamples
 from megatron_dynmix.training.progress import LogInterval, Progress
 from megatron_dynmix.training.reweighting import Reweighting
@@ -68,6 +70,9 @@ def restore(
     if config.checkpoint.pretrained_checkpoint is not None:
         pretrained = restore_point.verified(Path(config.checkpoint.pretrained_checkpoint))
         checkpointer.load_weights(restore_point.exact(pretrained))
+    elif config.model.load_hf is not None:
+        load_hugging_face(config, checkpointer, say)
+    keep_origin(config, checkpointer.directory)
     num_sources = len(config.data.sources)
     return Start(
         Progress(0, 0, torch.zeros(num_sources, dtype=torch.float64)),

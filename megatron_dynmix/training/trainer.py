@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +27,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.data.loader import BlendLoader
 from megatron_dynmix.errors import StoppedOnRequest, TrainingStopped
+from megatron_dynmix.monitor.live_line import LiveLine
 from megatron_dynmix.monitor.logline import (
     mixing_table,
     source_loss_line,
@@ -65,7 +66,7 @@ class Trainer:
         progress: Progress,
         interval: LogInterval,
         drawn: DrawnSamples,
-        say: Callable[[str], None],
+        live: LiveLine,
     ) -> None:
         self.config = config
         self.run = run
@@ -80,8 +81,9 @@ class Trainer:
         self._interval = interval
         self._drawn = drawn
         self._schedule = BatchSchedule.of(config.training)
-        self.say = say
-        self.saving = Saving(config, checkpointer, say)
+        self.live = live
+        self.say = live.say
+        self.saving = Saving(config, checkpointer, live.say)
         self._grad_norm = math.nan
 
     def fit(self, stop: StopRequest, heartbeat: Heartbeat) -> None:
@@ -109,6 +111,7 @@ class Trainer:
         self._close()
 
     def _close(self) -> None:
+        self.live.close()
         if self.writer is not None:
             self.writer.close()
 
@@ -156,8 +159,11 @@ class Trainer:
         self._drawn.fold(micro_batches, progress.consumed_samples)
         progress.iteration += 1
         progress.consumed_samples += batch_size
+        seconds = time.perf_counter() - start
         self._interval.iterations += 1
-        self._interval.seconds += time.perf_counter() - start
+        self._interval.seconds += seconds
+        tokens = float(stats.tokens_D.sum())
+        self.live.step(stats.lm_loss, tokens / seconds, self.reweighting.blend.weights_D)
         return stopping
 
     def _step(self, stats: SourceStats) -> None:

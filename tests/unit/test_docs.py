@@ -1,29 +1,65 @@
 """README and docs say what is true: commands parse, files named exist, the file tree is the package's."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
-import yaml
 
 from megatron_dynmix.cli import _parser
+from tests.docs_blocks import NEEDS, PAGES, SERVED, TAKES, all_blocks, blocks_of
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BASH = [block for block in all_blocks() if block.language == "bash"]
 
 
-def blocks(path, language):
-    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), re.DOTALL)
+def page_of(path):
+    return str(path.relative_to(ROOT))
 
 
 def commands():
-    for path in DOCS:
-        for block in blocks(path, "bash"):
-            for line in block.replace("\\\n", " ").splitlines():
-                if line.strip() and not line.startswith("#"):
-                    yield shlex.split(line, comments=True)
+    for block in BASH:
+        for line in block.text.replace("\\\n", " ").splitlines():
+            if line.strip() and not line.startswith("#"):
+                yield shlex.split(line, comments=True)
+
+
+@pytest.mark.parametrize("block", BASH, ids=lambda block: f"{block.page}:{block.line}")
+def test_a_block_of_commands_is_run_or_says_why_not(block):
+    if block.mark is None:
+        return  # tests/functional/test_docs_commands.py
+    kind, reasons = block.mark
+    if kind == "tested by":
+        assert (ROOT / reasons).is_file() and f"{ROOT / reasons}".startswith(f"{ROOT / 'tests'}/")
+    else:
+        known = {"needs": NEEDS, "takes": TAKES, "runs until": {SERVED}}[kind]
+        assert set(reasons.split(", ")) <= known
+
+
+def test_marks_stand_above_commands_and_commands_are_called_bash():
+    for path in PAGES:
+        text, blocks = path.read_text(), blocks_of(path)
+        marked = [block for block in blocks if block.mark and block.language == "bash"]
+        of_page = text.startswith("<!-- ")
+        assert of_page or len(marked) == len(re.findall("^<!-- ", text, re.MULTILINE)), path
+        assert {block.language for block in blocks} <= {
+            "",
+            "bash",
+            "python",
+            "yaml",
+            "json",
+            "text",
+            "{toctree}",
+        }, path
+
+
+def test_every_page_is_in_the_index():
+    index = blocks_of(ROOT / "docs/index.md")
+    listed = [line for block in index for line in block.text.splitlines() if line and line[0] != ":"]
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert sorted(listed) == sorted(pages)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +75,7 @@ def test_make_targets_in_the_docs_exist(target):
     assert re.search(rf"^{target}\b.*:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=page_of)
 def test_links_in_the_docs_lead_somewhere(path):
     for link in re.findall(r"\]\((?!https?://)([^)#]+)", path.read_text()):
         assert (path.parent / link).exists(), link
@@ -48,17 +84,17 @@ def test_links_in_the_docs_lead_somewhere(path):
 def test_yaml_in_the_readme_is_a_valid_configuration(tmp_path):
     from megatron_dynmix.config.load import load_config
 
-    (block,) = blocks(ROOT / "README.md", "yaml")
-    assert yaml.safe_load(block)
-    (tmp_path / "RUN.yaml").write_text(block)
+    (block,) = (block for block in blocks_of(ROOT / "README.md") if block.language == "yaml")
+    (tmp_path / "RUN.yaml").write_text(block.text)
     config = load_config(tmp_path / "RUN.yaml")
     assert list(config.data.sources) == ["chat", "math", "code"]
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=page_of)
 def test_python_in_the_docs_runs(path):
-    for block in blocks(path, "python"):
-        exec(compile(block, str(path), "exec"), {})
+    for block in blocks_of(path):
+        if block.language == "python":
+            exec(compile(block.text, str(path), "exec"), {})
 
 
 def test_file_tree_in_the_architecture_is_the_package():
@@ -81,3 +117,10 @@ def test_file_tree_in_the_architecture_is_the_package():
 
 def test_readme_is_short():
     assert len(README.splitlines()) < 150
+
+
+def test_page_of_all_settings_is_up_to_date():
+    """Also that every setting has a meaning: the page cannot be made without."""
+    reference = runpy.run_path(str(ROOT / "tools/config_reference.py"))["reference"]
+    page = (ROOT / "docs/configuration.md").read_text()
+    assert page == reference(), "python tools/config_reference.py docs/configuration.md"

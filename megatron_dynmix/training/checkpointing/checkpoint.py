@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -26,6 +29,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_dynmix.convert.tensors import Tensors
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.training.checkpointing.agreement import RankFailure, together
 from megatron_dynmix.training.checkpointing.checksums import (
@@ -38,6 +42,7 @@ from megatron_dynmix.training.checkpointing.checksums import (
     read_checksums,
 )
 from megatron_dynmix.training.checkpointing.shards import ShardWriter
+from megatron_dynmix.training.checkpointing.slices import fill
 from megatron_dynmix.training.model.gpt import unwrap
 from megatron_dynmix.training.optimizer import (
     load_optimizer_state,
@@ -48,6 +53,8 @@ from megatron_dynmix.training.optimizer import (
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_STATE = "run_state.json"
+EXTRA_STATE = "._extra_state"
+"""End of the names under which modules of Transformer Engine keep what is no tensor."""
 FORMAT_VERSION = 2
 
 
@@ -168,10 +175,10 @@ class Checkpointer:
             sums[name] = checksum(staging / name)
         write_atomically(staging / CHECKSUMS, checksums_text(sums))
         # That iteration may have a folder: a damaged one, or one of a run that was set back before it.
-        replaced = [_set_aside(final)]
+        replaced = [set_aside(final)]
         staging.rename(final)
         # Before the tracker comes to stand above them, or a later run might go on from one of them.
-        replaced += [_set_aside(folder_of(self.directory, n)) for n in self._abandoned(pending.iteration)]
+        replaced += [set_aside(folder_of(self.directory, n)) for n in self._abandoned(pending.iteration)]
         sync(self.directory)
         write_atomically(self.directory / TRACKER, str(pending.iteration))
         for folder in replaced:
@@ -195,7 +202,7 @@ class Checkpointer:
             if old >= min(kept, default=0) or old == protected:
                 continue
             with contextlib.suppress(OSError):  # what is whole is whole: a folder too many ends no run
-                shutil.rmtree(_set_aside(folder_of(self.directory, old)), ignore_errors=True)
+                shutil.rmtree(set_aside(folder_of(self.directory, old)), ignore_errors=True)
 
     def _abandon(self, writing: TemporalAsyncCaller, staging: Path) -> None:
         """Leave nothing of a checkpoint that is not to be: on another rank it may be written still."""
@@ -243,16 +250,36 @@ class Checkpointer:
     def load_weights(self, source: Path) -> None:
         """Start from the weights of a checkpoint; optimizer, schedule and mix begin afresh.
 
+        What Transformer Engine keeps beside the weights need not be in it: a converted one has none.
+
         Raises:
             InputError: a checkpoint that does not fit the model.
 
         """
-        self._load_chunks(_load(self._model_state(), source))
+        held = load_sharded_metadata(str(source))
+
+        def is_absent(item: Any) -> bool:
+            return isinstance(item, ShardedObject) and item.unique_key not in held
+
+        _, present = extract_matching_values(self._model_state(), is_absent)
+        self._load_chunks(_load(present, source))
+        self.optimizer.reload_model_params()
+
+    def load_tensors(self, tensors: Tensors) -> None:
+        """Start from tensors that are laid out as in a checkpoint; of each only this rank's slice is read.
+
+        Raises:
+            RankFailure: on every rank, if one cannot read its slices.
+
+        """
+        fill([chunk for _, chunk in self._chunks()], tensors)
         self.optimizer.reload_model_params()
 
     def _load_chunks(self, loaded: dict[str, Any]) -> None:
         for key, chunk in self._chunks():
-            chunk.load_state_dict(loaded[key])
+            missing, unexpected = chunk.load_state_dict(loaded[key], strict=False)
+            wrong = [name for name in missing if not name.endswith(EXTRA_STATE)] + unexpected
+            assert not wrong, f"a checkpoint that fits has all weights and no others: {wrong}"
 
     def _chunks(self) -> list[tuple[str, GPTModel]]:
         """The model's chunks under Megatron-LM's names: `model`, or `model0`, `model1`, ..."""
@@ -283,7 +310,7 @@ def _load(state: dict[str, Any], source: Path) -> dict[str, Any]:
         ) from error
 
 
-def _set_aside(folder: Path) -> Path:
+def set_aside(folder: Path) -> Path:
     """Take a checkpoint's name away before its files: a crash leaves no half of it that looks whole."""
     aside = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(aside, ignore_errors=True)

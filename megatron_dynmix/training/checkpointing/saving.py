@@ -15,6 +15,7 @@ from megatron_dynmix.errors import TrainingStopped
 from megatron_dynmix.monitor.logline import saved_line, saving_line
 from megatron_dynmix.training.checkpointing.agreement import RankFailure
 from megatron_dynmix.training.checkpointing.checkpoint import TRACKER, Checkpointer, folder_of
+from megatron_dynmix.training.hugging_face_export import export
 
 
 class Saving:
@@ -90,6 +91,33 @@ class Saving:
             tp_size, pp_size = size("tensor_model_parallel_size"), size("pipeline_model_parallel_size")
             directory = self.checkpointer.directory
             self.say(saved_line(iteration, directory, datetime.now(), tp_size=tp_size, pp_size=pp_size))
+            self._export(iteration)
+
+    def _export(self, iteration: int) -> None:
+        """Write a checkpoint that is whole for Hugging Face too, if the configuration asks for that.
+
+        Raises:
+            TrainingStopped: it could not be written.
+
+        """
+        save_hf, total = self.config.checkpoint.save_hf, self.config.training.train_iters
+        if save_hf is None or (save_hf == "end" and iteration != total):
+            return
+        checkpoint = folder_of(self.checkpointer.directory, iteration)
+        destination = folder_of(self.checkpointer.directory.parent / "hugging_face", iteration)
+        try:
+            export(checkpoint, destination)
+        except RankFailure as failure:
+            text = (
+                f"{destination} could not be written: {failure} ({_free(self.checkpointer.directory)}). "
+                f"{checkpoint} is whole; `megatron-dynmix convert megatron-to-hf {checkpoint} DIR` makes the "
+                "folder from it"
+            )
+            if iteration == total or self.config.checkpoint.on_save_error == "stop":
+                raise TrainingStopped(text if torch.distributed.get_rank() == 0 else "") from None
+            self.say(f"{text}; the run goes on, as on_save_error is continue")
+            return
+        self.say(f"  successfully saved {destination}")
 
     def fall_back(self, iteration: int) -> Path | None:
         """Make the newest good checkpoint the one that is resumed from, as the state of now may be broken.

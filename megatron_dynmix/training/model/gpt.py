@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -11,24 +15,60 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.megatron import ddp_config, padded_vocab_size
+from megatron_dynmix.moe.mlp_router import MlpRouter
 from megatron_dynmix.moe.router import GateLoadRouter
 from megatron_dynmix.platform import Platform
+from megatron_dynmix.training.model.frozen import finalize_without_expert_gates, freeze_router
 from megatron_dynmix.training.model.layer_spec import decoder_spec
+
+
+class RealVocabularyGPT(GPTModel):
+    """Megatron-Core's GPT, whose loss knows that the rows which pad the vocabulary are no tokens.
+
+    Megatron-Core lets them take part in the softmax, so its loss, and what is learnt, depend on how far the
+    vocabulary is padded, and so on the tensor-parallel size.
+    """
+
+    def __init__(self, *args: Any, real_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.real_vocab_size = real_vocab_size
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Cross entropy over the real vocabulary; the padding's share of `logits` is overwritten.
+
+        Args:
+            labels: `[B, S]`.
+            logits: `[S, B, V]`, where V is this tensor-parallel rank's equal part of the padded vocabulary.
+
+        Returns:
+            `[B, S]`, in nats.
+
+        """
+        first = self.tp_group.rank() * logits.shape[-1]
+        if first + logits.shape[-1] > self.real_vocab_size:
+            # Not -inf: a fused kernel may take the difference of two logits of a rank that has only padding.
+            # Past autograd: the softmax is 0 there and so is the gradient, and no copy of either is made.
+            lowest = torch.finfo(logits.dtype).min
+            logits.detach()[..., max(0, self.real_vocab_size - first) :] = lowest
+        return super().compute_language_model_loss(labels, logits)
 
 
 def build_gpt(
     config: RunConfig, transformer: TransformerConfig, transformer_engine: bool, vp_stage: int | None = None
-) -> GPTModel:
+) -> RealVocabularyGPT:
     """Build one (virtual) pipeline stage's part of the model, in the parameters' own precision."""
     spec = decoder_spec(
         transformer,
         transformer_engine=transformer_engine,
         qk_layernorm_full_width=config.model.qk_layernorm_full_width,
+        router=_router(config),
         vp_stage=vp_stage,
     )
-    return GPTModel(
+    assert config.model.vocab_size is not None, "the preset gives one"
+    return RealVocabularyGPT(
         transformer,
         spec,
+        real_vocab_size=config.model.vocab_size,
         vocab_size=padded_vocab_size(config),
         max_sequence_length=config.model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -38,6 +78,12 @@ def build_gpt(
         rotary_base=config.model.rotary_base,
         vp_stage=vp_stage,
     )
+
+
+def _router(config: RunConfig) -> Callable[..., GateLoadRouter]:
+    if config.model.router_network == "mlp":
+        return functools.partial(MlpRouter, noise=config.model.router_noise)
+    return GateLoadRouter
 
 
 def build_model(
@@ -67,7 +113,9 @@ def build_model(
     if ddp.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         transformer.no_sync_func = no_sync if virtual_stages else no_sync[0]
-    transformer.finalize_model_grads_func = finalize_model_grads
+    transformer.finalize_model_grads_func = (
+        finalize_without_expert_gates if config.model.freeze_expert_gate else finalize_model_grads
+    )
     return chunks
 
 
@@ -76,11 +124,3 @@ def unwrap(model: torch.nn.Module) -> GPTModel:
     while hasattr(model, "module"):
         model = model.module
     return model
-
-
-def freeze_router(model: torch.nn.Module) -> None:
-    """Keep every router's weights as they are; experts and all else go on learning."""
-    for module in model.modules():
-        if isinstance(module, GateLoadRouter):
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(False)

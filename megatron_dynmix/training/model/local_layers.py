@@ -29,9 +29,16 @@ class SegmentAttention(DotProductAttention):
     """
 
     def __init__(
-        self, config: TransformerConfig, *args: Any, cp_comm_type: str | None = None, **kwargs: Any
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        cp_comm_type: str | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **kwargs: Any,
     ) -> None:
         # The parent refuses context parallelism, which it knows nothing of, and reads nothing else of it.
+        # Nor does it take the widths of latent attention's keys and values, which the tensors tell.
         alone = copy.copy(config)
         alone.context_parallel_size = 1
         super().__init__(alone, *args, **kwargs)

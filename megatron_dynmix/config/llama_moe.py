@@ -1,0 +1,89 @@
+"""What config.json of LLaMA-MoE v1 says in words of its own.
+
+Source: the configuration and modelling code published with the model (pjlab-sys4nlp/llama-moe).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_dynmix.errors import InputError
+
+Values = Mapping[str, Any]
+
+ONLY: dict[str, Any] = {
+    "gate_type": "TopKBalancedNoisyGate",
+    "gate_network": "mlp",
+    "gate_use_softmax": True,
+    "gate_noise_epsilon": 0.01,
+    "calculator_type": "UniversalCalculator",
+    "multiply_gate_scores": True,
+    "add_weight_norm": False,
+    "attention_bias": False,
+}
+"""Settings that `moe/mlp_router.py` computes with one value only, which is also their default."""
+
+
+def in_common_words(config: Values) -> dict[str, Any]:
+    """Say what `config` says of its experts as the other families do.
+
+    `intermediate_size` is the width of LLaMA's feed-forward layer, which the experts share out.
+
+    Raises:
+        InputError: experts that are not all of one size, or as many as there are.
+
+    """
+    said = dict(config)
+    width, experts = config.get("intermediate_size"), config.get("num_experts")
+    if isinstance(width, int) and isinstance(experts, int) and experts > 0:
+        each = config.get("size_experts")
+        equal = [[width // experts] * experts] * int(config.get("num_hidden_layers") or 0)
+        if width % experts or (each is not None and each != equal):
+            raise InputError(
+                f"intermediate_size is {width} and size_experts is {each!s:.60}: only {experts} experts of "
+                "one size, which share it out, can be run here"
+            )
+        said["intermediate_size"] = width // experts
+    if "num_selects" in config:
+        said["num_experts_per_tok"] = config["num_selects"]
+    return said
+
+
+def router_settings(config: Values) -> dict[str, Any]:
+    """Our settings of the router.
+
+    Raises:
+        InputError: a scale of the scores that is not the same number in every layer.
+
+    """
+    scale = config.get("score_scale_factor", 1.0)
+    scales = set(scale) if isinstance(scale, list) else {scale}
+    if len(scales) != 1 or not all(isinstance(item, int | float) and item > 0 for item in scales):
+        raise InputError(
+            f"score_scale_factor is {scale!s:.60}; only one positive number for all layers can be run here"
+        )
+    factor = float(scales.pop())
+    return {
+        "router_noise": "training" if config.get("gate_add_noise", True) else None,
+        "moe_router_topk_scaling_factor": None if factor == 1 else factor,
+    }
+
+
+def in_own_words(config: Values, settings: Values) -> dict[str, Any]:
+    """Undo `in_common_words`, and say what `router_settings` reads.
+
+    Args:
+        config: config.json as the other families have it.
+        settings: our `model` section.
+
+    """
+    said = {name: value for name, value in config.items() if name != "num_experts_per_tok"}
+    width, experts = config["intermediate_size"], config["num_experts"]
+    return said | {
+        "intermediate_size": width * experts,
+        "size_experts": [[width] * experts] * config["num_hidden_layers"],
+        "num_selects": config["num_experts_per_tok"],
+        "score_scale_factor": settings["moe_router_topk_scaling_factor"] or 1.0,
+        "gate_add_noise": settings["router_noise"] is not None,
+    }

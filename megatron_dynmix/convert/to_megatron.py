@@ -1,0 +1,186 @@
+"""A Megatron checkpoint (`torch_dist`) written part by part, as if each part were the file of one rank.
+
+What is written is read box by box, so memory does not grow with the model. While one part is written,
+threads take the checksums of those before.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_dynmix.convert.boxes import Box, boxes_of
+from megatron_dynmix.convert.staging import Staging
+from megatron_dynmix.convert.tensors import Tensors
+
+PART_BYTES = 512 << 20
+HASHING_THREADS = min(4, os.cpu_count() or 1)
+"""A processor without instructions for SHA-256 hashes more slowly than a disk writes."""
+PARTS_AHEAD = HASHING_THREADS + 1
+"""Parts that may wait for their checksums: they are read from memory then, not from the disk."""
+
+Checksum = tuple[int, str]
+Advance = Callable[[int], object]
+
+
+def write_checkpoint(
+    tensors: Tensors,
+    order: Callable[[Box], Any],
+    staging: Staging,
+    name: str,
+    *,
+    checksum: Callable[[Path], Checksum],
+    advance: Advance,
+) -> dict[str, Checksum]:
+    """Write the shards and the list of them into a folder of the staging; parts that are there stay.
+
+    Args:
+        tensors: the whole model under its Megatron names.
+        order: sorts the boxes, so that what they are made from is read from front to back.
+        staging: where.
+        name: the checkpoint's folder in it.
+        checksum: of a file that was just written.
+        advance: told of bytes that were written, or were there already.
+
+    Returns:
+        File of the folder -> its checksum.
+
+    Raises:
+        OSError: the disk is full, or fails.
+
+    """
+    folder = staging.folder / name
+    folder.mkdir(exist_ok=True)
+    writer = FileSystemWriter(folder, sync_files=False)  # the journal syncs them, beside the writing
+    parts = _parts(tensors, order)
+    plans = writer.prepare_global_plan([SavePlan([_item(tensors, box) for box in part]) for part in parts])
+    planner = _Reading(tensors, advance)
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        waiting: deque[Future[None]] = deque()
+        for part, plan in zip(parts, plans, strict=True):
+            file = f"{name}/{plan.storage_data.prefix}0.distcp"
+            if file in staging.finished:
+                advance(sum(box.nbytes for box in part))
+                continue
+            results = _write(writer, plan, planner)
+            waiting.append(pool.submit(_finish_part, staging, file, results, checksum))
+            while len(waiting) > PARTS_AHEAD:
+                waiting.popleft().result()
+        for future in waiting:
+            future.result()
+    done = [facts for file, facts in staging.finished.items() if file.startswith(f"{name}/")]
+    _write_list(writer, tensors, [box for part in parts for box in part], map(_results, done))
+    save_config(CheckpointingConfig("torch_dist"), str(folder))
+    torch.save({}, folder / COMMON_STATE_FNAME)
+    return {facts["items"][0][2]: tuple(facts["checksum"]) for facts in done}
+
+
+class _Reading(DefaultSavePlanner):
+    """Reads what an item is made of when it is its turn to be written."""
+
+    def __init__(self, tensors: Tensors, advance: Advance) -> None:
+        super().__init__()
+        self._tensors, self._advance = tensors, advance
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        assert write_item.tensor_data is not None, "every item is a tensor"
+        chunk = write_item.tensor_data.chunk
+        tensor = self._tensors.read(write_item.index.fqn, tuple(chunk.offsets), tuple(chunk.sizes))
+        self._advance(tensor.nbytes)
+        return tensor
+
+
+def _parts(tensors: Tensors, order: Callable[[Box], Any]) -> list[list[Box]]:
+    """Boxes in their order, as many together as make a part."""
+    boxes = sorted(
+        (
+            box
+            for name, shape in tensors.shapes.items()
+            for box in boxes_of(name, shape, tensors.dtypes[name].itemsize)
+        ),
+        key=order,
+    )
+    parts: list[list[Box]] = [[]]
+    size = 0
+    for box in boxes:
+        if parts[-1] and size + box.nbytes > PART_BYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(box)
+        size += box.nbytes
+    return parts
+
+
+def _item(tensors: Tensors, box: Box) -> WriteItem:
+    chunk = ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape))
+    return WriteItem(
+        MetadataIndex(box.name, box.offset),
+        WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk, TensorProperties(dtype=tensors.dtypes[box.name]), torch.Size(tensors.shapes[box.name])
+        ),
+    )
+
+
+def _write(writer: FileSystemWriter, plan: SavePlan, planner: _Reading) -> list[WriteResult]:
+    return writer.write_data(plan, planner).wait()
+
+
+def _finish_part(
+    staging: Staging, file: str, results: Sequence[WriteResult], checksum: Callable[[Path], Checksum]
+) -> None:
+    """Runs in a thread: checksum of a part while it is in memory, then its line in the journal."""
+    items = [
+        (
+            *(result.index.fqn, list(result.index.offset or ())),
+            *(result.storage_data.relative_path, result.storage_data.offset, result.storage_data.length),
+        )
+        for result in results
+    ]
+    staging.record(file, {"checksum": checksum(staging.folder / file), "items": items})
+
+
+def _results(facts: dict[str, Any]) -> list[WriteResult]:
+    """What a finished part's line in the journal says, as its writer said it."""
+    return [
+        WriteResult(MetadataIndex(name, offset), length, _StorageInfo(path, start, length))
+        for name, offset, path, start, length in facts["items"]
+    ]
+
+
+def _write_list(
+    writer: FileSystemWriter, tensors: Tensors, boxes: list[Box], results: Iterable[list[WriteResult]]
+) -> None:
+    """Write `.metadata`: the tensors, and where their boxes are."""
+    chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in tensors.shapes}
+    for box in boxes:
+        chunks[box.name].append(ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape)))
+    listed = {
+        name: TensorStorageMetadata(
+            TensorProperties(dtype=tensors.dtypes[name]), torch.Size(shape), chunks[name]
+        )
+        for name, shape in tensors.shapes.items()
+    }
+    writer.finish(Metadata(listed), list(results))
+    found = sum(math.prod(chunk.sizes) for item in listed.values() for chunk in item.chunks)
+    assert found == sum(map(math.prod, tensors.shapes.values())), "the boxes fill the tensors"

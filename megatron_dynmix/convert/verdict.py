@@ -1,0 +1,142 @@
+"""Whether two models hold the same numbers: checksums of values, whatever layout they lie in."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from megatron_dynmix.convert.blocks import WeightMap
+from megatron_dynmix.convert.boxes import Box, boxes_of, size_of
+from megatron_dynmix.convert.tensors import Tensors
+
+
+class Logits(Protocol):
+    """What running both models says."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether they answer alike, or could not be compared."""
+
+    def describe(self) -> str:
+        """One line for people."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupVerdict:
+    """The tensors of one kind, in what was read and in what was written."""
+
+    group: str
+    tensors: int
+    numbers: int
+    nbytes: int
+    read_sum: str
+    """SHA-256, in hex, over lines of name and CRC-32 of its Hugging Face tensors, sorted by name.
+
+    It is for people: whether values differ is found by comparing them.
+    """
+    written_sum: str
+    differing: tuple[str, ...]
+    """Hugging Face tensors whose values are not equal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What became of a model's tensors in a conversion."""
+
+    folder: Path
+    """Where what was written lies: under its final name only if nothing is wrong."""
+    read: int
+    """Tensors that were read."""
+    written: int
+    """Tensors that were written."""
+    dtype: str
+    """Type of most of the numbers that were written."""
+    computed: tuple[str, ...] = ()
+    """Tensors that are left out, because nothing in them was learnt."""
+    padding: str = "none"
+    """What became of the rows that pad the vocabulary."""
+    groups: Sequence[GroupVerdict] | None = None
+    """Values read back and compared; None if that was not wanted."""
+    logits: Logits | None = None
+    """What the comparison of logits says; None if it was not wanted."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know besides."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        logits = self.logits is None or self.logits.passed
+        return logits and not any(group.differing for group in self.groups or ())
+
+
+def compare_values(
+    read: Tensors, written: Tensors, weight_map: WeightMap, advance: Callable[[int], object]
+) -> list[GroupVerdict]:
+    """Read both models to the end, as Hugging Face tensors, and compare them bit for bit.
+
+    Args:
+        read: what a conversion was made of.
+        written: what it wrote, read back from the disk.
+        weight_map: names and kinds of the tensors.
+        advance: told of bytes that were compared.
+
+    Returns:
+        One verdict for each kind of tensors, in the order of the map.
+
+    """
+    found: dict[str, dict[str, _Compared]] = {}
+    with ThreadPoolExecutor(1) as pool:
+        for name in weight_map.hf_shapes:
+            kind = found.setdefault(weight_map.group_of(name), {})
+            kind[name] = _compare(pool, read, written, name)
+            advance(size_of(written, name))
+    return [
+        GroupVerdict(
+            group=group,
+            tensors=len(kind),
+            numbers=sum(math.prod(written.shapes[name]) for name in kind),
+            nbytes=sum(size_of(written, name) for name in kind),
+            read_sum=_combined({name: one.read_sum for name, one in kind.items()}),
+            written_sum=_combined({name: one.written_sum for name, one in kind.items()}),
+            differing=tuple(name for name, one in kind.items() if not one.equal),
+        )
+        for group, kind in found.items()
+    ]
+
+
+class _Compared(NamedTuple):
+    read_sum: int
+    written_sum: int
+    equal: bool
+
+
+def _compare(pool: Executor, read: Tensors, written: Tensors, name: str) -> _Compared:
+    """CRC-32 of a tensor's bytes on either side, in C order, and whether they are equal bit for bit."""
+    sums, equal = (0, 0), True
+    for box in boxes_of(name, written.shapes[name], written.dtypes[name].itemsize):
+        reading = pool.submit(_bytes, read, box)
+        two = _bytes(written, box)
+        one = reading.result()
+        equal = equal and np.array_equal(one, two)
+        sums = zlib.crc32(one.data, sums[0]), zlib.crc32(two.data, sums[1])
+    return _Compared(*sums, equal)
+
+
+def _bytes(tensors: Tensors, box: Box) -> np.ndarray:
+    """A box as bytes: numbers that are no numbers are equal to themselves then."""
+    numbers = tensors.read(box.name, box.offset, box.shape).contiguous()
+    return numbers.flatten().view(torch.uint8).numpy()
+
+
+def _combined(sums: dict[str, int]) -> str:
+    lines = "".join(f"{name} {checksum:08x}\n" for name, checksum in sorted(sums.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,0 +1,107 @@
+"""DeepSeek-V2 and V3 from a folder are the models of transformers: logits, gradients, in any layout.
+
+Axes: B rows, S positions, V vocabulary.
+"""
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from megatron_dynmix.config.shape import read_shape
+from megatron_dynmix.convert.families import weight_map
+from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
+from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
+from megatron_dynmix.convert.tensors import AsMegatron, InMemory
+from tests.deepseek_models import COMMON, MODELS, tiny_model
+from tests.distributed import convert_programs, programs
+from tests.distributed.conftest import SMALL
+from tests.distributed.layouts import PP2, TP2, ep, full
+from tests.distributed.ranks import run_ranks
+
+VOCAB = COMMON["vocab_size"]
+CORRECTION = "e_score_correction_bias"
+LAYOUTS = {
+    "EP2": (2, ep(2)),
+    "TP2": (2, TP2),
+    "PP2": (2, [*PP2, "--num-layers-in-first-pipeline-stage", "1"]),
+}
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: tiny_model(name) for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def folders(models, tmp_path_factory):
+    folders = {name: tmp_path_factory.mktemp("deepseek") for name in MODELS}
+    for name, folder in folders.items():
+        models[name].save_pretrained(folder)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def rows_BS():
+    torch.manual_seed(5)
+    return torch.randint(VOCAB, (2, 25))  # past where YaRN's original positions end
+
+
+@pytest.fixture(scope="module")
+def expected(models, folders, rows_BS):
+    """Name -> logits [B, S, V], and gradients under the names of a checkpoint."""
+    found = {}
+    for name, model in models.items():
+        logits_BSV = model.eval()(rows_BS[:, :-1]).logits
+        torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), rows_BS[:, 1:].flatten()).backward()
+        gradients = {
+            key: torch.zeros_like(values) if values.grad is None else values.grad
+            for key, values in [*model.named_parameters(), *model.named_buffers()]
+            if CORRECTION in key or isinstance(values, torch.nn.Parameter)
+        }
+        settings, config = read_shape(folders[name]), model.config.to_dict()
+        names = weight_map(settings, config, fused_experts=True, padded_vocab=256)
+        found[name] = logits_BSV.detach().numpy(), AsMegatron(InMemory(gradients), names)
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_and_gradients_are_those_of_transformers(layout, folders, expected, rows_BS, tmp_path):
+    ranks, flags = LAYOUTS[layout]
+    settings = {
+        "model": {"moe_aux_loss_coeff": 0.0},
+        "parallel": {"use_distributed_optimizer": False},
+        "data": {"seq_length": rows_BS.shape[1] - 1},
+        "training": {"micro_batch_size": 1, "global_batch_size": 2, "train_iters": 1},
+    }
+    (tmp_path / "RUN.yaml").write_text(yaml.safe_dump(settings))
+    program = convert_programs.logits_and_gradients
+    answers = run_ranks(ranks, program, tmp_path / "RUN.yaml", folders, flags, rows_BS)
+    for name, (logits_BSV, gradients) in expected.items():
+        seen = [answer[name] for answer in answers]
+        parts = [np.stack([row for _, row in rank["logits"]]) for rank in seen if rank["logits"]]
+        # TP ranks hold parts of the vocabulary, EP ranks rows, and of pipeline stages the last holds all
+        ours_BSV = np.concatenate(parts, -1 if layout == "TP2" else 0)[..., :VOCAB]
+        np.testing.assert_allclose(ours_BSV, logits_BSV, atol=1e-4, err_msg=name)
+        for key, offset, gradient in (entry for rank in seen for entry in rank["gradients"]):
+            if not key.endswith("expert_bias"):  # which is not learnt by gradients
+                wanted = gradients.read(key, offset, gradient.shape).numpy()
+                np.testing.assert_allclose(gradient, wanted, atol=1e-4, err_msg=f"{name}: {key}")
+        assert {key for rank in seen for key, _, _ in rank["gradients"]} == gradients.shapes.keys(), name
+
+
+def test_a_run_from_the_folder_leaves_a_checkpoint_of_the_same_tensors(folders, run_yaml, tmp_path):
+    settings = yaml.safe_load(run_yaml.read_text())
+    wide = tiny_model("V3", vocab_size=1031)  # room for the tokenizer of the sources
+    wide.save_pretrained(tmp_path / "model")
+    settings["model"] = {"load_hf": str(tmp_path / "model")}
+    settings["parallel"] = {"expert_model_parallel_size": 2}
+    own_yaml = run_yaml.with_name("deepseek.yaml")  # paths in it are those of its folder
+    own_yaml.write_text(yaml.safe_dump(settings))
+    flags = [*SMALL[SMALL.index("--seq-length") :], "--seq-length", "64", *full("uniform", 1)]
+    result = run_ranks(2, programs.train, own_yaml, flags, tmp_path / "run")[0]
+    assert len(result["mixing"]) == 2
+    assert all(np.isfinite(record["lm_loss"]) for record in result["metrics"])
+    names = HuggingFaceFolder(tmp_path / "model").weight_map(1152)
+    checkpoint = MegatronCheckpoint(tmp_path / "run/checkpoints/iter_0000004")
+    assert {key: tuple(shape) for key, shape in checkpoint.shapes.items()} == dict(names.megatron_shapes)
