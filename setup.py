@@ -34,6 +34,7 @@ setup(
         "psutil",
         "packaging",
         "pyyaml",
+        "blake3",
         "jinja2>=3.1.6",  # chat templates are other people's code, and earlier ones let it out of the sandbox
         "matplotlib",
         "pillow",

@@ -28,14 +28,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_dynmix.convert.boxes import Box, boxes_of
 from megatron_dynmix.convert.staging import Staging
 from megatron_dynmix.convert.tensors import Tensors
 
 PART_BYTES = 512 << 20
-HASHING_THREADS = min(4, os.cpu_count() or 1)
-"""A processor without instructions for SHA-256 hashes more slowly than a disk writes."""
+HASHING_THREADS = min(2, os.cpu_count() or 1)
 PARTS_AHEAD = HASHING_THREADS + 1
 """Parts that may wait for their checksums: they are read from memory then, not from the disk."""
 
@@ -143,7 +143,13 @@ def _item(tensors: Tensors, box: Box) -> WriteItem:
 
 
 def _write(writer: FileSystemWriter, plan: SavePlan, planner: _Reading) -> list[WriteResult]:
-    return writer.write_data(plan, planner).wait()
+    """One file; without the checksums of zip, which cost as much as the writing: the file has its own."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        return writer.write_data(plan, planner).wait()
+    finally:
+        set_crc32_options(before)
 
 
 def _finish_part(

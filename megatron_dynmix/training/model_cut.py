@@ -27,9 +27,8 @@ from megatron_dynmix.training.model.gpt import build_gpt
 HF_LAYER = re.compile(r"(?P<before>(?:.*\.)?layers\.)(?P<layer>\d+)(?P<after>\..*)")
 STACKED, APART = "decoder.layers.", re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<name>.*)")
 FLOAT_BYTES = 4
-HEADROOM = 1.6
-"""Memory that a model takes while it is loaded and run, of that of its weights in float32: those of a folder,
-at half that size, are held beside them for a while."""
+HEADROOM = 2.25
+"""Memory that a model takes while it is loaded and run, of its weights in float32; measured: 1.9 to 2.2."""
 NOT_LEARNT: Mapping[str, Any] = {
     # nothing of what a model answers follows from these but whether tokens are dropped or noise is added
     "moe_expert_capacity_factor": None,

@@ -272,10 +272,10 @@ def damage(path, how):
 
 
 BAD = {
-    "flipped byte": ("__1_0.distcp", "flip", [], "__1_0.distcp: expected sha256"),
+    "flipped byte": ("__1_0.distcp", "flip", [], "__1_0.distcp: expected blake3:"),
     "missing shard": ("__0_0.distcp", "remove", [], "found no such file"),
     "truncated common.pt": ("common.pt", "cut", [], "common.pt: expected"),
-    "flipped byte of common.pt": ("common.pt", "flip", [], "common.pt: expected sha256"),
+    "flipped byte of common.pt": ("common.pt", "flip", [], "common.pt: expected blake3:"),
     "broken run state": ("run_state.json", "cut", [], "run_state.json: expected"),
     "newer version": ("run_state.json", "newer", [], "written by a newer version (format 9"),
     "another model": ("common.pt", None, ["--hidden-size", "64"], "holds another model: hidden_size 32"),
@@ -365,7 +365,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_run_that_goes_on_before_it(sync
     (said, end), (_, other_end) = run_ranks(2, programs.outcome, run_yaml, SHORT, copy, "must")
     assert end is None and other_end is None
     (line,) = [line for line in said if "is damaged" in line]
-    assert line.startswith(f"{newest} is damaged: __1_0.distcp: expected sha256 ")
+    assert line.startswith(f"{newest} is damaged: __1_0.distcp: expected blake3:")
     assert line.endswith(f"; {older} is used instead")
     assert newest_good(copy / "checkpoints") == RestorePoint(newest)
     assert saved_in(copy) == folders(1, 2, 3, 4)
