@@ -14,8 +14,8 @@ from megatron_dynmix.monitor.scalars import mixing_scalars, training_scalars
 class WeightsAndBiasesWriter:
     """One run on Weights & Biases; a resumed run goes on with it.
 
-    Points are placed by the metric `iteration`, not by the service's own step: that one may not go back, as a
-    run does that is resumed from a checkpoint. What is trained again then overlaps what was drawn before.
+    Points are placed by the metric `iteration`. What the service has already cannot be taken back, so
+    iterations that a resumed run trains again, which bring the same numbers, are not sent twice.
     """
 
     def __init__(self, run_dir: Path, *, project: str, name: str | None, resumes: bool):
@@ -34,12 +34,13 @@ class WeightsAndBiasesWriter:
                 "login`, set WANDB_MODE=offline, or leave out --wandb-project"
             ) from error
         identity.write_text(self._run.id)
+        self._sent = int(self._run.summary.get("iteration", -1)) if known else -1
         self._run.define_metric("iteration")
         self._run.define_metric("*", step_metric="iteration")
 
     def training(self, record: Mapping[str, Any], sources: Sequence[str]) -> None:
         """Write one training record (see `MetricsWriter.training`)."""
-        self._run.log({"iteration": record["iteration"], **training_scalars(record, sources)})
+        self._log(record["iteration"], training_scalars(record, sources))
 
     def mixing(self, update: Mapping[str, Any]) -> None:
         """Write one weight update (see `MetricsWriter.mixing`)."""
@@ -49,7 +50,7 @@ class WeightsAndBiasesWriter:
         if update["distance"] is not None:
             images["dynmix/distance"] = distance_image(update["distance"], update["sources"])
         drawn = {tag: self._wandb.Image(image) for tag, image in images.items()}
-        self._run.log({"iteration": update["iteration"], **mixing_scalars(update), **drawn})
+        self._log(update["iteration"], {**mixing_scalars(update), **drawn})
 
     def text(self, tag: str, markdown: str) -> None:
         """Keep a text that belongs to the whole run."""
@@ -58,6 +59,10 @@ class WeightsAndBiasesWriter:
     def settings(self, settings: Mapping[str, bool | int | float | str]) -> None:
         """Tell the settings of the run."""
         self._run.config.update(dict(settings), allow_val_change=True)
+
+    def _log(self, iteration: int, values: Mapping[str, Any]) -> None:
+        if iteration > self._sent:
+            self._run.log({"iteration": iteration, **values})
 
     def flush(self) -> None:
         """Nothing to do: what is logged is sent by a process of the client's own."""

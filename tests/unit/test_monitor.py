@@ -395,6 +395,7 @@ class FakeWandb:
 
     def log(self, values):
         self.logged.append(values)
+        self.summary["iteration"] = values["iteration"]
 
     def finish(self):
         self.finished += 1
@@ -415,7 +416,10 @@ def test_weights_and_biases_gets_the_same_numbers_and_a_resumed_run_goes_on(tmp_
         )
         writer.training(training_record(20))
         writer.mixing(mixing_update(20))
+        if resume_iteration is not None:
+            writer.training(training_record(30))
         writer.close()
+    assert [values["iteration"] for values in client.logged] == [20, 20, 30]  # nothing twice
     assert [(given["name"], given["id"]) for given in client.given] == [("mine", None), ("mine", "abc123")]
     training, mixing = client.logged[:2]
     assert training["iteration"] == 20 and training["lm loss"] == 2.5
