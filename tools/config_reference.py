@@ -25,10 +25,10 @@ from megatron_dynmix.mixing.strategies import STRATEGIES
 
 HEAD = """# Configuration reference
 
-Every setting of `RUN.yaml`. Each is a flag too, `--seq-length 2048` for `seq_length`, and flags win over the
-file; a boolean is switched on by `--bf16`, off by `--no-bf16`. Unknown names are refused, with the nearest known
-one. Relative paths in the file start at its own folder, in flags at the current one; `${NAME}` is an environment
-variable.
+Every setting of `RUN.yaml`. Each is a flag too, `--seq-length 2048` for `seq_length`, and flags win over
+the file; a boolean is switched on by `--bf16`, off by `--no-bf16`. Unknown names are refused, with the
+nearest known one. Relative paths in the file start at its own folder, in flags at the current one; `${NAME}`
+is an environment variable.
 
 This page is written by `python tools/config_reference.py docs/configuration.md`.
 """
@@ -148,10 +148,7 @@ def kind_of(hint: Any) -> str:
     """A type as a user reads it."""
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(hint))
-    text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    text = re.sub(r"\b(?:\w+\.)+(?=[A-Za-z])", "", text)
-    text = re.sub(r"Optional\[(.+)\]$", r"\1 | None", text)
-    return f"`{text}`"
+    return leaves.describe(hint)
 
 
 def default_of(item: dataclasses.Field[Any]) -> str:

@@ -44,13 +44,16 @@ def in_common_words(config: Values) -> dict[str, Any]:
     """Say what `config` says as the other families do; what they have no words for stands under `yarn`.
 
     Raises:
-        InputError: a width or a setting of the experts that is missing.
+        InputError: a width or a setting of the experts that is missing; one that is no number.
 
     """
     needed = ("n_routed_experts", "moe_intermediate_size", *WIDTHS.values())
     for name in needed:
         if not isinstance(config.get(name), int):
             raise InputError(f"{name} is {config.get(name)!r}; it must be a whole number, 1 or more")
+    predicting = config.get("num_nextn_predict_layers")
+    if predicting is not None and (type(predicting) is not int or predicting < 0):
+        raise InputError(f"num_nextn_predict_layers is {predicting!r}; it must be a whole number, 0 or more")
     left_out = ("head_dim", "num_key_value_heads", "rope_scaling", "rope_parameters")
     said = {name: value for name, value in config.items() if name not in left_out}
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}

@@ -200,7 +200,8 @@ def _refuse_what_we_cannot_run(config: Values, dialect: Dialect) -> None:
         method = quantization.get("quant_method", quantization) if isinstance(quantization, dict) else "?"
         raise InputError(
             f"quantization_config says {method}: the weights are no plain floats and cannot be trained; take "
-            "the model that was quantised, in bfloat16"
+            "the model in bfloat16, and a config.json without this (of DeepSeek's own, which are fp8, its "
+            "inference/fp8_cast_bf16.py makes bfloat16)"
         )
     for name, value in {"hidden_act": "silu", **dialect.must}.items():
         if config.get(name, value) != value:

@@ -11,7 +11,7 @@ import difflib
 import functools
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -62,6 +62,21 @@ FLAG_ALIASES = {
 """Flags whose name differs from the field's, mostly Megatron-LM's; `no-` sets the field to false."""
 
 
+MAY_BE_NULL = ("q_lora_rank",)
+"""Fields that Megatron-Core lets be None, though their annotation does not say so."""
+
+
+WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    **dict.fromkeys((dict, Mapping), "a mapping {name: value}"),
+    type(None): "null",
+}
+"""Types in a user's words."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """One value that can be set."""
@@ -106,7 +121,9 @@ def _add(
     for field in dataclasses.fields(owner):
         settable = ours or (_settable(hints[field.name]) and not field.name.startswith("_"))
         if field.name not in skip and field.name not in leaves and (settable or field.name in DECIDED):
-            leaves[field.name] = Leaf(field.name, section, hints[field.name])
+            hint = hints[field.name]
+            hint = hint | None if field.name in MAY_BE_NULL else hint
+            leaves[field.name] = Leaf(field.name, section, hint)
 
 
 def _settable(hint: Any) -> bool:
@@ -146,7 +163,7 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
         InputError: a value of another type.
 
     """
-    refusal = InputError(f"{name} is {value!r}; it must be {_describe(hint)}")
+    refusal = InputError(f"{name} is {value!r}; it must be {describe(hint)}")
     origin, members = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         for member in members:
@@ -200,16 +217,20 @@ def _checked(value: Any, good: bool, refusal: InputError) -> Any:
     return value
 
 
-def _describe(hint: Any) -> str:
+def describe(hint: Any) -> str:
+    """A type in a user's words: `text or null`, `a list whose items are each a whole number`."""
     members = typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_describe(member) for member in members)
+        return " or ".join(describe(member) for member in members)
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, members))
     if isinstance(hint, type) and issubclass(hint, Enum):
         return "one of " + ", ".join(hint.__members__)
-    names: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names.get(hint, "null" if hint is type(None) else str(hint).removeprefix("typing."))
+    kind = typing.get_origin(hint) or hint
+    if kind in (list, tuple, Sequence):
+        element = next((member for member in members if member not in (Any, ...)), None)
+        return "a list" if element is None else f"a list whose items are each {describe(element)}"
+    return WORDS[kind]
 
 
 def from_text(text: str, leaf: Leaf) -> Any:

@@ -42,7 +42,7 @@ class ModelConfig:
     """Which model; any field of Megatron-Core's `TransformerConfig` may stand beside these."""
 
     preset: str | None = "tiny"
-    """Where the shape comes from: the name of published sizes (see `presets.py`), or a folder with a
+    """Where the shape comes from: the name of published sizes, such as `mixtral-8x7b`, or a folder with a
     config.json of Hugging Face's; null for nothing but the settings beside it."""
     load_hf: str | None = None
     """Hugging Face folder whose weights a fresh run starts from, and whose shape the model has."""

@@ -15,6 +15,9 @@ Rules = tuple[Rule, ...]
 COMPUTED = (".rotary_emb.inv_freq",)
 """Ends of the names of tensors that old folders hold though nothing in them was learnt."""
 
+PREDICTION = "num_nextn_predict_layers"
+"""Setting of config.json: layers for multi-token prediction, which follow the model's own."""
+
 UNTIED = "untie_embeddings_and_output_weights"
 EXPERTS = "mlp.experts.experts."
 SHARED = "mlp.shared_experts."
@@ -263,6 +266,16 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek_v3": DEEPSEEK,
 }
 """The `model_type` of a config.json -> its family."""
+
+
+def prediction_layers(hf_config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the names of tensors for multi-token prediction begin with; none but DeepSeek-V3 has any.
+
+    They serve to decode faster and are no part of the model, for `transformers` neither.
+    """
+    count = hf_config.get(PREDICTION) or 0 if hf_config.get("model_type") == "deepseek_v3" else 0
+    first = hf_config.get("num_hidden_layers", 0)
+    return tuple(f"model.layers.{layer}." for layer in range(first, first + count))
 
 
 def weight_map(

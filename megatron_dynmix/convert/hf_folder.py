@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_dynmix.config.hugging_face import model_settings
 from megatron_dynmix.convert.blocks import Shape, WeightMap
-from megatron_dynmix.convert.families import COMPUTED, weight_map
+from megatron_dynmix.convert.families import COMPUTED, PREDICTION, prediction_layers, weight_map
 from megatron_dynmix.convert.tensors import box
 from megatron_dynmix.errors import InputError
 
@@ -54,6 +54,8 @@ class HuggingFaceFolder:
         self.file_of: Mapping[str, Path]
         self.computed: tuple[str, ...]
         """Tensors in which nothing was learnt; they are not read."""
+        self.predicting: tuple[str, ...]
+        """Tensors of layers for multi-token prediction; they are no part of the model, and not read."""
         self._read_headers()
         self.fused_experts = any(name.endswith("experts.gate_up_proj") for name in self.shapes)
         self._open: tuple[Path, Any] | None = None
@@ -64,11 +66,6 @@ class HuggingFaceFolder:
         return weight_map(
             self.settings, self.config, fused_experts=self.fused_experts, padded_vocab=padded_vocab
         )
-
-    @property
-    def carried_files(self) -> list[Path]:
-        """What goes with the weights: configuration, tokenizer, generation settings, chat template, code."""
-        return carried_files(self.path)
 
     def read(self, name: str, offset: Shape, shape: Shape) -> torch.Tensor:
         """Read a box of a tensor, as a view of the file."""
@@ -83,7 +80,8 @@ class HuggingFaceFolder:
         shapes: dict[str, Shape] = {}
         dtypes: dict[str, torch.dtype] = {}
         file_of: dict[str, Path] = {}
-        computed = []
+        computed, predicting = [], []
+        beside = prediction_layers(self.config)
         for path, named in self.files.items():
             header = _read_header(path)
             for name, (dtype, shape) in header.items():
@@ -95,6 +93,9 @@ class HuggingFaceFolder:
                 file_of[name] = path
                 if name.endswith(COMPUTED):
                     computed.append(name)
+                    continue
+                if name.startswith(beside):
+                    predicting.append(name)
                     continue
                 if dtype not in DTYPES:
                     raise InputError(
@@ -111,7 +112,8 @@ class HuggingFaceFolder:
                 raise InputError(
                     f"{path} holds {_some(extra)}, which {INDEX} does not name there; fetch both again"
                 )
-        self.shapes, self.dtypes, self.file_of, self.computed = shapes, dtypes, file_of, tuple(computed)
+        self.shapes, self.dtypes, self.file_of = shapes, dtypes, file_of
+        self.computed, self.predicting = tuple(computed), tuple(predicting)
 
     def _check_against_config(self) -> None:
         """Refuse tensors that are too many, too few, or of another shape than the configuration says."""
@@ -128,7 +130,8 @@ class HuggingFaceFolder:
         if unused := self.shapes.keys() - expected.hf_shapes.keys():
             raise InputError(
                 f"{self.path} holds {_some(unused)}, which the model of {config} has not, and which would be "
-                "lost; correct config.json, or take the tensors out"
+                f"lost; correct config.json (num_hidden_layers and {PREDICTION} count layers), or take the "
+                "tensors out"
             )
         for name, places in expected.megatron.index.items():
             found = {self.dtypes[block.hf]: block.hf for blocks in places.values() for block in blocks}
@@ -140,16 +143,16 @@ class HuggingFaceFolder:
                 )
 
 
-def carried_files(folder: Path) -> list[Path]:
-    """The files of a folder that are no weights, in order."""
-    return sorted(
-        path
-        for path in folder.iterdir()
+def carried_files(folder: Path) -> dict[str, Path]:
+    """Name -> file that goes with a folder's weights: configuration, tokenizer, chat template, code."""
+    return {
+        path.name: path
+        for path in sorted(folder.iterdir())
         if path.is_file()
         and not path.name.startswith(".")
         and path.suffix not in NO_WEIGHTS
         and not path.name.endswith(".index.json")
-    )
+    }
 
 
 def _existing(path: Path) -> Path:

@@ -62,6 +62,8 @@ class Verdict:
     """Type of most of the numbers that were written."""
     computed: tuple[str, ...] = ()
     """Tensors that are left out, because nothing in them was learnt."""
+    predicting: tuple[str, ...] = ()
+    """Tensors of layers for multi-token prediction: learnt, but no part of the model, and not converted."""
     padding: str = "none"
     """What became of the rows that pad the vocabulary."""
     groups: Sequence[GroupVerdict] | None = None

@@ -31,8 +31,8 @@ class Balanced:
     weights, outliers little or none. Nothing is accumulated. The paper computed it once and kept it.
 
     Attributes:
-        metric: distance between loads, a key of `DISTANCES`.
-        layers: MoE layers whose loads count, see `select_layers`.
+        metric: distance between loads: ``l2``, ``scaled-l2``, ``cos``, ``hellinger``, ``js`` or ``tv``.
+        layers: MoE layers whose loads count: ``last``, ``all``, or a list of them, counted from 0.
 
     Raises:
         ValueError: on construction, for another metric or layers.

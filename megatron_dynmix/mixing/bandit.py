@@ -36,7 +36,7 @@ class OnlineDataMixing:
     Until the warm-up is over the weights stay and no reward is counted (published: 2,000 of 100,000 steps).
 
     Attributes:
-        variant: one of `VARIANTS`.
+        variant: ``smoothed`` or ``exp3``.
         decay: a, from 0 to below 1; used by ``smoothed`` only (published 0.9, also 0.5).
         warmup: share of the run's iterations before the first change, from 0 to 1.
 

@@ -31,7 +31,7 @@ class SentenceEmbedding:
         embeddings_DV: one vector per source, in the order of the sources; usually the mean over its examples.
         eta: step size >= 0.
         smoothing: c, the share spread evenly over the sources, from 0 to 1.
-        metric: a key of `EMBEDDING_DISTANCES`.
+        metric: distance between embeddings: ``l2`` or ``cos``.
 
     Raises:
         ValueError: on construction, for embeddings that are no finite matrix, or an option out of range.

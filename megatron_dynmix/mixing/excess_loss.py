@@ -73,7 +73,7 @@ class Sheared:
 
     Attributes:
         target_D: mean loss in nats to be reached on each source, in the order of the sources.
-        eta, smoothing, clip, max_gap: as in `RefLoss`.
+        eta, smoothing, clip, max_gap: as in ``ref-loss``.
 
     Raises:
         ValueError: on construction, for a target that is negative or not finite, or an option out of range.

@@ -31,14 +31,15 @@ class GateLoad:
     Attributes:
         eta: step size >= 0.
         smoothing: c, the share spread evenly over the sources, from 0 to 1.
-        metric: distance between loads, a key of `DISTANCES`.
-        aggregate: how a source's distances become its delta, see `source_delta`.
-        layers: MoE layers whose loads count, see `select_layers`.
+        metric: distance between loads: ``l2``, ``scaled-l2``, ``cos``, ``hellinger``, ``js`` or ``tv``.
+        aggregate: what of a source's distances is its delta: ``mean``, ``max`` or ``min`` over all sources,
+            itself included, ``others-mean``, ``others-max`` or ``others-min`` over the others.
+        layers: MoE layers whose loads count: ``last``, ``all``, or a list of them, counted from 0.
         layer_mix: with several layers, ``"concat"`` compares all their experts as one load, ``"mean"``
             averages the distances found in each layer.
-        debias: take what sampling noise adds to l2 distances off them, see `debiased_l2`.
-        min_gap: act only on what exceeds so many standard errors of a delta, see `shrink_gaps`.
-        normalise: ``"scale"`` brings the gaps between the deltas to one size, see `gap_scale`.
+        debias: take what sampling noise adds to l2 distances off them.
+        min_gap: act only on what exceeds so many standard errors of a delta.
+        normalise: ``scale`` brings the gaps between the deltas to one size, ``none`` leaves them.
 
     Raises:
         ValueError: on construction, for a value out of range, or `debias` with another metric than l2.

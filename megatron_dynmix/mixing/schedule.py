@@ -29,7 +29,7 @@ class Schedule:
     Attributes:
         points: (iteration, weights) pairs; the weights, one per source in the order of the sources, are in
             any unit. The first iteration is 0, and they rise.
-        interpolation: one of `INTERPOLATIONS`.
+        interpolation: ``steps``, ``linear`` or ``cosine``.
 
     Raises:
         ValueError: on construction, for points that are no such plan.

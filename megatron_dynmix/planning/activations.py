@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.host import Host
@@ -148,7 +148,7 @@ class Layer:
         """Bytes in all, selective recomputation taken into account."""
         again = self._again
         norms = 2 * (self.norm_copies - ("layernorm" in again))
-        a_token = norms * self.transformer.hidden_size + self._attention()
+        a_token = norms * self.transformer.hidden_size + self._attention(again)
         router = 0
         if is_moe:
             a_token += self._moe(again)
@@ -168,12 +168,14 @@ class Layer:
         given = self.config.model.megatron.get("recompute_modules")
         return set(given or self.transformer.recompute_modules or ())
 
-    def _attention(self) -> int:
+    def _attention(self, again: set[str]) -> int:
         """Elements a token: what the projection put out, rotated queries and keys, and the output.
 
         The heads are divided over the tensor-parallel ranks, but each holds them for the whole sequence: that
         cancels out. Values are a view of what the projection put out, which so is kept whole.
         """
+        if isinstance(self.transformer, MLATransformerConfig):
+            return self._latent_attention(self.transformer, again)
         head = int(self.transformer.kv_channels or 0)
         queries = self.transformer.num_attention_heads * head
         keys = int(self.transformer.num_query_groups or 0) * head
@@ -184,17 +186,49 @@ class Layer:
             elements += (self.norm_copies - 2) * (queries + keys)
         return elements
 
+    def _latent_attention(self, transformer: MLATransformerConfig, again: set[str]) -> int:
+        """Elements a token: the latents with their norms, and the attention's inputs and output.
+
+        With c and c' the widths of the latents, r of the rotary part and n heads, d and v wide: the norms
+        keep their inputs and outputs, 2 c' + (2 c + r); queries and keys are put together from two parts and
+        values copied, so that not what the projections put out is kept but 2 n (d + r) + n v; the output is
+        n v more.
+        """
+        norms = self.norm_copies if transformer.qk_layernorm else 1
+        latents = norms * (transformer.kv_lora_rank + (transformer.q_lora_rank or 0))
+        heads = transformer.num_attention_heads
+        keys = heads * (transformer.qk_head_dim + transformer.qk_pos_emb_head_dim)
+        values = heads * transformer.v_head_dim
+        elements = latents + transformer.qk_pos_emb_head_dim + values
+        if "mla_up_proj" not in again:
+            elements += 2 * keys + values
+        return elements + (keys + values) * (self.layout.cp - 1)  # gathered from the other ranks
+
     def _attention_extras(self, again: set[str]) -> int:
         """Elements a micro-batch: rotary tables, and the mask where attention takes one."""
         tables = 0
         if not self.config.model.megatron.get("apply_rope_fusion"):
             positions = self.config.data.seq_length // self.layout.cp
-            tables = 4 * positions * int(self.transformer.kv_channels or 0)
+            rotated = self.transformer.kv_channels
+            if isinstance(self.transformer, MLATransformerConfig):
+                rotated = self.transformer.qk_pos_emb_head_dim
+            tables = 4 * positions * int(rotated or 0)
         masked = not self.host.transformer_engine or self.layout.cp > 1
         if not masked or "core_attn" in again:
             return tables
+        if self._keeps_scores:
+            heads = self.transformer.num_attention_heads // self.layout.tp
+            return tables + heads * self.tokens * self.config.data.seq_length
         # scaled_dot_product_attention makes numbers of a mask, anew in each layer, and keeps them
         return tables + self.tokens * self.config.data.seq_length
+
+    @property
+    def _keeps_scores(self) -> bool:
+        """Whether attention is multiplied out: torch's on a CPU, where values are not as wide as keys."""
+        if self.host.cuda or not isinstance(self.transformer, MLATransformerConfig):
+            return False
+        keys = self.transformer.qk_head_dim + self.transformer.qk_pos_emb_head_dim
+        return keys != self.transformer.v_head_dim
 
     def _mlp(self, width: int, *, weighted: bool) -> int:
         """Elements a token between the two linear layers of an MLP, and the input of the second.

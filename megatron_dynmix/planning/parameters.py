@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_dynmix import platform
@@ -19,7 +19,6 @@ from megatron_dynmix.config.megatron import moe_layers, padded_vocab_size, trans
 from megatron_dynmix.errors import InputError
 
 UNKNOWN = (
-    "multi_latent_attention",
     "mtp_num_layers",
     "experimental_attention_variant",
     "attention_output_gate",
@@ -173,6 +172,8 @@ def _norm(transformer: TransformerConfig, width: int) -> int:
 
 
 def _attention(config: RunConfig, transformer: TransformerConfig, tp: int) -> int:
+    if isinstance(transformer, MLATransformerConfig):
+        return _latent_attention(transformer, tp)
     hidden, head = transformer.hidden_size, int(transformer.kv_channels or 0)
     queries = transformer.num_attention_heads * head
     keys = int(transformer.num_query_groups or 0) * head
@@ -187,6 +188,22 @@ def _attention(config: RunConfig, transformer: TransformerConfig, tp: int) -> in
     elif transformer.qk_layernorm:
         total += 2 * _norm(transformer, head)
     return total
+
+
+def _latent_attention(transformer: MLATransformerConfig, tp: int) -> int:
+    """Queries, keys and values by way of latents; what makes these, each tensor-parallel rank has whole."""
+    hidden, heads = transformer.hidden_size, transformer.num_attention_heads
+    latents = [transformer.kv_lora_rank, *([transformer.q_lora_rank] if transformer.q_lora_rank else [])]
+    whole = hidden * (sum(latents) + transformer.qk_pos_emb_head_dim)
+    if transformer.qk_layernorm:
+        whole += sum(_norm(transformer, latent) for latent in latents)
+    if transformer.add_bias_linear:
+        whole += hidden
+    queries = (transformer.qk_head_dim + transformer.qk_pos_emb_head_dim) * (
+        transformer.q_lora_rank or hidden
+    )
+    keys_values = (transformer.qk_head_dim + transformer.v_head_dim) * transformer.kv_lora_rank
+    return whole + heads * (queries + keys_values + transformer.v_head_dim * hidden) // tp
 
 
 def _router(config: RunConfig, transformer: TransformerConfig, experts: int) -> int:

@@ -21,6 +21,8 @@ def verdict_text(verdict: Verdict) -> str:
         ["missing", 0],
         ["computed, left out", len(verdict.computed)],
     ]
+    if verdict.predicting:
+        counts.append(["not converted: multi-token prediction", len(verdict.predicting)])
     lines = [table(["tensors", "count"], counts), "", f"vocabulary padding: {verdict.padding}", ""]
     if verdict.groups is None:
         lines.append("values and logits: not compared (--no-verify)")
@@ -31,6 +33,8 @@ def verdict_text(verdict: Verdict) -> str:
             more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
             lines += ["", f"values differ in {', '.join(differing[:SHOWN])}{more}"]
         lines += ["", *([verdict.logits.describe()] if verdict.logits is not None else [])]
+    if verdict.predicting:
+        lines.append(f"not converted: {prediction_text(verdict.predicting)}")
     lines += [f"note: {note}" for note in verdict.notes]
     if not verdict.passed:
         lines.append(f"NOT CONVERTED: what was written is not what was read; it is left in {verdict.folder}")
@@ -39,6 +43,15 @@ def verdict_text(verdict: Verdict) -> str:
     else:
         lines.append(f"CONVERTED: {verdict.folder} ({verdict.dtype}) holds every value that was read")
     return "\n".join(lines)
+
+
+def prediction_text(names: Sequence[str]) -> str:
+    """Which tensors of multi-token prediction stay behind, and what follows."""
+    layers = sorted({".".join(name.split(".")[:3]) for name in names})
+    return (
+        f"{len(names)} tensors of multi-token prediction ({', '.join(f'{layer}.*' for layer in layers)}): "
+        "they are not trained, and what is exported is without them"
+    )
 
 
 def _values_table(groups: Sequence[GroupVerdict]) -> str:

@@ -22,7 +22,7 @@ import yaml
 from megatron_dynmix.config.shape import complete_model
 from megatron_dynmix.convert.blocks import WeightMap
 from megatron_dynmix.convert.boxes import Box, Cast, size_of
-from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
+from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, carried_files
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.staging import Staging, fingerprint
 from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, Tensors
@@ -39,7 +39,7 @@ from megatron_dynmix.training.checkpointing.checkpoint import (
 )
 from megatron_dynmix.training.checkpointing.checksums import CHECKSUMS, checksum, checksums_text, files_of
 from megatron_dynmix.training.hugging_face_origin import CONVERSION, CONVERTED, model_of
-from megatron_dynmix.training.model_check import LogitsVerdict, compare_logits
+from megatron_dynmix.training.model_check import compare_logits
 
 MODEL_YAML = "model.yaml"
 
@@ -79,7 +79,7 @@ def hf_to_megatron(
     settings = complete_model({"preset": None, **folder.settings})
     plan = {"source": {str(source.resolve()): fingerprint(source)}, "dtype": dtype, "padding": padded}
     with Staging(destination, plan, say) as staging, staging.on_full_disk():
-        staging.check_space(total + sum(path.stat().st_size for path in folder.carried_files))
+        staging.check_space(total + sum(path.stat().st_size for path in carried_files(source).values()))
         target = folder_of(staging.folder, 0)
         with Progress("writing", total) as progress:
             sums = write_checkpoint(
@@ -98,16 +98,16 @@ def hf_to_megatron(
             written=len(wanted.shapes),
             dtype=main_type(wanted),
             computed=folder.computed,
+            predicting=folder.predicting,
             padding=_padding(vocab, padded),
         )
         if verify:
             written = MegatronCheckpoint(target)
             with Progress("comparing", total) as progress:
                 groups = compare_values(read, AsHuggingFace(written, names), names, progress.advance)
-            if _rounded(folder, dtype):
-                logits = LogitsVerdict(passed=True, why_not=f"the weights were rounded to {dtype}")
-            else:
-                logits = compare_logits(source, folder, written, model_of(settings))
+            logits = compare_logits(
+                source, read, written, model_of(settings), rounded=_rounded(folder, dtype)
+            )
             verdict = dataclasses.replace(verdict, groups=groups, logits=logits)
         return completed(staging, verdict)
 
@@ -155,8 +155,8 @@ def _write_beside(
 ) -> None:
     """Write what is no checkpoint: what the folder holds beside weights, the model section, the origin."""
     (root / CONVERTED).mkdir(exist_ok=True)
-    for path in folder.carried_files:
-        shutil.copyfile(path, root / CONVERTED / path.name)
+    for name, path in carried_files(folder.path).items():
+        shutil.copyfile(path, root / CONVERTED / name)
     section = yaml.safe_dump({"model": dict(settings)}, sort_keys=False, allow_unicode=True)
     (root / MODEL_YAML).write_text(section, encoding="utf-8")
     origin = {"source": str(folder.path.resolve()), "fused_experts": folder.fused_experts, "dtype": dtype}

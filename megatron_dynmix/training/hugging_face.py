@@ -16,12 +16,11 @@ from megatron_dynmix.convert.tensors import AsMegatron, Tensors
 from megatron_dynmix.errors import InputError, TrainingStopped
 from megatron_dynmix.training.checkpointing.agreement import RankFailure, together
 from megatron_dynmix.training.checkpointing.checkpoint import Checkpointer
+from megatron_dynmix.training.convert_report import prediction_text
 
 
-def weights_of(folder: Path, config: RunConfig) -> Tensors:
-    """The weights of a Hugging Face folder, named and laid out as in a checkpoint of this model.
-
-    Only names, types and shapes are looked at; numbers are read when they are asked for.
+def folder_for(folder: Path, config: RunConfig) -> HuggingFaceFolder:
+    """A Hugging Face folder that has the weights of this model; only names, types and shapes are looked at.
 
     Raises:
         InputError: a folder that cannot be read, or that is of another model.
@@ -34,6 +33,11 @@ def weights_of(folder: Path, config: RunConfig) -> Tensors:
             f"{name} {source.settings.get(name)} (now {model.get(name)})" for name in differing
         )
         raise InputError(f"{folder} holds another model: {changes}; give the settings of its config.json")
+    return source
+
+
+def weights_of(source: HuggingFaceFolder, config: RunConfig) -> Tensors:
+    """The weights of a folder, named and laid out as in a checkpoint; read when they are asked for."""
     return AsMegatron(source, source.weight_map(padded_vocab_size(config)))
 
 
@@ -52,7 +56,7 @@ def check_load_hf(config: RunConfig) -> None:
             f"({config.checkpoint.pretrained_checkpoint}) are both given, but a run starts from the weights "
             "of one; leave out the other"
         )
-    weights_of(Path(config.model.load_hf), config)
+    folder_for(Path(config.model.load_hf), config)
 
 
 def load_hugging_face(config: RunConfig, checkpointer: Checkpointer, say: Callable[[str], None]) -> None:
@@ -67,8 +71,10 @@ def load_hugging_face(config: RunConfig, checkpointer: Checkpointer, say: Callab
     say(f" loading weights from {folder}")
     try:
         with together():
-            weights = weights_of(folder, config)
-        checkpointer.load_tensors(weights)
+            source = folder_for(folder, config)
+        if source.predicting:
+            say(f" not loaded: {prediction_text(source.predicting)}")
+        checkpointer.load_tensors(weights_of(source, config))
     except RankFailure as failure:
         text = f"the weights of {folder} could not be read: {failure}"
         raise TrainingStopped(text if torch.distributed.get_rank() == 0 else "") from None

@@ -17,7 +17,7 @@ import torch
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict
-from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
+from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, carried_files
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.staging import partial_of
 from megatron_dynmix.convert.tensors import AsHuggingFace
@@ -69,8 +69,8 @@ def _write_origin(config: RunConfig, checkpoints: Path) -> None:
     elif load_hf is not None:
         folder = HuggingFaceFolder(Path(load_hf))
         (checkpoints / CONVERTED).mkdir(exist_ok=True)
-        for path in folder.carried_files:
-            shutil.copyfile(path, checkpoints / CONVERTED / path.name)
+        for name, path in carried_files(folder.path).items():
+            shutil.copyfile(path, checkpoints / CONVERTED / name)
         origin = {"source": load_hf, "fused_experts": folder.fused_experts, "dtype": None}
         (checkpoints / CONVERSION).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 

@@ -11,7 +11,8 @@ from typing import Any
 from megatron_dynmix.config.hugging_face import hugging_face_config, model_settings
 from megatron_dynmix.config.shape import has_tokenizer, other_shape
 from megatron_dynmix.config.tree import ModelConfig
-from megatron_dynmix.convert.hf_folder import NO_WEIGHTS, HuggingFaceFolder
+from megatron_dynmix.convert.families import PREDICTION, prediction_layers
+from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, carried_files
 from megatron_dynmix.data.tokenizer import load_tokenizer
 from megatron_dynmix.errors import InputError
 
@@ -23,6 +24,10 @@ CONVERSION = "conversion.json"
 TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens")
 """What the names of a tokenizer's files begin with."""
 NO_TOKENIZER = "no tokenizer came with the model: put its files into the folder"
+NO_PREDICTION = (
+    "layers for multi-token prediction, of which the model that it came from has {count}, are not in the "
+    f"export: they were not converted, and {PREDICTION} is 0 in its config.json"
+)
 TYPE_KEYS = ("dtype", "torch_dtype")
 
 
@@ -75,12 +80,15 @@ def origin_of(state: Mapping[str, Any], checkpoint: Path, given: Path | None) ->
             f"{checkpoint} is not of the model of {folder}: {changes}; give the folder it came from with "
             "--hf-config"
         )
-    files = beside_weights(folder)
+    files = carried_files(folder)
     del files[CONFIG]
     if tokenizer:
         files = {name: path for name, path in files.items() if not _is_tokenizer(name)} | tokenizer
-    notes = () if any(map(_is_tokenizer, files)) else (NO_TOKENIZER,)
-    return Origin({**config, **_changed(theirs, settings)}, files, _fused(folder), notes)
+    notes = [] if any(map(_is_tokenizer, files)) else [NO_TOKENIZER]
+    if prediction_layers(config):
+        notes.append(NO_PREDICTION.format(count=config[PREDICTION]))
+        config = {**config, PREDICTION: 0}
+    return Origin({**config, **_changed(theirs, settings)}, files, _fused(folder), tuple(notes))
 
 
 def model_of(settings: Mapping[str, Any]) -> ModelConfig:
@@ -135,18 +143,6 @@ def _fused(folder: Path) -> bool:
     return any(folder.glob("*.safetensors")) and HuggingFaceFolder(folder).fused_experts
 
 
-def beside_weights(folder: Path) -> dict[str, Path]:
-    """Name -> file of a model's folder that is neither weights nor a list of them."""
-    return {
-        path.name: path
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-        and not path.name.startswith(".")
-        and path.suffix not in NO_WEIGHTS
-        and not path.name.endswith(".index.json")
-    }
-
-
 def _tokens(data: Mapping[str, Any], tokenizer: Mapping[str, Path]) -> dict[str, int]:
     """What config.json says of the tokenizer: without the end of a text, `generate` would not stop."""
     if not tokenizer:
@@ -156,13 +152,11 @@ def _tokens(data: Mapping[str, Any], tokenizer: Mapping[str, Path]) -> dict[str,
 
 
 def _is_tokenizer(name: str) -> bool:
-    return name.startswith(
-        ("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens")
-    )
+    return name.startswith(TOKENIZER)
 
 
 def _tokenizer_files(path: str | None) -> dict[str, Path]:
     """The files of a run's tokenizer, if it is a folder."""
     if path is None or not has_tokenizer(Path(path)):
         return {}
-    return {name: file for name, file in beside_weights(Path(path)).items() if _is_tokenizer(name)}
+    return {name: file for name, file in carried_files(Path(path)).items() if _is_tokenizer(name)}

@@ -5,6 +5,7 @@ Used by the run itself, before it starts, and by `verify`, from the settings on 
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,9 @@ Resolved = Mapping[str, Any]
 """Options that came from files; the sources' `max_epochs` (None: no cap) and, where weights are shares of
 examples, their `examples_per_row`, in the order of the sources."""
 
+COUNTED = re.compile(r"(?P<noun>sources?) \[?(?P<numbers>\d+(?:, \d+)*)\]? \(counted from 0\)")
+"""How `mixing` says which sources it means."""
+
 
 def resolve(config: RunConfig, rows: Sequence[PackedRows] = ()) -> dict[str, Any]:
     """What the settings of a run say by file and by source.
@@ -61,17 +65,30 @@ def _of_rows(config: RunConfig, rows: Sequence[PackedRows]) -> dict[str, Any]:
     return {}
 
 
-def reason(error: Exception) -> str:
-    """What an exception says; its kind and place too, where it is none that we raise with a sentence."""
+def reason(error: Exception, sources: Sequence[str] = ()) -> str:
+    """What an exception says; its kind and place too, where it is none that we raise with a sentence.
+
+    Args:
+        error: the exception.
+        sources: names of the sources that a message of `mixing`, which knows their numbers only, counts.
+
+    """
     if isinstance(error, ValueError):
-        return str(error)
+        return COUNTED.sub(lambda found: _named(found, sources), str(error))
     place = traceback.extract_tb(error.__traceback__)[-1:]
     where = "".join(f" ({frame.filename}:{frame.lineno} in {frame.name})" for frame in place)
     return f"{type(error).__name__}: {error}{where}"
 
 
+def _named(found: re.Match[str], sources: Sequence[str]) -> str:
+    numbers = [int(number) for number in found["numbers"].split(",")]
+    if not all(number < len(sources) for number in numbers):
+        return found[0]
+    return f"{found['noun']} {', '.join(sources[number] for number in numbers)}"
+
+
 @contextmanager
-def refusing(mixing: MixingConfig, where: str = "mixing") -> Iterator[None]:
+def refusing(mixing: MixingConfig, where: str = "mixing", sources: Sequence[str] = ()) -> Iterator[None]:
     """Say what is wrong with settings in one message, also where a user's own code fails in its own way.
 
     Raises:
@@ -86,7 +103,7 @@ def refusing(mixing: MixingConfig, where: str = "mixing") -> Iterator[None]:
         own = any(chosen.own for chosen in (mixing.chosen, *mixing.shadows))
         if not own and not isinstance(error, ValueError | TypeError):
             raise
-        raise InputError(f"{where}: {reason(error)}") from None
+        raise InputError(f"{where}: {reason(error, sources)}") from None
 
 
 def strategy_of(chosen: Chosen, resolved: Resolved) -> Strategy:
@@ -263,7 +280,7 @@ def check_mix(config: RunConfig, num_layers: int) -> None:
     """
     names = list(config.data.sources)
     resolved, some_D = resolve(config), np.ones(len(names), np.int64)
-    with refusing(config.mixing):
+    with refusing(config.mixing, sources=names):
         controller = controller_of(config.mixing, resolved, names, some_D, normalise_weights(some_D))
         for strategy in (controller.strategy, *controller.shadows.values()):
             layers = getattr(strategy, "layers", None)
@@ -305,6 +322,6 @@ def first_weights(config: RunConfig, rows: Sequence[PackedRows]) -> NDArray[np.f
             f"{horizon.run_rows - int(allowed)} rows are missing; raise max_epochs, give more data, or use "
             "fewer train_iters"
         )
-    with refusing(config.mixing):
+    with refusing(config.mixing, sources=names):
         controller = controller_of(config.mixing, resolved, names, size_D, initial_shares(config, rows))
         return controller.start(horizon.signal(0, 0, np.zeros(len(names), np.int64))).weights_D

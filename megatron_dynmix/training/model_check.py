@@ -1,7 +1,8 @@
 """Whether a converted model answers as the one it was made from: logits on fixed tokens, in float32.
 
-The reference is `transformers`, which reads the Hugging Face folder by itself; the other side is our GPT
-with the weights of the checkpoint. Axes: B rows, S positions, V vocabulary.
+The reference is `transformers`, which reads the Hugging Face folder by itself where it runs the whole model
+and weights were not rounded; the other side is our GPT with the weights of the checkpoint. Axes: B rows,
+S positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class LogitsVerdict:
     """Share of tokens after which both expect the same token most."""
     experts_reached: float | None = None
     """Share of the experts of those layers that a token went to: the others were not compared."""
+    rounded: bool = False
+    """Whether the reference was given the rounded weights too."""
 
     @property
     def compared(self) -> bool:
@@ -78,6 +81,7 @@ class LogitsVerdict:
             f"{self.num_layers} layers differ by at most {self.max_difference:.1e} "
             f"(allowed {self.tolerance:.1e}), same most likely token after {self.top1_agreement:.1%}, "
             f"{self.experts_reached:.1%} of their experts reached"
+            + ("; both with the rounded weights" if self.rounded else "")
         )
 
 
@@ -87,6 +91,7 @@ def compare_logits(
     checkpoint: Tensors,
     model: ModelConfig,
     *,
+    rounded: bool = False,
     limit: int = WHOLE_UP_TO,
     memory: int | None = None,
 ) -> LogitsVerdict:
@@ -98,6 +103,8 @@ def compare_logits(
     Args:
         hf_folder: the Hugging Face model; none of its own code is run.
         weights: the tensors of that folder.
+        rounded: whether they are not as the folder has them, but rounded to another type; the reference is
+            then given these, and reads nothing by itself.
         checkpoint: the tensors of the Megatron checkpoint.
         model: what the checkpoint is a model of.
         limit: parameters of a model that is run as a whole.
@@ -119,9 +126,11 @@ def compare_logits(
                 f"one layer with embedding and output layer does not fit in the {free / 2**30:.1f} GiB of "
                 "memory that are free; compare on a larger machine"
             )
-        found = {"layers": layers, "num_layers": config.num_hidden_layers}
+        found = {"layers": layers, "num_layers": config.num_hidden_layers, "rounded": rounded}
         tokens_BS = fixed_tokens(config.vocab_size, int(config.max_position_embeddings))
-        reference_BSV = _reference_logits(hf_folder, weights, config, layers, tokens_BS.to(device))
+        itself = len(layers) == config.num_hidden_layers and not rounded
+        given = None if itself else cut_weights(weights, layers)
+        reference_BSV = _reference_logits(hf_folder, given, config, layers, tokens_BS.to(device))
         ours_BSV, reached = _our_logits(checkpoint, model, layers, tokens_BS.to(device))
         return _verdict(reference_BSV, ours_BSV, {**found, "experts_reached": reached})
     except NotCompared as why:
@@ -169,9 +178,13 @@ def _check_sizes(config: Any, model: ModelConfig) -> None:
 
 
 def _reference_logits(
-    hf_folder: Path, weights: Tensors, config: Any, layers: tuple[int, ...], tokens_BS: torch.Tensor
+    hf_folder: Path,
+    given: dict[str, torch.Tensor] | None,
+    config: Any,
+    layers: tuple[int, ...],
+    tokens_BS: torch.Tensor,
 ) -> torch.Tensor:
-    """`[B, S, V]` of `transformers`, on the CPU; a whole model it reads by itself."""
+    """`[B, S, V]` of `transformers`, on the CPU, with the weights given or, if none are, those it reads."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.utils import logging as hf_logging
 
@@ -180,7 +193,7 @@ def _reference_logits(
     hf_logging.disable_progress_bar()
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
-        if len(layers) == config.num_hidden_layers:
+        if given is None:
             model, said = kind.from_pretrained(
                 hf_folder,
                 config=config,
@@ -190,9 +203,7 @@ def _reference_logits(
             )
         else:
             cut = cut_config(config, layers)
-            model, said = kind.from_pretrained(
-                None, config=cut, state_dict=cut_weights(weights, layers), output_loading_info=True
-            )
+            model, said = kind.from_pretrained(None, config=cut, state_dict=given, output_loading_info=True)
         if said["missing_keys"]:
             raise Different(
                 f"transformers misses {', '.join(sorted(said['missing_keys'])[:3])} in {hf_folder}"

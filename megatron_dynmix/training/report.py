@@ -14,6 +14,7 @@ from megatron_dynmix import platform
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.host import Host
 from megatron_dynmix.config.load import to_yaml
+from megatron_dynmix.config.tree import MixingConfig
 from megatron_dynmix.data.duplicates import read_digests, shared_texts
 from megatron_dynmix.data.row_text import excerpt, plain, row_text
 from megatron_dynmix.data.rows import PackedRows
@@ -151,10 +152,10 @@ def shared_lines(files: Sequence[SourceFile], config: RunConfig) -> list[str]:
 
 
 def mix_warnings(config: RunConfig) -> list[str]:
-    """A line for each setting with which no weight will ever change, though the strategy is to."""
-    mixing, lines = config.mixing, []
+    """A line for each setting with which the strategy changes weights late, or never."""
+    mixing, lines = config.mixing, late_changes(config.mixing)
     if not any(mixing.chosen.needs):
-        return []
+        return lines
     if config.training.train_iters is not None and mixing.interval >= config.training.train_iters:
         lines.append(
             f"WARNING: the first weight update is due after iteration {mixing.interval}, the run ends at "
@@ -167,6 +168,21 @@ def mix_warnings(config: RunConfig) -> list[str]:
             "weight can change; give them a small weight, or --signal probe"
         )
     return lines
+
+
+def late_changes(mixing: MixingConfig) -> list[str]:
+    """A line if a plan made beforehand is to change weights where there is no update."""
+    points: dict[str, list[int]] = {
+        "schedule": [point[0] for point in mixing.schedule or ()],
+        "sequential": [mixing.options.get("every", 0)],
+    }
+    late = [point for point in points.get(mixing.strategy, ()) if point % mixing.interval]
+    if not late:
+        return []
+    return [
+        f"WARNING: {mixing.strategy} is to change the weights at {', '.join(map(str, late))}, between two "
+        f"updates (--interval {mixing.interval}); they will change at the update that follows"
+    ]
 
 
 def share_table(rows: Sequence[PackedRows], row_shares_D: NDArray[np.float64]) -> str:

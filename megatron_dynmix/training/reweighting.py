@@ -51,7 +51,7 @@ def start_weights(controller: MixingController, signal: Signal, device: torch.de
         try:
             weights_D = controller.start(signal).weights_D
         except Exception as error:  # whatever it is, the other ranks are waiting to be told
-            failure = reason(error)
+            failure = reason(error, controller.sources)
     told_D = _told_by_rank_0(weights_D, len(controller.sources), failure, device)
     assert told_D is not None, "there are always first weights"
     return told_D
@@ -275,7 +275,7 @@ class Reweighting:
             except BrokenOverride as broken:
                 weights_D, note = old_D, f"{KEPT}: {broken}"
             except Exception as error:  # whatever it is, the other ranks are waiting to be told
-                failure = reason(error)
+                failure = reason(error, self.controller.sources)
         new_D = _told_by_rank_0(weights_D, len(self.controller.sources), failure, self.run.platform.device)
         return new_D, decision, override, note
 

@@ -54,7 +54,7 @@ def update_once(
         raise InputError("there is nothing to update from; give --load FILE.json, --loss FILE.json or both")
     sources = list(next(iter(contents.values())))
     weights_D = _weights(None if weights is None else contents[weights], sources, weights)
-    with refusing(mixing, str(load or loss or weights)):
+    with refusing(mixing, str(load or loss or weights), sources):
         counts_DLE = None if load is None else _loads(contents[load], sources)
         loss_D = None if loss is None else np.array(read_losses(loss, sources))
         if mixing.prior == "size":

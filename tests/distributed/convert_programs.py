@@ -15,7 +15,7 @@ from megatron_dynmix.training import run as training_run
 from megatron_dynmix.training.batch import to_batch
 from megatron_dynmix.training.checkpointing.checkpoint import TRACKER, Checkpointer, folder_of
 from megatron_dynmix.training.checkpointing.slices import own_slices
-from megatron_dynmix.training.hugging_face import weights_of
+from megatron_dynmix.training.hugging_face import folder_for, weights_of
 from megatron_dynmix.training.model.gpt import unwrap
 from megatron_dynmix.training.trainer import seed_iteration
 from tests.distributed.layouts import start_anew
@@ -46,7 +46,7 @@ def logits_and_gradients(run_yaml, folders, flags, tokens_BS):
             _give_extra_state(runner)
             checkpointer.load_weights(folder_of(folder, 0))
         else:
-            checkpointer.load_tensors(weights_of(folder, config))
+            checkpointer.load_tensors(weights_of(folder_for(folder, config), config))
         batches = [_batch(row_S[None]) for row_S in _own_rows(tokens_BS)]
         logits = _logits(runner, batches)
         for chunk in runner.chunks:

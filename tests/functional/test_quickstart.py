@@ -11,7 +11,7 @@ SOURCES = ["chat", "math", "math_again", "code"]
 def test_quickstart_learns_finds_the_redundant_sources_and_says_what_to_open(clone, quickstart):
     assert quickstart.returncode == 0, quickstart.stderr
     assert "weight update at iteration       10" in quickstart.stdout
-    assert quickstart.stdout.rstrip().splitlines()[-6].startswith("Done. What to open")
+    assert quickstart.stdout.rstrip().splitlines()[-7].startswith("Done. What to open")
 
     run_dir = clone / "runs/quickstart"
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -81,7 +81,12 @@ def test_an_environment_variable_that_is_not_set_is_refused(tmp_path, monkeypatc
         ("optimizer: {lr: -1}", "optimizer.lr is -1.0; it must be a positive number"),
         ("optimizer: {lr: .nan}", "optimizer.lr is nan; it must be a positive number"),
         ("optimizer: {lr: 1, min_lr: 2}", "optimizer.min_lr is 2.0; it must be from 0 to lr (1.0)"),
-        ("mixing: {layers: 3}", "mixing.layers is 3; it must be text or"),
+        (
+            "mixing: {layers: 3}",
+            "it must be text or a list whose items are each a whole number",
+        ),
+        ("mixing: {shadow: odm}", "it must be a list whose items are each text or a mapping {name: value}"),
+        ("mixing: {strategy_options: 3}", "it must be a mapping {name: value}"),
         ("mixing: {strategy: best}", "'best'; it must be one of gate-load, "),
         ("data: {overlong: keep}", "'keep'; it must be one of drop, truncate, split, error"),
         ("data: {num_workers: -1}", "data.num_workers is -1; it must be 0 or more"),

@@ -139,10 +139,16 @@ def test_types_are_cast_and_said(source, tmp_path, capsys):
     assert AutoConfig.from_pretrained(tmp_path / "bf16").dtype == torch.bfloat16
 
 
-def test_logits_of_rounded_weights_are_not_compared(tmp_path, capsys):
+def test_logits_of_rounded_weights_are_compared_with_the_rounded_ones(tmp_path, capsys):
     source = tiny_folder("mixtral")
-    assert convert("hf-to-megatron", source, tmp_path / "bf16", "--dtype", "bf16", verify=True) == 0
-    assert "the weights were rounded to bfloat16" in capsys.readouterr().out
+    assert convert("hf-to-megatron", source, tmp_path / "in", "--dtype", "bf16", verify=True) == 0
+    said = capsys.readouterr().out
+    assert "equal: logits of 256 tokens through all 2 layers" in said
+    assert "both with the rounded weights" in said
+    assert convert("hf-to-megatron", source, tmp_path / "fp32", "--dtype", "fp32", verify=True) == 0
+    assert "the rounded weights" not in capsys.readouterr().out
+    assert convert("megatron-to-hf", tmp_path / "fp32", tmp_path / "out", "--dtype", "bf16", verify=True) == 0
+    assert "equal: logits" in capsys.readouterr().out
 
 
 def test_without_a_comparison_the_verdict_says_so(source, tmp_path, capsys):
@@ -170,7 +176,7 @@ def test_a_bad_verdict_is_exit_1_and_keeps_the_partial_name(
     monkeypatch.setattr(
         module, "compare_values", lambda read, written, *rest: compare(read, Wrong(written), *rest)
     )
-    monkeypatch.setattr(module, "compare_logits", lambda *_: None)
+    monkeypatch.setattr(module, "compare_logits", lambda *_, **__: None)
     given = source if direction == "hf-to-megatron" else converted
     assert convert(direction, given, tmp_path / "out", verify=True) == EXIT_FAILED
     said = capsys.readouterr().out

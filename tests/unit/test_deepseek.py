@@ -4,14 +4,18 @@ import json
 
 import pytest
 import torch
+from config_fixtures import good_settings, load
+from safetensors.torch import load_file, save_file
 
+from megatron_dynmix.cli import main
 from megatron_dynmix.config.hugging_face import hugging_face_config, model_settings
+from megatron_dynmix.config.load import load_config, to_yaml
 from megatron_dynmix.config.presets import COMMON
 from megatron_dynmix.convert.families import weight_map
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
 from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, InMemory
 from megatron_dynmix.errors import InputError
-from tests.deepseek_models import MODELS, YARN, tiny_model
+from tests.deepseek_models import DEEPSEEK_V2_LITE, DEEPSEEK_V3, MODELS, tiny_model
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
@@ -39,16 +43,58 @@ def test_settings_go_back_to_a_config_that_says_the_same(name):
     assert model_settings(written) == settings
 
 
-def test_parameters_of_the_published_v2_lite():
-    config = {
-        **{"model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048, "num_hidden_layers": 27},
-        **{"intermediate_size": 10944, "moe_intermediate_size": 1408, "n_routed_experts": 64},
-        **{"n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "q_lora_rank": None},
-        **{"num_attention_heads": 16, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64},
-        **{"v_head_dim": 128, "topk_method": "greedy", "max_position_embeddings": 163840},
-        **{"rms_norm_eps": 1e-6, "rope_scaling": {**YARN, "type": "yarn", "factor": 40}},
-    }
-    assert weight_map(model_settings(config), config).parameters == 15_706_484_224
+def test_parameters_of_the_published_models():
+    """15.7B; 671B, the 58 x 256 corrections of the router's scores among them."""
+    for config, total in ((DEEPSEEK_V2_LITE, 15_706_484_224), (DEEPSEEK_V3, 671_026_419_200)):
+        assert weight_map(model_settings(config), config).parameters == total
+
+
+LEFT_OUT = {"model.layers.3.eh_proj.weight": (30, 60), "model.layers.3.mlp.gate.weight": (8, 30)}
+"""Of a layer for multi-token prediction, after three layers."""
+
+
+@pytest.fixture(name="predicting")
+def predicting_fixture(tmp_path):
+    """A folder with such a layer beside its model, as the published V3."""
+    folder = tmp_path / "predicting"
+    tiny_model("V3", num_nextn_predict_layers=1).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {name: torch.zeros(shape) for name, shape in LEFT_OUT.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_layers_for_multi_token_prediction_stay_behind_and_are_named(predicting, tmp_path, capsys):
+    assert main(["convert", "hf-to-megatron", str(predicting), str(tmp_path / "in")]) == 0
+    said = capsys.readouterr().out
+    assert "not converted: multi-token prediction" in said
+    assert "not converted: 2 tensors of multi-token prediction (model.layers.3.*)" in said
+    assert "equal: logits of 256 tokens through all 3 layers" in said
+    assert main(["convert", "megatron-to-hf", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    assert "came from has 1, are not in the export" in capsys.readouterr().out
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0
+    assert HuggingFaceFolder(tmp_path / "out").predicting == ()
+
+
+@pytest.mark.parametrize("said", [0, None, "absent"])
+def test_layers_that_the_configuration_does_not_know_of_are_refused(said, predicting):
+    path = predicting / "config.json"
+    config = {**json.loads(path.read_text()), "num_nextn_predict_layers": said}
+    if said == "absent":
+        del config["num_nextn_predict_layers"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"layers\.3\.eh_proj\.weight.*num_nextn_predict_layers"):
+        HuggingFaceFolder(predicting)
+
+
+def test_what_a_run_resolves_is_read_back_though_a_width_is_null(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V2_LITE))
+    config = load(tmp_path, {**good_settings(tmp_path), "model": {"preset": "./"}})
+    assert config.model.megatron["q_lora_rank"] is None
+    path = tmp_path / "resolved.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(path) == config
 
 
 @pytest.mark.parametrize(
@@ -58,9 +104,10 @@ def test_parameters_of_the_published_v2_lite():
         ("V3", {"num_experts_per_tok": 6}, "topk_group"),
         ("V3", {"scoring_func": "softmax"}, "scoring_func"),
         ("V3", {"rms_norm_eps": 1e-5}, "rms_norm_eps"),
+        ("V3", {"num_nextn_predict_layers": "one"}, "num_nextn_predict_layers is 'one'"),
         ("V3", {"kv_lora_rank": None}, "kv_lora_rank"),
         ("V3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "linear"),
-        ("V3", {"quantization_config": {"quant_method": "fp8"}}, "quantis"),
+        ("V3", {"quantization_config": {"quant_method": "fp8"}}, "says fp8.*fp8_cast_bf16.py makes bfloat16"),
     ],
 )
 def test_what_is_not_computed_the_same_is_refused(name, changes, message):

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_dynmix.cli import _parser
+from megatron_dynmix.mixing.aggregate import AGGREGATES
+from megatron_dynmix.mixing.bandit import VARIANTS
+from megatron_dynmix.mixing.distance import DISTANCES
+from megatron_dynmix.mixing.schedule import INTERPOLATIONS
 from tests.docs_blocks import NEEDS, PAGES, SERVED, TAKES, all_blocks, blocks_of
 
 ROOT = Path(__file__).parents[2]
@@ -32,10 +36,20 @@ def test_a_block_of_commands_is_run_or_says_why_not(block):
         return  # tests/functional/test_docs_commands.py
     kind, reasons = block.mark
     if kind == "tested by":
-        assert (ROOT / reasons).is_file() and f"{ROOT / reasons}".startswith(f"{ROOT / 'tests'}/")
+        assert reasons.startswith("tests/")
+        test, argument = (ROOT / reasons).read_text(), shlex.split(block.text)[1]
+        assert block.page in test or argument in test
     else:
         known = {"needs": NEEDS, "takes": TAKES, "runs until": {SERVED}}[kind]
         assert set(reasons.split(", ")) <= known
+
+
+def test_reasons_that_nothing_has_are_gone():
+    given = {kind: set() for kind in ("needs", "takes", "runs until", "tested by")}
+    for block in BASH:
+        if block.mark:
+            given[block.mark[0]].update(block.mark[1].split(", "))
+    assert (given["needs"], given["takes"], given["runs until"]) == (NEEDS, TAKES, {SERVED})
 
 
 def test_marks_stand_above_commands_and_commands_are_called_bash():
@@ -124,3 +138,10 @@ def test_page_of_all_settings_is_up_to_date():
     reference = runpy.run_path(str(ROOT / "tools/config_reference.py"))["reference"]
     page = (ROOT / "docs/configuration.md").read_text()
     assert page == reference(), "python tools/config_reference.py docs/configuration.md"
+
+
+def test_page_of_all_settings_speaks_to_users():
+    page = (ROOT / "docs/configuration.md").read_text()
+    assert not re.findall(r"`[A-Z]{2,}_?[A-Z]*`|see `\w+", page.partition("## Fields of Megatron-Core")[0])
+    for name in (*DISTANCES, *AGGREGATES, *INTERPOLATIONS, *VARIANTS):
+        assert f"``{name}``" in page

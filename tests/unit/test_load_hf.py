@@ -14,7 +14,7 @@ from megatron_dynmix.errors import InputError
 
 platform.start()
 from megatron_dynmix.training import run  # noqa: E402
-from megatron_dynmix.training.hugging_face import check_load_hf, weights_of  # noqa: E402
+from megatron_dynmix.training.hugging_face import check_load_hf, folder_for, weights_of  # noqa: E402
 from megatron_dynmix.training.hugging_face_export import check_save_hf  # noqa: E402
 
 
@@ -26,7 +26,7 @@ def folder_fixture(tmp_path):
 def test_a_folder_is_seen_as_a_checkpoint_of_the_padded_model(tmp_path, folder):
     config = load(tmp_path, {"model": {"load_hf": "hf"}}, ["--make-vocab-size-divisible-by", "100"])
     check_load_hf(config)
-    weights = weights_of(folder, config)
+    weights = weights_of(folder_for(folder, config), config)
     assert weights.shapes["embedding.word_embeddings.weight"] == (200, 30)
     assert not weights.read("output_layer.weight", (131, 0), (69, 30)).any()
 

@@ -11,7 +11,7 @@ from megatron_dynmix.cli import main
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.controller import MixingController
 from megatron_dynmix.mixing.strategy import Proposal, Signal
-from megatron_dynmix.training.mix import check_mix, first_weights, initial_shares
+from megatron_dynmix.training.mix import check_mix, first_weights, initial_shares, reason
 from megatron_dynmix.training.report import mix_warnings
 from megatron_dynmix.training.update_record import update_record
 
@@ -126,3 +126,37 @@ def test_settings_with_which_no_weight_can_change_are_said(tmp_path):
     assert "begin with weight 0" in idle
     settings["mixing"]["strategy"] = "fixed"
     assert mix_warnings(load(tmp_path, settings)) == []
+
+
+@pytest.mark.parametrize(
+    "mixing, late",
+    [
+        ({"strategy": "sequential", "every": 250}, "250"),
+        ({"strategy": "schedule", "schedule": [[0, {"a": 1}], [150, {"a": 1}], [200, {"a": 1}]]}, "150"),
+        ({"strategy": "sequential", "every": 300}, None),
+    ],
+)
+def test_a_plan_that_changes_weights_between_two_updates_is_told_when_it_acts(tmp_path, mixing, late):
+    settings = good_settings(tmp_path)
+    settings["mixing"] = {"interval": 100, **mixing}
+    lines = mix_warnings(load(tmp_path, settings))
+    assert [f"is to change the weights at {late}, between two updates" in line for line in lines] == (
+        [True] if late else []
+    )
+
+
+def test_a_source_that_mixing_counts_is_named():
+    def said(text):
+        return reason(ValueError(text), ["chat", "math", "code"])
+
+    assert said("the loss of source 1 (counted from 0) is 3") == "the loss of source math is 3"
+    assert said("sources [0, 2] (counted from 0) have no rows") == "sources chat, code have no rows"
+    assert said("source 7 (counted from 0) is strange") == "source 7 (counted from 0) is strange"
+
+
+def test_update_names_the_source_whose_loss_cannot_be(tmp_path, capsys):
+    (tmp_path / "loss.json").write_text('{"chat": 2.0, "math": 30.0}')
+    (tmp_path / "reference.json").write_text('{"chat": 2.0, "math": 1.0}')
+    flags = ["--strategy", "ref-loss", "--reference", str(tmp_path / "reference.json")]
+    assert main(["update", "--loss", str(tmp_path / "loss.json"), *flags]) == 2
+    assert "the reference loss of source math is 1.0" in capsys.readouterr().err

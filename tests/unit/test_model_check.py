@@ -213,13 +213,17 @@ def with_mistake(names, exchanges):
 
 
 @pytest.mark.parametrize("mistake", ["gate and up, per expert", "two experts, fused"])
-@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
-def test_the_command_fails_on_a_mistake_in_a_map(mistake, direction, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "command",
+    [["hf-to-megatron"], ["hf-to-megatron", "--dtype", "bf16"], ["megatron-to-hf"]],
+    ids=" ".join,
+)
+def test_the_command_fails_on_a_mistake_in_a_map(mistake, command, tmp_path, monkeypatch, capsys):
     """Values are read back through the same map, so they agree; logits do not."""
     changes, exchanges = MISTAKES[mistake]
     right, wrong = tmp_path / "right", tmp_path / "wrong"
     source = tiny_folder("mixtral", **changes)
-    if direction == "megatron-to-hf":
+    if command == ["megatron-to-hf"]:
         assert main(["convert", "hf-to-megatron", str(source), str(right), "--no-verify"]) == 0
         source = right
     for module in (hf_folder, megatron_to_hf):
@@ -229,7 +233,7 @@ def test_the_command_fails_on_a_mistake_in_a_map(mistake, direction, tmp_path, m
             "weight_map",
             lambda *given, f=right_map, **more: with_mistake(f(*given, **more), exchanges),
         )
-    assert main(["convert", direction, str(source), str(wrong)]) == EXIT_FAILED
+    assert main(["convert", *command, str(source), str(wrong)]) == EXIT_FAILED
     said = capsys.readouterr().out
     assert "FAILED: logits of 256 tokens" in said and "values differ" not in said
     assert "NOT CONVERTED" in said

@@ -20,6 +20,12 @@ ROWS, LENGTH, WORLD = 2, 128, 2
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 SHARED = {"moe_shared_expert_intermediate_size": 192}
+LATENT = {
+    **{"multi_latent_attention": True, "qk_layernorm": True, "num_query_groups": 4, "kv_lora_rank": 48},
+    **{"q_lora_rank": 80, "qk_head_dim": 24, "qk_pos_emb_head_dim": 16, "v_head_dim": 40},
+    "rope_type": "rope",
+}
+"""As DeepSeek has it, but for values as wide as keys."""
 KEPT = {
     "tiny": ({}, {}, {}),
     "dense": ({"num_moe_experts": None}, {}, {}),
@@ -31,6 +37,9 @@ KEPT = {
     "fused activation of experts": ({"bias_activation_fusion": True}, {}, {}),
     "full recomputation": (FULL, {}, {}),
     "full, one layer of two": ({**FULL, "recompute_method": "block"}, {}, {}),
+    "latent attention": (LATENT, {}, {}),
+    "latent attention, narrow values": ({**LATENT, "v_head_dim": 24}, {}, {}),
+    "latent attention, dense, TP2": ({**LATENT, "q_lora_rank": None, "num_moe_experts": None}, TP2, {}),
     "moe again": ({"recompute_granularity": "selective", "recompute_modules": ["moe"]}, {}, {}),
 }
 CPU = Host(cuda=False, transformer_engine=False)

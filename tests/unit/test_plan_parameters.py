@@ -1,11 +1,13 @@
 """Parameters are reckoned exactly: rank by rank those of a model that was built, in total those published."""
 
+import json
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 from config_fixtures import good_settings, load
 
 from megatron_dynmix import platform
+from tests.deepseek_models import DEEPSEEK_V2_LITE, DEEPSEEK_V3
 from tests.distributed.ranks import CONTEXT
 
 platform.start()
@@ -18,6 +20,11 @@ SP = {"sequence_parallel": True}
 TP2 = {"tensor_model_parallel_size": 2, **SP}
 PP2 = {"pipeline_model_parallel_size": 2}
 SHARED = {"moe_shared_expert_intermediate_size": 192, "moe_shared_expert_gate": True}
+LATENT = {
+    **{"multi_latent_attention": True, "qk_layernorm": True, "num_query_groups": 4, "kv_lora_rank": 24},
+    **{"q_lora_rank": 40, "qk_head_dim": 12, "qk_pos_emb_head_dim": 8, "v_head_dim": 16, "rope_type": "rope"},
+}
+"""As DeepSeek has it."""
 CASES = {
     "one rank": (1, {}, {}),
     "tied": (1, {}, {"untie_embeddings_and_output_weights": False}),
@@ -40,6 +47,12 @@ CASES = {
     ),
     "router with two layers and noise": (1, {}, {"router_network": "mlp", "router_noise": "idle"}),
     "dense": (1, {}, {"num_moe_experts": None}),
+    "latent attention, a dense layer": (
+        1,
+        {},
+        {**LATENT, "moe_layer_freq": [0, 1], "moe_shared_expert_intermediate_size": 192},
+    ),
+    "latent attention, queries without, TP2": (2, TP2, {**LATENT, "q_lora_rank": None}),
 }
 
 
@@ -117,12 +130,22 @@ def test_each_rank_has_the_parameters_of_a_model_that_was_built(name, built, tmp
         ("mixtral-8x22b", 140_620_634_112, 39e9),
         ("qwen3-30b-a3b", 30_532_122_624, 3.3e9),
         ("olmoe-1b-7b", 6_919_161_856, 1.3e9),
+        (DEEPSEEK_V2_LITE, 15_706_484_224, 2.66e9),
+        # its file has 58 x 256 numbers more, which correct the router's scores and get no gradient
+        (DEEPSEEK_V3, 671_026_404_352, 37.5e9),
     ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else str(value),
 )
-def test_presets_have_the_published_number_of_parameters(preset, total, active, tmp_path):
-    """As the models' cards have them: 46.7B of which 12.9B active, 141B/39B, 30.5B/3.3B, 6.9B/1.3B."""
+def test_published_models_have_their_number_of_parameters(preset, total, active, tmp_path):
+    """As the models' cards have them: 46.7B of which 12.9B active, 141B/39B, 30.5B/3.3B, 6.9B/1.3B.
+
+    Of DeepSeek's 15.7B and 671B, 2.4B and 36.6B, without the embedding, of which a token meets one row.
+    """
     settings = good_settings(tmp_path)
     settings["model"] = {"preset": preset}
+    if isinstance(preset, dict):
+        (tmp_path / "config.json").write_text(json.dumps(preset))
+        settings["model"] = {"preset": str(tmp_path)}
     config = load(tmp_path, settings)
     assert model_parameters(config) == total
     assert model_parameters(config, active=True) == pytest.approx(active, rel=0.02)
