@@ -24,8 +24,10 @@ $(INSTALLED): setup.py constraints.txt
 quickstart: $(INSTALLED)  ## train a tiny MoE on generated sources on this machine's CPU
 	$(BIN)/megatron-dynmix quickstart
 
+# tests of one process go two at a time; those that start ranks or wait for clocks have the machine to themselves
 test: $(INSTALLED)  ## run the tests that need no GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+	$(BIN)/python -m pytest tests/distributed tests/functional
 
 test-slow: $(INSTALLED)  ## run the tests that `make test` leaves out: more layouts
 	$(BIN)/python -m pytest -m slow

