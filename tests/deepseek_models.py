@@ -51,6 +51,7 @@ MODELS = {
             "topk_method": "greedy",
             "num_experts_per_tok": 3,
             "routed_scaling_factor": 1.5,
+            "rope_parameters": YARN,
             "n_shared_experts": 2,
         },
     ),

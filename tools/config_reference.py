@@ -2,8 +2,8 @@
 
     python tools/config_reference.py docs/configuration.md
 
-Names, types, defaults and meanings are those of `config/tree.py` and of the strategies; of Megatron-Core's
-fields, names, types and defaults. What can not be set is listed with the reason.
+Names, types, defaults and meanings are those of `config/tree.py`, `config/mixing.py` and the strategies; of
+Megatron-Core's fields, names, types and defaults. What can not be set is listed with the reason.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def megatron_fields() -> Iterator[str]:
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     yield "## Fields of Megatron-Core\n"
     yield "They stand in the section named, beside our settings; Megatron-Core 0.16.1 says what they mean.\n"
@@ -93,6 +93,7 @@ def megatron_fields() -> Iterator[str]:
         ("parallel", ModelParallelConfig),
         ("parallel", DistributedDataParallelConfig),
         ("model", TransformerConfig),
+        ("model", MLATransformerConfig),
         ("optimizer", OptimizerConfig),
     ):
         rows = []

@@ -19,6 +19,7 @@ from megatron_dynmix.errors import InputError
 from megatron_dynmix.training import run
 from megatron_dynmix.training.checkpointing.checkpoint import write_atomically
 from megatron_dynmix.training.mix import first_weights
+from megatron_dynmix.training.resume import begins
 
 
 def compare(
@@ -78,8 +79,10 @@ def _check(cells: Sequence[Cell]) -> dict[str, list[SourceReport]]:
         if cell.variant.name in reports:
             continue
         data = json.dumps(to_dict(cell.config)["data"])  # mostly the same for all
+        same = [other for other in cells if other.variant.name == cell.variant.name]
+        fresh = any(begins(other.run_dir, "auto") for other in same)
         try:
-            tokenizer = run.check_before_start(cell.config, cell.plan.nproc)
+            tokenizer = run.check_before_start(cell.config, cell.plan.nproc, fresh=fresh)
             if data not in by_data:
                 by_data[data] = run.read_data(cell.config, tokenizer)
             first_weights(cell.config, by_data[data].train)

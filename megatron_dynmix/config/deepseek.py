@@ -28,6 +28,8 @@ YARN: dict[str, tuple[str, Any]] = {
     "mscale_all_dim": ("mscale_all_dim", 0.0),
 }
 """Our name -> theirs, and what it is if not said, of rotary embeddings stretched to longer sequences."""
+HARMLESS = {"truncate": True, "partial_rotary_factor": 1.0}
+"""What YaRN may be said to do besides: it does so anyway."""
 ONLY: dict[str, Any] = {
     "attention_bias": False,
     "moe_layer_freq": 1,
@@ -60,10 +62,39 @@ def in_common_words(config: Values) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     said["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     if kind == "yarn":
-        said["yarn"] = rope
+        said["yarn"] = _yarn(rope)
     elif kind != "default":
         raise InputError(f"the rotary embedding is of type {kind}; only default and yarn can be run here")
     return said
+
+
+def _yarn(rope: Values) -> dict[str, Any]:
+    """Our settings of a rotary embedding stretched by YaRN.
+
+    Raises:
+        InputError: a setting that is missing, or that Megatron-Core has not.
+
+    """
+    given = {name: value for name, value in rope.items() if value is not None}
+    known = {theirs for theirs, _ in YARN.values()} | {"type", "rope_type", "rope_theta"}
+    settings = {ours: given.get(theirs, default) for ours, (theirs, default) in YARN.items()}
+    for name in sorted(
+        given.keys() - known - {name for name, value in HARMLESS.items() if given.get(name) == value}
+    ):
+        raise InputError(f"rope_scaling says {name} {given[name]!r}, which Megatron-Core has not")
+    for ours in ("rotary_scaling_factor", "original_max_position_embeddings"):
+        if not isinstance(settings[ours], int | float):
+            raise InputError(
+                f"rope_scaling is of type yarn and says no {YARN[ours][0]}; add it to config.json"
+            )
+    # the model takes both or neither; Megatron-Core each by itself, which is the same for an mscale of 1
+    if bool(settings["mscale_all_dim"]) != bool(given.get("mscale")) and given.get("mscale", 0) != 1:
+        raise InputError(
+            f"rope_scaling says mscale {given.get('mscale')} and mscale_all_dim "
+            f"{given.get('mscale_all_dim')}: with one of them alone the model is not what Megatron-Core "
+            "computes; only both can be run here"
+        )
+    return settings
 
 
 def own_settings(config: Values) -> dict[str, Any]:
@@ -77,7 +108,7 @@ def own_settings(config: Values) -> dict[str, Any]:
     yarn = config.get("yarn")
     settings["q_lora_rank"] = config.get("q_lora_rank")
     settings["rope_type"] = "yarn" if yarn else "rope"
-    settings |= {ours: yarn.get(theirs, default) for ours, (theirs, default) in YARN.items()} if yarn else {}
+    settings |= yarn or {}
     dense = config.get("first_k_dense_replace") or 0
     layers = config.get("num_hidden_layers") or 0
     shared = config.get("n_shared_experts") or 0

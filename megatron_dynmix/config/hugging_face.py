@@ -53,8 +53,12 @@ def model_settings(config: Values) -> dict[str, Any]:
             raise InputError(f"{theirs} is {value!r}; it must be true or false")
         settings[ours] = value is not opposite
     settings["rotary_base"] = _rotary_base(config, dialect)
-    settings["untie_embeddings_and_output_weights"] = not config.get("tie_word_embeddings", False)
+    tied = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise InputError(f"tie_word_embeddings is {tied!r}; it must be true or false")
+    settings["untie_embeddings_and_output_weights"] = not tied
     settings["attention_dropout"] = config.get("attention_dropout", 0.0)
+    _check_numbers(config, settings)
     settings["moe_layer_freq"] = _moe_layer_freq(config, settings["num_layers"]) if dialect.mixed else 1
     settings |= {"qk_layernorm_full_width": False, **FIXED, **dialect.fixed, **dialect.own(config)}
     if settings["moe_router_topk"] == 1 and not settings["moe_router_pre_softmax"]:
@@ -195,6 +199,24 @@ def _require_size(name: str, value: Any) -> None:
         raise InputError(f"{name} is {value!r}; it must be a whole number, 1 or more")
 
 
+def _check_numbers(config: Values, settings: Values) -> None:
+    epsilon, dropout = settings["layernorm_epsilon"], settings["attention_dropout"]
+    if not _is_number(epsilon) or epsilon <= 0:
+        raise InputError(f"rms_norm_eps is {epsilon!r}; it must be a number above 0")
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        raise InputError(f"attention_dropout is {dropout!r}; it must be a number from 0 to below 1")
+    chosen, experts = settings["moe_router_topk"], settings["num_moe_experts"]
+    if chosen > experts:
+        raise InputError(
+            f"num_experts_per_tok is {chosen}, and there are {experts} experts; the config.json is not "
+            "that of the model"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _refuse_what_we_cannot_run(config: Values, dialect: Dialect) -> None:
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method", quantization) if isinstance(quantization, dict) else "?"
@@ -219,6 +241,8 @@ def _rotary_base(config: Values, dialect: Dialect) -> float:
     rope = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or {}
     for name, value in (("rope_parameters", rope), ("rope_scaling", scaling)):
+        if not isinstance(value, dict):
+            raise InputError(f"{name} is {value!r}; it must hold settings by name")
         kind = value.get("rope_type", value.get("type", "default"))
         if kind != "default" or any(isinstance(item, dict) for item in value.values()):
             raise InputError(f"{name} is {value}; only a plain rotary embedding (default) can be run here")
@@ -226,8 +250,8 @@ def _rotary_base(config: Values, dialect: Dialect) -> float:
         if part not in (None, 1, 1.0):
             raise InputError(f"partial_rotary_factor is {part}, and only 1.0 can be run here")
     base: Any = rope.get("rope_theta") or config.get("rope_theta") or dialect.rope_theta
-    if not isinstance(base, int | float):
-        raise InputError(f"rope_theta is {base!r}; it must be a number")
+    if not _is_number(base) or base <= 0:
+        raise InputError(f"rope_theta is {base!r}; it must be a number above 0")
     return float(base)
 
 

@@ -150,9 +150,13 @@ def find(name: str) -> Leaf:
     return all_leaves()[name]
 
 
+CLOSE = 0.7
+"""Likeness from which a known name may be what was meant: `aggregate` is not like `learning_rate`."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint at the known name most like `name`, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=CLOSE)
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -53,6 +53,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     latent = _fields(MLATransformerConfig) - _fields(TransformerConfig)
     if config.model.megatron.get("multi_latent_attention"):
         kind, derived = MLATransformerConfig, {**derived, "rotary_base": config.model.rotary_base}
+        if (rope := config.model.megatron.get("rope_type", "yarn")) not in ("rope", "yarn"):
+            raise InputError(f"model.rope_type is {rope!r}; it must be rope or yarn")
     elif given := sorted(latent.intersection(config.model.megatron)):
         raise InputError(
             f"{', '.join(given)}: only multi-latent attention has that; set multi_latent_attention, or leave "

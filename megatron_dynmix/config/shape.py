@@ -19,6 +19,8 @@ SHAPE = (
     *("gated_linear_unit", "add_bias_linear", "add_qkv_bias", "moe_shared_expert_gate"),
     *("moe_router_enable_expert_bias", "layernorm_zero_centered_gamma"),
     *("untie_embeddings_and_output_weights", "router_network", "router_noise"),
+    *("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim"),
+    "v_head_dim",
 )
 """Settings of the model section that decide which tensors the model has."""
 PRESENCE = ("router_noise",)

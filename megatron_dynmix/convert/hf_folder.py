@@ -130,8 +130,8 @@ class HuggingFaceFolder:
         if unused := self.shapes.keys() - expected.hf_shapes.keys():
             raise InputError(
                 f"{self.path} holds {_some(unused)}, which the model of {config} has not, and which would be "
-                f"lost; correct config.json (num_hidden_layers and {PREDICTION} count layers), or take the "
-                "tensors out"
+                f"lost; correct config.json (num_hidden_layers and {PREDICTION} count layers, and with "
+                "tie_word_embeddings there is no lm_head), or take the tensors out"
             )
         for name, places in expected.megatron.index.items():
             found = {self.dtypes[block.hf]: block.hf for blocks in places.values() for block in blocks}
@@ -191,6 +191,11 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
                 raise InputError(f"{folder / INDEX} names {file!r}, which is no file of this folder")
             files.setdefault(folder / file, set()).add(name)  # type: ignore[union-attr]
         missing = {path.name for path in files if not path.is_file()}
+        if (folder / SINGLE).is_file() and folder / SINGLE not in files:
+            raise InputError(
+                f"{folder} holds {SINGLE}, which its {INDEX} does not name: transformers would read the one, "
+                "others what the other names; take out the one that is not of this model"
+            )
         if missing:
             raise InputError(
                 f"{folder} has not {_some(missing)}, of the {len(files)} files that its index names; fetch "

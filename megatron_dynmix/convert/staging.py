@@ -38,18 +38,24 @@ class Staging:
             say: prints a line.
 
         Raises:
-            InputError: the final folder holds something, or another process is writing it.
+            InputError: the final folder holds something, cannot be made, or another process is writing it.
 
         """
         self.final = final.absolute()
-        self.folder = partial_of(final)
-        if self.final.exists() and (not self.final.is_dir() or any(self.final.iterdir())):
-            raise InputError(f"{final} is there already and is not an empty folder; give a new name")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = self._hold()
+        try:
+            if _is_taken(self.final):
+                raise InputError(f"{final} is there already and is not an empty folder; give a new name")
+            self.folder = partial_of(final)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = self._hold()
+            self.finished: dict[str, Any] = self._finished(dict(plan), say)
+            """File -> what is known of it."""
+        except OSError as error:
+            raise InputError(
+                f"{final} cannot be made ({error.strerror}); give a name on a disk that has room and can be "
+                "written to"
+            ) from None
         self._one_line_at_a_time = threading.Lock()
-        self.finished: dict[str, Any] = self._finished(dict(plan), say)
-        """File -> what is known of it."""
 
     def __enter__(self) -> Staging:
         """Return the staging."""
@@ -180,6 +186,13 @@ def fingerprint(folder: Path) -> dict[str, list[int]]:
     return {
         path.name: [stat.st_size, stat.st_mtime_ns] for path, stat in ((path, path.stat()) for path in files)
     }
+
+
+def _is_taken(final: Path) -> bool:
+    """Whether a folder cannot be given this name; a link never can, wherever it leads."""
+    if final.is_symlink() or not final.exists():
+        return final.is_symlink()
+    return not final.is_dir() or any(final.iterdir())
 
 
 def _read_plan(path: Path) -> dict[str, Any] | None:

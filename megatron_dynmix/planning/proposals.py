@@ -98,10 +98,10 @@ def propose(
     def proposal(candidate: RunConfig, saving: str) -> Proposal | None:
         try:
             check(candidate, world_size)
-        except InputError:
+            layout = Layout.of(candidate, world_size)
+            largest = max(memory_by_stage(candidate, layout, host), key=lambda stage: stage.total)
+        except InputError:  # it cannot run, or cannot be reckoned: what was asked for says which
             return None
-        layout = Layout.of(candidate, world_size)
-        largest = max(memory_by_stage(candidate, layout, host), key=lambda stage: stage.total)
         if gpu_bytes is not None and largest.needed > gpu_bytes:
             return None
         return Proposal(layout, largest, bubble_share(layout, micro_batches(candidate, layout)), saving)

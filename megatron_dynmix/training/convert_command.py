@@ -48,10 +48,25 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_convert(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Convert one way or the other; returns the exit code: 1 if what was written is not what was read."""
+    try:
+        return _convert(arguments)
+    except KeyboardInterrupt:
+        from megatron_dynmix.convert.staging import partial_of
+
+        partial = partial_of(arguments.destination)
+        left = (
+            f"what is done lies in {partial}, and the same command goes on from there"
+            if partial.is_dir()
+            else "nothing is half done"
+        )
+        _say(f"megatron-dynmix: interrupted; {left}")
+        return EXIT_INTERRUPTED
+
+
+def _convert(arguments: argparse.Namespace) -> int:
     from megatron_dynmix import platform
 
     platform.start()
-    from megatron_dynmix.convert.staging import partial_of
     from megatron_dynmix.training.convert_report import verdict_text
     from megatron_dynmix.training.hf_to_megatron import hf_to_megatron
     from megatron_dynmix.training.megatron_to_hf import megatron_to_hf
@@ -59,33 +74,26 @@ def run_convert(arguments: argparse.Namespace, rest: list[str]) -> int:
     source, destination = arguments.source, arguments.destination
     if destination.absolute() == source.absolute():
         raise InputError(f"SRC and DST are both {source}; give DST another name")
-    try:
-        if arguments.direction == "hf-to-megatron":
-            verdict = hf_to_megatron(
-                source,
-                destination,
-                dtype=TYPES[arguments.dtype],
-                vocab_multiple=arguments.make_vocab_size_divisible_by,
-                verify=arguments.verify,
-                say=_say,
-            )
-        else:
-            verdict = megatron_to_hf(
-                source,
-                destination,
-                dtype=TYPES[arguments.dtype],
-                max_shard_size=arguments.max_shard_size,
-                fused_experts=None if arguments.experts is None else arguments.experts == "fused",
-                hf_config=arguments.hf_config,
-                verify=arguments.verify,
-                say=_say,
-            )
-    except KeyboardInterrupt:
-        _say(
-            f"megatron-dynmix: interrupted; what is done lies in {partial_of(destination)}, and the same "
-            "command goes on from there"
+    if arguments.direction == "hf-to-megatron":
+        verdict = hf_to_megatron(
+            source,
+            destination,
+            dtype=TYPES[arguments.dtype],
+            vocab_multiple=arguments.make_vocab_size_divisible_by,
+            verify=arguments.verify,
+            say=_say,
         )
-        return EXIT_INTERRUPTED
+    else:
+        verdict = megatron_to_hf(
+            source,
+            destination,
+            dtype=TYPES[arguments.dtype],
+            max_shard_size=arguments.max_shard_size,
+            fused_experts=None if arguments.experts is None else arguments.experts == "fused",
+            hf_config=arguments.hf_config,
+            verify=arguments.verify,
+            say=_say,
+        )
     print(verdict_text(verdict))
     return 0 if verdict.passed else EXIT_FAILED
 

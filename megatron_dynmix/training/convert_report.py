@@ -37,7 +37,7 @@ def verdict_text(verdict: Verdict) -> str:
         lines.append(f"not converted: {prediction_text(verdict.predicting)}")
     lines += [f"note: {note}" for note in verdict.notes]
     if not verdict.passed:
-        lines.append(f"NOT CONVERTED: what was written is not what was read; it is left in {verdict.folder}")
+        lines.append(f"NOT CONVERTED: the comparison failed; what was written is left in {verdict.folder}")
     elif verdict.groups is None:
         lines.append(f"CONVERTED, NOT VERIFIED: {verdict.folder} ({verdict.dtype})")
     else:

@@ -25,8 +25,8 @@ TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "chat_template", 
 """What the names of a tokenizer's files begin with."""
 NO_TOKENIZER = "no tokenizer came with the model: put its files into the folder"
 NO_PREDICTION = (
-    "layers for multi-token prediction, of which the model that it came from has {count}, are not in the "
-    f"export: they were not converted, and {PREDICTION} is 0 in its config.json"
+    "config.json of the model that it came from counts {count} layers for multi-token prediction: the export "
+    f"has none, and {PREDICTION} is 0 in its config.json"
 )
 TYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -138,8 +138,15 @@ def _changed(theirs: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
 
 def _fused(folder: Path) -> bool:
     """How the origin writes its experts: its weights say it, or the conversion that read them."""
-    if (folder.parent / CONVERSION).is_file():
-        return bool(json.loads((folder.parent / CONVERSION).read_text(encoding="utf-8"))["fused_experts"])
+    path = folder.parent / CONVERSION
+    if path.is_file():
+        try:
+            return bool(json.loads(path.read_text(encoding="utf-8"))["fused_experts"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} does not say how the experts were laid out ({error!r}); put it back from a copy, or "
+                "take it out: there will be a tensor for each expert"
+            ) from None
     return any(folder.glob("*.safetensors")) and HuggingFaceFolder(folder).fused_experts
 
 

@@ -22,7 +22,12 @@ from megatron_dynmix.data.progress import Progress
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.training.checkpointing import restore_point
 from megatron_dynmix.training.checkpointing.checkpoint import read_run_state
-from megatron_dynmix.training.checkpointing.checksums import Damaged, check_sizes, read_checksums
+from megatron_dynmix.training.checkpointing.checksums import (
+    Damaged,
+    check_contents,
+    check_sizes,
+    read_checksums,
+)
 from megatron_dynmix.training.hf_to_megatron import completed, main_type
 from megatron_dynmix.training.hugging_face_origin import CONFIG, Origin, model_of, origin_of
 from megatron_dynmix.training.model_check import compare_logits
@@ -60,6 +65,8 @@ def megatron_to_hf(
     """
     shard_bytes = size_in_bytes(max_shard_size)
     folder = checkpoint_of(source)
+    if verify:
+        _check_contents(folder)
     state = read_run_state(folder)
     settings = state["config"]["model"]
     origin = origin_of(state, folder, hf_config)
@@ -119,6 +126,23 @@ def checkpoint_of(source: Path) -> Path:
     raise InputError(
         f"{source} {what}; give a run, its checkpoints folder, one iter_* folder or what hf-to-megatron made"
     )
+
+
+def _check_contents(folder: Path) -> None:
+    """Read a checkpoint against its checksums: what is made of it would be as wrong, and compare as equal.
+
+    Raises:
+        InputError: it is not what was written.
+
+    """
+    sums = read_checksums(folder)
+    try:
+        with Progress("checking", sum(size for size, _ in sums.values())) as progress:
+            for name, (size, _) in sums.items():
+                check_contents(folder, sums, [name])
+                progress.advance(size)
+    except Damaged as damage:
+        raise InputError(f"{folder} is damaged: {damage}; give another checkpoint") from None
 
 
 def names_of(held: MegatronCheckpoint, settings: dict[str, object], origin: Origin, fused: bool) -> WeightMap:

@@ -98,6 +98,12 @@ def there_and_back(run_yaml, flags, run_dir, source, tokens_BS):
     return begun, resumed, None
 
 
+def trained(run_yaml, flags, run_dir, tokens_BS):
+    """Of a whole run: this rank's part of the logits of its last state."""
+    trainer = training_run.train(load_config(run_yaml, flags), run_dir)
+    return {"logits": _logits(trainer.run, [_batch(row_S[None]) for row_S in tokens_BS])}
+
+
 def _disk_full(*args):
     raise OSError(28, "No space left on device")
 

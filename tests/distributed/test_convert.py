@@ -12,12 +12,13 @@ import torch
 import transformers
 import yaml
 
+from megatron_dynmix.cli import main
 from megatron_dynmix.config.shape import read_shape
 from megatron_dynmix.convert.families import weight_map
 from megatron_dynmix.convert.tensors import AsMegatron, InMemory
 from megatron_dynmix.training.hf_to_megatron import hf_to_megatron
 from tests.distributed import convert_programs
-from tests.distributed.layouts import PP2, TP2, ep
+from tests.distributed.layouts import ETP1, PP2, TP2, ep
 from tests.distributed.ranks import run_ranks
 from tests.unit.convert_fixtures import tiny_folder
 
@@ -38,6 +39,8 @@ MODELS = {
 FUSED = {"mixtral, tied", "qwen3", "qwen3, converted", "olmoe, normed"}
 FULL_WIDTH = {"olmoe", "olmoe, normed"}
 ROWS, LENGTH = 2, 16
+MANY_FILES = {"TP2 x EP2, ETP2": (4, [*TP2, *ep(2)]), "TP2 x EP2, ETP1": (2, [*TP2, *ETP1, *ep(2)])}
+"""Layouts in which every tensor is cut."""
 LAYOUTS = {
     "one rank": (1, []),
     "EP2": (2, ep(2)),
@@ -136,10 +139,14 @@ def test_logits_loss_and_gradients_are_those_of_transformers(
         assert keys == gradients.shapes.keys(), name
 
 
+TOKENS = 1031
+
+
 @pytest.fixture
-def source(tmp_path):
+def source(tmp_path, request):
     """A model that has a row for each token of the quickstart's tokenizer, and some more."""
-    made = tiny_folder("mixtral", vocab_size=1031, max_position_embeddings=128, eos_token_id=3)
+    sizes = {"vocab_size": TOKENS, "max_position_embeddings": 128, "eos_token_id": 3}
+    made = tiny_folder("mixtral", **sizes, **getattr(request, "param", {}))
     return shutil.copytree(made, tmp_path / "source")
 
 
@@ -173,7 +180,7 @@ def test_a_run_begins_with_a_folder_and_ends_with_one(train_yaml, source, tokens
         after = _logits_of(folders[name], tokens_BS)
         for answer in answers:
             found = np.stack([row for _, row in answer[part]])
-            np.testing.assert_allclose(found[..., :1031], after, atol=1e-4, rtol=0)
+            np.testing.assert_allclose(found[..., :TOKENS], after, atol=1e-4, rtol=0)
         assert np.abs(after - before).max() > 1e-2, "two iterations have changed the model"
         assert len(list(folders[name].glob("*.safetensors"))) > 2, "both ranks had some to write"
         assert (folders[name] / "tokenizer.json").is_file()
@@ -191,7 +198,24 @@ def _logits_of(folder, tokens_BS):
         return model(tokens_BS[:, :-1]).logits.numpy()
 
 
-def _whole(seen, layout):
+@pytest.mark.slow
+@pytest.mark.parametrize("source", [EVEN], indirect=True)
+@pytest.mark.parametrize("layout", MANY_FILES)
+def test_what_several_ranks_wrote_is_converted(layout, train_yaml, source, tokens_BS, tmp_path, capsys):
+    """The export answers as the run itself: both sides of the verdict read the same checkpoint."""
+    ranks, flags = MANY_FILES[layout]
+    flags = [*SHORT, *flags, "--train-iters", "2"]
+    answers = run_ranks(ranks, convert_programs.trained, train_yaml, flags, tmp_path / "run", tokens_BS)
+    folder = tmp_path / "run/checkpoints/iter_0000002"
+    assert {path.name.split("_")[2] for path in folder.glob("*.distcp")} == set(map(str, range(ranks)))
+    assert main(["convert", "megatron-to-hf", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert "equal: logits of 256 tokens through all 2 layers" in capsys.readouterr().out
+    after = _logits_of(tmp_path / "out", tokens_BS)
+    np.testing.assert_allclose(_whole(answers[:2], "TP2", TOKENS), after, atol=1e-4, rtol=0)
+    assert np.abs(after - _logits_of(source, tokens_BS)).max() > 1e-2, "training has changed the model"
+
+
+def _whole(seen, layout, tokens=131):
     """Logits [B, S, V] from the ranks' parts."""
     parts = [rank["logits"] for rank in seen if rank["logits"]]
     if layout == "TP2":
@@ -201,4 +225,4 @@ def _whole(seen, layout):
         ]
     else:
         rows = [row for part in parts for _, row in part]
-    return np.stack(rows)[..., :131]
+    return np.stack(rows)[..., :tokens]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from megatron_dynmix.config.shape import read_shape
 from megatron_dynmix.convert.families import weight_map
@@ -94,6 +95,9 @@ def test_a_run_from_the_folder_leaves_a_checkpoint_of_the_same_tensors(folders, 
     settings = yaml.safe_load(run_yaml.read_text())
     wide = tiny_model("V3", vocab_size=1031)  # room for the tokenizer of the sources
     wide.save_pretrained(tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights["model.layers.3.enorm.weight"] = torch.ones(30)  # of a layer for multi-token prediction
+    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
     settings["model"] = {"load_hf": str(tmp_path / "model")}
     settings["parallel"] = {"expert_model_parallel_size": 2}
     own_yaml = run_yaml.with_name("deepseek.yaml")  # paths in it are those of its folder

@@ -176,7 +176,7 @@ def test_logits_and_gradients_from_the_folder_are_those_of_the_reference(layout,
     assert {key for rank in seen for key, _, _ in rank["gradients"]} == expected.shapes.keys()
 
 
-@pytest.mark.parametrize("layout", ["EP2", "TP2"])
+@pytest.mark.parametrize("layout", ["EP2", pytest.param("TP2", marks=pytest.mark.slow)])
 def test_frozen_gates_stay_bit_equal_while_the_rest_learns(layout, folder, run_yaml, tmp_path):
     ranks, flags = LAYOUTS[layout]
     settings = yaml.safe_load(run_yaml.read_text())

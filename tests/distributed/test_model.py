@@ -8,6 +8,7 @@ import torch
 
 from megatron_dynmix.config.presets import PRESETS
 from tests.distributed import programs
+from tests.distributed.conftest import quick_or_slow
 from tests.distributed.ranks import run_ranks
 
 EP1 = ["--expert-model-parallel-size", "1"]
@@ -106,7 +107,12 @@ def test_rows_joined_to_one_sequence_give_the_losses_of_rows_with_a_mask(run_yam
     np.testing.assert_allclose(joined, masked, atol=1e-5)
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+ONE_OF_EACH_FAMILY = {
+    *("mixtral-8x7b", "qwen3-30b-a3b", "qwen1.5-moe-a2.7b", "olmoe-1b-7b", "llama-moe-3.5b-4-16"),
+}
+
+
+@pytest.mark.parametrize("preset", quick_or_slow(sorted(PRESETS), ONE_OF_EACH_FAMILY))
 def test_preset_trains_when_made_small(preset, run_yaml, tmp_path):
     shape = PRESETS[preset]
     heads = ["--num-attention-heads", "4", "--num-query-groups", "2", "--num-experts", "8"]

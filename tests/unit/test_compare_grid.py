@@ -127,27 +127,45 @@ def test_seeds():
         parse_seeds("1,1")
 
 
+def cell(folder, name, seed=1, **mixing):
+    content = good_settings(folder)
+    content["mixing"] |= mixing
+    plan = Plan(
+        run_yaml=folder / "RUN.yaml",
+        output=folder / "out",
+        flags=(),
+        nproc=1,
+        max_answers=1,
+        max_new_tokens=1,
+    )
+    return Cell(plan=plan, variant=Variant(name, ()), seed=seed, config=load(folder, content))
+
+
 @pytest.mark.filterwarnings("ignore:moe_ffn_hidden_size")
 def test_a_variant_without_first_weights_is_refused_before_any_cell_is_started(tmp_path, monkeypatch):
     """All variants have the same data, which are read for the first of them only."""
-
-    def cell(name, mixing):
-        content = good_settings(tmp_path)
-        content["mixing"] |= mixing
-        plan = Plan(
-            run_yaml=tmp_path / "RUN.yaml",
-            output=tmp_path / "out",
-            flags=(),
-            nproc=1,
-            max_answers=1,
-            max_new_tokens=1,
-        )
-        return Cell(plan=plan, variant=Variant(name, ()), seed=1, config=load(tmp_path, content))
-
-    monkeypatch.setattr(comparison.run, "check_before_start", lambda config, nproc: None)
+    monkeypatch.setattr(comparison.run, "check_before_start", lambda config, nproc, *, fresh: None)
     data = SimpleNamespace(train=[range(20)] * 3, reports=["of all"])
     monkeypatch.setattr(comparison.run, "read_data", lambda config, tokenizer: data)
-    cells = [cell("even", {"strategy": "uniform"}), cell("few", {"strategy": "unimax"})]
+    cells = [cell(tmp_path, "even", strategy="uniform"), cell(tmp_path, "few", strategy="unimax")]
     assert comparison._check(cells[:1]) == {"even": ["of all"]}
     with pytest.raises(InputError, match=r"variant few: mixing: the run draws 160 rows"):
         comparison._check(cells)
+
+
+@pytest.mark.filterwarnings("ignore:moe_ffn_hidden_size")
+@pytest.mark.parametrize("begun", [0, 1, 2])
+def test_what_runs_begin_with_is_asked_of_a_variant_only_while_one_begins(begun, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        comparison.run, "check_before_start", lambda config, nproc, *, fresh: asked.append(fresh)
+    )
+    data = SimpleNamespace(train=[range(20)] * 3, reports=[])
+    monkeypatch.setattr(comparison.run, "read_data", lambda config, tokenizer: data)
+    cells = [cell(tmp_path, "even", seed, strategy="uniform") for seed in (1, 2)]
+    for one in cells[:begun]:
+        checkpoints = one.run_dir / "checkpoints"
+        checkpoints.mkdir(parents=True)
+        (checkpoints / "latest_checkpointed_iteration.txt").write_text("5")
+    comparison._check(cells)
+    assert asked == [begun < 2]

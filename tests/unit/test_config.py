@@ -131,6 +131,11 @@ def test_what_a_flag_cannot_be(tmp_path, flags, message):
         load(tmp_path, "", flags)
 
 
+def test_no_name_is_proposed_that_is_unlike_the_flag(tmp_path):
+    with pytest.raises(InputError, match=r"--learning-rate is an unknown flag$"):
+        load(tmp_path, "", ["--learning-rate", "4"])
+
+
 def test_no_such_file_and_no_text_file(tmp_path):
     with pytest.raises(InputError, match=r"gone\.yaml: there is no such file; give the path of a RUN\.yaml"):
         load_config(tmp_path / "gone.yaml")

@@ -1,5 +1,6 @@
 """The command `convert`, both ways on tiny models: what it writes, says and refuses."""
 
+import errno
 import json
 import shutil
 import sys
@@ -13,14 +14,16 @@ from data_fixtures import tokenizer_dir_fixture  # noqa: F401
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
+from megatron_dynmix import platform
 from megatron_dynmix.cli import main
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.config.shape import other_shape
-from megatron_dynmix.convert import boxes, to_megatron
+from megatron_dynmix.convert import boxes, to_hugging_face, to_megatron
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.staging import partial_of
 from megatron_dynmix.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED
 from megatron_dynmix.training import hf_to_megatron, megatron_to_hf
+from megatron_dynmix.training.checkpointing.checksums import checksum
 from megatron_dynmix.training.checkpointing.restore_point import exact, newest_good
 from megatron_dynmix.training.resume import check_pretrained
 
@@ -209,6 +212,15 @@ def test_ctrl_c_keeps_what_is_done(source, tmp_path, monkeypatch, capsys):
     assert_same(tmp_path / "hf", source)
 
 
+def test_ctrl_c_before_anything_is_written(source, tmp_path, monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(platform, "start", interrupted)
+    assert convert("hf-to-megatron", source, tmp_path / "out") == EXIT_INTERRUPTED
+    assert capsys.readouterr().err == "megatron-dynmix: interrupted; nothing is half done\n"
+
+
 def run_state_of(converted, destination, **changes):
     """A checkpoint as a run writes it: no `hugging_face` folder beside, and the run's own settings in it."""
     shutil.copytree(converted / "iter_0000000", destination / "iter_0000000")
@@ -219,9 +231,7 @@ def run_state_of(converted, destination, **changes):
         state["config"].setdefault(section, {}).update(values)
     path.write_text(json.dumps(state))
     sums = destination / "iter_0000000" / "checksums.json"
-    sums.write_text(
-        json.dumps({**json.loads(sums.read_text()), "run_state.json": [path.stat().st_size, "0"]})
-    )
+    sums.write_text(json.dumps({**json.loads(sums.read_text()), "run_state.json": checksum(path)}))
 
 
 def test_a_run_that_came_from_no_folder_gets_a_config_of_its_own(converted, source, tmp_path):
@@ -282,6 +292,42 @@ def test_what_cannot_be_converted_is_one_message(converted, source, tmp_path, ca
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
 
 
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_a_disk_without_room_is_told_before_anything_is_written(
+    direction, source, converted, tmp_path, monkeypatch, capsys
+):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    given = source if direction == "hf-to-megatron" else converted
+    assert "out does not fit: 0.00 GB are needed" in refused(capsys, direction, given, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("direction", "module", "name"),
+    [
+        ("hf-to-megatron", to_megatron, "_write_list"),
+        ("hf-to-megatron", hf_to_megatron, "_write_beside"),
+        ("megatron-to-hf", to_hugging_face, "write_index"),
+    ],
+)
+def test_a_disk_that_becomes_full_leaves_nothing_under_the_name_and_can_be_gone_on_with(
+    direction, module, name, source, converted, tmp_path, monkeypatch, capsys
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    given = source if direction == "hf-to-megatron" else converted
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, full)
+        assert convert(direction, given, tmp_path / "out") == EXIT_REFUSED
+        assert "the disk is full: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [partial_of(tmp_path / "out").name]
+    assert convert(direction, given, tmp_path / "out") == 0
+    assert "files are there already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_folder_that_is_gone_is_named(converted, tmp_path, capsys):
     run_state_of(converted, tmp_path / "checkpoints", model={"load_hf": str(tmp_path / "gone")})
     error = refused(capsys, "megatron-to-hf", tmp_path / "checkpoints", tmp_path / "hf")
@@ -306,6 +352,25 @@ def test_a_damaged_checkpoint_is_refused(converted, tmp_path, capsys):
     (folder / "__0_0.distcp").write_bytes(b"")
     assert "is damaged" in refused(capsys, "megatron-to-hf", folder, tmp_path / "hf")
     assert "is damaged" in refused(capsys, "megatron-to-hf", folder.parent, tmp_path / "hf")
+
+
+def test_a_number_that_the_disk_changed_is_found_before_it_is_converted(converted, tmp_path, capsys):
+    """Read and written would be the same, and both models compute the same."""
+    folder = shutil.copytree(converted, tmp_path / "damaged") / "iter_0000000"
+    weights = folder / "__0_0.distcp"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    assert main(["convert", "megatron-to-hf", str(folder), str(tmp_path / "hf")]) == EXIT_REFUSED
+    assert "is damaged: __0_0.distcp: expected blake3:" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_how_the_experts_were_laid_out_is_not_guessed(converted, tmp_path, capsys):
+    folder = shutil.copytree(converted, tmp_path / "damaged")
+    (folder / "conversion.json").write_text("{}")
+    error = refused(capsys, "megatron-to-hf", folder, tmp_path / "hf")
+    assert "conversion.json does not say how the experts were laid out" in error
 
 
 def test_help_waits_for_no_heavy_import(monkeypatch, capsys):

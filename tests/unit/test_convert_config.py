@@ -16,6 +16,7 @@ from megatron_dynmix.config.presets import COMMON, PRESETS
 from megatron_dynmix.config.tree import ModelConfig
 from megatron_dynmix.convert.families import FAMILIES, weight_map
 from megatron_dynmix.errors import InputError
+from tests.deepseek_models import DEEPSEEK_V2_LITE, DEEPSEEK_V3
 
 MIXTRAL_8X7B = {
     "architectures": ["MixtralForCausalLM"],
@@ -137,6 +138,54 @@ PUBLISHED = {
     "olmoe-1b-7b": (OLMOE_1B_7B, 6_919_161_856),
     "qwen1.5-moe-a2.7b": (QWEN15_MOE, 14_315_784_192),
 }
+QWEN2_57B = {
+    **QWEN15_MOE,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "moe_intermediate_size": 2560,
+    "num_attention_heads": 28,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "shared_expert_intermediate_size": 20480,
+    "sliding_window": 65536,
+}
+QWEN3_235B = {
+    **QWEN3_30B_A3B,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "max_window_layers": 94,
+    "moe_intermediate_size": 1536,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 94,
+}
+QWEN3_CODER = {
+    **QWEN3_30B_A3B,
+    "intermediate_size": 5472,
+    "max_position_embeddings": 262144,
+    "qkv_bias": False,
+    "rope_theta": 10000000,
+    "router_aux_loss_coef": 0.0,
+    "shared_expert_intermediate_size": 0,
+    "use_qk_norm": True,
+}
+OTHERS = {
+    "qwen2-57b-a14b": (QWEN2_57B, 57_408_658_944),
+    "qwen3-235b-a22b": (QWEN3_235B, 235_093_634_560),
+    "qwen3-coder-30b-a3b": (QWEN3_CODER, 30_532_122_624),
+    "mixtral with a window that is as long as rows": (
+        {**MIXTRAL_8X7B, "sliding_window": 32768, "head_dim": None, "output_router_logits": False},
+        46_702_792_704,
+    ),
+    "olmoe-1b-7b-0125": ({**OLMOE_1B_7B, "pad_token_id": 1, "use_cache": False}, 6_919_161_856),
+    "deepseek-v2-lite": (DEEPSEEK_V2_LITE, 15_706_484_224),
+    "deepseek-v3": (DEEPSEEK_V3, 671_026_419_200),
+}
+"""Published models of which there is no preset."""
 CASES = [
     *((family, {}) for family in tiny.FAMILIES),
     ("mixtral", {"tie_word_embeddings": True, "rope_theta": 500.0}),
@@ -166,6 +215,21 @@ def test_presets_are_the_published_models(preset, tmp_path):
     for name in (*own, "untie_embeddings_and_output_weights"):
         assert getattr(ours.model, name) == getattr(theirs.model, name), name
     assert hugging_face_config(flat_settings(ours.model))["model_type"] == config["model_type"]
+
+
+@pytest.mark.parametrize("name", {**PUBLISHED, **OTHERS})
+def test_what_is_published_is_taken_however_transformers_writes_it(name):
+    config, total = {**PUBLISHED, **OTHERS}[name]
+    read = model_settings(config)
+    assert weight_map(read, config, fused_experts=True).parameters == total
+    scaling = config.get("rope_scaling") or {"type": "default"}
+    rope = {**scaling, "rope_type": scaling["type"], "rope_theta": config["rope_theta"]}
+    changed = {key: value for key, value in config.items() if not key.startswith(("rope_", "torch_dtype"))}
+    assert model_settings({**changed, "dtype": "bfloat16", "rope_parameters": rope}) == read
+    assert (
+        model_settings({**changed, "rope_parameters": rope, "rope_scaling": None, "architectures": None})
+        == read
+    )
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
@@ -240,7 +304,13 @@ REFUSED = [
     (MIXTRAL_8X7B, {"num_key_value_heads": 0}, "num_key_value_heads is 0; it must be"),
     (MIXTRAL_8X7B, {"num_experts_per_tok": 1}, "num_experts_per_tok is 1"),
     (MIXTRAL_8X7B, {"quantization_config": {"quant_method": "awq"}}, "quantization_config says awq"),
+    (MIXTRAL_8X7B, {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, and there are 8 experts"),
+    (MIXTRAL_8X7B, {"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; it must be a number above 0"),
+    (MIXTRAL_8X7B, {"attention_dropout": 2}, "attention_dropout is 2; it must be"),
+    (MIXTRAL_8X7B, {"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; it must be true or"),
+    (MIXTRAL_8X7B, {"rope_parameters": [1]}, r"rope_parameters is \[1\]; it must hold settings by name"),
     (MIXTRAL_8X7B, {"rope_theta": "big"}, "rope_theta is 'big'"),
+    (MIXTRAL_8X7B, {"rope_theta": -1.0}, "rope_theta is -1.0; it must be a number above 0"),
     (QWEN3_30B_A3B, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling is .*yarn"),
     (
         QWEN3_30B_A3B,

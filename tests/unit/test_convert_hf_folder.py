@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_dynmix.cli import main
 from megatron_dynmix.convert.hf_folder import INDEX, HuggingFaceFolder, carried_files
-from megatron_dynmix.errors import InputError
+from megatron_dynmix.errors import EXIT_REFUSED, InputError
 
 MAPS = Path("/proc/self/maps")
 EMBEDDING = "model.embed_tokens.weight"
@@ -155,6 +156,10 @@ def tied_with_an_output_layer(folder):
     edit_config(folder, tie_word_embeddings=True)
 
 
+def one_file_beside_an_index(folder):
+    save_file({"model.norm.weight": torch.zeros(30)}, folder / "model.safetensors")
+
+
 def outside_of_the_folder(folder):
     edit_index(folder, lambda index: index.update({EMBEDDING: "../model.safetensors"}))
 
@@ -179,8 +184,15 @@ BAD = {
         two_types,
         "torch.bfloat16 and .*layers.1.*torch.float32.*parts of decoder.layers.mlp.router",
     ),
-    "tied, with an output layer": (tied_with_an_output_layer, "holds lm_head.weight.*has not"),
+    "tied, with an output layer": (
+        tied_with_an_output_layer,
+        "holds lm_head.weight.*has not.*tie_word_embeddings",
+    ),
     "outside of the folder": (outside_of_the_folder, "no file of this folder"),
+    "one file beside an index": (
+        one_file_beside_an_index,
+        "holds model.safetensors, which its .*index.json does not name",
+    ),
     "index": (lambda folder: (folder / INDEX).write_text("{"), "index.json cannot be read"),
     "empty index": (lambda folder: (folder / INDEX).write_text("{}"), "no weight_map"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
@@ -204,12 +216,15 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_folders_are_refused_in_one_message(name, folder):
+def test_bad_folders_are_refused_in_one_message(name, folder, tmp_path, capsys):
     break_it, message = BAD[name]
     break_it(folder)
     with pytest.raises(InputError, match=message) as raised:
         HuggingFaceFolder(folder)
-    assert "\n" not in str(raised.value).strip(), "one message"
+    assert main(["convert", "hf-to-megatron", str(folder), str(tmp_path / "out")]) == EXIT_REFUSED
+    error = capsys.readouterr().err
+    assert str(raised.value) in error and error.count("\n") == 1, "one message"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing is begun"
 
 
 def test_no_folder(tmp_path):

@@ -300,6 +300,18 @@ def test_a_folder_that_holds_something_is_refused_and_an_empty_one_is_filled(mod
     assert not partial_of(out).exists()
 
 
+def test_a_name_that_no_folder_can_get_is_told_before_anything_is_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("/", tmp_path / "link"):
+        with pytest.raises(InputError, match="is there already"):
+            Staging(Path(name), {}, ignore)
+    for name in (tmp_path / "file" / "out", tmp_path / ("n" * 300)):
+        with pytest.raises(InputError, match=r"cannot be made \(.*\); give a name"):
+            Staging(name, {}, ignore)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
 @pytest.mark.parametrize("way", ["megatron", "hf"])
 def test_a_disk_that_becomes_full_is_one_message(model, tmp_path, way):
     with (
