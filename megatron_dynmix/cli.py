@@ -60,7 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StoppedOnRequest as error:
         return _end(EXIT_STOPPED, _once(str(error)))
     except KeyboardInterrupt:
-        message = "interrupted; go on from the last checkpoint with --resume auto"
+        message = "interrupted"
+        if arguments.command is train:
+            message += ", not saved; --resume auto goes on from the last checkpoint, or begins anew"
+        if sys.stderr.isatty() and "RANK" not in os.environ:
+            print(file=sys.stderr)  # the terminal shows ^C in the line that is being written
         return _end(EXIT_INTERRUPTED, _once(message))
 
 
@@ -339,6 +343,7 @@ def plan(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Check this machine; exit 1 if anything is a problem."""
+    join_srun()
     return run_doctor(arguments, rest)
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # `--help` must not wait for Megatron-Core
     from megatron_dynmix.config import RunConfig
 
 TEMPLATE = Path(__file__).parent / "train.sbatch.j2"
+TIME = r"\d+(:\d\d?){0,2}|\d+-\d\d?(:\d\d?){0,2}|UNLIMITED|INFINITE"
+"""As `sbatch` takes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S, or none at all."""
 GPUS_PER_NODE = 8
 SAVE_SECONDS = 300
 STDOUT = Path("-")
@@ -52,6 +54,11 @@ class SlurmJob:
                 raise InputError(
                     f"{given} is {value!r}; in a job script it may hold letters, digits and . , : @ + - only"
                 )
+        if self.time is not None and not re.fullmatch(TIME, self.time):
+            raise InputError(
+                f"--time is {self.time!r}, which Slurm does not read; give D-HH:MM:SS, HH:MM:SS "
+                "or a number of minutes"
+            )
         if not self.command.isprintable():
             raise InputError(f"{self.command!r} holds characters that would break a job script; rename it")
 

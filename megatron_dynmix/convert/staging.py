@@ -121,7 +121,17 @@ class Staging:
             ) from error
 
     def complete(self) -> None:
-        """Give the folder its name."""
+        """Give the folder its name.
+
+        Raises:
+            InputError: something else has taken the name since.
+
+        """
+        if _is_taken(self.final):
+            raise InputError(
+                f"{self.final} has been made by something else since; what is done lies in {self.folder}: "
+                "take the other away and give the same command again"
+            )
         for name in (PLAN, FINISHED):
             (self.folder / name).unlink()
         _sync(self.folder)

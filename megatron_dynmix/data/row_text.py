@@ -152,5 +152,6 @@ def excerpt(text: str, lines: int, width: int = 110) -> str:
         for line in text.rstrip("\n").split("\n")
         for piece in textwrap.wrap(line, width, replace_whitespace=False, drop_whitespace=False) or [""]
     ]
-    more = len(every) - lines
-    return "\n".join([*every[:lines], *([f"... {more:,} more lines"] if more > 0 else [])])
+    if (more := len(every) - lines) <= 0:
+        return "\n".join(every)
+    return "\n".join([*every[:lines], f"... {more:,} more line{'s' if more > 1 else ''}"])

@@ -143,7 +143,7 @@ def load_report(prefix: Path) -> SourceReport:
         sizes = [file_of(prefix, suffix).stat().st_size for suffix in ("bin", "idx", "digests")]
     except OSError as error:
         raise InputError(
-            f"{prefix}: not a prepared source ({error.filename}: {error.strerror}); {remedy}"
+            f"{prefix}: not a prepared source ({Path(error.filename).name}: {error.strerror}); {remedy}"
         ) from error
     except InputError:
         raise

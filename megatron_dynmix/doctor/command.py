@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ if TYPE_CHECKING:  # `--help` must not wait for torch
 
 SHORT_MINUTES = 5.0
 MARKS = {"OK": "ok", "warning": "WARNING", "problem": "PROBLEM"}
-RANKS_SECONDS = 60
 
 
 def doctor_arguments(sub: argparse.ArgumentParser) -> None:
@@ -42,16 +40,19 @@ def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix.doctor.job import check_job
     from megatron_dynmix.doctor.machine import look
     from megatron_dynmix.doctor.packages import check_packages
+    from megatron_dynmix.doctor.ranks import check_ranks
 
     machine = look()
-    findings = [*check_packages(machine), *check_devices(machine), *check_job(machine)]
+    of_job = check_job(machine)
+    findings = [*check_packages(machine), *check_devices(machine), *of_job]
     config = _read(arguments.run_yaml, rest) if arguments.run_yaml else None
     findings += _folders(config, arguments.shared_dir, machine)
     if config is not None:
         findings += check_run(config, machine)
-    if "RANK" in os.environ and not any(finding.status == "problem" for finding in check_job(machine)):
-        findings.append(_same_on_all_ranks(machine))
-    if os.environ.get("RANK", "0") == "0":
+    meets = not any(finding.status == "problem" for finding in of_job)  # or it would only wait
+    if "RANK" in os.environ and meets:
+        findings += check_ranks(machine, findings, shared_folder(config, arguments.shared_dir))
+    if os.environ.get("RANK", "0") == "0" or not meets:
         print(findings_text(findings))
     return EXIT_FAILED if any(finding.status == "problem" for finding in findings) else 0
 
@@ -111,10 +112,15 @@ def check_run(config: RunConfig, machine: Machine) -> list[Finding]:
     return findings
 
 
+def shared_folder(config: RunConfig | None, shared_dir: Path | None) -> Path | None:
+    """The folder that was named, or that of prepared data."""
+    return shared_dir or (Path(config.data.prepared_dir) if config else None)
+
+
 def _folders(config: RunConfig | None, shared_dir: Path | None, machine: Machine) -> list[Finding]:
     from megatron_dynmix.doctor.storage import check_folder, try_folder
 
-    folder = shared_dir or (Path(config.data.prepared_dir) if config else None)
+    folder = shared_folder(config, shared_dir)
     if folder is None:
         return [good("shared folder", "not tried: give --shared-dir DIR or RUN.yaml")]
     if shared_dir is not None and not shared_dir.is_dir():
@@ -131,56 +137,3 @@ def _folders(config: RunConfig | None, shared_dir: Path | None, machine: Machine
         except InputError as error:
             return [problem("RUN.yaml", str(error), "plan RUN.yaml --world-size N says more")]
     return check_folder(try_folder(folder), machine.environment, size)
-
-
-def fingerprint(machine: Machine) -> str:
-    """Of everything that must be the same on all ranks: Python, packages, driver, kinds of GPU."""
-    versions = sorted(machine.versions.items())
-    kinds = sorted({gpu.name for gpu in machine.gpus})
-    text = repr((machine.python, versions, machine.torch_cuda, machine.driver, kinds))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def same_everywhere(seen: Sequence[tuple[str, str]]) -> Finding:
-    """Whether all ranks have what the first one has.
-
-    Args:
-        seen: host name and fingerprint of every rank, in their order.
-
-    """
-    other = sorted({host for host, print_ in seen if print_ != seen[0][1]})
-    if other:
-        found = f"Python, packages, driver or GPUs of {', '.join(other)} are not those of {seen[0][0]}"
-        return problem(
-            "all ranks", found, "use one environment or container on all nodes; run doctor on each"
-        )
-    hosts = len({host for host, _ in seen})
-    return good("all ranks", f"{len(seen)} on {hosts} machine{'s' * (hosts > 1)}, all alike")
-
-
-def _same_on_all_ranks(machine: Machine) -> Finding:
-    """Join over gloo, as `train` would before anything else, and compare."""
-    from datetime import timedelta
-
-    import torch
-
-    from megatron_dynmix import platform
-
-    minutes = RANKS_SECONDS / 60
-    try:
-        torch.distributed.init_process_group(
-            "gloo",
-            store=platform.rendezvous(minutes),
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-            timeout=timedelta(minutes=minutes),
-        )
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        return problem(
-            "all ranks", f"they did not meet in {RANKS_SECONDS} s: {reason}", "look at MASTER_ADDR"
-        )
-    seen: list[tuple[str, str]] = [("", "")] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(seen, (machine.hostname, fingerprint(machine)))
-    torch.distributed.destroy_process_group()
-    return same_everywhere(seen)

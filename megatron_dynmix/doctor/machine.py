@@ -67,7 +67,7 @@ class Machine:
     addresses: Mapping[str, str | None] = field(default_factory=dict)
     """Names that were looked up, and their addresses; None for one that is not known."""
     port_is_free: bool | None = None
-    """Whether MASTER_PORT can be listened on here; None if this is not its machine, or the job has begun."""
+    """Whether MASTER_PORT can be listened on here; None if this rank will not do so, or the job has begun."""
     open_files: int = 65536
     locked_memory: int = UNLIMITED
     address_space: int = UNLIMITED
@@ -220,7 +220,9 @@ def _address(name: str) -> str | None:
 
 
 def _port_is_free(environment: Mapping[str, str], addresses: Mapping[str, str | None]) -> bool | None:
-    """Try to listen on MASTER_PORT, before a job does."""
+    """Try to listen on MASTER_PORT, before a job does; only rank 0 will, and others may come after it."""
+    if environment.get("RANK", "0") != "0":
+        return None
     name, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT", "")
     if name is None or not port.isdigit() or int(port) > 65535 or "TORCHELASTIC_RUN_ID" in environment:
         return None

@@ -41,15 +41,20 @@ class Folder:
     """Seconds by which the time of the new file is ahead of this machine's clock."""
 
 
+def nearest_folder(path: Path) -> Path:
+    """The folder, or the next one above that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+
+
 def try_folder(path: Path, mounts: str | None = None) -> Folder:
-    """Write a file in a folder (or in the next one above that exists), flush it, rename it, remove it.
+    """Write a file in a folder (see `nearest_folder`), flush it, rename it, remove it.
 
     Args:
         path: the folder.
         mounts: lines as /proc/mounts has them; looked up if not given.
 
     """
-    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+    there = nearest_folder(path)
     kind = _kind(there, _mounts() if mounts is None else mounts)
     draft = there / f".doctor-{os.getpid()}-{uuid.uuid4().hex}"
     final = draft.with_suffix(".done")

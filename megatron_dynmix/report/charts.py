@@ -164,11 +164,15 @@ def _heat(frames: Mapping[str, Any], *, x: str, height: int, names: list[str] | 
         chart.update_yaxes(title={"text": "source number"})
     if names is not None and len(names) <= MOST_NAMES:
         chart.update_xaxes(**ticks)
+    _, rows, columns = frames["shape"]
+    gap = 1 if max(rows, columns) <= MOST_NAMES else 0
     chart.add_trace(
         go.Heatmap(
             zmin=0,
             zmax=frames["coloured_most"],
             colorscale="Cividis",
+            xgap=gap,
+            ygap=gap,
             colorbar={"thickness": 10, "outlinewidth": 0, "tickfont": {"size": 10}},
             hovertemplate="%{y}, %{x}: %{z:.4f}<extra></extra>",
         )
@@ -335,7 +339,7 @@ def _imbalance(run: Run, axes: Axes) -> Chart | None:
         reading="Load of the busiest expert over the mean of all, in the layers that the strategy reads, for "
         "the mix drawn: 1 is even. Large values slow expert-parallel ranks down.",
         figure=chart,
-        legend=tuple(legend),
+        legend=tuple(legend) if len(legend) > 1 else (),
         table=course_table("Load of the busiest expert", list(curves.items())),
         thinned=_note(len(points), len(run.updates), "updates"),
     )

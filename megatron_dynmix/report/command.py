@@ -11,8 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron_dynmix.errors import InputError
-
-REPORT = "report.html"
+from megatron_dynmix.report import REPORT
 
 
 def report_arguments(parser: argparse.ArgumentParser) -> None:

@@ -40,7 +40,7 @@ def events_of(
     ]
     for line, after in itertools.pairwise(lifecycle):
         if line.get("event") in ("start", "resume") and after.get("event") in ("start", "resume"):
-            text = "the processes before ended without a word: they were killed, or the machine was lost"
+            text = "the processes before ended without a word: killed, interrupted, or the machine was lost"
             events.append(Event(after["iteration"], "fault", text))
     for record in metrics:
         if (skipped := number(record.get("skipped_iterations"))) > 0:
@@ -61,5 +61,6 @@ def _kind(event: str) -> str:
 def _lifecycle_text(line: Mapping[str, Any]) -> str:
     """Time, what is said of it, and what was found."""
     notes = line.get("notes")
-    said = [str(line.get("time", "")), *(map(str, notes) if isinstance(notes, list) else [])]
+    time = str(line.get("time", "")).replace("T", " ").replace("+00:00", " UTC")
+    said = [time, *(map(str, notes) if isinstance(notes, list) else [])]
     return "; ".join(text for text in said if text)

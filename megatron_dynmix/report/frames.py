@@ -17,7 +17,8 @@ MOST_FRAMES = 60
 MOST_CELLS = 1_500_000
 """Of all frames of a heat map; one byte each."""
 COLOURED = 0.995
-"""Share of all values that the colours tell apart: a run's first loads may be far from all others."""
+"""Share of the values in a run's second half that the colours tell apart: its first loads may be far from
+all others."""
 MOST_COLUMNS = 256
 """Of gate loads; a model with more experts in all its layers is shown by the mean over its layers."""
 
@@ -70,7 +71,7 @@ def quantised(frames: Sequence[Frame]) -> dict[str, Any] | None:
         "iterations": [frame.iteration for frame in alike],
         "shape": list(bytes_FRC.shape),
         "most": most,
-        "coloured_most": float(np.quantile(values_FRC, COLOURED)) or most,
+        "coloured_most": float(np.quantile(values_FRC[len(alike) // 2 :], COLOURED)) or most,
         "sources": list(last.sources),
         "bytes": base64.b64encode(bytes_FRC.tobytes()).decode("ascii"),
         "left_out": len(frames) - len(alike),

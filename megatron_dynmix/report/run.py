@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.report import REPORT
 from megatron_dynmix.report.events import Event, events_of
 from megatron_dynmix.report.frames import MOST_CELLS, MOST_FRAMES, Frame, array, flat_load
 from megatron_dynmix.report.records import by_source, count_lines, number, read_lines, thinned
@@ -76,6 +77,19 @@ class Run:
         return self.config.get(section, {}).get(name)
 
     @property
+    def keeps_weights(self) -> bool:
+        """Whether an update was due and the ledger knows of none: the strategy never changes them."""
+        interval = self.setting("mixing", "interval")
+        is_due = isinstance(interval, int) and 0 < interval < self.iteration
+        first = self.weights[0].shares if self.weights else None
+        return (
+            is_due
+            and not self.updates
+            and all(point.shares == first for point in self.weights)
+            and bool(first)
+        )
+
+    @property
     def sources(self) -> list[str]:
         """All that the run ever drew from, in their order; those of the configuration if nothing is known."""
         names: dict[str, None] = {}
@@ -129,7 +143,7 @@ def read_run(path: Path) -> Run:
     """
     _check(path)
     run = Run(path=path, name=path.resolve().name)
-    if not any(path.iterdir()):
+    if not any(found.name != REPORT for found in path.iterdir()):
         run.missing.append("The directory is empty: the run has not begun to write")
         return run
     _read_config(run)
@@ -150,6 +164,8 @@ def read_run(path: Path) -> Run:
     )
     files = [path / name for name in FILES if name.endswith("jsonl")]
     run.written = max((file.stat().st_mtime for file in files if file.is_file()), default=None)
+    if run.keeps_weights:
+        run.missing = [said for said in run.missing if said != "mixing.jsonl is empty"]
     return run
 
 
@@ -158,11 +174,13 @@ def _check(path: Path) -> None:
         what = "a file" if path.exists() else "not there"
         raise InputError(f"{path} is {what}; give the --run-dir of a run")
     inside = sorted(found.name for found in path.iterdir())
-    if inside and not set(inside) & {*FILES, *FOLDERS}:
+    if set(inside) - {REPORT} and not set(inside) & {*FILES, *FOLDERS}:
         held = ", ".join(inside[:3]) + (", ..." if len(inside) > 3 else "")
+        runs = [str(path / name) for name in inside if any((path / name / file).is_file() for file in FILES)]
+        which = f", such as {', '.join(runs[:3])}" if runs else ""
         raise InputError(
             f"{path} is no run directory: it holds {held}, and neither config.yaml nor mixing.jsonl nor "
-            "metrics.jsonl; give the --run-dir of a run"
+            f"metrics.jsonl; give the --run-dir of a run{which}"
         )
 
 

@@ -36,10 +36,12 @@ def _what(run: Run) -> str:
     parts = [f"{len(run.sources)} sources" if len(run.sources) != 1 else "One source"]
     if preset := run.setting("model", "preset"):
         parts.append(f"model {preset}")
-    if strategy:
+    if strategy and run.keeps_weights:
+        parts.append(f"strategy {strategy}, which keeps the weights that it begins with")
+    elif strategy:
         interval = run.setting("mixing", "interval")
         signal = run.setting("mixing", "signal")
-        every = f", asked every {interval} iterations" if interval else ""
+        every = f", updated every {interval} iterations" if interval else ""
         measured = f", measured on {'held-out rows' if signal == 'probe' else 'training'}" if signal else ""
         parts.append(f"strategy {strategy}{every}{measured}")
     return "; ".join(parts) + "." if run.sources or strategy else ""
@@ -102,7 +104,7 @@ def _why(run: Run, won: str, lost: str) -> str:
     said = [f"{name} is {means[name]:.4g}, {_rank(ranked, name)}" for name in (won, lost)]
     text = f" The mean delta of {said[0]}, that of {said[1]}"
     if run.load_frames and run.setting("mixing", "strategy") == "gate-load":
-        text += "; a larger one is of a gate load farther from those of the other sources"
+        text += ": the larger it is, the less a source loads the experts as the others do"
     return f"{text}."
 
 
@@ -145,9 +147,13 @@ def _settled(run: Run) -> str:
     most = max(moves, key=lambda name: moves[name])
     if moves[most] <= SETTLED:
         return (
-            f"In the last quarter of its stages no weight moved by more than {SETTLED:.0%}: it has settled."
+            "The mix has settled: in the last quarter of its stages no share changed by more than "
+            f"{100 * SETTLED:.0f} point."
         )
-    return f"It still moves: in the last quarter of its stages {most} moved by {moves[most]:.1%} of the rows."
+    return (
+        f"The mix still moves: in the last quarter of its stages the share of {most} changed by "
+        f"{100 * moves[most]:.1f} points."
+    )
 
 
 def warnings(run: Run) -> list[str]:

@@ -1,10 +1,13 @@
 """A folder like a fresh clone after its installation, and the quickstart run in it, made once."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import preloaded
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +36,25 @@ def clone(tmp_path_factory):
     (bin_folder / "activate").write_text(f'export PATH="{bin_folder}:$PATH"\n')
     (folder / ".venv/.installed").touch()  # newer than setup.py and constraints.txt: make installs nothing
     return folder
+
+
+@pytest.fixture(scope="session")
+def served(clone, tmp_path_factory):
+    """A console script like the installed one; its commands are forks of a process that has loaded all."""
+    folder = tmp_path_factory.mktemp("served")
+    address, script = folder / "socket", folder / "megatron-dynmix"
+    python = str(clone / ".venv/bin/python")
+    script.write_text(preloaded.CLIENT.format(python=python, address=str(address)))
+    script.chmod(0o755)
+    command = [python, "-W", "ignore", preloaded.__file__, str(address)]
+    server = subprocess.Popen(command, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not address.exists():
+        assert server.poll() is None and time.monotonic() < deadline, "the preloaded process did not start"
+        time.sleep(0.1)
+    yield script
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,8 @@
 
 Loading torch and Megatron-Core takes seconds, and the docs have many commands. `python preloaded.py SOCKET`
 serves; `CLIENT`, a script that stands in for the console script, hands over arguments, folder, environment
-and its three standard streams, and ends with the command's exit code.
+and its three standard streams, and ends with the command's exit code. Ranks that a command starts are forks
+too.
 """
 
 import array
@@ -12,6 +13,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 CLIENT = """#!{python} -ISs
 import array, json, os, socket, sys
@@ -33,8 +35,10 @@ def serve(address: Path) -> None:
     platform.start()
     import megatron_dynmix.training.plan_command
     import megatron_dynmix.training.run  # noqa: F401
+    from megatron_dynmix import launch
     from megatron_dynmix.cli import main
 
+    launch.subprocess = SimpleNamespace(Popen=ForkedRank)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(address))
         server.listen()
@@ -60,6 +64,11 @@ def _answer(client, main) -> int:
         os.close(stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.chdir(folder)
+    return _code_of(main, arguments, environment)
+
+
+def _code_of(main, arguments, environment) -> int:
+    """Exit code of a command, its streams written out."""
     os.environ.clear()
     os.environ.update(environment)
     try:
@@ -72,6 +81,39 @@ def _answer(client, main) -> int:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+class ForkedRank:
+    """What `launch_ranks` needs of `subprocess.Popen`, for `python -m megatron_dynmix ...`."""
+
+    def __init__(self, command, *, env, start_new_session, pass_fds):
+        from megatron_dynmix.cli import main
+
+        self.returncode = None
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)
+            os._exit(_code_of(main, command[command.index("megatron_dynmix") + 1 :], env))
+
+    def poll(self):
+        return self._waited(os.WNOHANG)
+
+    def wait(self):
+        return self._waited(0)
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def _waited(self, options):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
 
 
 if __name__ == "__main__":

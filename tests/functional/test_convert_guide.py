@@ -5,7 +5,6 @@ import re
 import runpy
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,15 +20,14 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", GUIDE, re.DOTALL)
 
 
-def run(line, capsys):
+def run(line, served, capsys):
     """One command; those that need no ranks of their own in this process, which has all loaded already."""
     program, *arguments = shlex.split(line)
     if program.endswith("megatron-dynmix") and arguments[0] == "convert":
         assert main(arguments) == 0
         return capsys.readouterr().out
     if program.endswith("megatron-dynmix"):
-        command = [sys.executable, "-W", "ignore", "-m", "megatron_dynmix", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+        done = subprocess.run([served, *arguments], capture_output=True, text=True, timeout=250)
         assert done.returncode == 0, done.stderr
         return done.stdout
     assert program.endswith("python")
@@ -45,7 +43,7 @@ def without_numbers(text):
 
 
 @pytest.fixture
-def quickstart(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -53,19 +51,19 @@ def quickstart(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_every_command_of_the_guide(quickstart, capsys):
+def test_every_command_of_the_guide(folder, served, capsys):
     (settings,) = blocks("yaml")
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     said = {}
     for line in lines:
         if " train " in line:
-            (quickstart / "runs/tiny/RUN.yaml").write_text(settings)
-        said[line.split()[2 if "convert" in line else 1]] = run(line, capsys)
+            (folder / "runs/tiny/RUN.yaml").write_text(settings)
+        said[line.split()[2 if "convert" in line else 1]] = run(line, served, capsys)
     verdicts = [said[way] for way in ("hf-to-megatron", "megatron-to-hf")]
     assert all("equal: logits of 256 tokens through all 2 layers" in text for text in verdicts)
     assert all("CONVERTED: " in text and "holds every value that was read" in text for text in verdicts)
     (shown,) = (line for line in GUIDE.splitlines() if line.startswith("equal: "))
     assert without_numbers(shown) in without_numbers(verdicts[0])
-    updates = (quickstart / "runs/tiny/run/mixing.jsonl").read_text().splitlines()
+    updates = (folder / "runs/tiny/run/mixing.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in updates] == [5, 10, 15, 20]
     assert "USER: What is 2 + 3? ASSISTANT:" in said["-c"]

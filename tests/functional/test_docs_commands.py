@@ -9,9 +9,7 @@ import os
 import re
 import signal
 import subprocess
-import time
 
-import preloaded
 import pytest
 import yaml
 
@@ -41,21 +39,13 @@ def write_over(path, settings, changes):
 
 
 @pytest.fixture(scope="module")
-def console_script(clone, tmp_path_factory):
-    """In place of the installed one, the client of a process that has loaded everything already."""
-    address = tmp_path_factory.mktemp("preloaded") / "socket"
+def console_script(clone, quickstart, served):
+    """In place of the installed one, which has trained the quickstart, the one whose commands are forks."""
     script = clone / ".venv/bin/megatron-dynmix"
     installed = script.readlink()
-    python = str(clone / ".venv/bin/python")
-    server = subprocess.Popen(
-        [python, "-W", "ignore", preloaded.__file__, str(address)], start_new_session=True
-    )
     script.unlink()
-    script.write_text(preloaded.CLIENT.format(python=python, address=str(address)))
-    script.chmod(0o755)
-    yield address
-    os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
+    script.symlink_to(served)
+    yield script
     script.unlink()
     script.symlink_to(installed)
 
@@ -76,10 +66,6 @@ def folder(clone, quickstart, console_script):
     (clone / "loads.json").write_text(LOADS)
     (settings,) = (block.text for block in blocks_of(ROOT / "README.md") if block.language == "yaml")
     write_over(clone / "RUN.yaml", yaml.safe_load(settings), SMALL)
-    deadline = time.monotonic() + 120
-    while not console_script.exists():
-        assert time.monotonic() < deadline, "the preloaded process did not start"
-        time.sleep(0.1)
     return clone
 
 

@@ -125,8 +125,11 @@ def wait_until(page, condition):
 @pytest.mark.parametrize(
     ("name", "width", "theme"),
     [
-        *(("small", 390, "dark"), ("small", 1400, "light"), ("small", 1400, "dark")),
-        *(("many", 390, "light"), ("many", 1400, "dark")),
+        *(("small", 390, "dark"), ("many", 1400, "light")),
+        pytest.param("small", 1400, "light", marks=pytest.mark.slow),
+        pytest.param("small", 1400, "dark", marks=pytest.mark.slow),
+        pytest.param("many", 390, "light", marks=pytest.mark.slow),
+        pytest.param("many", 1400, "dark", marks=pytest.mark.slow),
     ],
 )
 def test_all_charts_are_drawn_and_readable(opened, name, width, theme):

@@ -300,6 +300,19 @@ def test_a_folder_that_holds_something_is_refused_and_an_empty_one_is_filled(mod
     assert not partial_of(out).exists()
 
 
+def test_a_name_that_was_taken_meanwhile_costs_nothing(model, tmp_path):
+    with Staging(tmp_path / "out", {}, ignore) as place:
+        write_weights(model, place, max_shard_bytes=10**9, advance=ignore)
+        (tmp_path / "out").write_text("of somebody else")
+        with pytest.raises(InputError, match=r"out has been made by something else since"):
+            place.complete()
+    (tmp_path / "out").unlink()
+    with Staging(tmp_path / "out", {}, ignore) as place:
+        assert place.finished
+        place.complete()
+    assert_same(loaded(tmp_path / "out"), model.tensors)
+
+
 def test_a_name_that_no_folder_can_get_is_told_before_anything_is_written(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")

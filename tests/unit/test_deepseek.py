@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from megatron_dynmix.cli import main
 from megatron_dynmix.config.hugging_face import hugging_face_config, model_settings
 from megatron_dynmix.config.load import load_config, to_yaml
+from megatron_dynmix.config.megatron import transformer_config
 from megatron_dynmix.config.presets import COMMON
-from megatron_dynmix.convert.families import weight_map
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
 from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, InMemory
 from megatron_dynmix.errors import InputError
-from tests.deepseek_models import DEEPSEEK_V2_LITE, DEEPSEEK_V3, MODELS, tiny_model
+from tests.deepseek_models import DEEPSEEK_V2_LITE, DEEPSEEK_V3, MODELS, YARN, tiny_model
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
@@ -43,10 +43,14 @@ def test_settings_go_back_to_a_config_that_says_the_same(name):
     assert model_settings(written) == settings
 
 
-def test_parameters_of_the_published_models():
-    """15.7B; 671B, the 58 x 256 corrections of the router's scores among them."""
-    for config, total in ((DEEPSEEK_V2_LITE, 15_706_484_224), (DEEPSEEK_V3, 671_026_419_200)):
-        assert weight_map(model_settings(config), config).parameters == total
+def test_yarn_may_say_what_it_does_anyway_and_leave_out_what_is_usual():
+    def settings(**changes):
+        return model_settings({**DEEPSEEK_V2_LITE, "rope_scaling": {**YARN, **changes}})
+
+    harmless = {"truncate": True, "partial_rotary_factor": 1.0, "attention_factor": None, "beta_fast": None}
+    assert settings(**harmless) == settings()
+    neither = settings(mscale=None, mscale_all_dim=None)
+    assert neither == settings(mscale=1.0, mscale_all_dim=0.0)
 
 
 LEFT_OUT = {"model.layers.3.eh_proj.weight": (30, 60), "model.layers.3.mlp.gate.weight": (8, 30)}
@@ -64,14 +68,19 @@ def predicting_fixture(tmp_path):
     return folder
 
 
-def test_layers_for_multi_token_prediction_stay_behind_and_are_named(predicting, tmp_path, capsys):
-    assert main(["convert", "hf-to-megatron", str(predicting), str(tmp_path / "in")]) == 0
+@pytest.mark.parametrize("dtype", ["keep", "bf16"])
+def test_layers_for_multi_token_prediction_stay_behind_and_are_named(dtype, predicting, tmp_path, capsys):
+    """Rounded weights are given to the reference, corrections of the router's scores among them."""
+    way_in = ["convert", "hf-to-megatron", str(predicting), str(tmp_path / "in"), "--dtype", dtype]
+    assert main(way_in) == 0
     said = capsys.readouterr().out
     assert "not converted: multi-token prediction" in said
     assert "not converted: 2 tensors of multi-token prediction (model.layers.3.*)" in said
     assert "equal: logits of 256 tokens through all 3 layers" in said
-    assert main(["convert", "megatron-to-hf", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
-    assert "came from has 1, are not in the export" in capsys.readouterr().out
+    assert ("both with the rounded weights" in said) == (dtype == "bf16")
+    way_out = ["convert", "megatron-to-hf", str(tmp_path / "in"), str(tmp_path / "out"), "--no-verify"]
+    assert main(way_out) == 0
+    assert "counts 1 layers for multi-token prediction: the export has none" in capsys.readouterr().out
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["num_nextn_predict_layers"] == 0
     assert HuggingFaceFolder(tmp_path / "out").predicting == ()
@@ -86,6 +95,22 @@ def test_layers_that_the_configuration_does_not_know_of_are_refused(said, predic
     path.write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"layers\.3\.eh_proj\.weight.*num_nextn_predict_layers"):
         HuggingFaceFolder(predicting)
+
+
+@pytest.mark.parametrize(
+    "width", ["q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"]
+)
+def test_another_width_of_latent_attention_is_another_model(width, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
+    with pytest.raises(InputError, match=f"another shape than the settings: {width} 96"):
+        load(tmp_path, {**good_settings(tmp_path), "model": {"preset": "./", width: 96}})
+
+
+def test_a_rotary_embedding_that_is_unknown_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
+    config = load(tmp_path, {**good_settings(tmp_path), "model": {"preset": "./", "rope_type": "linear"}})
+    with pytest.raises(InputError, match="rope_type is 'linear'; it must be rope or yarn"):
+        transformer_config(config)
 
 
 def test_what_a_run_resolves_is_read_back_though_a_width_is_null(tmp_path):
@@ -107,6 +132,11 @@ def test_what_a_run_resolves_is_read_back_though_a_width_is_null(tmp_path):
         ("V3", {"num_nextn_predict_layers": "one"}, "num_nextn_predict_layers is 'one'"),
         ("V3", {"kv_lora_rank": None}, "kv_lora_rank"),
         ("V3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "linear"),
+        ("V3", {"rope_parameters": {**YARN, "attention_factor": 1.2}}, "says attention_factor 1.2"),
+        ("V3", {"rope_parameters": {**YARN, "truncate": False}}, "says truncate False"),
+        ("V3", {"rope_parameters": {**YARN, "factor": None}}, "says no factor"),
+        ("V3", {"rope_parameters": {**YARN, "mscale": None}}, "mscale None and mscale_all_dim 0.7"),
+        ("V3", {"rope_parameters": {**YARN, "mscale_all_dim": 0}}, "mscale 0.7 and mscale_all_dim 0"),
         ("V3", {"quantization_config": {"quant_method": "fp8"}}, "says fp8.*fp8_cast_bf16.py makes bfloat16"),
     ],
 )

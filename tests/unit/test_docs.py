@@ -76,6 +76,15 @@ def test_every_page_is_in_the_index():
     assert sorted(listed) == sorted(pages)
 
 
+def test_every_command_has_a_page_that_speaks_of_it():
+    (choices,) = (action.choices for action in _parser()._actions if action.dest == "==SUPPRESS==")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", (ROOT / "docs/commands.md").read_text(), re.MULTILINE)
+    assert [name for name, _ in rows] == list(choices)
+    for name, links in rows:
+        pages = [(ROOT / "docs" / link).read_text() for link in re.findall(r"\((\w+\.md)\)", links)]
+        assert any(re.search(rf"(make|megatron-dynmix) {name}\b", page) for page in pages), name
+
+
 @pytest.mark.parametrize(
     "command", [c for c in commands() if c[0].endswith("megatron-dynmix")], ids=lambda c: " ".join(c)
 )

@@ -1,8 +1,11 @@
 """`doctor`: every check with every outcome, on machines that are made up; the command on this one."""
 
+import contextlib
 import dataclasses
 import errno
+import io
 import os
+import socket
 
 import pytest
 from config_fixtures import good_settings, load, write
@@ -10,9 +13,11 @@ from config_fixtures import good_settings, load, write
 from megatron_dynmix import platform
 from megatron_dynmix.cli import main
 from megatron_dynmix.doctor import devices, job, packages, storage
-from megatron_dynmix.doctor.command import check_run, findings_text, fingerprint, same_everywhere
-from megatron_dynmix.doctor.machine import Gpu, Machine, look, normalised
+from megatron_dynmix.doctor.command import check_run, findings_text
+from megatron_dynmix.doctor.machine import Gpu, Machine, _port_is_free, look, normalised
+from megatron_dynmix.doctor.ranks import Rank, fingerprint, folder_is_shared, others_findings, same_everywhere
 from megatron_dynmix.doctor.storage import Folder, try_folder
+from tests.distributed.ranks import run_ranks
 
 platform.start()
 
@@ -235,12 +240,56 @@ def test_a_folder_that_cannot_be_flushed_is_a_problem(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def rank_of(host, machine=NODE, **said):
+    return Rank(**{"host": host, "fingerprint": fingerprint(machine), "findings": (), **said})
+
+
 def test_ranks_must_be_alike():
     other = dataclasses.replace(NODE, **versions(NODE, numpy="1.26.0"))
-    prints = [("node0", fingerprint(NODE)), ("node0", fingerprint(NODE)), ("node1", fingerprint(other))]
-    assert same_everywhere(prints[:2]).found == "2 on 1 machine, all alike"
-    finding = same_everywhere(prints)
+    ranks = [rank_of("node0"), rank_of("node0"), rank_of("node1", other)]
+    assert same_everywhere(ranks[:2]).found == "2 on 1 machine, all alike"
+    finding = same_everywhere(ranks)
     assert finding.status == "problem" and "node1 are not those of node0" in finding.found
+
+
+def test_what_is_wrong_on_another_machine_is_told_once():
+    bad = packages.apex(dataclasses.replace(NODE, apex="namesake"))
+    ranks = [rank_of(host, findings=(bad,)) for host in ("node0", "node0", "node1", "node1")]
+    (finding,) = others_findings(ranks)
+    assert finding.name == "apex" and finding.found.endswith("(on node1)") and finding.remedy == bad.remedy
+
+
+def test_a_folder_must_be_seen_by_all(tmp_path):
+    seen = [rank_of("node0", sees_folder=True), rank_of("node1", sees_folder=True)]
+    blind = [*seen, rank_of("node2", sees_folder=False)]
+    assert [finding.status for finding in folder_is_shared(seen, tmp_path)] == ["OK"]
+    (finding,) = folder_is_shared(blind, tmp_path)
+    assert finding.status == "problem" and "node2 did not see in 10 s what node0 wrote" in finding.found
+    assert folder_is_shared([rank_of("node0")], None) == []
+
+
+def test_only_the_first_rank_tries_the_port():
+    """The others may find it taken, by the first."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        given = {**RANK, "MASTER_ADDR": "localhost", "MASTER_PORT": str(taken.getsockname()[1])}
+        found = [_port_is_free({**given, "RANK": rank}, {"localhost": "127.0.0.1"}) for rank in "01"]
+    assert found == [False, None]
+
+
+def doctor_of_a_rank(shared_dir):
+    """Exit code and text of the command on this rank."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = main(["doctor", "--shared-dir", str(shared_dir)])
+    return code, said.getvalue()
+
+
+def test_ranks_meet_and_the_first_one_prints(tmp_path):
+    (code, text), other = run_ranks(2, doctor_of_a_rank, tmp_path)
+    assert "all ranks" in text and "2 on 1 machine, all alike" in text
+    assert f"all ranks see what the first one writes in {tmp_path}" in text
+    assert other == (code, "") and list(tmp_path.iterdir()) == []
 
 
 def test_a_run_is_held_against_the_machine(tmp_path):
@@ -282,3 +331,12 @@ def test_a_folder_that_is_not_there_is_a_problem(monkeypatch, tmp_path, capsys):
 def test_flags_need_a_run(capsys):
     assert main(["doctor", "--bf16"]) == 2
     assert "only beside a RUN.yaml" in capsys.readouterr().err
+
+
+def test_tasks_of_srun_are_ranks(monkeypatch, capsys):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert main(["doctor"]) == 2
+    assert "one of 2 tasks of srun, but MASTER_ADDR and MASTER_PORT are not set" in capsys.readouterr().err

@@ -168,6 +168,7 @@ def test_the_file_is_written_once_and_an_edited_one_is_kept(launch, tmp_path):
             2,
             "--partition is 'gpu --nodes=99'; in a job script it may hold",
         ),
+        (("--time", "5h"), 2, "--time is '5h', which Slurm does not read; give D-HH:MM:SS"),
         (("--run-dir", "runs/my run"), 2, "the name of --run-dir is 'my run'"),
         (("--run-dir", "a\nb/run"), 2, "would break a job script"),
         (("--expert-model-parallel-size", "8"), 2, "4 ranks cannot hold expert TP x EP x PP = 8"),

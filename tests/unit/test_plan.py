@@ -137,6 +137,12 @@ def test_what_is_proposed_passes_and_fits(flags, elsewhere, capsys):
         assert main(["plan", str(path), *map(str, flags), *proposal]) == 0, shlex.join(proposal)
 
 
+def test_a_model_that_cannot_be_reckoned_is_refused_for_its_layout_first(elsewhere, capsys):
+    flags = ["--attention-output-gate", "--world-size", 64, "--expert-model-parallel-size"]
+    assert "expert_model_parallel_size 3 does not divide" in refused(capsys, elsewhere(), *flags, 3)
+    assert "attention_output_gate is True: the parameters of such" in refused(capsys, elsewhere(), *flags, 8)
+
+
 def test_other_numbers_of_ranks_are_named(elsewhere, capsys):
     assert "this layout can run on 32 or 64 ranks" in refused(capsys, elsewhere(), "--world-size", 40)
 

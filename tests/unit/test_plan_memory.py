@@ -38,6 +38,11 @@ KEPT = {
     "full recomputation": (FULL, {}, {}),
     "full, one layer of two": ({**FULL, "recompute_method": "block"}, {}, {}),
     "latent attention": (LATENT, {}, {}),
+    "latent attention, up projections again": (
+        {**LATENT, "recompute_granularity": "selective", "recompute_modules": ["mla_up_proj"]},
+        {},
+        {},
+    ),
     "latent attention, narrow values": ({**LATENT, "v_head_dim": 24}, {}, {}),
     "latent attention, dense, TP2": ({**LATENT, "q_lora_rank": None, "num_moe_experts": None}, TP2, {}),
     "moe again": ({"recompute_granularity": "selective", "recompute_modules": ["moe"]}, {}, {}),
@@ -78,7 +83,7 @@ def kept_bytes(config):
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that none takes its place
+            kept[storage.data_ptr()] = storage  # held, so that none takes its place
         return tensor
 
     torch.manual_seed(torch.distributed.get_rank() // Layout.of(config, WORLD).tp)
@@ -86,7 +91,7 @@ def kept_bytes(config):
     mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1).expand(ROWS, 1, -1, -1)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(tokens, torch.arange(LENGTH).expand(ROWS, -1), mask, labels=tokens)
-    return sum(size for size, _ in kept.values())
+    return sum(storage.nbytes() for storage in kept.values())  # what is computed again has been let go
 
 
 def kept_alone(folder):

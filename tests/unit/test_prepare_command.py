@@ -172,3 +172,14 @@ def test_an_interrupt_is_said_in_one_line(
     monkeypatch.setattr(prepare_command, "_prepare_files", interrupt)
     assert main(["prepare"]) == 130
     assert "interrupted; nothing half-written is left" in capsys.readouterr().err
+
+
+def test_a_source_of_which_no_row_results_is_refused_as_train_does(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, run_yaml: Path
+) -> None:
+    said = []
+    for command in (["prepare"], ["train", "--run-dir", str(tmp_path / "run")]):
+        flags = ["--seq-length", "8", "--strategy", "uniform", "--expert-model-parallel-size", "1"]
+        assert main([*command, str(run_yaml), *flags]) == 2
+        said.append(capsys.readouterr().err)
+    assert "no row results" in said[0] and said[0] == said[1]

@@ -141,6 +141,12 @@ def test_heat_maps_are_kept_to_half_a_step():
     np.testing.assert_allclose(values / 255 * found["most"], wanted, atol=found["most"] / 510 + 1e-12)
 
 
+def test_colours_are_those_of_the_second_half_of_a_run():
+    frames = [Frame(number, ("a",), np.full((1, 2), 9.0 if number == 0 else 0.5)) for number in range(4)]
+    found = quantised(frames)
+    assert found["most"] == 9 and found["coloured_most"] == 0.5
+
+
 def test_heat_maps_of_other_sources_are_left_out_and_counted():
     frames = [Frame(1, ("a",), np.ones((1, 2))), Frame(2, ("a", "b"), np.ones((2, 2)))]
     found = quantised(frames)
@@ -168,10 +174,21 @@ def test_the_busiest_expert_is_that_of_the_mix(tmp_path):
     assert read_run(run_dir).updates[0].imbalance == pytest.approx((1.4,))
 
 
+def test_a_strategy_that_keeps_its_weights_is_no_reason_for_alarm(tmp_path):
+    run_dir = write_run(tmp_path / "mine", updates=3)
+    (run_dir / "mixing.jsonl").write_bytes(b"")
+    assert "mixing.jsonl is empty" in read_run(run_dir).missing, "the ledger knows of updates"
+    stages = (run_dir / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (run_dir / "ledger.jsonl").write_bytes(stages[0])
+    run = read_run(run_dir)
+    assert run.missing == [] and warnings(run) == []
+    assert "strategy gate-load, which keeps the weights that it begins with" in summary(run, run.written)[0]
+
+
 def test_the_summary_names_who_won_who_is_redundant_and_why(tmp_path):
     run = read_run(write_run(tmp_path / "mine", updates=12))
     said = " ".join(summary(run, now=run.written))
-    assert "4 sources; model tiny; strategy gate-load, asked every 10 iterations" in said
+    assert "4 sources; model tiny; strategy gate-load, updated every 10 iterations" in said
     assert "It is finished: 120 iterations" in said
     assert "Weight went most to chat, from 25.0%" in said and "the highest" in said
     assert "math and math_again load the experts most alike" in said
@@ -236,7 +253,7 @@ def test_events_are_listed_with_their_kind(tmp_path):
     with (run_dir / "ledger.jsonl").open("ab") as file:
         file.write(line_of(changed | {"sources": NAMES, "weights": [0.25] * 4}))
     lifecycle = [
-        {"iteration": 0, "event": "start", "time": "2026-01-01"},
+        {"iteration": 0, "event": "start", "time": "2026-01-01T02:03:04+00:00"},
         {"iteration": 70, "event": "resume", "notes": ["lr: 1 -> 2"]},
         {"iteration": 100, "event": "finished"},
     ]
@@ -247,7 +264,7 @@ def test_events_are_listed_with_their_kind(tmp_path):
         *((61, "sources"), (70, "resume"), (70, "fault"), (100, "finished")),
     ]
     page = page_of(run_dir)
-    assert "ended without a word" in page and "lr: 1 -&gt; 2" in page
+    assert "2026-01-01 02:03:04 UTC" in page and "ended without a word" in page and "lr: 1 -&gt; 2" in page
     marks = data_of(page)["charts"]["weights"]["layout"]["shapes"]
     assert [shape["x0"] for shape in marks] == [20, 50, 61, 70]
 

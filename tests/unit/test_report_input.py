@@ -63,7 +63,7 @@ def test_a_broken_line_is_named_and_costs_no_other(tmp_path, name, line):
     assert {len(run.metrics), len(run.updates)} == {9, 10} and run.is_finished
 
 
-ODD = [None, "many", [], {}, 3, [[1, 2], [3]], [None] * 4, ["NaN"] * 4, [True] * 4, {"chat": "Infinity"}]
+ODD = [[[1, 2], [3]], "many", None, [], {}, 3, [None] * 4, ["NaN"] * 4, [True] * 4, {"chat": "Infinity"}]
 KEYS = {
     "mixing.jsonl": [
         *("sources", "old_weights", "new_weights", "delta", "load", "distance", "epochs", "events", "note"),
@@ -74,21 +74,38 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in KEYS.items() for key in keys])
+CASES = [(name, key) for name, keys in KEYS.items() for key in keys]
+
+
+def set_twice(path, key, value) -> None:
+    for place in range(2):
+        change(path, place, **{key: value})
+
+
+@pytest.mark.parametrize(("name", "key"), CASES)
 def test_records_of_another_version_do_not_end_the_report(tmp_path, name, key):
-    run_dir = write_run(tmp_path / "mine", updates=2, experts=4)
-    other = read_run(write_run(tmp_path / "other", updates=1, experts=4))
-    sound = (run_dir / name).read_bytes()
-    for value in ODD:
-        (run_dir / name).write_bytes(sound)
-        for place in range(2):
-            change(run_dir / name, place, **{key: value})
-        run = read_run(run_dir)
-        page = page_of_run(run, now=run.written)
+    sound = write_run(tmp_path / "mine", updates=2, experts=4)
+    records = (sound / name).read_bytes()
+    for value in ODD[:2]:
+        (sound / name).write_bytes(records)
+        set_twice(sound / name, key, value)
+        page = page_of_run(read_run(sound), now=0.0)
         assert "loss" in [chart.id for chart in page.charts] or name == "metrics.jsonl"
-        for chart in page.charts:
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "key"), CASES)
+def test_records_with_any_value_do_not_end_a_report_or_a_comparison(tmp_path, name, key):
+    other = read_run(write_run(tmp_path / "other", updates=1, experts=4))
+    sound = write_run(tmp_path / "mine", updates=2, experts=4)
+    records = (sound / name).read_bytes()
+    for value in ODD:
+        (sound / name).write_bytes(records)
+        set_twice(sound / name, key, value)
+        run = read_run(sound)
+        for chart in page_of_run(run, now=0.0).charts:
             chart.figure.to_json()
-        page_of_runs([run, other], now=run.written)
+        page_of_runs([run, other], now=0.0)
 
 
 def test_records_without_weights_are_counted(tmp_path):
@@ -125,6 +142,17 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
     message = refused(capsys, tmp_path)
     assert "is no run directory: it holds notes.txt" in message
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_folder_of_runs_is_refused_with_their_names(tmp_path, capsys):
+    run_dir = write_run(tmp_path / "mine", updates=1)
+    assert f"give the --run-dir of a run, such as {run_dir}" in refused(capsys, tmp_path)
+
+
+def test_the_page_of_an_empty_directory_can_be_made_again(tmp_path, capsys):
+    for _ in range(2):
+        assert main(["report", str(tmp_path)]) == 0
+        assert "has not begun to write" in capsys.readouterr().out
 
 
 def test_one_run_twice_is_refused(tmp_path, capsys):

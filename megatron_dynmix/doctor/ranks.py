@@ -1,0 +1,153 @@
+"""Checks that the ranks of a job make together: whether all are well, alike, and share the folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from megatron_dynmix.doctor.finding import Finding, good, problem
+from megatron_dynmix.doctor.machine import Machine
+from megatron_dynmix.doctor.storage import nearest_folder
+
+MEETING_SECONDS = 60
+SEEING_SECONDS = 10.0
+"""Within which others see a file that one node wrote; NFS keeps what it read of a folder for some of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """What a rank tells the others."""
+
+    host: str
+    fingerprint: str
+    findings: tuple[Finding, ...]
+    """What is not well there."""
+    sees_folder: bool | None = None
+    """Whether a file that rank 0 wrote is there; None if no folder is tried, or rank 0 cannot write."""
+
+
+def fingerprint(machine: Machine) -> str:
+    """Of everything that must be the same on all ranks: Python, packages, driver, kinds of GPU."""
+    versions = sorted(machine.versions.items())
+    kinds = sorted({gpu.name for gpu in machine.gpus})
+    text = repr((machine.python, versions, machine.torch_cuda, machine.driver, kinds))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_ranks(machine: Machine, findings: Sequence[Finding], folder: Path | None) -> list[Finding]:
+    """Join over gloo, as `train` would before anything else, and hear what the others found.
+
+    Args:
+        machine: of this rank.
+        findings: of this rank.
+        folder: that all ranks are to share, if there is one.
+
+    """
+    import torch
+
+    from megatron_dynmix import platform
+
+    minutes = MEETING_SECONDS / 60
+    try:
+        torch.distributed.init_process_group(
+            "gloo",
+            store=platform.rendezvous(minutes),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timedelta(minutes=minutes),
+        )
+        ranks = _told(machine, findings, folder)
+        torch.distributed.destroy_process_group()
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        found = f"they did not meet in {MEETING_SECONDS} s: {reason}"
+        return [problem("all ranks", found, "look at MASTER_ADDR, and for a rank that never started")]
+    return [*others_findings(ranks), same_everywhere(ranks), *folder_is_shared(ranks, folder)]
+
+
+def _told(machine: Machine, findings: Sequence[Finding], folder: Path | None) -> list[Rank]:
+    """What every rank has to say, in their order; the folder is tried by a file of rank 0."""
+    import torch
+
+    is_first = torch.distributed.get_rank() == 0
+    written = [_write_mark(folder) if is_first and folder is not None else None]
+    torch.distributed.broadcast_object_list(written, src=0)
+    mark = written[0]
+    rank = Rank(
+        host=machine.hostname,
+        fingerprint=fingerprint(machine),
+        findings=tuple(finding for finding in findings if finding.status != "OK"),
+        sees_folder=None if mark is None else _appears(mark),
+    )
+    ranks = [rank] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(ranks, rank)
+    if is_first and mark is not None:
+        mark.unlink(missing_ok=True)
+    return ranks
+
+
+def _write_mark(folder: Path) -> Path | None:
+    mark = nearest_folder(folder) / f".doctor-{uuid.uuid4().hex}"
+    try:
+        mark.write_bytes(b"")
+    except OSError:
+        return None  # which `writing` has said already
+    return mark
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file is there, or comes to be."""
+    deadline = time.monotonic() + SEEING_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def others_findings(ranks: Sequence[Rank]) -> list[Finding]:
+    """What is not well on other machines than the first rank's, once for each of them."""
+    found = {
+        (rank.host, finding.name): finding
+        for rank in ranks
+        if rank.host != ranks[0].host
+        for finding in rank.findings
+    }
+    return [
+        dataclasses.replace(finding, found=f"{finding.found} (on {host})")
+        for (host, _), finding in found.items()
+    ]
+
+
+def same_everywhere(ranks: Sequence[Rank]) -> Finding:
+    """Whether all ranks have what the first one has."""
+    other = sorted({rank.host for rank in ranks if rank.fingerprint != ranks[0].fingerprint})
+    if other:
+        found = f"Python, packages, driver or GPUs of {', '.join(other)} are not those of {ranks[0].host}"
+        return problem(
+            "all ranks", found, "use one environment or container on all nodes; run doctor on each"
+        )
+    hosts = len({rank.host for rank in ranks})
+    return good("all ranks", f"{len(ranks)} on {hosts} machine{'s' * (hosts > 1)}, all alike")
+
+
+def folder_is_shared(ranks: Sequence[Rank], folder: Path | None) -> list[Finding]:
+    """Whether every rank sees what the first one writes; nothing if that was not tried."""
+    if ranks[0].sees_folder is None:
+        return []
+    blind = sorted({rank.host for rank in ranks if not rank.sees_folder})
+    if blind:
+        found = (
+            f"{', '.join(blind)} did not see in {SEEING_SECONDS:.0f} s what {ranks[0].host} wrote in {folder}"
+        )
+        return [
+            problem("shared folder", found, "mount the same file system under the same name on all nodes")
+        ]
+    return [good("shared folder", f"all ranks see what the first one writes in {folder}")]
