@@ -319,9 +319,7 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--world-size", type=int, required=True, metavar="N", help="ranks: the GPUs of all nodes"
     )
-    sub.add_argument(
-        "--gpu-memory-gb", type=float, default=80.0, metavar="GB", help="of each GPU; default 80"
-    )
+    sub.add_argument("--gpu-memory-gb", type=float, metavar="GB", help="of each GPU; default 80")
     sub.add_argument(
         "--host",
         choices=["te", "cuda", "cpu"],

@@ -125,7 +125,7 @@ def launch_arguments(parser: argparse.ArgumentParser) -> None:
         default=SAVE_SECONDS,
         help="what one iteration and one save may take at the end of the time (300)",
     )
-    parser.add_argument("--gpu-memory-gb", type=float, default=80.0, metavar="GB", help="of each GPU (80)")
+    parser.add_argument("--gpu-memory-gb", type=float, metavar="GB", help="of each GPU (80)")
     parser.add_argument("--host", choices=["te", "cuda", "cpu"], help="what the nodes have, as for plan")
     parser.add_argument(
         "--output", type=Path, default=Path("train.sbatch"), metavar="FILE", help="- for the terminal"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
+TEMPLATES = "additional_chat_templates"
+"""Folder in which transformers keeps chat templates beside the first."""
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 NO_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 LFS = b"version https://git-lfs"
@@ -144,15 +147,23 @@ class HuggingFaceFolder:
 
 
 def carried_files(folder: Path) -> dict[str, Path]:
-    """Name -> file that goes with a folder's weights: configuration, tokenizer, chat template, code."""
+    """Name -> file that goes with a folder's weights: configuration, tokenizer, chat templates, code."""
     return {
-        path.name: path
-        for path in sorted(folder.iterdir())
+        str(path.relative_to(folder)): path
+        for path in (*sorted(folder.iterdir()), *sorted((folder / TEMPLATES).glob("*")))
         if path.is_file()
         and not path.name.startswith(".")
         and path.suffix not in NO_WEIGHTS
         and not path.name.endswith(".index.json")
     }
+
+
+def copy_files(files: Mapping[str, Path], folder: Path) -> None:
+    """Put files into a folder under their names there."""
+    for name, path in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
 
 
 def _existing(path: Path) -> Path:

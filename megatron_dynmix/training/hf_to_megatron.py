@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ import yaml
 from megatron_dynmix.config.shape import complete_model
 from megatron_dynmix.convert.blocks import WeightMap
 from megatron_dynmix.convert.boxes import Box, Cast, size_of
-from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, carried_files
+from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, carried_files, copy_files
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.staging import Staging, fingerprint
 from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, Tensors
@@ -154,9 +153,7 @@ def _write_beside(
     root: Path, folder: HuggingFaceFolder, settings: Mapping[str, Any], dtype: str | None
 ) -> None:
     """Write what is no checkpoint: what the folder holds beside weights, the model section, the origin."""
-    (root / CONVERTED).mkdir(exist_ok=True)
-    for name, path in carried_files(folder.path).items():
-        shutil.copyfile(path, root / CONVERTED / name)
+    copy_files(carried_files(folder.path), root / CONVERTED)
     section = yaml.safe_dump({"model": dict(settings)}, sort_keys=False, allow_unicode=True)
     (root / MODEL_YAML).write_text(section, encoding="utf-8")
     origin = {"source": str(folder.path.resolve()), "fused_experts": folder.fused_experts, "dtype": dtype}

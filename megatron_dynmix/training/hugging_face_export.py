@@ -17,7 +17,7 @@ import torch
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict
-from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, carried_files
+from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, carried_files, copy_files
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.staging import partial_of
 from megatron_dynmix.convert.tensors import AsHuggingFace
@@ -68,9 +68,7 @@ def _write_origin(config: RunConfig, checkpoints: Path) -> None:
         shutil.copyfile(Path(pretrained) / CONVERSION, checkpoints / CONVERSION)
     elif load_hf is not None:
         folder = HuggingFaceFolder(Path(load_hf))
-        (checkpoints / CONVERTED).mkdir(exist_ok=True)
-        for name, path in carried_files(folder.path).items():
-            shutil.copyfile(path, checkpoints / CONVERTED / name)
+        copy_files(carried_files(folder.path), checkpoints / CONVERTED)
         origin = {"source": load_hf, "fused_experts": folder.fused_experts, "dtype": None}
         (checkpoints / CONVERSION).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 
@@ -106,8 +104,7 @@ def export(checkpoint: Path, destination: Path) -> None:
         with together():
             if rank == 0:
                 write_index(weights, shards, staging)
-                for name, path in origin.files.items():
-                    shutil.copyfile(path, staging / name)
+                copy_files(origin.files, staging)
                 (staging / CONFIG).write_text(origin.config_text(main_type(weights)), encoding="utf-8")
                 sync(staging)
                 replaced = set_aside(destination)

@@ -12,7 +12,7 @@ from megatron_dynmix.config.hugging_face import hugging_face_config, model_setti
 from megatron_dynmix.config.shape import has_tokenizer, other_shape
 from megatron_dynmix.config.tree import ModelConfig
 from megatron_dynmix.convert.families import PREDICTION, prediction_layers
-from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, carried_files
+from megatron_dynmix.convert.hf_folder import TEMPLATES, HuggingFaceFolder, carried_files
 from megatron_dynmix.data.tokenizer import load_tokenizer
 from megatron_dynmix.errors import InputError
 
@@ -21,7 +21,10 @@ CONVERTED = "hugging_face"
 """Folder of a converted checkpoint that holds all of its origin but the weights."""
 CONVERSION = "conversion.json"
 """File of a converted checkpoint that says how its origin was laid out."""
-TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens")
+TOKENIZER = (
+    *("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens"),
+    TEMPLATES,
+)
 """What the names of a tokenizer's files begin with."""
 NO_TOKENIZER = "no tokenizer came with the model: put its files into the folder"
 NO_PREDICTION = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from megatron_dynmix.convert.blocks import WeightMap
 from megatron_dynmix.convert.boxes import Cast, size_of
 from megatron_dynmix.convert.families import weight_map
-from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
+from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, copy_files
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.staging import Staging, fingerprint
 from megatron_dynmix.convert.tensors import AsHuggingFace, Tensors
@@ -85,8 +84,7 @@ def megatron_to_hf(
         staging.check_space(total + sum(path.stat().st_size for path in origin.files.values()))
         with Progress("writing", total) as progress:
             write_weights(wanted, staging, max_shard_bytes=shard_bytes, advance=progress.advance)
-        for name, path in origin.files.items():
-            shutil.copyfile(path, staging.folder / name)
+        copy_files(origin.files, staging.folder)
         (staging.folder / CONFIG).write_text(origin.config_text(main_type(wanted)), encoding="utf-8")
         verdict = Verdict(
             folder=staging.folder,

@@ -32,6 +32,8 @@ from megatron_dynmix.training.resume import check_pretrained
 from megatron_dynmix.training.sources import build_rows, prepared_sources
 
 GIB = 2**30
+GPU_MEMORY_GB = 80.0
+"""Of each GPU, if nothing is said."""
 HOSTS = {
     "te": Host(cuda=True, transformer_engine=True, deep_ep=True),
     "cuda": Host(cuda=True, transformer_engine=False, deep_ep=True),
@@ -49,11 +51,18 @@ def run_plan(arguments: argparse.Namespace, rest: list[str]) -> int:
     world_size = arguments.world_size
     if world_size < 1:
         raise InputError(f"--world-size is {world_size}; give 1 or more")
-    if not arguments.gpu_memory_gb > 0:
-        raise InputError(f"--gpu-memory-gb is {arguments.gpu_memory_gb}; give a positive number")
+    given_gb = arguments.gpu_memory_gb
+    if given_gb is not None and not given_gb > 0:
+        raise InputError(f"--gpu-memory-gb is {given_gb}; give a positive number")
     config = load_config(arguments.run_yaml, rest)
     host = HOSTS[arguments.host or ("te" if config.training.bf16 else "cpu")]
-    gpu_bytes = int(arguments.gpu_memory_gb * GIB) if host.cuda else None
+    if given_gb is not None and not host.cuda:
+        raise InputError(
+            f"--gpu-memory-gb is {given_gb:g}, but the ranks are planned on CPUs (float32 without --host); "
+            "leave it out, or give --bf16 or --host cuda"
+        )
+    gpu_gb = given_gb or GPU_MEMORY_GB
+    gpu_bytes = int(gpu_gb * GIB) if host.cuda else None
     checker = Checker(host)
     try:
         checker(config, world_size)
@@ -66,7 +75,7 @@ def run_plan(arguments: argparse.Namespace, rest: list[str]) -> int:
     if gpu_bytes is not None and not plan.fits(gpu_bytes):
         raise InputError(
             f"pipeline stage {plan.largest.stage} needs about {size_text(plan.largest.needed)} on each GPU, "
-            f"more than --gpu-memory-gb {arguments.gpu_memory_gb:g}"
+            f"more than --gpu-memory-gb {gpu_gb:g}"
             f"{_instead(config, world_size, checker, gpu_bytes)}"
         )
     return 0

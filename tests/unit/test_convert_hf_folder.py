@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dynmix.cli import main
-from megatron_dynmix.convert.hf_folder import INDEX, HuggingFaceFolder, carried_files
+from megatron_dynmix.convert.hf_folder import INDEX, HuggingFaceFolder, carried_files, copy_files
 from megatron_dynmix.errors import EXIT_REFUSED, InputError
 
 MAPS = Path("/proc/self/maps")
@@ -68,6 +68,16 @@ def test_files_that_go_with_the_weights(folder):
     (folder / "original").mkdir()
     wanted = ["chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json"]
     assert [*carried_files(folder)] == wanted
+
+
+def test_chat_templates_beside_the_first_come_along(folder, tmp_path):
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tool_use.jinja").write_text("{{ messages }}")
+    files = carried_files(folder)
+    assert [*files][-1] == "additional_chat_templates/tool_use.jinja"
+    copy_files(files, tmp_path / "copy")
+    assert (tmp_path / "copy/additional_chat_templates/tool_use.jinja").read_text() == "{{ messages }}"
+    assert (tmp_path / "copy/config.json").is_file()
 
 
 def test_computed_tensors_are_left_out_and_named(folder):

@@ -109,6 +109,10 @@ def test_groups_are_those_of_megatron_core():
         (["--world-size", 64, "--tensor-model-parallel-size", 2], "without sequence_parallel"),
         (["--world-size", 0], "--world-size is 0; give 1 or more"),
         (["--world-size", 64, "--gpu-memory-gb", -1], "--gpu-memory-gb is -1.0; give a positive number"),
+        (
+            ["--world-size", 64, "--host", "cpu", "--gpu-memory-gb", 80],
+            "--gpu-memory-gb is 80, but the ranks are planned on CPUs",
+        ),
         (["--world-size", 64, "--moe-router-topk", 9], "moe_router_topk is 9, but there are 8 experts"),
         (["--world-size", 64, "--weight-floor", 0.5], "floor"),
     ],
