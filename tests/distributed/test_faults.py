@@ -125,6 +125,7 @@ def test_I2_skipped_batches_are_part_of_the_state(run_yaml, start_from, tmp_path
         assert np.array_equal(router, result["routers"][name]), name
 
 
+@pytest.mark.slow
 def test_ten_batches_skipped_in_a_row_stop_the_run_over_a_resume_too(run_yaml, start_from, tmp_path):
     spoiled = (range(3, 99), 1)
     flags = [*start_from, *SKIP, "--save-interval", "1"]

@@ -60,7 +60,7 @@ def test_I3_the_digests_do_not_depend_on_the_layout(
     assert verify(tmp_path / "fixed").proven
 
 
-@pytest.mark.parametrize("stop", [3, 4])
+@pytest.mark.parametrize("stop", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_I2_the_ledger_of_a_resumed_run_is_that_of_one_that_was_not_stopped(
     stop, run_yaml, start_from, tmp_path
 ):
@@ -93,6 +93,7 @@ def test_I3_a_batch_that_ramps_up_draws_the_same_samples(run_yaml, start_from, t
     assert verify(tmp_path / "grown").proven
 
 
+@pytest.mark.slow
 def test_I2_a_ramped_run_resumes_bit_for_bit(run_yaml, start_from, tmp_path):
     settings = [
         *(*start_from, *RAMP, "--signal", "train", "--interval", "3", "--train-iters", "7"),
