@@ -6,6 +6,7 @@ of `sizes`; `Layout` makes a model's blocks from rules.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
+class Rule(ABC):
     """What all rules say: the Megatron tensor, its kind, and the setting that it is there with."""
 
     hf: tuple[str, ...] | str
@@ -49,9 +50,9 @@ class Rule:
         names = (self.hf,) if isinstance(self.hf, str) else self.hf
         return any("{e}" in name for name in names)
 
+    @abstractmethod
     def pieces(self, sizes: Sizes) -> list[Piece]:
         """The blocks, in the order of their rows in the Megatron tensor."""
-        raise NotImplementedError
 
     def megatron_shape(self, sizes: Sizes) -> Shape:
         """Shape of the Megatron tensor, without axes of layers and experts."""

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from megatron_dynmix.convert.boxes import boxes_of, size_of
+from megatron_dynmix.convert.hf_folder import INDEX, SINGLE
 from megatron_dynmix.convert.staging import Staging
 from megatron_dynmix.convert.tensors import Tensors
 from megatron_dynmix.errors import InputError
 
-INDEX = "model.safetensors.index.json"
 HEADER_ALIGNMENT = 8
 TYPE_NAMES = {
     torch.float64: "F64",
@@ -55,7 +55,7 @@ def shards_of(tensors: Tensors, max_bytes: int) -> dict[str, list[str]]:
         shards[-1].append(name)
         size += size_of(tensors, name)
     if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
+        return {SINGLE: shards[0]}
     return {
         f"model-{number:05d}-of-{len(shards):05d}.safetensors": names
         for number, names in enumerate(shards, start=1)

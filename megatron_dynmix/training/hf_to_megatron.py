@@ -21,7 +21,7 @@ import yaml
 from megatron_dynmix.config.shape import complete_model
 from megatron_dynmix.convert.blocks import WeightMap
 from megatron_dynmix.convert.boxes import Box, Cast, size_of
-from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, carried_files, copy_files
+from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, carried_files
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.staging import Staging, fingerprint
 from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, Tensors
@@ -37,7 +37,7 @@ from megatron_dynmix.training.checkpointing.checkpoint import (
     write_atomically,
 )
 from megatron_dynmix.training.checkpointing.checksums import CHECKSUMS, checksum, checksums_text, files_of
-from megatron_dynmix.training.hugging_face_origin import CONVERSION, CONVERTED, model_of
+from megatron_dynmix.training.hugging_face_origin import keep_origin_of, model_of
 from megatron_dynmix.training.model_check import compare_logits
 
 MODEL_YAML = "model.yaml"
@@ -153,11 +153,9 @@ def _write_beside(
     root: Path, folder: HuggingFaceFolder, settings: Mapping[str, Any], dtype: str | None
 ) -> None:
     """Write what is no checkpoint: what the folder holds beside weights, the model section, the origin."""
-    copy_files(carried_files(folder.path), root / CONVERTED)
+    keep_origin_of(folder, root, dtype=dtype)
     section = yaml.safe_dump({"model": dict(settings)}, sort_keys=False, allow_unicode=True)
     (root / MODEL_YAML).write_text(section, encoding="utf-8")
-    origin = {"source": str(folder.path.resolve()), "fused_experts": folder.fused_experts, "dtype": dtype}
-    (root / CONVERSION).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 
 
 def _complete_checkpoint(

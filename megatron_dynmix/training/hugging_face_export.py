@@ -7,7 +7,6 @@ RUN/hugging_face/iter_0000100/      a model that transformers opens
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict
-from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, carried_files, copy_files
+from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, copy_files
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.staging import partial_of
 from megatron_dynmix.convert.tensors import AsHuggingFace
@@ -26,7 +25,14 @@ from megatron_dynmix.errors import TrainingStopped
 from megatron_dynmix.training.checkpointing.agreement import RankFailure, together
 from megatron_dynmix.training.checkpointing.checkpoint import folder_of, read_run_state, set_aside, sync
 from megatron_dynmix.training.hf_to_megatron import main_type
-from megatron_dynmix.training.hugging_face_origin import CONFIG, CONVERSION, CONVERTED, Origin, origin_of
+from megatron_dynmix.training.hugging_face_origin import (
+    CONFIG,
+    CONVERSION,
+    CONVERTED,
+    Origin,
+    keep_origin_of,
+    origin_of,
+)
 from megatron_dynmix.training.megatron_to_hf import names_of
 
 SHARD_BYTES = size_in_bytes("5GB")
@@ -67,10 +73,7 @@ def _write_origin(config: RunConfig, checkpoints: Path) -> None:
         shutil.copytree(Path(pretrained) / CONVERTED, checkpoints / CONVERTED, dirs_exist_ok=True)
         shutil.copyfile(Path(pretrained) / CONVERSION, checkpoints / CONVERSION)
     elif load_hf is not None:
-        folder = HuggingFaceFolder(Path(load_hf))
-        copy_files(carried_files(folder.path), checkpoints / CONVERTED)
-        origin = {"source": load_hf, "fused_experts": folder.fused_experts, "dtype": None}
-        (checkpoints / CONVERSION).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+        keep_origin_of(HuggingFaceFolder(Path(load_hf)), checkpoints, dtype=None)
 
 
 def export(checkpoint: Path, destination: Path) -> None:

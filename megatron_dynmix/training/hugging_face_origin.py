@@ -12,7 +12,7 @@ from megatron_dynmix.config.hugging_face import hugging_face_config, model_setti
 from megatron_dynmix.config.shape import has_tokenizer, other_shape
 from megatron_dynmix.config.tree import ModelConfig
 from megatron_dynmix.convert.families import PREDICTION, prediction_layers
-from megatron_dynmix.convert.hf_folder import TEMPLATES, HuggingFaceFolder, carried_files
+from megatron_dynmix.convert.hf_folder import TEMPLATES, HuggingFaceFolder, carried_files, copy_files
 from megatron_dynmix.data.tokenizer import load_tokenizer
 from megatron_dynmix.errors import InputError
 
@@ -92,6 +92,20 @@ def origin_of(state: Mapping[str, Any], checkpoint: Path, given: Path | None) ->
         notes.append(NO_PREDICTION.format(count=config[PREDICTION]))
         config = {**config, PREDICTION: 0}
     return Origin({**config, **_changed(theirs, settings)}, files, _fused(folder), tuple(notes))
+
+
+def keep_origin_of(folder: HuggingFaceFolder, root: Path, *, dtype: str | None) -> None:
+    """Keep beside a checkpoint what its folder holds beside weights, and how that folder was laid out.
+
+    Args:
+        folder: where the weights came from.
+        root: the parent of `iter_*`.
+        dtype: type that the weights were cast to, by its name in torch; None if they were not.
+
+    """
+    copy_files(carried_files(folder.path), root / CONVERTED)
+    origin = {"source": str(folder.path.resolve()), "fused_experts": folder.fused_experts, "dtype": dtype}
+    (root / CONVERSION).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 
 
 def model_of(settings: Mapping[str, Any]) -> ModelConfig:

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from megatron_dynmix.convert import boxes, staging, to_megatron
 from megatron_dynmix.convert.boxes import Box, Cast, boxes_of
 from megatron_dynmix.convert.families import weight_map
+from megatron_dynmix.convert.hf_folder import INDEX
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.staging import Staging, partial_of
 from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, InMemory
-from megatron_dynmix.convert.to_hugging_face import INDEX, shards_of, size_in_bytes, write_weights
+from megatron_dynmix.convert.to_hugging_face import shards_of, size_in_bytes, write_weights
 from megatron_dynmix.convert.to_megatron import write_checkpoint
 from megatron_dynmix.convert.verdict import compare_values
 from megatron_dynmix.errors import InputError
