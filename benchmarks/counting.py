@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dynmix import platform
-from megatron_dynmix.monitor.tables import table
-from megatron_dynmix.quickstart import make_quickstart
+from megatron_dynmix.commands.quickstart import make_quickstart
+from megatron_dynmix.records.tables import table
 
 HERE = platform.start()  # before anything that imports megatron.core
 

@@ -20,14 +20,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_dynmix import platform
-from megatron_dynmix.monitor.tables import table
-from megatron_dynmix.quickstart import make_quickstart
+from megatron_dynmix.commands.quickstart import make_quickstart
+from megatron_dynmix.records.tables import table
 
 HERE = platform.start()  # before anything that imports megatron.core
 
 from megatron_dynmix.config.load import load_config  # noqa: E402
+from megatron_dynmix.job.signals import StopRequest  # noqa: E402
 from megatron_dynmix.training import run  # noqa: E402
-from megatron_dynmix.training.job.signals import StopRequest  # noqa: E402
 from megatron_dynmix.training.trainer import Trainer  # noqa: E402
 
 TARGET = 0.01

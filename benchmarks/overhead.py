@@ -26,17 +26,17 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_dynmix import platform
-from megatron_dynmix.monitor.tables import table
-from megatron_dynmix.quickstart import make_quickstart
+from megatron_dynmix.commands.quickstart import make_quickstart
+from megatron_dynmix.records.tables import table
 
 HERE = platform.start()  # before anything that imports megatron.core
 
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 from megatron_dynmix.config.load import load_config  # noqa: E402
+from megatron_dynmix.job.signals import StopRequest  # noqa: E402
 from megatron_dynmix.training import run  # noqa: E402
 from megatron_dynmix.training.batch import Batch, to_batch  # noqa: E402
-from megatron_dynmix.training.job.signals import StopRequest  # noqa: E402
 from megatron_dynmix.training.trainer import Trainer  # noqa: E402
 
 TARGET = 1.03

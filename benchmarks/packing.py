@@ -23,18 +23,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dynmix import platform
-from megatron_dynmix.monitor.tables import table
-from megatron_dynmix.quickstart import write_sources
+from megatron_dynmix.commands.quickstart import write_sources
+from megatron_dynmix.records.tables import table
 
 platform.start()  # before anything that imports megatron.core
 
-from megatron_dynmix.data.conversation import parse_sharegpt  # noqa: E402
 from megatron_dynmix.data.packing import Packing, pack  # noqa: E402
-from megatron_dynmix.data.prepare import prepare_source  # noqa: E402
-from megatron_dynmix.data.readers import raw_rows  # noqa: E402
+from megatron_dynmix.data.prepare.conversation import parse_sharegpt  # noqa: E402
+from megatron_dynmix.data.prepare.prepare import prepare_source  # noqa: E402
+from megatron_dynmix.data.prepare.readers import raw_rows  # noqa: E402
+from megatron_dynmix.data.prepare.template import render  # noqa: E402
 from megatron_dynmix.data.rows import PackedRows  # noqa: E402
-from megatron_dynmix.data.template import render  # noqa: E402
-from megatron_dynmix.data.tokenizer import Tokenizer, train_bpe  # noqa: E402
+from megatron_dynmix.data.tokenizer.base import Tokenizer, train_bpe  # noqa: E402
 
 SOURCES = ("chat", "general", "math", "code")
 TEMPLATE: Final = "vicuna"

@@ -22,11 +22,11 @@ import numpy as np
 import psutil
 from tokenizers import Tokenizer as BackendTokenizer
 
-from megatron_dynmix.monitor.tables import table
+from megatron_dynmix.records.tables import table
 
 if TYPE_CHECKING:  # every worker imports this file again: what is heavy is imported where it is used
-    from megatron_dynmix.data.template import Renderer
-    from megatron_dynmix.data.tokenizer import Tokenizer
+    from megatron_dynmix.data.prepare.template import Renderer
+    from megatron_dynmix.data.tokenizer.base import Tokenizer
 
 MEGABYTE: Final = 1_000_000
 TEMPLATE: Final = "vicuna"
@@ -114,9 +114,9 @@ def peak_memory() -> Iterator[dict[int, float]]:
 
 def floor(path: Path, tokenizer_dir: Path, renderer: Renderer) -> Measured:
     """The tokenizer alone, one thread; only its own time is counted."""
-    from megatron_dynmix.data.formats import Format
-    from megatron_dynmix.data.readers import raw_rows
-    from megatron_dynmix.data.workers import one_tokenizer_thread
+    from megatron_dynmix.data.prepare.formats import Format
+    from megatron_dynmix.data.prepare.readers import raw_rows
+    from megatron_dynmix.data.prepare.workers import one_tokenizer_thread
 
     backend = BackendTokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
     sharegpt = Format(name="sharegpt")
@@ -141,7 +141,7 @@ def floor(path: Path, tokenizer_dir: Path, renderer: Renderer) -> Measured:
 
 def prepared(path: Path, folder: Path, tokenizer: Tokenizer, workers: int) -> Measured:
     """`prepare` as it is."""
-    from megatron_dynmix.data.prepare import prepare_source
+    from megatron_dynmix.data.prepare.prepare import prepare_source
 
     prefix = folder / f"prepared-{workers}"
     before = psutil.Process().memory_info().rss / MEGABYTE
@@ -173,8 +173,8 @@ def main() -> None:
     from megatron_dynmix import platform
 
     platform.start()
-    from megatron_dynmix.data.template import Renderer
-    from megatron_dynmix.data.tokenizer import load_tokenizer, train_bpe
+    from megatron_dynmix.data.prepare.template import Renderer
+    from megatron_dynmix.data.tokenizer.base import load_tokenizer, train_bpe
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=float, default=8)

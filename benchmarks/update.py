@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dynmix.mixing.controller import MixingController
-from megatron_dynmix.mixing.gate_load import GateLoad, Inverse
+from megatron_dynmix.mixing.gate_loads import gate_load
 from megatron_dynmix.mixing.guardrails import Guardrails
-from megatron_dynmix.mixing.load import gate_load
+from megatron_dynmix.mixing.strategies.gate_load import GateLoad, Inverse
 from megatron_dynmix.mixing.strategy import Signal
-from megatron_dynmix.monitor.tables import table
+from megatron_dynmix.records.tables import table
 
 TARGET_MS = 50.0
 SEED = 1234

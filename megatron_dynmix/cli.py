@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dynmix import __version__
-from megatron_dynmix.compare.command import (
-    compare_arguments,
-    evaluate_arguments,
-    run_compare,
-    run_evaluate,
-)
-from megatron_dynmix.doctor.command import doctor_arguments, run_doctor
+from megatron_dynmix.commands.compare import compare_arguments, evaluate_arguments, run_compare, run_evaluate
+from megatron_dynmix.commands.convert_command import convert_arguments, run_convert
+from megatron_dynmix.commands.doctor import doctor_arguments, run_doctor
+from megatron_dynmix.commands.launch import join_srun, launch_arguments, run_launch
+from megatron_dynmix.commands.prepare import prepare_arguments, run_prepare
+from megatron_dynmix.commands.report import report_arguments, run_report
 from megatron_dynmix.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -32,10 +31,6 @@ from megatron_dynmix.errors import (
     StoppedOnRequest,
     TrainingStopped,
 )
-from megatron_dynmix.report.command import report_arguments, run_report
-from megatron_dynmix.slurm import join_srun, launch_arguments, run_launch
-from megatron_dynmix.training.convert_command import convert_arguments, run_convert
-from megatron_dynmix.training.prepare_command import prepare_arguments, run_prepare
 
 if TYPE_CHECKING:
     from megatron_dynmix.training.resume import Resume
@@ -188,7 +183,7 @@ def quickstart(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix import platform
 
     platform.start()
-    from megatron_dynmix.quickstart import make_quickstart
+    from megatron_dynmix.commands.quickstart import make_quickstart
     from megatron_dynmix.training.resume import check_run_dir
 
     run_dir = arguments.run_dir
@@ -226,8 +221,8 @@ def prepare(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def train(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Train on this rank, or start the ranks of this machine."""
-    from megatron_dynmix.launch import end_with_launcher
-    from megatron_dynmix.training.job.signals import stopping_at_once
+    from megatron_dynmix.job.launch import end_with_launcher
+    from megatron_dynmix.job.signals import stopping_at_once
 
     end_with_launcher()
     with stopping_at_once():
@@ -294,9 +289,9 @@ def _start_ranks(
 
     platform.start()
     from megatron_dynmix.config.load import load_config
-    from megatron_dynmix.launch import launch_ranks
+    from megatron_dynmix.convert.hugging_face_export import check_save_hf
+    from megatron_dynmix.job.launch import launch_ranks
     from megatron_dynmix.training import run
-    from megatron_dynmix.training.hugging_face_export import check_save_hf
     from megatron_dynmix.training.resume import begins, check_resume, check_run_dir
 
     config = load_config(run_yaml, flags)
@@ -334,7 +329,7 @@ def plan(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix import platform
 
     platform.start()
-    from megatron_dynmix.training.plan_command import run_plan
+    from megatron_dynmix.commands.plan import run_plan
 
     return run_plan(arguments, rest)
 
@@ -350,8 +345,8 @@ def verify(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix import platform
 
     platform.start()
-    from megatron_dynmix.training.ledger.verdict import verdict_text
-    from megatron_dynmix.training.ledger.verify import verify as verify_run
+    from megatron_dynmix.verify.verdict import verdict_text
+    from megatron_dynmix.verify.verify import verify as verify_run
 
     verdict = verify_run(arguments.run_dir)
     print(verdict_text(verdict))
@@ -373,8 +368,8 @@ def inspect(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix import platform
 
     platform.start()
+    from megatron_dynmix.commands.inspect import inspect as inspect_target
     from megatron_dynmix.data.row_text import show
-    from megatron_dynmix.training.inspect import inspect as inspect_target
 
     given = {name: getattr(arguments, name) for name in ("tokenizer", "example", "row", "batch")}
     show(inspect_target(arguments.target, rest, **given), in_colour=not arguments.plain)
@@ -383,7 +378,7 @@ def inspect(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def update(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Print the weights and deltas of one update as JSON."""
-    from megatron_dynmix.training.update_command import update_once
+    from megatron_dynmix.commands.update import update_once
 
     answer = update_once(rest, load=arguments.load, loss=arguments.loss, weights=arguments.weights)
     print(json.dumps(answer, indent=2))

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmix import platform
-from megatron_dynmix.config import leaves, tree
-from megatron_dynmix.mixing.strategies import STRATEGIES
+from megatron_dynmix.config import settings as leaves
+from megatron_dynmix.config import tree
+from megatron_dynmix.mixing.strategies.table import STRATEGIES
 
 HEAD = """# Configuration reference
 

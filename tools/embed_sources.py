@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_dynmix.data.formats import read_conversations
+from megatron_dynmix.data.prepare.formats import read_conversations
 from megatron_dynmix.errors import InputError
 
 

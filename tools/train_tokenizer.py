@@ -5,9 +5,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from megatron_dynmix.data.formats import read_conversations
-from megatron_dynmix.data.readers import find_inputs
-from megatron_dynmix.data.tokenizer import train_bpe
+from megatron_dynmix.data.prepare.formats import read_conversations
+from megatron_dynmix.data.prepare.readers import find_inputs
+from megatron_dynmix.data.tokenizer.base import train_bpe
 from megatron_dynmix.errors import InputError
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dynmix.mixing.gate_load import GateLoad
+from megatron_dynmix.mixing.strategies.gate_load import GateLoad
 from megatron_dynmix.mixing.strategy import Proposal, Signal
 from megatron_dynmix.mixing.update import reweight
 

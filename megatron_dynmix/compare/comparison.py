@@ -6,18 +6,18 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_dynmix.checkpoint.checkpoint import write_atomically
 from megatron_dynmix.compare.cell import Cell, Plan
 from megatron_dynmix.compare.grid import Variant
-from megatron_dynmix.compare.page import html, markdown
-from megatron_dynmix.compare.plots import losses_svg, weights_svg
 from megatron_dynmix.compare.results import read_result, summarise
 from megatron_dynmix.compare.schedule import Task, run_tasks
-from megatron_dynmix.compare.tables import comparison_tables
 from megatron_dynmix.config.load import to_dict
-from megatron_dynmix.data.source_report import SourceReport
+from megatron_dynmix.data.prepare.source_report import SourceReport
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.report.compare_page import html, markdown
+from megatron_dynmix.report.compare_tables import comparison_tables
+from megatron_dynmix.report.plots import losses_svg, weights_svg
 from megatron_dynmix.training import run
-from megatron_dynmix.training.checkpointing.checkpoint import write_atomically
 from megatron_dynmix.training.mix import first_weights
 from megatron_dynmix.training.resume import begins
 

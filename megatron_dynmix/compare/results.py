@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_dynmix.commands.evaluate import EVALUATION
 from megatron_dynmix.compare.cell import Cell, read_json
 from megatron_dynmix.compare.interval import CONFIDENCE, paired_difference, spread
-from megatron_dynmix.monitor.jsonl import read_records
-from megatron_dynmix.training.evaluate import EVALUATION
+from megatron_dynmix.records.jsonl import read_records
 
 BASELINE = "uniform"
 """The variant of this name is what the others are compared with."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from megatron_dynmix.compare.cell import Cell
 from megatron_dynmix.errors import StoppedOnRequest
-from megatron_dynmix.launch import DEFAULTS, LIFELINE
-from megatron_dynmix.training.job.signals import handling
+from megatron_dynmix.job.launch import DEFAULTS, LIFELINE
+from megatron_dynmix.job.signals import handling
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 120.0

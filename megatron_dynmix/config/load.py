@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from megatron_dynmix.config import leaves, tree
+from megatron_dynmix.config import settings as leaves
+from megatron_dynmix.config import tree
 from megatron_dynmix.config.shape import complete_model, has_tokenizer, is_folder
 from megatron_dynmix.config.strategies import option_hints
 from megatron_dynmix.errors import InputError

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_dynmix.data.rows import PackedRows, read_example
-from megatron_dynmix.data.tokenizer import Tokenizer
+from megatron_dynmix.data.tokenizer.base import Tokenizer
 
 
 class Span(NamedTuple):

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .course import Course
-from .guardrails import Guardrails
-from .last_known import Filled, LastKnown
-from .needs import FILLS, HALVES, LOSS, STAND_INS, TOKENS, matched, needs, waits
-from .override import Override
-from .strategy import Proposal, Signal, Strategy
-from .weights import check_weights
+from megatron_dynmix.mixing.course import Course
+from megatron_dynmix.mixing.guardrails import Guardrails
+from megatron_dynmix.mixing.last_known import Filled, LastKnown
+from megatron_dynmix.mixing.needs import FILLS, HALVES, LOSS, STAND_INS, TOKENS, matched, needs, waits
+from megatron_dynmix.mixing.override import Override
+from megatron_dynmix.mixing.strategy import Proposal, Signal, Strategy
+from megatron_dynmix.mixing.weights import check_weights
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .strategy import Proposal, Signal, Strategy
-from .weights import check_weights
+from megatron_dynmix.mixing.strategy import Proposal, Signal, Strategy
+from megatron_dynmix.mixing.weights import check_weights
 
 
 @dataclass(frozen=True, eq=False)

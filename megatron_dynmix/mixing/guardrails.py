@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .strategy import Signal
-from .weights import check_weights, entropy, fit_shares, kl_divergence
+from megatron_dynmix.mixing.strategy import Signal
+from megatron_dynmix.mixing.weights import check_weights, entropy, fit_shares, kl_divergence
 
 ROUNDING_ROWS = 1
 """Rows of a capped source kept back: a blend draws less than two rows more than an interval's share of it."""

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .load import Counts
-from .strategy import Signal
+from megatron_dynmix.mixing.gate_loads import Counts
+from megatron_dynmix.mixing.strategy import Signal
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from .last_known import Filled, LastKnown
-from .strategy import Signal, Strategy
+from megatron_dynmix.mixing.last_known import Filled, LastKnown
+from megatron_dynmix.mixing.strategy import Signal, Strategy
 
 TOKENS, HALVES, LOSS = "tokens", "tokens in both halves", "loss"
 FILLS = {TOKENS: LastKnown.fill_counts, HALVES: LastKnown.fill_halves, LOSS: LastKnown.fill_losses}

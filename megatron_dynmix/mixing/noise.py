@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .distance import gradient, l2_scale
+from megatron_dynmix.mixing.distance import gradient, l2_scale
 
 
 @dataclass(frozen=True, eq=False)

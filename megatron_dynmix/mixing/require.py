@@ -6,7 +6,7 @@ Axes: D sources.
 import numpy as np
 from numpy.typing import NDArray
 
-from .strategy import Signal
+from megatron_dynmix.mixing.strategy import Signal
 
 
 def loss_of(signal: Signal, num_sources: int, strategy: str) -> NDArray[np.float64]:

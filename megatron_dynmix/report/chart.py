@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from megatron_dynmix.compare.tables import Table
+from megatron_dynmix.report.compare_tables import Table
 
 COLOURS = (
     *("#3b7fe0", "#d9700f", "#1f9360", "#d9415d", "#9464d6"),

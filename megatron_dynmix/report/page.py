@@ -14,8 +14,8 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from megatron_dynmix import __version__
-from megatron_dynmix.compare.tables import Table
 from megatron_dynmix.report.chart import Chart
+from megatron_dynmix.report.compare_tables import Table
 
 MOST_ROWS = 20
 """A longer table is folded."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from megatron_dynmix.compare.tables import Table
+from megatron_dynmix.report.compare_tables import Table
 from megatron_dynmix.report.ends import end_losses, end_weights
 from megatron_dynmix.report.frames import Frame
 from megatron_dynmix.report.records import by_source, number

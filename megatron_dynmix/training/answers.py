@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_dynmix.data.tokenizer import Tokenizer
+from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.training.batch import to_batch
 from megatron_dynmix.training.step import PassRunner
 

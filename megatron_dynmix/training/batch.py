@@ -12,8 +12,8 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_dynmix.data.loader import MicroBatch
+from megatron_dynmix.model.local_layers import segment_mask
 from megatron_dynmix.moe.router import router_token_slice
-from megatron_dynmix.training.model.local_layers import segment_mask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,17 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.strategies import RESOLVED, Chosen, resolved_options
 from megatron_dynmix.config.tree import MixingConfig
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.controller import MixingController
+from megatron_dynmix.mixing.example_shares import InExamples, example_shares, row_shares
+from megatron_dynmix.mixing.gate_loads import select_layers
 from megatron_dynmix.mixing.guardrails import Guardrails
-from megatron_dynmix.mixing.load import select_layers
-from megatron_dynmix.mixing.strategies import build_strategy
+from megatron_dynmix.mixing.strategies.table import build_strategy
 from megatron_dynmix.mixing.strategy import Signal, Strategy
-from megatron_dynmix.mixing.unit import InExamples, example_shares, row_shares
 from megatron_dynmix.mixing.weights import normalise_weights
-from megatron_dynmix.training.batch_schedule import BatchSchedule
 from megatron_dynmix.training.strategy_files import resolve_files
 
 if TYPE_CHECKING:  # `update` imports this module, and must not wait for torch

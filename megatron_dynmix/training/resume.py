@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_dynmix.checkpoint import restore_point
+from megatron_dynmix.checkpoint.checkpoint import read_run_state
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict
 from megatron_dynmix.config.shape import other_shape
 from megatron_dynmix.config.tree import MixingConfig
-from megatron_dynmix.data.source_report import SourceReport
+from megatron_dynmix.data.prepare.source_report import SourceReport
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.mixing.static import Fixed
-from megatron_dynmix.mixing.strategies import STRATEGIES
-from megatron_dynmix.training.checkpointing import restore_point
-from megatron_dynmix.training.checkpointing.checkpoint import read_run_state
+from megatron_dynmix.mixing.strategies.static import Fixed
+from megatron_dynmix.mixing.strategies.table import STRATEGIES
 from megatron_dynmix.training.source_change import differences as source_differences
 
 Resume = Literal["no", "must", "auto"]

@@ -17,24 +17,30 @@ from megatron.core.num_microbatches_calculator import (
 from numpy.typing import NDArray
 
 from megatron_dynmix import platform
+from megatron_dynmix.checkpoint import restore_point
+from megatron_dynmix.checkpoint.checkpoint import Checkpointer
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.check import check_run, check_tokenizer
 from megatron_dynmix.config.host import Host, check_host
 from megatron_dynmix.config.megatron import micro_batch_group, moe_layers, transformer_config
+from megatron_dynmix.convert.hugging_face import check_load_hf
+from megatron_dynmix.convert.hugging_face_export import check_save_hf
 from megatron_dynmix.data.loader import BlendLoader
+from megatron_dynmix.data.prepare.source_report import SourceReport
 from megatron_dynmix.data.rows import PackedRows
-from megatron_dynmix.data.source_report import SourceReport
-from megatron_dynmix.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_dynmix.data.sources import build_blend, build_rows, prepare_sources
+from megatron_dynmix.data.tokenizer.base import Tokenizer, load_tokenizer
 from megatron_dynmix.errors import TrainingStopped
+from megatron_dynmix.job.heartbeat import heartbeat_of_job
+from megatron_dynmix.job.signals import StopRequest
+from megatron_dynmix.model.gpt import build_model
+from megatron_dynmix.model.layer_spec import joins_rows
+from megatron_dynmix.model.optimizer import build_optimizer
 from megatron_dynmix.moe.counter import GateLoadCounter
 from megatron_dynmix.moe.router import attach_counter
-from megatron_dynmix.monitor.live_line import LiveLine
-from megatron_dynmix.training.checkpointing import restore_point
-from megatron_dynmix.training.checkpointing.checkpoint import Checkpointer
-from megatron_dynmix.training.hugging_face import check_load_hf
-from megatron_dynmix.training.hugging_face_export import check_save_hf
-from megatron_dynmix.training.job.heartbeat import heartbeat_of_job
-from megatron_dynmix.training.job.signals import StopRequest
+from megatron_dynmix.records.live_line import LiveLine
+from megatron_dynmix.records.records import open_writer
+from megatron_dynmix.records.run_events import recorded
 from megatron_dynmix.training.mix import (
     Horizon,
     check_mix,
@@ -43,12 +49,7 @@ from megatron_dynmix.training.mix import (
     initial_shares,
     resolve,
 )
-from megatron_dynmix.training.model.gpt import build_model
-from megatron_dynmix.training.model.layer_spec import joins_rows
-from megatron_dynmix.training.optimizer import build_optimizer
 from megatron_dynmix.training.probe import Probe
-from megatron_dynmix.training.records import open_writer
-from megatron_dynmix.training.report import report_start
 from megatron_dynmix.training.resume import (
     Resume,
     begins,
@@ -59,9 +60,8 @@ from megatron_dynmix.training.resume import (
     identity,
 )
 from megatron_dynmix.training.reweighting import MixingError, Reweighting, start_weights
-from megatron_dynmix.training.run_events import recorded
-from megatron_dynmix.training.sources import build_blend, build_rows, prepare_sources
 from megatron_dynmix.training.start import restore
+from megatron_dynmix.training.start_report import report_start
 from megatron_dynmix.training.step import PassRunner
 from megatron_dynmix.training.trainer import Trainer, seed_iteration
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from megatron_dynmix.checkpoint import restore_point
+from megatron_dynmix.checkpoint.checkpoint import Checkpointer
 from megatron_dynmix.config import RunConfig
-from megatron_dynmix.monitor.logline import loaded_line, loading_line
-from megatron_dynmix.training.checkpointing import restore_point
-from megatron_dynmix.training.checkpointing.checkpoint import Checkpointer
-from megatron_dynmix.training.hugging_face import load_hugging_face
-from megatron_dynmix.training.hugging_face_export import keep_origin
-from megatron_dynmix.training.ledger.lines import DrawnSamples
+from megatron_dynmix.convert.hugging_face import load_hugging_face
+from megatron_dynmix.convert.hugging_face_export import keep_origin
+from megatron_dynmix.records.ledger import DrawnSamples
+from megatron_dynmix.records.logline import loaded_line, loading_line
 from megatron_dynmix.training.progress import LogInterval, Progress
 from megatron_dynmix.training.reweighting import Reweighting
 from megatron_dynmix.training.source_change import Prints, SourceChange, SourceSet, differences, fingerprint

@@ -15,10 +15,10 @@ import numpy as np
 
 from megatron_dynmix.config.strategies import RESOLVED
 from megatron_dynmix.config.tree import MixingConfig
-from megatron_dynmix.data.jsonl import read_json
+from megatron_dynmix.data.prepare.jsonl import read_json
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.weights import normalise_weights
-from megatron_dynmix.monitor.jsonl import read_records
+from megatron_dynmix.records.jsonl import read_records
 
 
 def resolve_files(mixing: MixingConfig, sources: Sequence[str]) -> dict[str, Any]:

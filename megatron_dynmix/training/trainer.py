@@ -24,26 +24,22 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megatron_dynmix.checkpoint.checkpoint import Checkpointer, folder_of
 from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.data.loader import BlendLoader
 from megatron_dynmix.errors import StoppedOnRequest, TrainingStopped
-from megatron_dynmix.monitor.live_line import LiveLine
-from megatron_dynmix.monitor.logline import (
-    mixing_table,
-    source_loss_line,
-    training_line,
-)
-from megatron_dynmix.monitor.metrics import MetricsWriter
-from megatron_dynmix.training.batch_schedule import BatchSchedule
-from megatron_dynmix.training.checkpointing.checkpoint import Checkpointer, folder_of
-from megatron_dynmix.training.checkpointing.saving import Saving
-from megatron_dynmix.training.job.heartbeat import Heartbeat
-from megatron_dynmix.training.job.signals import StopRequest
-from megatron_dynmix.training.ledger.lines import DrawnSamples, StageLine, Why, samples_line
-from megatron_dynmix.training.model.aux_losses import take_aux_losses
+from megatron_dynmix.job.heartbeat import Heartbeat
+from megatron_dynmix.job.signals import StopRequest
+from megatron_dynmix.records.ledger import DrawnSamples, StageLine, Why, samples_line
+from megatron_dynmix.records.live_line import LiveLine
+from megatron_dynmix.records.logline import mixing_table, source_loss_line, training_line
+from megatron_dynmix.records.metrics import MetricsWriter
+from megatron_dynmix.training.aux_losses import take_aux_losses
 from megatron_dynmix.training.nonfinite import MOST_SKIPPED, BeforePass
 from megatron_dynmix.training.progress import LogInterval, Progress
 from megatron_dynmix.training.reweighting import MixingError, Reweighting
+from megatron_dynmix.training.saving import Saving
 from megatron_dynmix.training.source_change import SourceSet
 from megatron_dynmix.training.step import PassRunner, SourceStats, any_rank, gradients_are_finite
 

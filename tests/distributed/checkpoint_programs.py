@@ -15,12 +15,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from megatron_dynmix.checkpoint import checkpoint, shards
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.errors import InputError, TrainingStopped
-from megatron_dynmix.monitor.jsonl import read_records
-from megatron_dynmix.monitor.metrics import MetricsWriter
+from megatron_dynmix.records.jsonl import read_records
+from megatron_dynmix.records.metrics import MetricsWriter
 from megatron_dynmix.training import run as training_run
-from megatron_dynmix.training.checkpointing import checkpoint, shards
 from tests.distributed import layouts, programs
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_dynmix.quickstart import make_quickstart
+from megatron_dynmix.commands.quickstart import make_quickstart
 from tests.distributed import programs
 from tests.distributed.ranks import run_ranks
 

@@ -8,15 +8,15 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_dynmix import platform
+from megatron_dynmix.checkpoint.checkpoint import TRACKER, Checkpointer, folder_of
+from megatron_dynmix.checkpoint.slices import own_slices
 from megatron_dynmix.config.load import load_config
+from megatron_dynmix.convert import hugging_face_export
+from megatron_dynmix.convert.hugging_face import folder_for, weights_of
 from megatron_dynmix.errors import TrainingStopped
-from megatron_dynmix.training import hugging_face_export
+from megatron_dynmix.model.gpt import unwrap
 from megatron_dynmix.training import run as training_run
 from megatron_dynmix.training.batch import to_batch
-from megatron_dynmix.training.checkpointing.checkpoint import TRACKER, Checkpointer, folder_of
-from megatron_dynmix.training.checkpointing.slices import own_slices
-from megatron_dynmix.training.hugging_face import folder_for, weights_of
-from megatron_dynmix.training.model.gpt import unwrap
 from megatron_dynmix.training.trainer import seed_iteration
 from tests.distributed.layouts import start_anew
 

@@ -6,8 +6,8 @@ import signal
 import threading
 import time
 
+from megatron_dynmix.checkpoint.checkpoint import Checkpointer
 from megatron_dynmix.errors import StoppedOnRequest, TrainingStopped
-from megatron_dynmix.training.checkpointing.checkpoint import Checkpointer
 from megatron_dynmix.training.reweighting import Reweighting
 from megatron_dynmix.training.step import PassRunner
 from megatron_dynmix.training.trainer import Trainer

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from megatron_dynmix.quickstart import make_quickstart
+from megatron_dynmix.commands.quickstart import make_quickstart
 from tests.distributed import programs
 from tests.distributed.conftest import SMALL
 from tests.distributed.ranks import end_rank, run_ranks, started_ranks

@@ -7,7 +7,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 
 from megatron_dynmix.config.load import load_config
-from megatron_dynmix.training import records
+from megatron_dynmix.records import records
 from megatron_dynmix.training import run as training_run
 from tests.distributed import programs
 

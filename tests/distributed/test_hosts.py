@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dynmix.monitor.jsonl import read_records
+from megatron_dynmix.records.jsonl import read_records
 from tests.distributed import programs
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_faults import without_clock

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dynmix import launch
 from megatron_dynmix.errors import TrainingStopped
-from megatron_dynmix.monitor.jsonl import read_records
+from megatron_dynmix.job import launch
+from megatron_dynmix.records.jsonl import read_records
 from tests.distributed import programs
 from tests.distributed.conftest import SMALL
 from tests.distributed.ranks import run_ranks
@@ -120,7 +120,7 @@ pathlib.Path(sys.argv[1], rank).write_text(f"{os.getpid()} {helper.pid}")
 time.sleep(600)
 """
     command = [*program(rank_text), str(tmp_path)]
-    text = f"from megatron_dynmix.launch import launch_ranks; launch_ranks({command!r}, 2)"
+    text = f"from megatron_dynmix.job.launch import launch_ranks; launch_ranks({command!r}, 2)"
     launcher = subprocess.Popen([sys.executable, "-c", text], cwd=ROOT)
     files = [tmp_path / "0", tmp_path / "1"]
     wait_until(lambda: all(file.exists() and file.read_text() for file in files))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron_dynmix.training.ledger.verify import verify
+from megatron_dynmix.verify.verify import verify
 from tests.distributed import fault_programs, programs
 from tests.distributed.ranks import run_ranks
 

@@ -81,7 +81,7 @@ def as_ours(tensors):
 
 def logits_and_gradients_in_training(run_yaml, flags, run_dir, weights):
     """Logits of our model with these weights, and the gradients of the mean loss by name."""
-    from megatron_dynmix.training.model.gpt import unwrap
+    from megatron_dynmix.model.gpt import unwrap
 
     chunk = programs.build(run_yaml, flags, run_dir).run.chunks[0]
     model = unwrap(chunk)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron_dynmix.training.ledger.verify import verify
+from megatron_dynmix.verify.verify import verify
 from tests.distributed import programs
 from tests.distributed.ranks import run_ranks
 

@@ -83,8 +83,8 @@ def test_a_middle_pipeline_stage_that_ignored_segments_would_be_seen(run_yaml, s
 
 def joined_and_masked(run_yaml, flags, run_dir):
     """Logits' loss per token with the block-diagonal mask, and with rows joined to one sequence."""
+    from megatron_dynmix.model.gpt import unwrap
     from megatron_dynmix.training.batch import to_batch
-    from megatron_dynmix.training.model.gpt import unwrap
 
     trainer = programs.build(run_yaml, flags, run_dir)
     model = unwrap(trainer.run.chunks[0]).eval()

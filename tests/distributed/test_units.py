@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from megatron_dynmix.cli import main
-from megatron_dynmix.training.ledger.verify import verify
+from megatron_dynmix.verify.verify import verify
 from tests.distributed import programs
 from tests.distributed.ranks import run_ranks
 

@@ -33,10 +33,10 @@ def serve(address: Path) -> None:
     from megatron_dynmix import platform
 
     platform.start()
-    import megatron_dynmix.training.plan_command
+    import megatron_dynmix.commands.plan
     import megatron_dynmix.training.run  # noqa: F401
-    from megatron_dynmix import launch
     from megatron_dynmix.cli import main
+    from megatron_dynmix.job import launch
 
     launch.subprocess = SimpleNamespace(Popen=ForkedRank)
     with socket.socket(socket.AF_UNIX) as server:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megatron_dynmix.cli import main
-from megatron_dynmix.quickstart import make_quickstart
+from megatron_dynmix.commands.quickstart import make_quickstart
 
 SMALL = [
     *("--expert-model-parallel-size", "1", "--hidden-size", "32", "--ffn-hidden-size", "48"),

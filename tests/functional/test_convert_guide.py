@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dynmix.cli import main
-from megatron_dynmix.quickstart import make_quickstart
+from megatron_dynmix.commands.quickstart import make_quickstart
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs/convert.md").read_text()

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dynmix import quickstart
-from megatron_dynmix.monitor.jsonl import read_records
+from megatron_dynmix.commands import quickstart
+from megatron_dynmix.records.jsonl import read_records
 
 ROOT = Path(__file__).parents[2]
 SBATCH = "examples/mixtral_8x7b/train.sbatch"

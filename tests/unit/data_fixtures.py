@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_dynmix.data.prepare import SourceReport, prepare_source
-from megatron_dynmix.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from megatron_dynmix.data.prepare.prepare import SourceReport, prepare_source
+from megatron_dynmix.data.tokenizer.base import Tokenizer, load_tokenizer, train_bpe
 
 TEXTS = [
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 
+from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.check import check_run
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.training.batch_schedule import BatchSchedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:moe_ffn_hidden_size")
 

@@ -6,8 +6,7 @@ import json
 import pytest
 from blake3 import blake3
 
-from megatron_dynmix.errors import InputError
-from megatron_dynmix.training.checkpointing.checkpoint import (
+from megatron_dynmix.checkpoint.checkpoint import (
     FORMAT_VERSION,
     RUN_STATE,
     TRACKER,
@@ -15,7 +14,7 @@ from megatron_dynmix.training.checkpointing.checkpoint import (
     saved_iterations,
     write_atomically,
 )
-from megatron_dynmix.training.checkpointing.checksums import (
+from megatron_dynmix.checkpoint.checksums import (
     BLOCK,
     CHECKSUMS,
     Damaged,
@@ -26,7 +25,8 @@ from megatron_dynmix.training.checkpointing.checksums import (
     files_of,
     read_checksums,
 )
-from megatron_dynmix.training.checkpointing.restore_point import exact, has_checkpoint, newest_good
+from megatron_dynmix.checkpoint.restore_point import exact, has_checkpoint, newest_good
+from megatron_dynmix.errors import InputError
 
 
 def make(directory, iteration, *, shard=b"shard"):

@@ -7,10 +7,10 @@ import statistics
 import pytest
 
 from megatron_dynmix.compare.interval import paired_difference, spread, student_t
-from megatron_dynmix.compare.page import html, markdown
-from megatron_dynmix.compare.plots import losses_svg, weights_svg
 from megatron_dynmix.compare.results import CellResult, summarise
-from megatron_dynmix.compare.tables import comparison_tables, difference_text, spread_text
+from megatron_dynmix.report.compare_page import html, markdown
+from megatron_dynmix.report.compare_tables import comparison_tables, difference_text, spread_text
+from megatron_dynmix.report.plots import losses_svg, weights_svg
 
 SOURCES = ["chat", "math"]
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from data_fixtures import sharegpt
 
-from megatron_dynmix.data.conversation import Conversation, Turn, parse_sharegpt
-from megatron_dynmix.data.readers import raw_rows
+from megatron_dynmix.data.prepare.conversation import Conversation, Turn, parse_sharegpt
+from megatron_dynmix.data.prepare.readers import raw_rows
 from megatron_dynmix.errors import InputError
 
 HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}

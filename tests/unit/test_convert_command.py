@@ -15,16 +15,15 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from megatron_dynmix import platform
+from megatron_dynmix.checkpoint.checksums import checksum
+from megatron_dynmix.checkpoint.restore_point import exact, newest_good
 from megatron_dynmix.cli import main
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.config.shape import other_shape
-from megatron_dynmix.convert import boxes, to_hugging_face, to_megatron
+from megatron_dynmix.convert import boxes, hf_to_megatron, megatron_to_hf, to_hugging_face, to_megatron
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.staging import partial_of
 from megatron_dynmix.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED
-from megatron_dynmix.training import hf_to_megatron, megatron_to_hf
-from megatron_dynmix.training.checkpointing.checksums import checksum
-from megatron_dynmix.training.checkpointing.restore_point import exact, newest_good
 from megatron_dynmix.training.resume import check_pretrained
 
 
@@ -374,7 +373,7 @@ def test_how_the_experts_were_laid_out_is_not_guessed(converted, tmp_path, capsy
 
 
 def test_help_waits_for_no_heavy_import(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "megatron_dynmix.training.hf_to_megatron", None)
+    monkeypatch.setitem(sys.modules, "megatron_dynmix.convert.hf_to_megatron", None)
     with pytest.raises(SystemExit) as ended:
         main(["convert", "hf-to-megatron", "--help"])
     assert ended.value.code == 0

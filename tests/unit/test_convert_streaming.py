@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_dynmix.checkpoint.checksums import check_contents, checksum
 from megatron_dynmix.convert import boxes, staging, to_megatron
 from megatron_dynmix.convert.boxes import Box, Cast, boxes_of
 from megatron_dynmix.convert.families import weight_map
@@ -21,7 +22,6 @@ from megatron_dynmix.convert.to_hugging_face import shards_of, size_in_bytes, wr
 from megatron_dynmix.convert.to_megatron import write_checkpoint
 from megatron_dynmix.convert.verdict import compare_values
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.training.checkpointing.checksums import check_contents, checksum
 
 SETTINGS = {
     "num_layers": 2,

@@ -9,9 +9,9 @@ import pytest
 
 from megatron_dynmix.cli import _parser
 from megatron_dynmix.mixing.aggregate import AGGREGATES
-from megatron_dynmix.mixing.bandit import VARIANTS
 from megatron_dynmix.mixing.distance import DISTANCES
-from megatron_dynmix.mixing.schedule import INTERPOLATIONS
+from megatron_dynmix.mixing.strategies.odm import VARIANTS
+from megatron_dynmix.mixing.strategies.schedule import INTERPOLATIONS
 from tests.docs_blocks import NEEDS, PAGES, SERVED, TAKES, all_blocks, blocks_of
 
 ROOT = Path(__file__).parents[2]

@@ -12,8 +12,8 @@ from config_fixtures import good_settings, load, write
 
 from megatron_dynmix import platform
 from megatron_dynmix.cli import main
+from megatron_dynmix.commands.doctor import check_run, findings_text
 from megatron_dynmix.doctor import devices, job, packages, storage
-from megatron_dynmix.doctor.command import check_run, findings_text
 from megatron_dynmix.doctor.machine import Gpu, Machine, _port_is_free, look, normalised
 from megatron_dynmix.doctor.ranks import Rank, fingerprint, folder_is_shared, others_findings, same_everywhere
 from megatron_dynmix.doctor.storage import Folder, try_folder

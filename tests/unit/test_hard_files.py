@@ -11,11 +11,11 @@ import pytest
 from data_fixtures import tokenizer_dir_fixture, tokenizer_fixture  # noqa: F401
 from hard_files import HARD, HardFile
 
-from megatron_dynmix.data.formats import find_format
-from megatron_dynmix.data.prepare import prepare_source
-from megatron_dynmix.data.readers import raw_rows
-from megatron_dynmix.data.template import Renderer, token_mask
-from megatron_dynmix.data.tokenizer import Tokenizer
+from megatron_dynmix.data.prepare.formats import find_format
+from megatron_dynmix.data.prepare.prepare import prepare_source
+from megatron_dynmix.data.prepare.readers import raw_rows
+from megatron_dynmix.data.prepare.template import Renderer, token_mask
+from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.errors import InputError
 
 REAL = Path(__file__).parents[3] / "shared/data/hard"

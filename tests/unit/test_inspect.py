@@ -18,6 +18,7 @@ from data_fixtures import (  # noqa: F401
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dynmix.cli import main
+from megatron_dynmix.commands.inspect import Inspection
 from megatron_dynmix.config.load import to_yaml
 from megatron_dynmix.data.row_text import (
     Span,
@@ -31,11 +32,10 @@ from megatron_dynmix.data.row_text import (
     show,
 )
 from megatron_dynmix.data.rows import PackedRows
-from megatron_dynmix.data.tokenizer import Tokenizer
-from megatron_dynmix.training.inspect import Inspection
-from megatron_dynmix.training.ledger.lines import StageLine, samples_line
+from megatron_dynmix.data.sources import build_blend, build_rows
+from megatron_dynmix.data.tokenizer.base import Tokenizer
+from megatron_dynmix.records.ledger import StageLine, samples_line
 from megatron_dynmix.training.source_change import SourceSet
-from megatron_dynmix.training.sources import build_blend, build_rows
 from tests.unit.run_fixtures import line_json
 
 START_D = np.array([0.75, 0.25])
@@ -284,7 +284,7 @@ def test_prefix(tmp_path: Path, tokenizer: Tokenizer, tokenizer_dir: Path, capsy
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path, tokenizer: Tokenizer, run_yaml: Path, capsys) -> None:
-    from megatron_dynmix.data.tokenizer import train_bpe
+    from megatron_dynmix.data.tokenizer.base import train_bpe
 
     prepare(tmp_path, varied_rows(5), tokenizer)
     train_bpe(["something else"] * 9, 300, tmp_path / "other")

@@ -15,7 +15,7 @@ from megatron_dynmix.config.megatron import optimizer_config
 from megatron_dynmix.config.presets import COMMON, PRESETS
 from megatron_dynmix.convert.families import weight_map
 from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, InMemory
-from megatron_dynmix.data.jinja import compiled
+from megatron_dynmix.data.prepare.jinja import compiled
 from megatron_dynmix.errors import InputError
 from tests.llama_moe_reference import LlamaMoE, small_config
 

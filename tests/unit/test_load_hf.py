@@ -8,14 +8,15 @@ import pytest
 from config_fixtures import good_settings, load, write
 from convert_fixtures import tiny_folder
 
-from megatron_dynmix import launch, platform
+from megatron_dynmix import platform
 from megatron_dynmix.cli import main
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.job import launch
 
 platform.start()
+from megatron_dynmix.convert.hugging_face import check_load_hf, folder_for, weights_of  # noqa: E402
+from megatron_dynmix.convert.hugging_face_export import check_save_hf  # noqa: E402
 from megatron_dynmix.training import run  # noqa: E402
-from megatron_dynmix.training.hugging_face import check_load_hf, folder_for, weights_of  # noqa: E402
-from megatron_dynmix.training.hugging_face_export import check_save_hf  # noqa: E402
 
 
 @pytest.fixture(name="folder")

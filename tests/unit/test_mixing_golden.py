@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_dynmix.mixing.gate_load import GateLoad, Inverse
+from megatron_dynmix.mixing.strategies.gate_load import GateLoad, Inverse
 from megatron_dynmix.mixing.strategy import Signal
 
 COUNTS_DLE = np.array(

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from megatron_dynmix.mixing import noise as noise_module
 from megatron_dynmix.mixing.aggregate import AGGREGATES, delta_shares, gap_scale, source_delta
 from megatron_dynmix.mixing.distance import DISTANCES, gradient, l2_distance
-from megatron_dynmix.mixing.gate_load import GateLoad, Inverse
-from megatron_dynmix.mixing.load import gate_load
+from megatron_dynmix.mixing.gate_loads import gate_load
 from megatron_dynmix.mixing.noise import Noise, debiased_l2, delta_error, measure_noise, shrink_gaps
+from megatron_dynmix.mixing.strategies.gate_load import GateLoad, Inverse
 from megatron_dynmix.mixing.strategy import Signal
 
 checked = settings(max_examples=30, deadline=None, derandomize=True)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from megatron_dynmix.mixing.controller import MixingController
-from megatron_dynmix.mixing.gate_load import GateLoad
 from megatron_dynmix.mixing.guardrails import Guardrails
 from megatron_dynmix.mixing.override import Override, parse_override
-from megatron_dynmix.mixing.static import Fixed, Uniform
+from megatron_dynmix.mixing.strategies.gate_load import GateLoad
+from megatron_dynmix.mixing.strategies.static import Fixed, Uniform
 from megatron_dynmix.mixing.strategy import Signal
 
 SOURCES = ("code", "math", "chat")

@@ -7,7 +7,7 @@ from hypothesis.extra.numpy import arrays
 
 from megatron_dynmix.mixing.aggregate import AGGREGATES
 from megatron_dynmix.mixing.distance import DISTANCES
-from megatron_dynmix.mixing.gate_load import GateLoad
+from megatron_dynmix.mixing.strategies.gate_load import GateLoad
 from megatron_dynmix.mixing.strategy import Signal
 from megatron_dynmix.mixing.update import reweight
 from megatron_dynmix.mixing.weights import entropy, kl_divergence, normalise_weights

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_dynmix.mixing.bandit import OnlineDataMixing
 from megatron_dynmix.mixing.controller import MixingController
-from megatron_dynmix.mixing.gate_load import GateLoad
-from megatron_dynmix.mixing.loss_softmax import LossSoftmax
+from megatron_dynmix.mixing.strategies.gate_load import GateLoad
+from megatron_dynmix.mixing.strategies.loss_softmax import LossSoftmax
+from megatron_dynmix.mixing.strategies.odm import OnlineDataMixing
 from megatron_dynmix.mixing.strategy import Signal
 
 SOURCES = ("code", "math", "chat")

@@ -15,15 +15,14 @@ from safetensors.torch import load_file, save_file
 from megatron_dynmix import platform
 from megatron_dynmix.cli import main
 from megatron_dynmix.config.shape import complete_model
-from megatron_dynmix.convert import hf_folder
+from megatron_dynmix.convert import hf_folder, megatron_to_hf
 from megatron_dynmix.convert.blocks import Block
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
+from megatron_dynmix.convert.model_check import compare_logits, fixed_tokens, one_rank
+from megatron_dynmix.convert.model_cut import choose_layers
+from megatron_dynmix.convert.origin import model_of
 from megatron_dynmix.convert.tensors import AsMegatron, InMemory
 from megatron_dynmix.errors import EXIT_FAILED
-from megatron_dynmix.training import megatron_to_hf
-from megatron_dynmix.training.hugging_face_origin import model_of
-from megatron_dynmix.training.model_check import compare_logits, fixed_tokens, one_rank
-from megatron_dynmix.training.model_cut import choose_layers
 
 GIB = 2**30
 

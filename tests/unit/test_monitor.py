@@ -12,11 +12,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_dynmix.errors import InputError, TrainingStopped
-from megatron_dynmix.monitor import logline
-from megatron_dynmix.monitor.heatmap import MOST_NAMES, distance_image, gate_load_image
-from megatron_dynmix.monitor.jsonl import JsonlWriter, read_records
-from megatron_dynmix.monitor.live_line import LiveLine
-from megatron_dynmix.monitor.metrics import MetricsWriter
+from megatron_dynmix.records import logline
+from megatron_dynmix.records.heatmap import MOST_NAMES, distance_image, gate_load_image
+from megatron_dynmix.records.jsonl import JsonlWriter, read_records
+from megatron_dynmix.records.live_line import LiveLine
+from megatron_dynmix.records.metrics import MetricsWriter
 
 SOURCES = ["chat", "math", "code"]
 NOW = datetime(2025, 3, 4, 5, 6, 7, 89)

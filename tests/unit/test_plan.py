@@ -14,11 +14,11 @@ from data_fixtures import (  # noqa: F401
 
 from megatron_dynmix.cli import main
 from megatron_dynmix.config.load import load_config
-from megatron_dynmix.data.tokenizer import load_tokenizer
-from megatron_dynmix.planning.layout import Layout, group_text
-from megatron_dynmix.planning.text import size_text
-from megatron_dynmix.training.report import overview, written
+from megatron_dynmix.data.tokenizer.base import load_tokenizer
+from megatron_dynmix.plan.layout import Layout, group_text
+from megatron_dynmix.plan.text import size_text
 from megatron_dynmix.training.run import read_data
+from megatron_dynmix.training.start_report import overview, written
 
 MIXTRAL = {
     "model": {"preset": "mixtral-8x7b"},

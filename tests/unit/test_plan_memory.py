@@ -12,9 +12,9 @@ platform.start()
 
 from megatron_dynmix.config.host import Host  # noqa: E402
 from megatron_dynmix.config.megatron import transformer_config  # noqa: E402
-from megatron_dynmix.planning.activations import Layer, passes_in_flight, stage_activations  # noqa: E402
-from megatron_dynmix.planning.layout import Layout  # noqa: E402
-from megatron_dynmix.planning.memory import checkpoint_bytes, memory_by_stage  # noqa: E402
+from megatron_dynmix.plan.activations import Layer, passes_in_flight, stage_activations  # noqa: E402
+from megatron_dynmix.plan.layout import Layout  # noqa: E402
+from megatron_dynmix.plan.memory import checkpoint_bytes, memory_by_stage  # noqa: E402
 
 ROWS, LENGTH, WORLD = 2, 128, 2
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -71,7 +71,7 @@ def kept_bytes(config):
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer.module import Float16Module
 
-    from megatron_dynmix.training.model.gpt import build_gpt
+    from megatron_dynmix.model.gpt import build_gpt
 
     model_parallel_cuda_manual_seed(0, force_reset_rng=True)
     transformer = transformer_config(config)

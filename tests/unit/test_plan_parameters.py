@@ -13,8 +13,8 @@ from tests.distributed.ranks import CONTEXT
 platform.start()
 
 from megatron_dynmix.config.megatron import transformer_config  # noqa: E402
-from megatron_dynmix.planning.layout import Layout  # noqa: E402
-from megatron_dynmix.planning.parameters import model_parameters, stage_parameters  # noqa: E402
+from megatron_dynmix.plan.layout import Layout  # noqa: E402
+from megatron_dynmix.plan.parameters import model_parameters, stage_parameters  # noqa: E402
 
 SP = {"sequence_parallel": True}
 TP2 = {"tensor_model_parallel_size": 2, **SP}
@@ -71,7 +71,7 @@ def built_parameters(folder):
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_dynmix.training.model.gpt import build_gpt
+    from megatron_dynmix.model.gpt import build_gpt
 
     def join(config):
         layout = Layout.of(config, torch.distributed.get_world_size())

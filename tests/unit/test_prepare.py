@@ -18,12 +18,12 @@ from data_fixtures import (  # noqa: F401
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
-from megatron_dynmix.data import encode as encode_module
-from megatron_dynmix.data import prepare as prepare_module
-from megatron_dynmix.data.conversation import Conversation, parse_sharegpt
-from megatron_dynmix.data.source_report import load_report
-from megatron_dynmix.data.template import Rendered, Renderer, render, token_mask
-from megatron_dynmix.data.tokenizer import FastTokenizer, Tokenizer
+from megatron_dynmix.data.prepare import encode as encode_module
+from megatron_dynmix.data.prepare import prepare as prepare_module
+from megatron_dynmix.data.prepare.conversation import Conversation, parse_sharegpt
+from megatron_dynmix.data.prepare.source_report import load_report
+from megatron_dynmix.data.prepare.template import Rendered, Renderer, render, token_mask
+from megatron_dynmix.data.tokenizer.base import FastTokenizer, Tokenizer
 from megatron_dynmix.errors import InputError
 
 ROWS = [

@@ -18,16 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_dynmix.data import fingerprint as fingerprint_module
-from megatron_dynmix.data import prepare as prepare_module
-from megatron_dynmix.data.conversation import Conversation, Turn
-from megatron_dynmix.data.duplicates import Shared, count_duplicates, read_digests, shared_texts
-from megatron_dynmix.data.examples import DIGEST, Examples, join, pack_examples
-from megatron_dynmix.data.held_out import HeldOut
-from megatron_dynmix.data.index_writer import IndexedWriter
-from megatron_dynmix.data.source_report import load_report, probe_prefix
-from megatron_dynmix.data.split import split_conversation
-from megatron_dynmix.data.tokenizer import Tokenizer
+from megatron_dynmix.data.prepare import fingerprint as fingerprint_module
+from megatron_dynmix.data.prepare import prepare as prepare_module
+from megatron_dynmix.data.prepare.conversation import Conversation, Turn
+from megatron_dynmix.data.prepare.duplicates import Shared, count_duplicates, read_digests, shared_texts
+from megatron_dynmix.data.prepare.examples import DIGEST, Examples, join, pack_examples
+from megatron_dynmix.data.prepare.held_out import HeldOut
+from megatron_dynmix.data.prepare.index_writer import IndexedWriter
+from megatron_dynmix.data.prepare.source_report import load_report, probe_prefix
+from megatron_dynmix.data.prepare.split import split_conversation
+from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.errors import CommandFailed, InputError
 
 

@@ -18,9 +18,9 @@ from data_fixtures import (  # noqa: F401
     write_jsonl,
 )
 
-from megatron_dynmix.data import prepare as prepare_module
-from megatron_dynmix.data.tokenizer import Tokenizer
-from megatron_dynmix.data.workers import map_in_order
+from megatron_dynmix.data.prepare import prepare as prepare_module
+from megatron_dynmix.data.prepare.workers import map_in_order
+from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.errors import CommandFailed, InputError
 
 

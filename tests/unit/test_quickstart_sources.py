@@ -4,12 +4,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_dynmix.data.conversation import parse_sharegpt
-from megatron_dynmix.data.template import render
-from megatron_dynmix.data.tokenizer import load_tokenizer
+from megatron_dynmix.commands.quickstart import make_quickstart, write_run_yaml, write_sources
+from megatron_dynmix.commands.quickstart_examples import in_words
+from megatron_dynmix.data.prepare.conversation import parse_sharegpt
+from megatron_dynmix.data.prepare.template import render
+from megatron_dynmix.data.tokenizer.base import load_tokenizer
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.quickstart import make_quickstart, write_run_yaml, write_sources
-from megatron_dynmix.quickstart_examples import in_words
 
 
 def read(path: Path) -> list[dict]:

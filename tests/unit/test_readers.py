@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import ipc, parquet
 
-from megatron_dynmix.data import jsonl, progress
-from megatron_dynmix.data.readers import find_inputs, is_compressed, raw_rows
+from megatron_dynmix.data.prepare import jsonl, progress
+from megatron_dynmix.data.prepare.readers import find_inputs, is_compressed, raw_rows
 from megatron_dynmix.errors import InputError
 
 ROWS = [{"text": f'row {i} é\u2028 ["{{'} for i in range(700)]

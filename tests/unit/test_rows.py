@@ -12,10 +12,10 @@ from data_fixtures import (  # noqa: F401
 )
 from torch.utils.data import DataLoader
 
-from megatron_dynmix.data.conversation import parse_sharegpt
+from megatron_dynmix.data.prepare.conversation import parse_sharegpt
+from megatron_dynmix.data.prepare.template import render, token_mask
 from megatron_dynmix.data.rows import PackedRows
-from megatron_dynmix.data.template import render, token_mask
-from megatron_dynmix.data.tokenizer import Tokenizer
+from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.errors import InputError
 
 PAD = 2

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_dynmix.errors import StoppedOnRequest, TrainingStopped
+from megatron_dynmix.records.run_events import EVENTS, recorded
 from megatron_dynmix.training.progress import Progress
-from megatron_dynmix.training.run_events import EVENTS, recorded
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from megatron_dynmix import platform
 from megatron_dynmix.errors import TrainingStopped
 
 platform.start()
-from megatron_dynmix.training.checkpointing import saving  # noqa: E402
-from megatron_dynmix.training.checkpointing.agreement import RankFailure  # noqa: E402
+from megatron_dynmix.job.agreement import RankFailure  # noqa: E402
+from megatron_dynmix.training import saving  # noqa: E402
 
 
 def settled(tmp_path, monkeypatch, *, iteration, flags, export):

@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 from strategy_fixtures import uniform
 
-from megatron_dynmix.mixing.ado import Ado
-from megatron_dynmix.mixing.balanced import Balanced, balancing_weights
-from megatron_dynmix.mixing.bandit import OnlineDataMixing
-from megatron_dynmix.mixing.baselines import Random, RandomBatch, Sequential
-from megatron_dynmix.mixing.embedding import SentenceEmbedding
-from megatron_dynmix.mixing.excess_loss import RefLoss, Sheared
-from megatron_dynmix.mixing.gate_load import GateLoad
-from megatron_dynmix.mixing.loss_softmax import LossSoftmax
-from megatron_dynmix.mixing.schedule import Schedule
-from megatron_dynmix.mixing.size import DataSize, Temperature, UniMax
-from megatron_dynmix.mixing.static import FinalStatic
+from megatron_dynmix.mixing.strategies.ado import Ado
+from megatron_dynmix.mixing.strategies.balanced import Balanced, balancing_weights
+from megatron_dynmix.mixing.strategies.baselines import Random, RandomBatch, Sequential
+from megatron_dynmix.mixing.strategies.embedding import SentenceEmbedding
+from megatron_dynmix.mixing.strategies.excess_loss import RefLoss, Sheared
+from megatron_dynmix.mixing.strategies.gate_load import GateLoad
+from megatron_dynmix.mixing.strategies.loss_softmax import LossSoftmax
+from megatron_dynmix.mixing.strategies.odm import OnlineDataMixing
+from megatron_dynmix.mixing.strategies.schedule import Schedule
+from megatron_dynmix.mixing.strategies.size import DataSize, Temperature, UniMax
+from megatron_dynmix.mixing.strategies.static import FinalStatic
 from megatron_dynmix.mixing.strategy import Signal
 
 COUNTS_DLE = np.array(

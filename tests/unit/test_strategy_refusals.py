@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from strategy_fixtures import NAMES, later, options_for, signal_for, strategy_for, uniform
 
-from megatron_dynmix.mixing.ado import MAX_POINTS, Ado
-from megatron_dynmix.mixing.bandit import OnlineDataMixing
-from megatron_dynmix.mixing.excess_loss import RefLoss
-from megatron_dynmix.mixing.scaling_law import fit
-from megatron_dynmix.mixing.size import UniMax
-from megatron_dynmix.mixing.strategies import STRATEGIES, build_strategy
+from megatron_dynmix.mixing.strategies.ado import MAX_POINTS, Ado
+from megatron_dynmix.mixing.strategies.excess_loss import RefLoss
+from megatron_dynmix.mixing.strategies.odm import OnlineDataMixing
+from megatron_dynmix.mixing.strategies.scaling_law import fit
+from megatron_dynmix.mixing.strategies.size import UniMax
+from megatron_dynmix.mixing.strategies.table import STRATEGIES, build_strategy
 from megatron_dynmix.mixing.strategy import Proposal, Signal
 
 NEED_LOSS = [name for name in NAMES if STRATEGIES[name].needs_loss]

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from megatron_dynmix.data.conversation import Conversation, Turn, parse_sharegpt
-from megatron_dynmix.data.formats import parse_messages
-from megatron_dynmix.data.template import Rendered, Renderer, render, token_mask
-from megatron_dynmix.data.tokenizer import FastTokenizer, Tokenizer
+from megatron_dynmix.data.prepare.conversation import Conversation, Turn, parse_sharegpt
+from megatron_dynmix.data.prepare.formats import parse_messages
+from megatron_dynmix.data.prepare.template import Rendered, Renderer, render, token_mask
+from megatron_dynmix.data.tokenizer.base import FastTokenizer, Tokenizer
 from megatron_dynmix.errors import InputError
 
 CHATML = (

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_dynmix.data.special import GUARD
-from megatron_dynmix.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer, train_bpe
+from megatron_dynmix.data.tokenizer.base import FastTokenizer, Tokenizer, load_tokenizer, train_bpe
+from megatron_dynmix.data.tokenizer.special import GUARD
 from megatron_dynmix.errors import InputError
 
 TRAIN_TOKENIZER = Path(__file__).parents[2] / "tools" / "train_tokenizer.py"

@@ -7,15 +7,15 @@ from run_fixtures import INTERVAL, fake_run
 from megatron_dynmix.config.tree import MixingConfig
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.controller import MixingController
-from megatron_dynmix.mixing.gate_load import GateLoad
-from megatron_dynmix.mixing.size import DataSize
+from megatron_dynmix.mixing.example_shares import InExamples, example_shares, in_examples, row_shares
+from megatron_dynmix.mixing.strategies.gate_load import GateLoad
+from megatron_dynmix.mixing.strategies.size import DataSize
 from megatron_dynmix.mixing.strategy import Signal
-from megatron_dynmix.mixing.unit import InExamples, example_shares, in_examples, row_shares
 from megatron_dynmix.mixing.update import reweight
 from megatron_dynmix.mixing.weights import normalise_weights
-from megatron_dynmix.training.ledger.verify import verify_records
 from megatron_dynmix.training.mix import strategy_of
 from megatron_dynmix.training.reweighting import read_override
+from megatron_dynmix.verify.verify import verify_records
 
 PER_ROW = np.array([6.0, 3.0])
 

@@ -9,11 +9,11 @@ from run_fixtures import BATCH, fake_run
 
 from megatron_dynmix.cli import main
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.training.ledger.lines import samples_line
-from megatron_dynmix.training.ledger.records import read_run, stage_line
-from megatron_dynmix.training.ledger.replay import Replay, SourceTally
-from megatron_dynmix.training.ledger.verdict import verdict_text
-from megatron_dynmix.training.ledger.verify import verify, verify_records
+from megatron_dynmix.records.ledger import samples_line
+from megatron_dynmix.verify.records import read_run, stage_line
+from megatron_dynmix.verify.replay import Replay, SourceTally
+from megatron_dynmix.verify.verdict import verdict_text
+from megatron_dynmix.verify.verify import verify, verify_records
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from megatron_dynmix.data.workers import map_in_order
+from megatron_dynmix.data.prepare.workers import map_in_order
 from megatron_dynmix.errors import InputError
 
 NAME = "worker_functions"

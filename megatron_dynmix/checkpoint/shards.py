@@ -1,0 +1,141 @@
+"""Writing the shards of a checkpoint: Megatron-Core's `torch_dist`, so that nothing fails on one rank alone.
+
+What is replaced of Megatron-Core 0.16.1:
+
+* an error of the coordinator (`common.pt`, `.metadata`) left all other ranks waiting: here all ranks raise;
+* write results went through a manager process, which outlives a rank that is killed: here through a file;
+* the files were written by children of the forked process, which waited for ever if one of them was killed:
+  here by threads of that process, so that there is nobody to wait for;
+* each rank's files are hashed by the thread that wrote them.
+"""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import queue
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from megatron_dynmix.checkpoint.checksums import Checksum, checksum
+from megatron_dynmix.job.agreement import together
+
+BACKEND = ("torch_dist", 1)
+
+
+class Mailbox:
+    """One message from a forked process to the process it was forked from; no third process is needed."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  open as long as this is
+
+    def put(self, message: Any) -> None:
+        """Leave the message; the process may end then."""
+        self._file.seek(0)
+        pickle.dump(message, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        """The message.
+
+        Raises:
+            queue.Empty: the process ended without one.
+
+        """
+        self._file.seek(0)
+        try:
+            return pickle.load(self._file)
+        except EOFError:
+            raise queue.Empty("the process that writes the shards ended early") from None
+
+
+class ShardWriter(TorchDistSaveShardedStrategy):
+    """Writes the shards of one checkpoint; `sums` holds the checksums of all ranks' files afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__(*BACKEND)
+        self.sums: dict[str, Checksum] = {}
+        self._own_sums = Mailbox()
+        # Megatron-Core would start a manager process for its results queue, and keep it for good.
+        filesystem_async._results_queue = Mailbox()
+
+    def request(self, state: dict[str, Any], folder: Path) -> AsyncRequest:
+        """What `dist_checkpointing.save` does before the shards are written; returns what is left to do.
+
+        Raises:
+            RankFailure: on every rank, if rank 0 cannot write.
+
+        """
+        sharded, common = save_preprocess(state)
+        with together():
+            TorchCommonSaveStrategy("torch", 1).save_common(common, str(folder))
+            if torch.distributed.get_rank() == 0:
+                save_config(CheckpointingConfig(*BACKEND), str(folder))
+        return self.async_save(sharded, folder)
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
+        write, stage, arguments = writer.get_save_function_and_args()
+        return AsyncRequest(
+            # Of Megatron-Core's function only the arguments are taken: it would start processes of its own.
+            None if write is None else partial(_write_and_hash, write.args[0], self._own_sums),
+            arguments,
+            [partial(self._finish, writer, save_state_dict_ret[1])],
+            preload_fn=stage,
+        )
+
+    def _finish(self, writer: Any, metadata: Any) -> None:
+        """Collect what all ranks have written; rank 0 writes `.metadata`."""
+        own_sums: dict[str, Checksum] = {}
+        with together():
+            results = writer.retrieve_write_results()
+            if not isinstance(results, list):
+                raise results[0]
+            if writer.write_buckets:
+                own_sums = self._own_sums.get_nowait()
+        rank0 = torch.distributed.get_rank() == 0
+        gathered: list[Any] | None = [None] * torch.distributed.get_world_size() if rank0 else None
+        torch.distributed.gather_object((results, own_sums), gathered)
+        with together():
+            if gathered is not None:
+                writer.finish(metadata, [results for results, _ in gathered])
+                for _, sums in gathered:
+                    self.sums |= sums
+
+
+def _write_and_hash(
+    transforms: list[Any], sums: Mailbox, rank: int, buckets: list[Any], results: Mailbox
+) -> None:
+    """Runs in a process of its own. A failure to write is the result."""
+    gc.disable()  # it would meet tensors of the device, which belong to the rank
+    try:
+        with ThreadPoolExecutor(len(buckets)) as pool:
+            written = list(pool.map(partial(_write_bucket, transforms), range(len(buckets)), buckets))
+        sums.put({Path(path).name: own for (path, _, _), (_, own) in zip(buckets, written, strict=True)})
+    except Exception as error:  # the rank is told of it, and tells the others
+        results.put(RuntimeError(str(error)))
+        return
+    results.put({index: items for index, (items, _) in enumerate(written)})
+
+
+def _write_bucket(transforms: list[Any], index: int, bucket: Any) -> tuple[list[Any], Checksum]:
+    """Write one file; returns where its items are in it, and its checksum."""
+    outcome: queue.Queue[tuple[int, Any]] = queue.Queue()
+    running: queue.Queue[int] = queue.Queue()
+    running.put(index)
+    FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, outcome, running, use_fsync=True)
+    _, items = outcome.get_nowait()
+    if isinstance(items, Exception):
+        raise items
+    return items, checksum(Path(bucket[0]))

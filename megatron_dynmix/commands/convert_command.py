@@ -1,0 +1,102 @@
+"""The command `convert`: its flags, what it writes beside the weights, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_dynmix.errors import EXIT_FAILED, EXIT_INTERRUPTED, InputError
+
+TYPES = {"keep": None, "bf16": "bfloat16", "fp32": "float32"}
+
+
+def convert_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the two directions and their flags."""
+    ways = parser.add_subparsers(required=True, metavar="DIRECTION", dest="direction")
+    inwards = ways.add_parser(
+        "hf-to-megatron",
+        help="safetensors of a Hugging Face folder -> a checkpoint to start runs from, on any layout",
+        allow_abbrev=False,
+    )
+    outwards = ways.add_parser(
+        "megatron-to-hf",
+        help="a run, or one of its checkpoints -> a Hugging Face folder",
+        allow_abbrev=False,
+    )
+    inwards.add_argument("source", type=Path, metavar="SRC", help="folder with config.json and safetensors")
+    outwards.add_argument(
+        "source", type=Path, metavar="SRC", help="run, checkpoints folder, iter_* folder or converted folder"
+    )
+    inwards.add_argument(
+        "--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help="pads the embedding (128)"
+    )
+    outwards.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (5GB)")
+    outwards.add_argument(
+        "--experts", choices=["per-expert", "fused"], help="tensors of a layer's experts; as they came"
+    )
+    outwards.add_argument(
+        "--hf-config", type=Path, metavar="DIR", help="folder with the model's config.json; found out"
+    )
+    for way in (inwards, outwards):
+        way.add_argument("destination", type=Path, metavar="DST", help="new folder")
+        way.add_argument("--dtype", choices=[*TYPES], default="keep", help="type of the weights")
+        way.add_argument(
+            "--no-verify", dest="verify", action="store_false", help="leave out the comparison afterwards"
+        )
+
+
+def run_convert(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Convert one way or the other; returns the exit code: 1 if what was written is not what was read."""
+    try:
+        return _convert(arguments)
+    except KeyboardInterrupt:
+        from megatron_dynmix.convert.staging import partial_of
+
+        partial = partial_of(arguments.destination)
+        left = (
+            f"what is done lies in {partial}, and the same command goes on from there"
+            if partial.is_dir()
+            else "nothing is half done"
+        )
+        _say(f"megatron-dynmix: interrupted; {left}")
+        return EXIT_INTERRUPTED
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from megatron_dynmix import platform
+
+    platform.start()
+    from megatron_dynmix.commands.convert_report import verdict_text
+    from megatron_dynmix.convert.hf_to_megatron import hf_to_megatron
+    from megatron_dynmix.convert.megatron_to_hf import megatron_to_hf
+
+    source, destination = arguments.source, arguments.destination
+    if destination.absolute() == source.absolute():
+        raise InputError(f"SRC and DST are both {source}; give DST another name")
+    if arguments.direction == "hf-to-megatron":
+        verdict = hf_to_megatron(
+            source,
+            destination,
+            dtype=TYPES[arguments.dtype],
+            vocab_multiple=arguments.make_vocab_size_divisible_by,
+            verify=arguments.verify,
+            say=_say,
+        )
+    else:
+        verdict = megatron_to_hf(
+            source,
+            destination,
+            dtype=TYPES[arguments.dtype],
+            max_shard_size=arguments.max_shard_size,
+            fused_experts=None if arguments.experts is None else arguments.experts == "fused",
+            hf_config=arguments.hf_config,
+            verify=arguments.verify,
+            say=_say,
+        )
+    print(verdict_text(verdict))
+    return 0 if verdict.passed else EXIT_FAILED
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

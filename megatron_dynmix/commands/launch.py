@@ -1,0 +1,190 @@
+"""Slurm: the job script that `launch slurm` writes, from `train.sbatch.j2`, and its tasks as ranks."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_dynmix.errors import InputError
+
+if TYPE_CHECKING:  # `--help` must not wait for Megatron-Core
+    from megatron_dynmix.config import RunConfig
+
+TEMPLATE = Path(__file__).parent / "train.sbatch.j2"
+TIME = r"\d+(:\d\d?){0,2}|\d+-\d\d?(:\d\d?){0,2}|UNLIMITED|INFINITE"
+"""As `sbatch` takes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S, or none at all."""
+GPUS_PER_NODE = 8
+SAVE_SECONDS = 300
+STDOUT = Path("-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmJob:
+    """What the scheduler is asked for, and what runs there."""
+
+    run_yaml: Path
+    run_dir: Path
+    nodes: int
+    gpus_per_node: int = GPUS_PER_NODE
+    time: str | None = None
+    """As Slurm writes it; the partition's limit if not given."""
+    partition: str | None = None
+    account: str | None = None
+    save_seconds: int = SAVE_SECONDS
+    """How long one iteration and one save may take, once the job is asked to stop."""
+    output: Path = STDOUT
+    flags: tuple[str, ...] = ()
+    """Settings that win over the YAML file."""
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "gpus_per_node", "save_seconds"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{_flag(name)} is {getattr(self, name)}; it must be 1 or more")
+        for name in ("time", "partition", "account", "job_name"):
+            value = getattr(self, name)
+            if value is not None and not re.fullmatch(r"[\w.,:@+-]+", value):
+                given = "the name of --run-dir" if name == "job_name" else _flag(name)
+                raise InputError(
+                    f"{given} is {value!r}; in a job script it may hold letters, digits and . , : @ + - only"
+                )
+        if self.time is not None and not re.fullmatch(TIME, self.time):
+            raise InputError(
+                f"--time is {self.time!r}, which Slurm does not read; give D-HH:MM:SS, HH:MM:SS "
+                "or a number of minutes"
+            )
+        if not self.command.isprintable():
+            raise InputError(f"{self.command!r} holds characters that would break a job script; rename it")
+
+    @property
+    def world_size(self) -> int:
+        """Ranks: one for each GPU."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def job_name(self) -> str:
+        """The run's own name, which logs are called by too."""
+        return self.run_dir.name
+
+    @property
+    def command(self) -> str:
+        """The command line that asks for this job."""
+        words = ["megatron-dynmix", "launch", "slurm", str(self.run_yaml), "--run-dir", str(self.run_dir)]
+        words += ["--nodes", str(self.nodes), "--gpus-per-node", str(self.gpus_per_node)]
+        for name in ("time", "partition", "account"):
+            if (value := getattr(self, name)) is not None:
+                words += [_flag(name), value]
+        words += ["--save-seconds", str(self.save_seconds), "--output", str(self.output), *self.flags]
+        return shlex.join(words)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def join_srun() -> None:
+    """Take this task's rank from `srun`, which names it in variables of its own.
+
+    Raises:
+        InputError: the tasks are not told where to meet.
+
+    """
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if "RANK" in os.environ or tasks == "1" or "SLURM_PROCID" not in os.environ:
+        return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"this is one of {tasks} tasks of srun, but {' and '.join(missing)} are not set; export the "
+            "address of the first node and a free port, or start one rank here with --nproc-per-node 1"
+        )
+    os.environ.update(
+        RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=tasks, LOCAL_RANK=os.environ.get("SLURM_LOCALID", "0")
+    )
+
+
+def launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags; every setting of RUN.yaml is one, too, and is written into the job script."""
+    parser.add_argument("scheduler", choices=["slurm"])
+    parser.add_argument("run_yaml", type=Path, metavar="RUN.yaml")
+    parser.add_argument("--run-dir", type=Path, required=True, help="where everything is written")
+    parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--gpus-per-node", type=int, default=GPUS_PER_NODE, help="and ranks (8)")
+    parser.add_argument("--time", help="limit of one start, as D-HH:MM:SS; the partition's if not given")
+    parser.add_argument("--partition")
+    parser.add_argument("--account")
+    parser.add_argument(
+        "--save-seconds",
+        type=int,
+        default=SAVE_SECONDS,
+        help="what one iteration and one save may take at the end of the time (300)",
+    )
+    parser.add_argument("--gpu-memory-gb", type=float, metavar="GB", help="of each GPU (80)")
+    parser.add_argument("--host", choices=["te", "cuda", "cpu"], help="what the nodes have, as for plan")
+    parser.add_argument(
+        "--output", type=Path, default=Path("train.sbatch"), metavar="FILE", help="- for the terminal"
+    )
+
+
+def run_launch(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Plan the run for the ranks that it will have, and write its job script.
+
+    Raises:
+        InputError: it could not run there, or would not fit.
+
+    """
+    from megatron_dynmix.commands.plan import run_plan
+    from megatron_dynmix.config.load import load_config
+
+    names = ("run_yaml", "run_dir", "nodes", "gpus_per_node", "time", "partition", "account")
+    given = {name: getattr(arguments, name) for name in (*names, "save_seconds", "output")}
+    job = SlurmJob(**given, flags=tuple(rest))
+    asked = {name: getattr(arguments, name) for name in ("run_yaml", "gpu_memory_gb", "host")}
+    with contextlib.redirect_stdout(sys.stderr if job.output == STDOUT else sys.stdout):
+        run_plan(argparse.Namespace(**asked, world_size=job.world_size, json=False), rest)
+    text = sbatch_text(job, load_config(job.run_yaml, job.flags))
+    if job.output == STDOUT:
+        print(text, end="")
+        return 0
+    _write(job.output, text)
+    print(f"\n{job.output} is written; submit it from this folder: sbatch {shlex.quote(str(job.output))}")
+    return 0
+
+
+def sbatch_text(job: SlurmJob, config: RunConfig) -> str:
+    """The job script of a run that was checked."""
+    from jinja2 import Environment, StrictUndefined
+
+    from megatron_dynmix.plan.layout import Layout
+
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        layout=Layout.of(config, job.world_size).describe(),
+        command=job.command,
+        nodes=job.nodes,
+        gpus_per_node=job.gpus_per_node,
+        job_name=job.job_name,
+        partition=job.partition,
+        account=job.account,
+        time=job.time,
+        save_seconds=job.save_seconds,
+        output="FILE" if job.output == STDOUT else shlex.quote(str(job.output)),
+        run_yaml=shlex.quote(str(job.run_yaml)),
+        run_dir=shlex.quote(str(job.run_dir)),
+        flags=shlex.join(job.flags),
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise InputError(f"{path} is there already and differs; remove it, or give another --output")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,174 @@
+"""The command `prepare`: its flags, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast, get_args
+
+from megatron_dynmix.errors import EXIT_INTERRUPTED, InputError
+
+if TYPE_CHECKING:  # `--help` must not wait for NumPy
+    from megatron_dynmix.config.tree import Overlong
+
+
+def prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags; beside a RUN.yaml every other setting of it is one, too."""
+    parser.add_argument("run_yaml", nargs="?", type=Path, metavar="RUN.yaml")
+    parser.add_argument("--input", nargs="+", type=Path, metavar="FILE", help="files, patterns or folders")
+    parser.add_argument("--output", type=Path, metavar="PREFIX")
+    parser.add_argument("--tokenizer", metavar="PATH", help="folder, .model or .tiktoken file, or hf://NAME")
+    parser.add_argument("--template", help="tokenizer (default), vicuna, chatml, plain or PATH.jinja")
+    parser.add_argument("--train-on", help="all (answers; the default), last, completion or everything")
+    parser.add_argument("--format", help="shape of the rows of --input; found out if not given")
+    parser.add_argument(
+        "--fields", nargs="+", metavar="OURS=YOURS", help="what keys are called in the rows of --input"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the tokenizer's own code")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes; by default one for each core")
+    parser.add_argument("--strict", action="store_true", help="a row that cannot be used is an error")
+    parser.add_argument("--probe", type=int, metavar="N", help="hold N examples out, to PREFIX.probe")
+    parser.add_argument("--overlong", help="what is too long: drop (default), truncate, split or error")
+    parser.add_argument("--seq-length", type=int, metavar="N", help="positions of a row")
+
+
+def run_prepare(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Prepare the sources of a RUN.yaml, or one source from files; returns the exit code."""
+    try:
+        if arguments.run_yaml is None:
+            return _prepare_files(arguments, rest)
+        if arguments.input or arguments.output:
+            raise InputError("give either RUN.yaml or --input and --output, not both")
+        for name in ("format", "fields"):
+            if getattr(arguments, name):
+                raise InputError(f"--{name} is for --input; in RUN.yaml each source has its own `{name}`")
+        return _prepare_run(arguments, rest)
+    except KeyboardInterrupt:
+        print(
+            "megatron-dynmix: interrupted; nothing half-written is left, and sources that were done are not "
+            "prepared again",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED
+
+
+def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from megatron_dynmix.data.prepare.prepare import prepare_source
+    from megatron_dynmix.data.prepare.readers import find_inputs
+    from megatron_dynmix.data.prepare.source_report import load_report, probe_prefix
+    from megatron_dynmix.data.rows import PackedRows
+    from megatron_dynmix.data.tokenizer.base import load_tokenizer
+    from megatron_dynmix.training.start_report import packed_table, prepared_table
+
+    if rest:
+        raise InputError(f"unknown arguments: {' '.join(rest)}")
+    missing = [name for name in ("input", "output", "tokenizer") if not getattr(arguments, name)]
+    if missing:
+        raise InputError(f"--{missing[0]} is missing; give RUN.yaml, or --input, --output and --tokenizer")
+    prefix, seq_length = arguments.output, arguments.seq_length
+    overlong = _checked_overlong(arguments.overlong, seq_length)
+    tokenizer = load_tokenizer(arguments.tokenizer, trust_remote_code=arguments.trust_remote_code)
+    report = prepare_source(
+        name=prefix.name,
+        inputs=[path for given in arguments.input for path in find_inputs(given)],
+        prefix=prefix,
+        tokenizer=tokenizer,
+        template=arguments.template or "tokenizer",
+        train_on=arguments.train_on or "all",
+        format=arguments.format or "auto",
+        fields=_checked_fields(arguments.fields or []),
+        split_length=seq_length if overlong == "split" else None,
+        held_out=_count(arguments.probe),
+        strict=arguments.strict,
+        workers=arguments.workers,
+    )
+    prefixes = [prefix, *([probe_prefix(prefix)] if report.held_out else [])]
+    reports = [report, *map(load_report, prefixes[1:])]
+    print(prepared_table(reports))
+    if seq_length is not None:
+        print(f"\nwhat training with --seq-length {seq_length} --overlong {overlong} makes of them:")
+        rows = [
+            PackedRows.build(
+                name=report.name,
+                prefix=prefix,
+                seq_length=seq_length,
+                seed=0,
+                overlong=overlong,
+                cache_dir=None,
+                pad_id=tokenizer.pad_id,
+            )
+            for report, prefix in zip(reports, prefixes, strict=True)
+        ]
+        print(packed_table(rows))
+    return 0
+
+
+def _count(probe: int | None) -> int:
+    if probe is not None and probe < 1:
+        raise InputError(f"--probe is {probe}; it must be 1 or more")
+    return probe or 0
+
+
+def _checked_overlong(overlong: str | None, seq_length: int | None) -> Overlong:
+    from megatron_dynmix.config.tree import Overlong
+
+    if overlong is not None and overlong not in get_args(Overlong):
+        raise InputError(f"--overlong is {overlong!r}; it must be one of {', '.join(get_args(Overlong))}")
+    if overlong is not None and seq_length is None:
+        raise InputError(f"--overlong {overlong} needs --seq-length, the positions of a row")
+    if seq_length is not None and seq_length < 1:
+        raise InputError(f"--seq-length is {seq_length}; it must be 1 or more")
+    return cast(Overlong, overlong or "drop")
+
+
+def _checked_fields(pairs: Sequence[str]) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    for pair in pairs:
+        ours, equals, yours = pair.partition("=")
+        if not (ours and equals and yours) or ours in fields:
+            raise InputError(
+                f"--fields has {pair!r}; give each of our names once, with the name in your rows: "
+                "--fields prompt=question completion=answer"
+            )
+        fields[ours] = yours
+    return fields
+
+
+def _prepare_run(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from megatron_dynmix.config.check import check_tokenizer
+    from megatron_dynmix.config.check_data import check_data
+    from megatron_dynmix.config.load import load_config
+    from megatron_dynmix.data.sources import build_rows, prepare_sources, source_files
+    from megatron_dynmix.data.tokenizer.base import load_tokenizer
+    from megatron_dynmix.training.mix import initial_shares
+    from megatron_dynmix.training.start_report import packed_table, prepared_table, share_table, shared_lines
+
+    given = {
+        "--tokenizer": arguments.tokenizer,
+        "--template": arguments.template,
+        "--train-on": arguments.train_on,
+        "--probe": arguments.probe,
+        "--overlong": arguments.overlong,
+        "--seq-length": arguments.seq_length,
+    }
+    flags = [
+        *rest,
+        *(text for name, value in given.items() if value is not None for text in (name, str(value))),
+        *(["--strict"] if arguments.strict else []),
+        *(["--trust-remote-code"] if arguments.trust_remote_code else []),
+    ]
+    config = load_config(arguments.run_yaml, flags)
+    check_data(config)
+    tokenizer = load_tokenizer(config.data.tokenizer or "", trust_remote_code=config.data.trust_remote_code)
+    check_tokenizer(config, tokenizer.vocab_size)
+    print(prepared_table(list(prepare_sources(config, tokenizer, arguments.workers))))
+    for line in shared_lines(list(source_files(config)), config):
+        print(line)
+    print()
+    train, probe = (build_rows(config, tokenizer, probe=probe) for probe in (False, True))
+    print(packed_table([*train, *probe]))
+    print()
+    print(share_table(train, initial_shares(config, train)))
+    return 0

@@ -1,0 +1,116 @@
+"""`megatron-dynmix update`: one weight update on given loads or losses, without a model.
+
+Imports neither torch nor Megatron-Core, so that it answers at once. Axes: D sources, L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_dynmix.config import settings as leaves
+from megatron_dynmix.config.load import parse_flags
+from megatron_dynmix.config.tree import MixingConfig
+from megatron_dynmix.data.prepare.jsonl import read_json
+from megatron_dynmix.errors import InputError
+from megatron_dynmix.mixing.strategy import Signal
+from megatron_dynmix.mixing.weights import normalise_weights
+from megatron_dynmix.training.mix import controller_of, refusing
+from megatron_dynmix.training.strategy_files import read_losses, resolve_files
+
+ONE_LAYER = 2
+"""Axes of loads `[D, E]`; with layers there is one more."""
+RUN_ONLY = frozenset(
+    {
+        *("interval", "signal", "probe_tokens", "probe_rows", "load_tokens", "load_mass", "min_tokens"),
+        *("override_file", "unit"),
+    }
+)
+"""Settings of the mixing section that mean something in a run only."""
+
+
+def update_once(
+    flags: Sequence[str], *, load: Path | None, loss: Path | None, weights: Path | None
+) -> dict[str, Any]:
+    """The weights after one update, and the numbers they came from, by source.
+
+    Args:
+        flags: settings of the mixing section, `--strategy ref-loss --eta 1`.
+        load: JSON file {source: [load per expert]}, or a list of such lists, one per layer.
+        loss: JSON file {source: loss in nats}.
+        weights: JSON file {source: weight}; uniform if not given.
+
+    Raises:
+        InputError: a flag or a file that cannot be used.
+
+    """
+    mixing = _settings(flags)
+    contents = {path: read_object(path) for path in (load, loss, weights) if path is not None}
+    if not contents:
+        raise InputError("there is nothing to update from; give --load FILE.json, --loss FILE.json or both")
+    sources = list(next(iter(contents.values())))
+    weights_D = _weights(None if weights is None else contents[weights], sources, weights)
+    with refusing(mixing, str(load or loss or weights), sources):
+        counts_DLE = None if load is None else _loads(contents[load], sources)
+        loss_D = None if loss is None else np.array(read_losses(loss, sources))
+        if mixing.prior == "size":
+            raise ValueError(
+                "prior size needs the sizes of prepared sources; give {source: weight} or uniform"
+            )
+        size_D = np.ones(len(sources), np.int64)
+        controller = controller_of(mixing, resolve_files(mixing, sources), sources, size_D, weights_D)
+        signal = Signal(counts_DLE=counts_DLE, loss_D=loss_D)
+        decision = controller.update(signal) if controller.updates else controller.start(signal)
+
+    def named(values_D: NDArray[np.float64]) -> dict[str, float]:
+        return dict(zip(sources, values_D.tolist(), strict=True))
+
+    return {
+        "weights": named(decision.weights_D),
+        "delta": named(decision.proposal.delta_D),
+        "note": decision.note,
+        "events": list(decision.events),
+        "shadow": {label: named(shadow.weights_D) for label, shadow in decision.shadow.items()},
+    }
+
+
+def _settings(flags: Sequence[str]) -> MixingConfig:
+    known = {name: leaf for name, leaf in leaves.mixing_leaves().items() if name not in RUN_ONLY}
+    return MixingConfig.from_flat(parse_flags(flags, known))
+
+
+def _weights(
+    content: Mapping[str, Any] | None, sources: Sequence[str], path: Path | None
+) -> NDArray[np.float64]:
+    try:
+        return normalise_weights(dict.fromkeys(sources, 1.0) if content is None else content, sources)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _loads(content: Mapping[str, Any], sources: Sequence[str]) -> NDArray[np.float64]:
+    """`[D, L, E]` of one layer or several."""
+    loads = [content[name] for name in sources]
+    if len({np.shape(load) for load in loads}) != 1:
+        raise ValueError("every source must have the same number of experts, and of layers")
+    counts = np.array(loads, dtype=np.float64)
+    if counts.ndim not in (ONE_LAYER, ONE_LAYER + 1):
+        raise ValueError("the load of a source must be a list of numbers, or one such list per layer")
+    return counts[:, None, :] if counts.ndim == ONE_LAYER else counts
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object that holds something.
+
+    Raises:
+        InputError: it is none.
+
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or not content:
+        raise InputError(f'{path} holds {content!r}; it must hold an object: {{"source": ..., ...}}')
+    return content

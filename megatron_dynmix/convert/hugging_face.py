@@ -1,0 +1,81 @@
+"""Training from a Hugging Face folder, and to one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_dynmix.checkpoint.checkpoint import Checkpointer
+from megatron_dynmix.commands.convert_report import prediction_text
+from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.hugging_face import flat_settings
+from megatron_dynmix.config.megatron import padded_vocab_size
+from megatron_dynmix.config.shape import other_shape
+from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
+from megatron_dynmix.convert.tensors import AsMegatron, Tensors
+from megatron_dynmix.errors import InputError, TrainingStopped
+from megatron_dynmix.job.agreement import RankFailure, together
+
+
+def folder_for(folder: Path, config: RunConfig) -> HuggingFaceFolder:
+    """A Hugging Face folder that has the weights of this model; only names, types and shapes are looked at.
+
+    Raises:
+        InputError: a folder that cannot be read, or that is of another model.
+
+    """
+    source = HuggingFaceFolder(folder)
+    model = flat_settings(config.model)
+    if differing := other_shape(source.settings, model):
+        changes = ", ".join(
+            f"{name} {source.settings.get(name)} (now {model.get(name)})" for name in differing
+        )
+        raise InputError(f"{folder} holds another model: {changes}; give the settings of its config.json")
+    return source
+
+
+def weights_of(source: HuggingFaceFolder, config: RunConfig) -> Tensors:
+    """The weights of a folder, named and laid out as in a checkpoint; read when they are asked for."""
+    return AsMegatron(source, source.weight_map(padded_vocab_size(config)))
+
+
+def check_load_hf(config: RunConfig) -> None:
+    """Refuse a Hugging Face folder that a fresh run cannot start from.
+
+    Raises:
+        InputError: what is wrong.
+
+    """
+    if config.model.load_hf is None:
+        return
+    if config.checkpoint.pretrained_checkpoint is not None:
+        raise InputError(
+            f"model.load_hf ({config.model.load_hf}) and checkpoint.pretrained_checkpoint "
+            f"({config.checkpoint.pretrained_checkpoint}) are both given, but a run starts from the weights "
+            "of one; leave out the other"
+        )
+    folder_for(Path(config.model.load_hf), config)
+
+
+def load_hugging_face(config: RunConfig, checkpointer: Checkpointer, say: Callable[[str], None]) -> None:
+    """Start from the weights of `model.load_hf`, each rank from its own slices of them.
+
+    Raises:
+        TrainingStopped: on every rank, if one cannot read the folder.
+
+    """
+    assert config.model.load_hf is not None, "asked before"
+    folder = Path(config.model.load_hf)
+    say(f" loading weights from {folder}")
+    try:
+        with together():
+            source = folder_for(folder, config)
+        if source.predicting:
+            say(f" not loaded: {prediction_text(source.predicting)}")
+        checkpointer.load_tensors(weights_of(source, config))
+    except RankFailure as failure:
+        text = f"the weights of {folder} could not be read: {failure}"
+        raise TrainingStopped(text if torch.distributed.get_rank() == 0 else "") from None
+    say(f" successfully loaded weights from {folder}")

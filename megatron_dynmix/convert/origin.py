@@ -1,0 +1,186 @@
+"""What goes beside the weights when a checkpoint becomes a Hugging Face folder: its origin says it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_dynmix.config.hugging_face import hugging_face_config, model_settings
+from megatron_dynmix.config.shape import has_tokenizer, other_shape
+from megatron_dynmix.config.tree import ModelConfig
+from megatron_dynmix.convert.families import PREDICTION, prediction_layers
+from megatron_dynmix.convert.hf_folder import TEMPLATES, HuggingFaceFolder, carried_files, copy_files
+from megatron_dynmix.data.tokenizer.base import load_tokenizer
+from megatron_dynmix.errors import InputError
+
+CONFIG = "config.json"
+CONVERTED = "hugging_face"
+"""Folder of a converted checkpoint that holds all of its origin but the weights."""
+CONVERSION = "conversion.json"
+"""File of a converted checkpoint that says how its origin was laid out."""
+TOKENIZER = (
+    *("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens"),
+    TEMPLATES,
+)
+"""What the names of a tokenizer's files begin with."""
+NO_TOKENIZER = "no tokenizer came with the model: put its files into the folder"
+NO_PREDICTION = (
+    "config.json of the model that it came from counts {count} layers for multi-token prediction: the export "
+    f"has none, and {PREDICTION} is 0 in its config.json"
+)
+TYPE_KEYS = ("dtype", "torch_dtype")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The Hugging Face model that a checkpoint is of."""
+
+    config: Mapping[str, Any]
+    """What config.json says, with what training has changed of the model."""
+    files: Mapping[str, Path]
+    """Name -> file that goes with the weights: tokenizer, generation settings, chat template."""
+    fused_experts: bool
+    """Whether the origin has a layer's experts in one tensor."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know."""
+
+    def config_text(self, dtype: str) -> str:
+        """config.json for weights of a type, under the key that the origin has for it."""
+        key = next((key for key in TYPE_KEYS if key in self.config), TYPE_KEYS[-1])
+        return json.dumps({**self.config, key: dtype}, indent=2, ensure_ascii=False) + "\n"
+
+
+def origin_of(state: Mapping[str, Any], checkpoint: Path, given: Path | None) -> Origin:
+    """Find out what a checkpoint is of.
+
+    Args:
+        state: its run state.
+        checkpoint: its `iter_*` folder.
+        given: a folder with a config.json that is to be taken; found out if None.
+
+    Raises:
+        InputError: the folder it came from is gone or is of another model, or no family of Hugging Face
+            models computes what this model does.
+
+    """
+    settings, data = state["config"]["model"], state["config"].get("data", {})
+    folder = given if given is not None else _folder(state["config"], checkpoint)
+    tokenizer = _tokenizer_files(data.get("tokenizer"))
+    if folder is None:
+        config = {**hugging_face_config(settings), **_tokens(data, tokenizer)}
+        return Origin(config, tokenizer, fused_experts=False, notes=() if tokenizer else (NO_TOKENIZER,))
+    config = _read_config(folder)
+    try:
+        theirs = {**model_settings(config)}
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG}: {error}") from None
+    if differing := other_shape(theirs, settings):
+        changes = ", ".join(f"{name} {settings.get(name)} (there {theirs.get(name)})" for name in differing)
+        raise InputError(
+            f"{checkpoint} is not of the model of {folder}: {changes}; give the folder it came from with "
+            "--hf-config"
+        )
+    files = carried_files(folder)
+    del files[CONFIG]
+    if tokenizer:
+        files = {name: path for name, path in files.items() if not _is_tokenizer(name)} | tokenizer
+    notes = [] if any(map(_is_tokenizer, files)) else [NO_TOKENIZER]
+    if prediction_layers(config):
+        notes.append(NO_PREDICTION.format(count=config[PREDICTION]))
+        config = {**config, PREDICTION: 0}
+    return Origin({**config, **_changed(theirs, settings)}, files, _fused(folder), tuple(notes))
+
+
+def keep_origin_of(folder: HuggingFaceFolder, root: Path, *, dtype: str | None) -> None:
+    """Keep beside a checkpoint what its folder holds beside weights, and how that folder was laid out.
+
+    Args:
+        folder: where the weights came from.
+        root: the parent of `iter_*`.
+        dtype: type that the weights were cast to, by its name in torch; None if they were not.
+
+    """
+    copy_files(carried_files(folder.path), root / CONVERTED)
+    origin = {"source": str(folder.path.resolve()), "fused_experts": folder.fused_experts, "dtype": dtype}
+    (root / CONVERSION).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+
+
+def model_of(settings: Mapping[str, Any]) -> ModelConfig:
+    """The `model` section from one mapping: our fields, and those of `TransformerConfig` beside them."""
+    own = {field.name for field in fields(ModelConfig)} - {"megatron"}
+    return ModelConfig(
+        **{name: value for name, value in settings.items() if name in own},
+        megatron={name: value for name, value in settings.items() if name not in own},
+    )
+
+
+def _folder(config: Mapping[str, Any], checkpoint: Path) -> Path | None:
+    """The folder that a checkpoint came from, if it came from one."""
+    beside = checkpoint.parent / CONVERTED
+    if (beside / CONFIG).is_file():
+        return beside
+    pretrained = config.get("checkpoint", {}).get("pretrained_checkpoint")
+    if pretrained is not None and (Path(pretrained) / CONVERTED / CONFIG).is_file():
+        return Path(pretrained) / CONVERTED
+    load_hf = config["model"].get("load_hf")
+    if load_hf is not None and not (Path(load_hf) / CONFIG).is_file():
+        raise InputError(
+            f"{checkpoint} was trained from {load_hf}, which is not there any more; give --hf-config DIR, a "
+            "folder with its config.json and tokenizer"
+        )
+    return None if load_hf is None else Path(load_hf)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / CONFIG} cannot be read ({error}); give a folder that has it") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / CONFIG} holds no settings by name; give a folder with a config.json")
+    return config
+
+
+def _changed(theirs: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json must say otherwise than its origin, because training was with other settings."""
+    after = {name: settings.get(name, value) for name, value in theirs.items()}
+    if after == theirs:
+        return {}
+    before, now = hugging_face_config(theirs), hugging_face_config(after)
+    return {key: value for key, value in now.items() if before.get(key) != value}
+
+
+def _fused(folder: Path) -> bool:
+    """How the origin writes its experts: its weights say it, or the conversion that read them."""
+    path = folder.parent / CONVERSION
+    if path.is_file():
+        try:
+            return bool(json.loads(path.read_text(encoding="utf-8"))["fused_experts"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} does not say how the experts were laid out ({error!r}); put it back from a copy, or "
+                "take it out: there will be a tensor for each expert"
+            ) from None
+    return any(folder.glob("*.safetensors")) and HuggingFaceFolder(folder).fused_experts
+
+
+def _tokens(data: Mapping[str, Any], tokenizer: Mapping[str, Path]) -> dict[str, int]:
+    """What config.json says of the tokenizer: without the end of a text, `generate` would not stop."""
+    if not tokenizer:
+        return {}
+    remote = bool(data.get("trust_remote_code", False))
+    return {"eos_token_id": load_tokenizer(data["tokenizer"], trust_remote_code=remote).eos_id}
+
+
+def _is_tokenizer(name: str) -> bool:
+    return name.startswith(TOKENIZER)
+
+
+def _tokenizer_files(path: str | None) -> dict[str, Path]:
+    """The files of a run's tokenizer, if it is a folder."""
+    if path is None or not has_tokenizer(Path(path)):
+        return {}
+    return {name: file for name, file in carried_files(Path(path)).items() if _is_tokenizer(name)}

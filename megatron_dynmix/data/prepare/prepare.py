@@ -1,0 +1,383 @@
+"""Preparing a source: its rows become Megatron's ``.bin`` and ``.idx``, digests and a report beside them.
+
+One document per conversation, one sequence per run of tokens that are all trained on or all not; the
+sequence's mode byte says which (1 = trained). One process reads and writes, others encode; the bytes do
+not depend on how many there are.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron.core.datasets.indexed_dataset import DType
+
+from megatron_dynmix.config.tree import RowFormat
+from megatron_dynmix.data.prepare.conversation import NO_FIELDS
+from megatron_dynmix.data.prepare.duplicates import count_duplicates, read_digests
+from megatron_dynmix.data.prepare.encode import Chunk, Encoded, Encoder
+from megatron_dynmix.data.prepare.examples import Examples
+from megatron_dynmix.data.prepare.fingerprint import InputFile, read_input, refuse_changed
+from megatron_dynmix.data.prepare.formats import Format, check_format, find_format
+from megatron_dynmix.data.prepare.held_out import HeldOut
+from megatron_dynmix.data.prepare.index_writer import IndexedWriter
+from megatron_dynmix.data.prepare.progress import Progress
+from megatron_dynmix.data.prepare.readers import RawRow, is_compressed, parsed_rows, raw_rows
+from megatron_dynmix.data.prepare.source_report import (
+    FORMAT_VERSION,
+    WRITTEN,
+    Recipe,
+    SourceReport,
+    current_report,
+    file_of,
+    load_report,
+    probe_prefix,
+    refuse_overwriting,
+    write_report,
+)
+from megatron_dynmix.data.prepare.template import Renderer, TrainOn
+from megatron_dynmix.data.prepare.workers import available_cores, map_in_order
+from megatron_dynmix.data.tokenizer.base import Tokenizer
+from megatron_dynmix.errors import CommandFailed, InputError
+
+CHUNK_BYTES = 1 << 18
+"""Text that a worker encodes at once, about; the order of examples that are held out follows from it."""
+BYTES_PER_WORKER = 1 << 23
+"""Input for which another process is worth the seconds that it takes to start."""
+
+_BROKEN_SHOWN = 5
+_ROW_BYTES = 1 << 10  # of a row that does not come as text, about
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_PLACE = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
+
+
+def prepare_source(
+    *,
+    name: str,
+    inputs: Sequence[Path],
+    prefix: Path,
+    tokenizer: Tokenizer,
+    template: str,
+    train_on: TrainOn = "all",
+    format: RowFormat = "auto",
+    fields: Mapping[str, str] = NO_FIELDS,
+    split_length: int | None = None,
+    held_out: int = 0,
+    strict: bool = False,
+    workers: int | None = None,
+) -> SourceReport:
+    """Write ``prefix.bin``, ``.idx``, ``.digests`` and, last, ``.json`` (the returned report).
+
+    Nothing is done where that is there already, from the same inputs and settings. Ranks, nodes and
+    users may ask at once: one prepares, the others wait and find it. Memory does not grow with the
+    input, but for 16 bytes per example. The files appear under their names when complete; without
+    ``prefix.json`` a source counts as not prepared.
+
+    Args:
+        name: how the source is called in messages.
+        inputs: its files.
+        prefix: where it is written.
+        tokenizer: makes tokens.
+        template: makes text of conversations; see `Renderer`.
+        train_on: which answers are trained on; see `Renderer`.
+        format: shape of the rows; found out for each file by its first rows if not given.
+        fields: names that our keys have in the rows.
+        split_length: positions above which a conversation is split at turn borders.
+        held_out: different texts that are kept from training and written to ``prefix.probe``.
+        strict: refuse the source for the first row that cannot be used.
+        workers: processes that encode; one for each core, but few for a small input, if not given.
+
+    Raises:
+        InputError: an input cannot be read, the template does not fit, or no example is left.
+        CommandFailed: the disk is full, or a worker died.
+
+    """
+    if not inputs:
+        raise InputError(f"source {name}: no input files given; give one file or more")
+    if workers is not None and workers < 1:
+        raise InputError(f"workers is {workers}; it must be 1 or more")
+    check_format(format, fields)
+    renderer = Renderer(tokenizer, template, train_on)
+    recipe = Recipe(
+        tokenizer=tokenizer.fingerprint,
+        template=renderer.fingerprint,
+        format=format,
+        fields=dict(fields),
+        split_length=split_length,
+        held_out=held_out,
+    )
+    with _writing(name, prefix):
+        refuse_overwriting(prefix, inputs)
+        with _locked(prefix):
+            report = current_report(prefix, inputs, recipe)
+            if report is None:
+                report = _Preparation(name, inputs, prefix, renderer, recipe, strict).run(workers)
+    if strict:
+        refuse_broken(report)
+    return report
+
+
+def refuse_broken(report: SourceReport) -> None:
+    """Refuse a source for the first of its rows that cannot be used.
+
+    Raises:
+        InputError: there is one; the message names its file and line.
+
+    """
+    if report.first_broken:
+        raise InputError(_strict_message(report.name, report.first_broken[0]))
+
+
+@dataclass
+class _Counts:
+    """What became of the rows so far."""
+
+    rows: int = 0
+    broken: int = 0
+    untrained: int = 0
+    split: int = 0
+    split_parts: int = 0
+    first_broken: list[str] = field(default_factory=list)
+
+    def add(self, encoded: Encoded) -> None:
+        self.rows += encoded.rows
+        self.broken += len(encoded.broken)
+        self.untrained += len(encoded.untrained)
+        self.split += encoded.split
+        self.split_parts += encoded.split_parts
+        shown = [f"{bad.place}: {bad.reason}" for bad in (*encoded.broken, *encoded.untrained)]
+        self.first_broken += shown[: _BROKEN_SHOWN - len(self.first_broken)]
+
+
+@dataclass
+class _Sizes:
+    """The examples of one file so far."""
+
+    examples: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    max_length: int = 0
+
+    def add(self, examples: Examples) -> None:
+        self.examples += len(examples)
+        self.tokens += len(examples.tokens_T)
+        self.trained_tokens += int(examples.lengths_Q[examples.modes_Q == 1].sum())
+        self.max_length = max(self.max_length, int(examples.sizes_N.max(initial=0)))
+
+
+class _Preparation:
+    """One source being prepared."""
+
+    def __init__(
+        self,
+        name: str,
+        inputs: Sequence[Path],
+        prefix: Path,
+        renderer: Renderer,
+        recipe: Recipe,
+        strict: bool,
+    ) -> None:
+        self.name = name
+        self.inputs = [Path(path) for path in inputs]
+        self.prefix = prefix
+        self.recipe = recipe
+        self.strict = strict
+        self.counts = _Counts()
+        self.dtype = DType.optimal_dtype(renderer.tokenizer.vocab_size)
+        self.encoder = Encoder(
+            renderer=renderer,
+            split_length=recipe.split_length,
+            dtype=self.dtype,
+        )
+
+    def run(self, workers: int | None) -> SourceReport:
+        files = tuple(read_input(path) for path in self.inputs)
+        size = sum(file.size for file in files)
+        if workers is None:
+            workers = min(available_cores(), 1 + size // BYTES_PER_WORKER)
+        sieve = HeldOut(self.recipe.held_out)
+        with _draft(self.prefix) as draft:
+            sizes = self._write(draft, workers, sieve, size)
+            refuse_changed(files)
+            probe = sieve.all() if self.recipe.held_out else None
+            report = self._report(draft, self.name, sizes, files, held_out=len(probe or ()))
+            write_report(draft, report)
+            moves = [(draft, self.prefix)]
+            if probe is None:
+                _forget_probe(self.prefix)
+            else:
+                moves.append((probe_prefix(draft), probe_prefix(self.prefix)))
+                self._write_probe(moves[1][0], probe, files)
+            _move(moves)
+        return report
+
+    def _write(self, draft: Path, workers: int, sieve: HeldOut, size: int) -> _Sizes:
+        """Write the draft, without what the sieve holds out."""
+        sizes = _Sizes()
+        chunks = map_in_order(
+            self.encoder,
+            _chunks(self.inputs, self.recipe),
+            workers,
+            preload="megatron_dynmix.data.prepare.encode",
+        )
+        with (
+            closing(chunks),
+            Progress(self.name, None if any(map(is_compressed, self.inputs)) else size) as progress,
+            IndexedWriter(draft, self.dtype) as writer,
+        ):
+            for encoded in chunks:
+                self.counts.add(encoded)
+                if self.strict and self.counts.first_broken:
+                    raise InputError(_strict_message(self.name, self.counts.first_broken[0]))
+                examples = sieve.sift(encoded.examples)
+                writer.add(examples)
+                sizes.add(examples)
+                progress.advance(encoded.size, len(encoded.examples))
+            self._refuse_too_few(sizes.examples, len(sieve))
+            writer.finish()
+        return sizes
+
+    def _write_probe(self, draft: Path, probe: Examples, files: tuple[InputFile, ...]) -> None:
+        sizes = _Sizes()
+        sizes.add(probe)
+        with IndexedWriter(draft, self.dtype) as writer:
+            writer.add(probe)
+            writer.finish()
+        self.counts = _Counts(rows=len(probe))
+        write_report(draft, self._report(draft, f"{self.name} (probe)", sizes, files, probe_of=self.name))
+
+    def _refuse_too_few(self, examples: int, held_out: int) -> None:
+        counts = self.counts
+        if held_out < self.recipe.held_out or (held_out and not examples):
+            raise InputError(
+                f"source {self.name}: {self.recipe.held_out} different examples were to be held out for the "
+                f"probe, but it has only {held_out} and {examples} more; hold out fewer"
+            )
+        if not examples:
+            first = "; ".join(counts.first_broken) or "it holds no rows"
+            raise InputError(f"source {self.name}: none of {counts.rows} rows can be trained on ({first})")
+
+    def _report(
+        self,
+        draft: Path,
+        name: str,
+        sizes: _Sizes,
+        files: tuple[InputFile, ...],
+        *,
+        held_out: int = 0,
+        probe_of: str | None = None,
+    ) -> SourceReport:
+        counts = self.counts
+        return SourceReport(
+            name=name,
+            rows=counts.rows,
+            examples=sizes.examples,
+            tokens=sizes.tokens,
+            trained_tokens=sizes.trained_tokens,
+            max_length=sizes.max_length,
+            untrained=counts.untrained,
+            duplicates=count_duplicates(read_digests(file_of(draft, "digests"))),
+            broken=counts.broken,
+            split=counts.split,
+            split_parts=counts.split_parts,
+            held_out=held_out,
+            first_broken=tuple(counts.first_broken),
+            inputs=files,
+            recipe=self.recipe,
+            probe_of=probe_of,
+            version=FORMAT_VERSION,
+            bin_size=file_of(draft, "bin").stat().st_size,
+            idx_size=file_of(draft, "idx").stat().st_size,
+        )
+
+
+def _strict_message(name: str, first: str) -> str:
+    return f"{first} (source {name} is strict: every row must be good; leave out strict to count bad rows)"
+
+
+def _chunks(inputs: Sequence[Path], recipe: Recipe) -> Iterator[Chunk]:
+    """Yield the rows of all files, in order, in pieces that one worker encodes at once."""
+    for path in inputs:
+        shape = _format_of(path, recipe)
+        rows: list[RawRow] = []
+        size = 0
+        for row in raw_rows(path):
+            rows.append(row)
+            size += len(row.content) if isinstance(row.content, bytes) else _ROW_BYTES
+            if size >= CHUNK_BYTES:
+                yield Chunk(rows, shape, size)
+                rows, size = [], 0
+        if rows:
+            yield Chunk(rows, shape, size)
+
+
+def _format_of(path: Path, recipe: Recipe) -> Format:
+    if recipe.format != "auto":
+        return Format(name=recipe.format, fields=recipe.fields)
+    return find_format(parsed_rows(path), recipe.fields)
+
+
+@contextmanager
+def _locked(prefix: Path) -> Iterator[None]:
+    """Hold a source's lock file; also between nodes where the file system locks over the network."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    with file_of(prefix.with_name(f".{prefix.name}"), "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _draft(prefix: Path) -> Iterator[Path]:
+    """A prefix to write to; what is left of it at the end, or was left by a process that was killed, goes."""
+    folder = prefix.with_name(f".{prefix.name}.draft")
+    shutil.rmtree(folder, ignore_errors=True)  # nobody else writes there: the lock is held
+    folder.mkdir()
+    try:
+        yield folder / "source"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _forget_probe(prefix: Path) -> None:
+    """Take away what was held out of the source before: it is about to be trained on."""
+    try:
+        outdated = load_report(probe_prefix(prefix)).probe_of is not None
+    except InputError:
+        return
+    if outdated:
+        for suffix in reversed(WRITTEN):
+            file_of(probe_prefix(prefix), suffix).unlink()
+
+
+def _move(moves: Sequence[tuple[Path, Path]]) -> None:
+    """Put complete drafts in the place of what was there.
+
+    A report vouches for the other files: away with the old ones first, in with the new ones last.
+    """
+    for _, prefix in moves:
+        file_of(prefix, "json").unlink(missing_ok=True)
+    for suffix in WRITTEN:
+        for draft, prefix in reversed(moves):
+            os.replace(file_of(draft, suffix), file_of(prefix, suffix))
+
+
+@contextmanager
+def _writing(name: str, prefix: Path) -> Iterator[None]:
+    """Say in one message that the disk is full or may not be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise CommandFailed(
+                f"source {name}: no space is left for {prefix} ({error.strerror}); what was there is as it "
+                "was; free some space, or write elsewhere"
+            ) from error
+        if isinstance(error, _NO_PLACE) or error.errno in (errno.EROFS, errno.ENAMETOOLONG):
+            raise InputError(
+                f"source {name}: {prefix} cannot be written ({error.strerror}); give another place"
+            ) from error
+        raise

@@ -1,0 +1,264 @@
+"""The files that rows come in: which of them a path means, and their rows one by one, whatever the container.
+
+What a file holds decides how it is read; a name that says otherwise (`.jsonl`, but compressed) is refused.
+"""
+
+import glob
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_dynmix.data.prepare.jsonl import UTF8_BOM, parse_json, split_array, split_lines
+from megatron_dynmix.errors import InputError
+
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
+_UTF16 = "UTF-16 or UTF-32 text; convert it: iconv -f UTF-16 -t UTF-8"
+_FOREIGN = {
+    b"PK\x03\x04": "a zip archive; extract it: unzip",
+    b"\xfd7zXZ": "xz-compressed; decompress it: unxz",
+    b"BZh": "bzip2-compressed; decompress it: bunzip2",
+    b"ARROW1": "an Arrow file; give the dataset's folder, or export it as Parquet or JSON Lines",
+    b"\xff\xfe": _UTF16,
+    b"\xfe\xff": _UTF16,
+    b"{\x00": _UTF16,
+    b"[\x00": _UTF16,
+    b"\x00{": _UTF16,
+    b"\x00[": _UTF16,
+    b"\x00\x00": _UTF16,
+}
+_DECOMPRESS = {".gz": "gunzip", ".zst": "unzstd"}
+_BATCH_ROWS = 256
+_HEAD_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """A row as it stands in its file, not parsed yet: cheap to hand to another process.
+
+    ``place`` is ``file:line`` or ``file:item n``, ``number`` the line or item (from 1), ``content`` the
+    bytes of a JSON text, or the row itself where the container is not JSON.
+    """
+
+    place: str
+    number: int
+    content: bytes | dict[str, Any]
+
+    def parse(self) -> Any:
+        """Return the row's value.
+
+        Raises:
+            ValueError: not strict JSON; the message is a short reason without a location.
+
+        """
+        return parse_json(self.content) if isinstance(self.content, bytes) else self.content
+
+
+def find_inputs(path: str | Path) -> list[Path]:
+    """Return the files that a path means: a file, a pattern (`data/*.jsonl`), or those of a folder.
+
+    They come in the order of their names. Of a folder, all files with a name that rows are read from;
+    hidden ones (``.`` or ``_`` in front) and folders in it are not read. A dataset that Hugging Face
+    `datasets` saved to a folder is one input, the folder itself.
+
+    Raises:
+        InputError: there is none.
+
+    """
+    path = Path(path)
+    if path.is_dir():
+        return [path] if (path / "state.json").is_file() else _files_of_folder(path)
+    if path.is_file():
+        return [path]
+    if path.exists():
+        raise InputError(f"{path}: a pipe or device, and rows are read more than once; save them to a file")
+    found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+    if files := [name for name in found if name.is_file()]:
+        return files
+    raise InputError(f"{path}: there is no such file, folder or pattern; give an existing one")
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(entry.name for entry in folder.iterdir() if (entry / "state.json").is_file())
+        raise InputError(
+            f"{folder}: holds the splits {', '.join(splits)} of a dataset; give the folder of one"
+        )
+    files = [
+        entry
+        for entry in sorted(folder.iterdir())
+        if entry.is_file() and entry.name[0] not in "._" and _kind_of_name(entry)
+    ]
+    if not files:
+        raise InputError(
+            f"{folder}: holds no file to read rows from; it needs {', '.join(_SUFFIXES)}, .gz or .zst of "
+            "these, or a dataset saved by `datasets`"
+        )
+    return files
+
+
+def is_compressed(path: Path) -> bool:
+    """Tell by its name whether an input holds other bytes than its rows have as text."""
+    return path.is_dir() or path.suffix.lower() in (*_COMPRESSED, ".parquet")
+
+
+def raw_rows(path: str | Path) -> Iterator[RawRow]:
+    """Yield the rows of one input, in order and in constant memory.
+
+    Read are JSON Lines, one JSON array, both also through gzip and zstd, Parquet, and a folder that
+    Hugging Face `datasets` saved a dataset to.
+
+    Raises:
+        InputError: the input as a whole cannot be read: missing, not what its name says, UTF-16, damaged,
+            or without a single row (known only at its end).
+
+    """
+    path = Path(path)
+    found = False
+    try:
+        for row in _rows(path):
+            found = True
+            yield row
+    except EOFError as error:
+        raise InputError(f"{path}: the compressed data is cut off; get the file again") from error
+    except (zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: the compressed data is damaged ({error}); get the file again") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{path}: cannot be read ({reason}); give an existing, whole file") from error
+    if not found:
+        raise InputError(f"{path}: holds no rows; give a file with one conversation per line")
+
+
+def parsed_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """Yield the place and the value of each row; a ValueError in place of a row that is no JSON."""
+    for row in raw_rows(path):
+        try:
+            yield row.place, row.parse()
+        except ValueError as error:
+            yield row.place, error
+
+
+def _rows(path: Path) -> Iterator[RawRow]:
+    if path.is_dir():
+        yield from _saved_dataset(path)
+        return
+    with path.open("rb") as file:
+        container = _container(path, file.peek(8)[:8])
+        if container == ".parquet":
+            yield from _parquet(path, file)
+            return
+        with _decompressed(file, container) as text:
+            yield from _json_rows(path, text)
+
+
+def _container(path: Path, head: bytes) -> str:
+    """Return `.gz`, `.zst`, `.parquet` or "" by the first bytes; refuse a name that says otherwise."""
+    real = next((suffix for magic, suffix in _MAGIC.items() if head.startswith(magic)), "")
+    suffix = path.suffix.lower()
+    named = suffix if suffix in _MAGIC.values() else ""
+    if real == named or not _kind_of_name(path):
+        return real
+    if named:
+        raise InputError(f"{path}: not a {named} file as its name says; name it by what it is")
+    if real == ".parquet":
+        raise InputError(f"{path}: a Parquet file under another name; name it .parquet")
+    raise InputError(
+        f"{path}: {_COMPRESSED[real]}-compressed, which its name does not say; name it {path.name}{real}, or "
+        f"decompress it: {_DECOMPRESS[real]}"
+    )
+
+
+def _kind_of_name(path: Path) -> str:
+    """Return `.jsonl`, `.json` or `.parquet` as the name has it, compressed or not; "" for any other name."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in _SUFFIXES else ""
+
+
+@contextmanager
+def _decompressed(file: io.BufferedReader, container: str) -> Iterator[io.BufferedReader]:
+    if container == ".gz":
+        with gzip.GzipFile(fileobj=file) as stream:
+            yield io.BufferedReader(stream)
+    elif container == ".zst":
+        import pyarrow
+
+        # unlike the plain bindings it says so when the stream is cut off, and reads all frames
+        with pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd") as stream:
+            yield io.BufferedReader(stream)
+    else:
+        yield file
+
+
+def _json_rows(path: Path, file: io.BufferedReader) -> Iterator[RawRow]:
+    head = file.peek(_HEAD_BYTES)
+    for start, remedy in _FOREIGN.items():
+        if head.startswith(start):
+            raise InputError(f"{path}: not a JSON file but {remedy}")
+    if any(head.startswith(magic) for magic in _MAGIC):
+        raise InputError(f"{path}: compressed twice, or Parquet in a compressed file; decompress it once")
+    if not head.removeprefix(UTF8_BOM).lstrip().startswith(b"["):
+        for number, raw in split_lines(file, path):
+            yield RawRow(f"{path}:{number}", number, raw)
+        return
+    if _kind_of_name(path) in (".jsonl", ".ndjson"):
+        raise InputError(
+            f"{path}:1: a JSON array, not JSON Lines; name it .json, or write one object per line: "
+            "jq -c '.[]'"
+        )
+    if head.startswith(UTF8_BOM):
+        file.read(len(UTF8_BOM))
+    for number, raw in split_array(file, path):
+        yield RawRow(f"{path}:item {number}", number, raw)
+
+
+def _parquet(path: Path, file: IO[bytes]) -> Iterator[RawRow]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        number = 0
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS):
+            for row in batch.to_pylist():
+                number += 1
+                yield RawRow(f"{path}:item {number}", number, row)
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise InputError(f"{path}: damaged Parquet ({_first_line(error)}); get the file again") from error
+
+
+def _saved_dataset(folder: Path) -> Iterator[RawRow]:
+    import pyarrow
+    from pyarrow import ipc
+
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        names = [entry["filename"] for entry in state["_data_files"]]
+        if state.get("_indices_files"):
+            raise InputError(f"{folder}: saved with a selection of rows by an old version; save it again")
+        number = 0
+        for name in names:
+            with pyarrow.memory_map(str(folder / name)) as source:
+                for batch in ipc.open_stream(source):
+                    for start in range(0, len(batch), _BATCH_ROWS):
+                        for row in batch.slice(start, _BATCH_ROWS).to_pylist():
+                            number += 1
+                            yield RawRow(f"{folder}:item {number}", number, row)
+    except InputError:
+        raise
+    except (pyarrow.ArrowException, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder}: not a whole dataset saved by `datasets` ({_first_line(error)}); save it again"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,188 @@
+"""From the sources of a configuration to prepared files, packed rows and the blend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_dynmix.config import RunConfig
+from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
+from megatron_dynmix.data.prepare.prepare import prepare_source, refuse_broken
+from megatron_dynmix.data.prepare.readers import find_inputs
+from megatron_dynmix.data.prepare.source_report import (
+    Recipe,
+    SourceReport,
+    current_report,
+    load_report,
+    probe_prefix,
+)
+from megatron_dynmix.data.prepare.template import Renderer
+from megatron_dynmix.data.rows import PackedRows
+from megatron_dynmix.data.tokenizer.base import Tokenizer
+from megatron_dynmix.errors import InputError
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One input of a run: a source's training rows or its held-out rows."""
+
+    name: str
+    is_probe: bool
+    path: Path
+    """What rows are read from, or the prefix of a prepared source."""
+    is_held_out: bool = False
+    """Whether these are rows of the source's own `path`, kept from training."""
+
+    @property
+    def label(self) -> str:
+        """How reports call it."""
+        return f"{self.name} (probe)" if self.is_probe else self.name
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether `path` is the prefix of a prepared source."""
+        return not self.path.is_file() and Path(f"{self.path}.idx").is_file()
+
+    def prefix(self, config: RunConfig) -> Path:
+        """Where its prepared form is, or will be."""
+        if not self.is_prepared:
+            source = Path(config.data.prepared_dir) / self.name
+            return probe_prefix(source) if self.is_probe else source
+        return probe_prefix(self.path) if self.is_held_out else self.path
+
+
+def source_files(config: RunConfig) -> Iterator[SourceFile]:
+    """All inputs of a run, training rows first, in the order of their dataset_id."""
+    for name, source in config.data.sources.items():
+        yield SourceFile(name, False, Path(source.path))
+    for name, source in config.data.sources.items():
+        if source.probe is not None:
+            yield SourceFile(name, True, Path(source.probe))
+        elif config.data.probe:
+            yield SourceFile(name, True, Path(source.path), is_held_out=True)
+
+
+def prepare_sources(
+    config: RunConfig, tokenizer: Tokenizer, workers: int | None = None
+) -> Iterator[SourceReport]:
+    """Prepare what is not prepared yet, and yield the report of each input as it is done.
+
+    Ranks and nodes may do so at once: one prepares a source, the others wait for it and find it.
+
+    Args:
+        config: the resolved configuration.
+        tokenizer: makes tokens.
+        workers: processes that encode; as `prepare_source` has it, if not given.
+
+    Raises:
+        InputError: an input that cannot be read, or a prepared one made in another way.
+
+    """
+    data = config.data
+    for file in source_files(config):
+        prefix = file.prefix(config)
+        recipe = _recipe(config, file, tokenizer)
+        if file.is_prepared or file.is_held_out:
+            report = load_report(prefix)
+            _refuse_other_recipe(file, report, recipe)
+            if data.strict:
+                refuse_broken(report)
+        else:
+            report = prepare_source(
+                name=file.label,
+                inputs=find_inputs(file.path),
+                prefix=prefix,
+                tokenizer=tokenizer,
+                template=data.template,
+                train_on=data.train_on,
+                format=data.sources[file.name].format,
+                fields=data.sources[file.name].fields,
+                split_length=recipe.split_length,
+                held_out=recipe.held_out,
+                strict=data.strict,
+                workers=workers,
+            )
+        yield report
+
+
+def prepared_sources(config: RunConfig, tokenizer: Tokenizer) -> Iterator[SourceReport]:
+    """The reports of all inputs as they are on disk; nothing is prepared.
+
+    Raises:
+        InputError: one is not prepared, or from other rows or in another way.
+
+    """
+    for file in source_files(config):
+        prefix = file.prefix(config)
+        report = load_report(prefix)
+        _refuse_other_recipe(file, report, _recipe(config, file, tokenizer))
+        reads_rows = not (file.is_prepared or file.is_held_out)
+        if reads_rows and current_report(prefix, find_inputs(file.path), report.recipe) is None:
+            raise InputError(
+                f"source {file.label}: {file.path} was changed since it was prepared; run `megatron-dynmix "
+                "prepare` for it"
+            )
+        yield report
+
+
+def _recipe(config: RunConfig, file: SourceFile, tokenizer: Tokenizer) -> Recipe:
+    """How an input is to be prepared."""
+    data = config.data
+    return Recipe(
+        tokenizer=tokenizer.fingerprint,
+        template=Renderer(tokenizer, data.template, data.train_on).fingerprint,
+        split_length=data.seq_length if data.overlong == "split" else None,
+        held_out=0 if file.is_probe or data.sources[file.name].probe else data.probe or 0,
+    )
+
+
+def _refuse_other_recipe(file: SourceFile, report: SourceReport, recipe: Recipe) -> None:
+    """Refuse a prepared source that was made otherwise; of which format its rows were does not matter."""
+    names = {
+        "tokenizer": "tokenizer",
+        "template": "template",
+        "split_length": "length at which conversations are split (--overlong split)",
+        **({} if file.is_probe else {"held_out": "number of held-out examples (--probe)"}),
+    }
+    other = [
+        f"another {said}" if name == "tokenizer" else f"{said} {getattr(report.recipe, name)}, not {wanted}"
+        for name, said in names.items()
+        if getattr(report.recipe, name) != (wanted := getattr(recipe, name))
+    ]
+    if other:
+        raise InputError(
+            f"source {file.label}: {file.path} was prepared with {'; '.join(other)}; prepare it again, or "
+            "give what it was prepared with"
+        )
+
+
+def build_rows(config: RunConfig, tokenizer: Tokenizer, *, probe: bool) -> list[PackedRows]:
+    """Packed rows of each source's training (or held-out) examples; packings are cached."""
+    return [
+        PackedRows.build(
+            name=file.label,
+            prefix=file.prefix(config),
+            seq_length=config.data.seq_length,
+            seed=config.training.seed,
+            overlong=config.data.overlong,
+            cache_dir=Path(config.data.prepared_dir) / "packing",
+            pad_id=tokenizer.pad_id,
+            packing=config.data.packing,
+        )
+        for file in source_files(config)
+        if file.is_probe == probe
+    ]
+
+
+def build_blend(config: RunConfig, rows: list[PackedRows], weights_D: np.ndarray) -> DynamicBlendedDataset:
+    """The blend of a fresh run that begins with these weights."""
+    assert config.training.global_batch_size is not None, "checked before start"
+    return DynamicBlendedDataset(
+        rows,
+        weights_D,
+        seed=config.training.seed,
+        chunk_size=config.mixing.interval * config.training.global_batch_size,
+    )

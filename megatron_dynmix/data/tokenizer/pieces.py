@@ -1,0 +1,218 @@
+"""Tokenizers that are one file: SentencePiece's `.model`, and tiktoken's ranks.
+
+Their libraries never make a special token of text, so a guarded text is cut at its special tokens, and what
+is between them is encoded as it is. Shape legend: T tokens of one text.
+"""
+
+import base64
+import binascii
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+from numpy.typing import NDArray
+
+from megatron_dynmix.data.tokenizer.base import Tokenizer, word_starts
+from megatron_dynmix.data.tokenizer.special import Piece, SpecialTokens
+from megatron_dynmix.errors import InputError
+
+
+class PieceTokenizer(Tokenizer):
+    """A tokenizer that encodes what is between special tokens by itself."""
+
+    def __init__(self, special: SpecialTokens, *, eos: str, bos: str, pad: str | None, digest: str) -> None:
+        self.special = special
+        self._eos, self._bos, self._pad, self._digest = eos, bos, pad, digest
+
+    @property
+    def eos_id(self) -> int:  # noqa: D102
+        return self.special.ids[self._eos]
+
+    @property
+    def eos(self) -> str:  # noqa: D102
+        return self._eos
+
+    @property
+    def bos(self) -> str:  # noqa: D102
+        return self._bos
+
+    @property
+    def pad_id(self) -> int:  # noqa: D102
+        return self.eos_id if self._pad is None else self.special.ids[self._pad]
+
+    @cached_property
+    def fingerprint(self) -> str:  # noqa: D102
+        return hashlib.sha256(f"{type(self).__name__} {self._digest}".encode()).hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:  # noqa: D102
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        empty = np.empty(0, dtype=np.int64)
+        ids, starts = [empty], [empty]
+        pieces = list(self.special.pieces(text))
+        while pieces:
+            if pieces[0].is_special:
+                piece = pieces.pop(0)
+                ids.append(np.array([self.special.ids[piece.text]]))
+                starts.append(np.array([piece.start]))
+                continue
+            # literal special tokens are part of the words around them
+            count = next((n for n, piece in enumerate(pieces) if piece.is_special), len(pieces))
+            said, origin_C = _joined(pieces[:count])
+            del pieces[:count]
+            ids_T, offsets = self._encode_text(said)
+            ids.append(ids_T)
+            starts.append(origin_C[word_starts(said, offsets)])
+        return np.concatenate(ids), np.concatenate(starts)
+
+    @abstractmethod
+    def _encode_text(self, text: str) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
+        """Return ids and half-open character ranges of a text without special tokens."""
+
+
+def _joined(pieces: Sequence[Piece]) -> tuple[str, NDArray[np.int64]]:
+    """Return the text of pieces, and where each character of it, and its end, stand in the guarded text."""
+    origins = [
+        np.full(len(piece.text), piece.start)
+        if piece.is_guard
+        else np.arange(piece.start, piece.start + len(piece.text))
+        for piece in pieces
+    ]
+    last = pieces[-1]
+    end = last.start + (1 if last.is_guard else len(last.text))
+    return "".join(piece.text for piece in pieces), np.concatenate([*origins, [end]])
+
+
+class SentencePieceTokenizer(PieceTokenizer):
+    """A SentencePiece model; its control symbols are the special tokens, and its BOS stands before a text."""
+
+    def __init__(self, path: Path) -> None:
+        content = path.read_bytes()
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise InputError(
+                f"tokenizer {path}: no SentencePiece model ({str(error).strip()}); a file of ranks, as "
+                "Llama 3 has, must be named .tiktoken"
+            ) from error
+        model = self._model
+        if model.eos_id() < 0:
+            raise InputError(
+                f"tokenizer {path}: has no EOS token, so no end of an answer could be learnt; use another"
+            )
+        control = {model.id_to_piece(i): i for i in range(model.vocab_size()) if model.is_control(i)}
+        super().__init__(
+            SpecialTokens(control),
+            eos=model.id_to_piece(model.eos_id()),
+            bos=model.id_to_piece(model.bos_id()) if model.bos_id() >= 0 else "",
+            pad=model.id_to_piece(model.pad_id()) if model.pad_id() >= 0 else None,
+            digest=hashlib.sha256(content).hexdigest(),
+        )
+
+    @property
+    def vocab_size(self) -> int:  # noqa: D102
+        return int(self._model.vocab_size())
+
+    def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
+        texts: list[str] = []
+        run: list[int] = []
+        for token in [*map(int, ids), self.eos_id]:  # the library leaves control symbols out
+            if token not in self.special_ids:
+                run.append(token)
+                continue
+            if run:
+                texts.append(self._model.decode(run))
+                run = []
+            texts.append(self._model.id_to_piece(token))
+        return "".join(texts[:-1])
+
+    def _encode_text(self, text: str) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
+        encoded = self._model.encode(text, return_type="offset_mapping", return_bytes=False)
+        # the first bytes of a character have no range, which elsewhere means a token of spaces
+        offsets = [(start, max(end, start + 1)) for start, end in encoded["offsets"]]
+        return np.array(encoded["ids"], dtype=np.int64), offsets
+
+
+class TiktokenTokenizer(PieceTokenizer):
+    """Ranks of byte pairs, with what they do not say in a JSON file beside them: `NAME.tiktoken.json`.
+
+    That file holds ``pattern`` (the regular expression that cuts words), ``special_tokens`` (text to id),
+    ``eos_token``, and, if there are any, ``bos_token`` and ``pad_token``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        tiktoken = _import_tiktoken(path)
+        content, settings = path.read_bytes(), _tiktoken_settings(path)
+        special = SpecialTokens(settings["special_tokens"])
+        try:
+            pairs = (line.split() for line in content.splitlines() if line)
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+            self._encoding = tiktoken.Encoding(
+                str(path), pat_str=settings["pattern"], mergeable_ranks=ranks, special_tokens=special.ids
+            )
+        except (ValueError, binascii.Error) as error:
+            raise InputError(
+                f"tokenizer {path}: not a file of ranks ({error}); each line must hold a token in base64 and "
+                "its rank"
+            ) from error
+        digest = hashlib.sha256(content + json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        super().__init__(
+            special,
+            eos=settings["eos_token"],
+            bos=settings.get("bos_token") or "",
+            pad=settings.get("pad_token"),
+            digest=digest,
+        )
+
+    @property
+    def vocab_size(self) -> int:  # noqa: D102
+        return int(self._encoding.n_vocab)
+
+    def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
+        return str(self._encoding.decode([int(token) for token in ids]))
+
+    def _encode_text(self, text: str) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
+        ids = self._encoding.encode_ordinary(text)
+        _, starts = self._encoding.decode_with_offsets(ids)
+        ends = [max(end, start + 1) for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
+        return np.array(ids, dtype=np.int64), list(zip(starts, ends, strict=True))
+
+
+def _import_tiktoken(path: Path) -> Any:
+    try:
+        import tiktoken
+    except ImportError:
+        raise InputError(
+            f"tokenizer {path}: needs the package tiktoken; pip install 'megatron-dynmix[tiktoken]'"
+        ) from None
+    return tiktoken
+
+
+def _tiktoken_settings(path: Path) -> dict[str, Any]:
+    beside = path.with_name(f"{path.name}.json")
+    shape = '{"pattern": ..., "special_tokens": {"<|endoftext|>": 100257}, "eos_token": "<|endoftext|>"}'
+    try:
+        settings = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"tokenizer {path}: holds ranks only, and {beside.name} beside it cannot be read ({error}); "
+            f"write what belongs to the ranks there: {shape}"
+        ) from error
+    special = settings.get("special_tokens") if isinstance(settings, dict) else None
+    good = (
+        isinstance(special, dict)
+        and all(isinstance(number, int) for number in special.values())
+        and isinstance(settings.get("pattern"), str)
+        and settings.get("eos_token") in special
+        and all(settings.get(name) in (None, *special) for name in ("bos_token", "pad_token"))
+    )
+    if not good:
+        raise InputError(f"{beside}: must hold {shape}, and bos_token and pad_token only of special_tokens")
+    return dict(settings)

@@ -1,0 +1,144 @@
+"""The ranks of one machine: started together, told of signals, ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from types import FrameType
+
+from megatron_dynmix.errors import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_STOPPED, TrainingStopped
+from megatron_dynmix.job.signals import STOP_SIGNALS
+
+LIFELINE = "MEGATRON_DYNMIX_LIFELINE"
+"""Environment variable of a rank: a pipe that ends when its launcher does."""
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 10.0
+"""How long the other ranks have to say what they know and to end, once one has."""
+DEFAULTS = {
+    "OMP_NUM_THREADS": "1",
+    # without it torch reports every lost connection with the frames of its own stack
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
+
+def launch_ranks(command: Sequence[str], nproc: int) -> int:
+    """Run `command` as `nproc` ranks that meet on this machine.
+
+    SIGTERM and SIGUSR1 are passed on to the ranks; an interrupt ends them. Nothing that they have started
+    outlives this call.
+
+    Returns:
+        The exit code: 0, or that of ranks which all have had their say.
+
+    Raises:
+        TrainingStopped: a rank failed or was killed.
+        KeyboardInterrupt: after the ranks were ended.
+
+    """
+    from torch.distributed import TCPStore
+
+    # Hosted here, not by rank 0: when that is gone it can still be asked. It finds a free port itself.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    lifeline, held = os.pipe()
+    ranks: list[subprocess.Popen[bytes]] = []
+    try:
+        with _passed_on(ranks) as passed:
+            for rank in range(nproc):
+                environment = {
+                    **DEFAULTS,
+                    **os.environ,
+                    **_place(rank, nproc, store.port),
+                    LIFELINE: str(lifeline),
+                }
+                # a session of its own: a terminal's Ctrl-C reaches us alone, and its helpers can be ended
+                ranks.append(
+                    subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=[lifeline])
+                )
+            return _wait(ranks, passed)
+    finally:
+        for process in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        os.close(lifeline)
+        os.close(held)
+
+
+def end_with_launcher() -> None:
+    """In a rank: end, helpers included, when the launcher does, even if it was killed."""
+    if LIFELINE not in os.environ:
+        return
+    lifeline = int(os.environ.pop(LIFELINE))
+
+    def watch() -> None:
+        os.read(lifeline, 1)  # nothing is ever written: it returns when the other end is gone
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+def _place(rank: int, nproc: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+@contextlib.contextmanager
+def _passed_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Pass requests to stop on to the ranks; not to their helpers, which could not answer.
+
+    Yields:
+        The signals that were passed on so far.
+
+    """
+    passed: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        passed.append(number)
+        for process in ranks:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    try:
+        yield passed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], passed: Sequence[int]) -> int:
+    """Wait for all ranks, or for the first that does not end well and then briefly for the others."""
+    while not (failed := [rank for rank, process in enumerate(ranks) if process.poll()]):
+        if all(process.returncode == 0 for process in ranks):
+            return 0
+        time.sleep(POLL_SECONDS)
+    rank = min(failed, key=lambda rank: ranks[rank].returncode)  # of several, one that was killed
+    code = ranks[rank].returncode
+    deadline = time.monotonic() + GRACE_SECONDS
+    while code > 0 and time.monotonic() < deadline and any(process.poll() is None for process in ranks):
+        time.sleep(POLL_SECONDS)
+    if -code in passed:  # the request came before the rank could hear it
+        return EXIT_STOPPED
+    if code in (EXIT_REFUSED, EXIT_STOPPED, EXIT_INTERRUPTED):
+        return code
+    end = f"failed with exit code {code}"
+    if code < 0:
+        name = signal.Signals(-code).name
+        end = f"was killed by {name}" + (", as when memory runs out" if name == "SIGKILL" else "")
+    others = "" if len(ranks) == 1 else "; the other ranks were ended"
+    raise TrainingStopped(
+        f"rank {rank} (pid {ranks[rank].pid}) {end}{others}. Go on from the last checkpoint with "
+        "--resume auto"
+    )

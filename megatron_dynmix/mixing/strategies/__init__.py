@@ -1,0 +1,1 @@
+"""The mixing strategies, one file a family, and their table."""

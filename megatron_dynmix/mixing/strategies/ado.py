@@ -1,0 +1,131 @@
+"""Adaptive data optimisation: weight goes where a scaling law says that the loss still falls.
+
+Axes: T points of the history, D sources.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_dynmix.mixing.require import drawn_of, loss_of, size_of
+from megatron_dynmix.mixing.strategies.odm import check_warmup
+from megatron_dynmix.mixing.strategies.scaling_law import MIN_POINTS, fit
+from megatron_dynmix.mixing.strategy import Proposal, Signal
+
+FLOOR = 0.01
+"""Least share in the distribution of one update, before it is averaged."""
+KEEP = 0.9
+"""Share of the old in the two running averages."""
+CREDIT_POWER = 0.5
+"""How strongly a source's recent share counts as the cause of its falling loss."""
+MAX_POINTS = 64
+"""Points kept of the history; a state stays small however long the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ado:
+    """ADO (Jiang et al., 2025): sources by how fast a fitted power law says that their loss falls.
+
+    Each source's losses over the rows drawn n (of all sources, as published) are fitted by
+    L(n) = E + A n^-a (`scaling_law.fit`). With mu the shares of the sizes and h the running share drawn,
+
+        rho_i ~ mu_i h_i^0.5 a_i (L_i - E_i) / n,   at least 0.01 each,
+        w = 0.9 avg + 0.1 rho,   avg <- (1 - 1/(t + 1)) avg + rho / (t + 1),   h <- 0.9 h + 0.1 drawn share.
+
+    The authors do this every step and refit every 1,000; here t counts updates and each one refits. Before
+    the warm-up is over (published: 1,000 of 60,000 steps), as long as fewer than five losses are known, and
+    where no loss falls, rho is mu.
+
+    Attributes:
+        warmup: share of the run's iterations whose losses are left out, from 0 to 1.
+
+    Raises:
+        ValueError: on construction, for a warm-up out of range.
+
+    """
+
+    warmup: float = 1 / 60
+
+    name: ClassVar[str] = "ado"
+    needs_gate_load: ClassVar[bool] = False
+    needs_loss: ClassVar[bool] = True
+    starts: ClassVar[bool] = True
+    updates: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_warmup(self.warmup)
+
+    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
+        """Losses -> laws -> slopes -> weights; the shares of the sizes at first.
+
+        The state holds the running averages and at most 64 points of the history.
+
+        Raises:
+            ValueError: sizes, rows drawn or a loss are missing, or a loss is 0 (it has no logarithm).
+
+        """
+        size_D = size_of(signal, len(weights_D), self.name)
+        prior_D = size_D / size_D.sum()
+        if signal.iteration == 0:
+            return Proposal(weights_D=prior_D, delta_D=np.zeros(len(prior_D)))
+        drawn_D = drawn_of(signal, len(weights_D), self.name)
+        credit_D, average_D = _averages(prior_D, drawn_D, state)
+        kept = {"credit": credit_D.tolist(), "drawn": drawn_D.tolist()}
+        if signal.iteration < self.warmup * signal.train_iters:
+            state_now = {**kept, "average": average_D.tolist(), "updates": 0, "history": [], "stride": 1}
+            return Proposal(weights_D=prior_D, delta_D=np.zeros(len(prior_D)), state=state_now)
+        loss_D = loss_of(signal, len(weights_D), self.name)
+        if (loss_D == 0).any():
+            raise ValueError(f"ado mixing fits logarithms, so no loss may be 0: {loss_D.tolist()}")
+        update = state.get("updates", 0) + 1
+        point = [float(drawn_D.sum()), *loss_D.tolist()]
+        points = [*state.get("history", []), point]
+        slope_D = _slopes(np.array(points))
+        rho_D = _instant(prior_D * credit_D**CREDIT_POWER * slope_D, prior_D)
+        new_D = KEEP * average_D + (1 - KEEP) * rho_D
+        average_D = average_D + (rho_D - average_D) / (update + 1)
+        history, stride = _thinned(points, update, state.get("stride", 1))
+        state_now = {
+            **kept, "average": average_D.tolist(), "updates": update, "history": history, "stride": stride
+        }  # fmt: skip
+        return Proposal(weights_D=new_D / new_D.sum(), delta_D=slope_D, state=state_now)
+
+
+def _averages(
+    prior_D: NDArray[np.float64], drawn_D: NDArray[np.float64], state: Mapping[str, Any]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The running share drawn, this interval included, and the running average of rho."""
+    before_D = np.array(state["drawn"]) if state else np.zeros(len(prior_D))
+    credit_D = np.array(state["credit"]) if state else prior_D
+    average_D = np.array(state["average"]) if state else prior_D
+    interval_D = drawn_D - before_D
+    if interval_D.sum() > 0:
+        credit_D = KEEP * credit_D + (1 - KEEP) * interval_D / interval_D.sum()
+    return credit_D, average_D
+
+
+def _slopes(point_T: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How fast each loss falls per row; zeros while too few points are known."""
+    n_T, loss_TD = point_T[:, 0], point_T[:, 1:]
+    if len(np.unique(n_T)) < MIN_POINTS:
+        return np.zeros(loss_TD.shape[1])
+    return fit(n_T, loss_TD).slope_D()
+
+
+def _instant(score_D: NDArray[np.float64], prior_D: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Shares of the scores, none below the floor; the prior where all are 0."""
+    rho_D = score_D / score_D.sum() if score_D.any() else prior_D
+    rho_D = np.maximum(rho_D, FLOOR)
+    return np.asarray(rho_D / rho_D.sum())
+
+
+def _thinned(points: list[list[float]], update: int, stride: int) -> tuple[list[list[float]], int]:
+    """The points to keep: every ``stride``-th update's, the stride doubled when they are too many."""
+    if update % stride:
+        return points[:-1], stride
+    if len(points) < MAX_POINTS:
+        return points, stride
+    return points[1::2], 2 * stride

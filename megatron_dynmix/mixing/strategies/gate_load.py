@@ -1,0 +1,217 @@
+"""The paper's strategy: sources that load the experts differently from the rest gain weight.
+
+Axes: H = 2 halves, D sources, K chosen layers, E experts (in ``load_DE``: of all chosen layers).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_dynmix.mixing.aggregate import AGGREGATES, delta_shares, gap_scale, source_delta
+from megatron_dynmix.mixing.distance import DISTANCES, l2_scale
+from megatron_dynmix.mixing.gate_loads import Counts, at_layers, check_layers, gate_load
+from megatron_dynmix.mixing.noise import Noise, debiased_l2, delta_error, measure_noise, shrink_gaps
+from megatron_dynmix.mixing.strategy import Proposal, Signal
+from megatron_dynmix.mixing.update import check_step_size, reweight
+
+MIN_SOURCES = 3
+"""Fewest sources between which distances can tell a difference."""
+LAYER_MIXES = ("concat", "mean")
+NORMALISATIONS = ("none", "scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateLoad:
+    """Dynamic mixing by gate load: Zhu et al. (2025), Algorithm 1. The defaults are what they published.
+
+    Attributes:
+        eta: step size >= 0.
+        smoothing: c, the share spread evenly over the sources, from 0 to 1.
+        metric: distance between loads: ``l2``, ``scaled-l2``, ``cos``, ``hellinger``, ``js`` or ``tv``.
+        aggregate: what of a source's distances is its delta: ``mean``, ``max`` or ``min`` over all sources,
+            itself included, ``others-mean``, ``others-max`` or ``others-min`` over the others.
+        layers: MoE layers whose loads count: ``last``, ``all``, or a list of them, counted from 0.
+        layer_mix: with several layers, ``"concat"`` compares all their experts as one load, ``"mean"``
+            averages the distances found in each layer.
+        debias: take what sampling noise adds to l2 distances off them.
+        min_gap: act only on what exceeds so many standard errors of a delta.
+        normalise: ``scale`` brings the gaps between the deltas to one size, ``none`` leaves them.
+
+    Raises:
+        ValueError: on construction, for a value out of range, or `debias` with another metric than l2.
+
+    """
+
+    eta: float = 10.0
+    smoothing: float = 0.05
+    metric: str = "l2"
+    aggregate: str = "mean"
+    layers: str | Sequence[int] = "last"
+    layer_mix: str = "concat"
+    debias: bool = False
+    min_gap: float = 0.0
+    normalise: str = "none"
+
+    name: ClassVar[str] = "gate-load"
+    needs_gate_load: ClassVar[bool] = True
+    needs_loss: ClassVar[bool] = False
+    starts: ClassVar[bool] = False
+    updates: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_step_size(self.eta, self.smoothing)
+        for option, value, allowed in (
+            ("metric", self.metric, tuple(DISTANCES)),
+            ("aggregate", self.aggregate, AGGREGATES),
+            ("layer_mix", self.layer_mix, LAYER_MIXES),
+            ("normalise", self.normalise, NORMALISATIONS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{option} {value!r} is unknown; give one of {', '.join(allowed)}")
+        check_layers(self.layers)
+        if self.debias and self.metric not in ("l2", "scaled-l2"):
+            raise ValueError(f"debias works on l2 distances, metric is {self.metric}; give l2 or scaled-l2")
+        if not (math.isfinite(self.min_gap) and self.min_gap >= 0):
+            raise ValueError(
+                f"min_gap {self.min_gap} is not a number of standard errors; give one >= 0 (2 is usual)"
+            )
+
+    @property
+    def needs_halves(self) -> bool:
+        """Whether `Signal.half_counts_HDLE` must be measured."""
+        return self.debias or self.min_gap > 0
+
+    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
+        """Counts -> loads -> distances -> deltas -> weights.
+
+        With halves of the counts in the signal the proposal has errors of the deltas, needed or not.
+
+        Raises:
+            ValueError: no counts, fewer than three sources, counts that `gate_load` refuses, or halves that
+                are needed and are missing.
+
+        """
+        num_sources = len(weights_D)
+        if num_sources < MIN_SOURCES:
+            raise ValueError(
+                f"{self.name} mixing needs at least {MIN_SOURCES} sources, got {num_sources}: two sources "
+                "are always equally far from each other, so their weights would never change; add a source "
+                "or keep the weights fixed"
+            )
+        if signal.counts_DLE is None:
+            raise ValueError(f"{self.name} mixing needs token counts per expert; the signal holds none")
+        if len(signal.counts_DLE) != num_sources:
+            raise ValueError(f"counts for {len(signal.counts_DLE)} sources, weights for {num_sources}")
+        if self.needs_halves and signal.half_counts_HDLE is None:
+            raise ValueError(
+                f"{self.name} mixing with debias or min_gap needs the counts in two halves; there are none"
+            )
+        load_DKE = self._loads(signal.counts_DLE)
+        noises = self._noises(load_DKE, signal.half_counts_HDLE)
+        distance_DD, delta_D, error_D = self._scores(load_DKE, noises)
+        if self.normalise == "scale":
+            scale = gap_scale(delta_D)
+            delta_D, error_D = delta_D * scale, None if error_D is None else error_D * scale
+        if error_D is not None:
+            delta_D = shrink_gaps(delta_D, error_D, self.min_gap)
+        delta_D, error_D = self._directed(delta_D, error_D)
+        return Proposal(
+            weights_D=reweight(weights_D, delta_D, eta=self.eta, smoothing=self.smoothing),
+            delta_D=delta_D,
+            load_DE=load_DKE.reshape(num_sources, -1),
+            distance_DD=distance_DD,
+            delta_error_D=error_D,
+        )
+
+    def _loads(self, counts_DLE: Counts) -> NDArray[np.float64]:
+        load_DE = gate_load(counts_DLE, self.layers, by_layer=self.layer_mix == "mean")
+        return load_DE.reshape(len(load_DE), -1, counts_DLE.shape[2])
+
+    def _groups(self, load_DKE: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+        """Loads that are compared as one: each layer for itself, or all together."""
+        if self.layer_mix == "mean":
+            return [load_DKE[:, k : k + 1] for k in range(load_DKE.shape[1])]
+        return [load_DKE]
+
+    def _noises(self, load_DKE: NDArray[np.float64], half_counts_HDLE: Counts | None) -> list[Noise] | None:
+        """Noise of each group of layers; None where it is not known, and not needed."""
+        if half_counts_HDLE is None:
+            return None
+        total_HDK = at_layers(half_counts_HDLE, self.layers).sum(axis=3)
+        if not total_HDK.all():
+            if self.needs_halves:
+                empty = np.flatnonzero((total_HDK == 0).any(axis=(0, 2))).tolist()
+                raise ValueError(
+                    f"sources {empty} (counted from 0) have tokens in only one half of their rows: that "
+                    f"tells nothing of the noise, which {self.name} mixing is to heed; measure more rows"
+                )
+            return None
+        groups = self._groups(load_DKE), self._groups(self._loads(half_counts_HDLE[0]))
+        totals_HDG = total_HDK if self.layer_mix == "mean" else total_HDK.sum(axis=2, keepdims=True)
+        share_GD = (totals_HDG[0] / totals_HDG.sum(axis=0)).T
+        return [
+            measure_noise(load, first, share_D)
+            for load, first, share_D in zip(*groups, share_GD, strict=True)
+        ]
+
+    def _scores(
+        self, load_DKE: NDArray[np.float64], noises: Sequence[Noise] | None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]:
+        """Distances, deltas and, where the noise is known, their errors."""
+        groups = self._groups(load_DKE)
+        measured = [DISTANCES[self.metric](load.reshape(len(load), -1)) for load in groups]
+        distances = measured
+        if self.debias:
+            assert noises is not None
+            scale = l2_scale(groups[0][0].size) if self.metric == "scaled-l2" else 1.0
+            distances = [
+                scale * debiased_l2(distance_DD / scale, noise)
+                for distance_DD, noise in zip(measured, noises, strict=True)
+            ]
+        distance_DD = distances[0] if len(distances) == 1 else np.mean(distances, axis=0)
+        delta_D = source_delta(distance_DD, self.aggregate)
+        if noises is None:
+            return distance_DD, delta_D, None
+        share_DD = delta_shares(distance_DD, self.aggregate)
+        # The same tokens were counted in every layer. The mean of the errors is right if those are wrong
+        # alike, and too careful otherwise.
+        errors = [
+            delta_error(load, noise, self.metric, distance_DD, share_DD)
+            for load, noise, distance_DD in zip(groups, noises, measured, strict=True)
+        ]
+        return distance_DD, delta_D, np.mean(errors, axis=0)
+
+    def _directed(
+        self, delta_D: NDArray[np.float64], error_D: NDArray[np.float64] | None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """Scores and errors as the weights are to follow them; for those who would turn them round."""
+        return delta_D, error_D
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inverse(GateLoad):
+    """The control of the paper's hypothesis: the most redundant source gains, the least redundant loses.
+
+    The deltas of `GateLoad` change places by rank, the largest with the smallest and so on: the official
+    code's ``~l2``, Zhu et al. (2025), section 4. The same steps are made, by the wrong sources. Equal deltas
+    share the mean of what they would get, so that it does not matter which of them comes first.
+    """
+
+    name: ClassVar[str] = "inverse"
+
+    def _directed(
+        self, delta_D: NDArray[np.float64], error_D: NDArray[np.float64] | None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        order_D = np.argsort(delta_D, kind="stable")
+        _, group_D = np.unique(delta_D, return_inverse=True)
+
+        def swapped(values_D: NDArray[np.float64]) -> NDArray[np.float64]:
+            swapped_D = np.empty_like(values_D)
+            swapped_D[order_D] = values_D[order_D[::-1]]
+            return np.asarray((np.bincount(group_D, swapped_D) / np.bincount(group_D))[group_D])
+
+        return swapped(delta_D), None if error_D is None else swapped(error_D)

@@ -1,0 +1,126 @@
+"""The model of this rank: Megatron-Core's GPT, mixed precision and data parallelism around it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.megatron import ddp_config, padded_vocab_size
+from megatron_dynmix.model.frozen import finalize_without_expert_gates, freeze_router
+from megatron_dynmix.model.layer_spec import decoder_spec
+from megatron_dynmix.moe.mlp_router import MlpRouter
+from megatron_dynmix.moe.router import GateLoadRouter
+from megatron_dynmix.platform import Platform
+
+
+class RealVocabularyGPT(GPTModel):
+    """Megatron-Core's GPT, whose loss knows that the rows which pad the vocabulary are no tokens.
+
+    Megatron-Core lets them take part in the softmax, so its loss, and what is learnt, depend on how far the
+    vocabulary is padded, and so on the tensor-parallel size.
+    """
+
+    def __init__(self, *args: Any, real_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.real_vocab_size = real_vocab_size
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Cross entropy over the real vocabulary; the padding's share of `logits` is overwritten.
+
+        Args:
+            labels: `[B, S]`.
+            logits: `[S, B, V]`, where V is this tensor-parallel rank's equal part of the padded vocabulary.
+
+        Returns:
+            `[B, S]`, in nats.
+
+        """
+        first = self.tp_group.rank() * logits.shape[-1]
+        if first + logits.shape[-1] > self.real_vocab_size:
+            # Not -inf: a fused kernel may take the difference of two logits of a rank that has only padding.
+            # Past autograd: the softmax is 0 there and so is the gradient, and no copy of either is made.
+            lowest = torch.finfo(logits.dtype).min
+            logits.detach()[..., max(0, self.real_vocab_size - first) :] = lowest
+        return super().compute_language_model_loss(labels, logits)
+
+
+def build_gpt(
+    config: RunConfig, transformer: TransformerConfig, transformer_engine: bool, vp_stage: int | None = None
+) -> RealVocabularyGPT:
+    """Build one (virtual) pipeline stage's part of the model, in the parameters' own precision."""
+    spec = decoder_spec(
+        transformer,
+        transformer_engine=transformer_engine,
+        qk_layernorm_full_width=config.model.qk_layernorm_full_width,
+        router=_router(config),
+        vp_stage=vp_stage,
+    )
+    assert config.model.vocab_size is not None, "the preset gives one"
+    return RealVocabularyGPT(
+        transformer,
+        spec,
+        real_vocab_size=config.model.vocab_size,
+        vocab_size=padded_vocab_size(config),
+        max_sequence_length=config.model.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=config.model.rotary_base,
+        vp_stage=vp_stage,
+    )
+
+
+def _router(config: RunConfig) -> Callable[..., GateLoadRouter]:
+    if config.model.router_network == "mlp":
+        return functools.partial(MlpRouter, noise=config.model.router_noise)
+    return GateLoadRouter
+
+
+def build_model(
+    config: RunConfig, transformer: TransformerConfig, platform: Platform
+) -> list[DistributedDataParallel]:
+    """The model ready to train: on its device, wrapped, its hooks given to the schedules.
+
+    Returns:
+        This rank's chunks: one, or one for each virtual pipeline stage.
+
+    """
+    virtual_stages = transformer.virtual_pipeline_model_parallel_size
+    stages = range(virtual_stages) if virtual_stages else [None]
+    ddp = ddp_config(config)
+    chunks: list[DistributedDataParallel] = []
+    for stage in stages:
+        gpt = build_gpt(config, transformer, platform.transformer_engine, stage)
+        if config.model.freeze_router:
+            freeze_router(gpt)
+        gpt = gpt.to(platform.device)
+        module = Float16Module(transformer, gpt) if config.training.bf16 else gpt
+        # As Megatron-LM: buckets overlap a chunk's reduction with its own backward pass, and that of later
+        # chunks overlaps with other chunks' passes anyway.
+        chunk = DistributedDataParallel(transformer, ddp, module, disable_bucketing=bool(chunks))
+        chunk.train()
+        chunks.append(chunk)
+    if ddp.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        transformer.no_sync_func = no_sync if virtual_stages else no_sync[0]
+    transformer.finalize_model_grads_func = (
+        finalize_without_expert_gates if config.model.freeze_expert_gate else finalize_model_grads
+    )
+    return chunks
+
+
+def unwrap(model: torch.nn.Module) -> GPTModel:
+    """The GPT inside its wrappers."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model

@@ -1,0 +1,189 @@
+"""Megatron-Core's optimizer and learning-rate schedule for a run."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
+
+from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.batch_schedule import BatchSchedule
+from megatron_dynmix.config.megatron import optimizer_config
+
+SHARDING_TYPE = "fully_reshardable"
+"""The default cannot be saved from these optimizers, and another one not be loaded into another layout."""
+
+
+def build_optimizer(
+    config: RunConfig, chunks: list[DistributedDataParallel]
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Optimizer and schedule; the schedule counts samples, as Megatron-LM's does."""
+    optimizer = get_megatron_optimizer(optimizer_config(config), chunks)
+    get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
+    for part in _parts(optimizer):
+        # torch's own AdamW keeps a `step` per parameter, which Megatron-Core's checkpoint code forgets
+        if isinstance(part, DistributedOptimizer) and not distrib_optimizer.HAVE_APEX_OR_TE:
+            part._set_main_param_and_optimizer_states = types.MethodType(_set_states_but_step, part)
+    settings, train_iters = config.optimizer, config.training.train_iters
+    assert train_iters is not None, "checked before start"
+    samples_after = BatchSchedule.of(config.training).samples_after
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=samples_after(settings.lr_warmup_iters),
+        lr_decay_steps=samples_after(settings.lr_decay_iters or train_iters),
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=samples_after(train_iters),
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # the configuration decides, also when a run is resumed
+    )
+    return optimizer, scheduler
+
+
+def materialise_state(optimizer: MegatronOptimizer) -> None:
+    """Give parameters that were never stepped their (zero) state, so that every checkpoint has all of it."""
+    for part in _parts(optimizer):
+        part.init_state_fn(part.optimizer, part.config)
+        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            for state in part.optimizer.state.values():
+                state.setdefault("step", torch.tensor(0.0))
+
+
+def sharding_metadata() -> dict[str, Any]:
+    """How to shard; a new mapping each time, as Megatron-Core keeps process groups of the layout in it."""
+    return {
+        "distrib_optim_sharding_type": SHARDING_TYPE,
+        # Only the data-parallel rank that writes gathers the state, instead of all of them.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+    }
+
+
+def optimizer_state(
+    optimizer: MegatronOptimizer, model_state: dict[str, Any], *, loading: bool
+) -> dict[str, Any]:
+    """What a checkpoint holds of the optimizer: the steps done, and per parameter master copy and moments.
+
+    The tensors have the shape and the name of their parameter, whichever optimizer wrote them, so any
+    layout can be loaded into any other, with or without the distributed optimizer. Parameter groups are not
+    among them: the configuration decides those.
+
+    Args:
+        optimizer: with its state materialised.
+        model_state: the model's sharded state dict.
+        loading: whether it is to be loaded into.
+
+    """
+    states = {}
+    for index, part in enumerate(_parts(optimizer)):
+        if isinstance(part, DistributedOptimizer):
+            state = part.sharded_state_dict(model_state, loading, metadata=sharding_metadata())
+            states[index] = state["param_state"]
+        else:
+            states[index] = _whole_state(part, model_state)
+    # A rank that writes nothing of a part has an empty mapping, which Megatron-Core takes for common state.
+    held = {index: state for index, state in states.items() if state}
+    return {"step": _step(optimizer), **({"state": held} if held else {})}
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+    """Take over what was loaded into `optimizer_state`; learning rates stay those of the configuration."""
+    step = loaded["step"]
+    for index, part in enumerate(_parts(optimizer)):
+        state = loaded["state"][index]
+        if isinstance(part, DistributedOptimizer):
+            groups = part.state_dict()["optimizer"]["param_groups"]
+            part.load_state_dict(
+                {
+                    "optimizer": {"param_groups": [{**group, "step": step} for group in groups]},
+                    "param_state": state,
+                    "param_state_sharding_type": SHARDING_TYPE,
+                }
+            )
+        else:
+            _load_whole_state(part, state, step)
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers of dense and of expert parameters, those that have any parameters on this rank."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not part.is_stub_optimizer]
+
+
+def _step(optimizer: MegatronOptimizer) -> int:
+    """Steps done; torch counts them per parameter, Transformer Engine and apex per group."""
+    steps = {0}
+    for part in _parts(optimizer):
+        steps |= {int(state["step"]) for state in part.optimizer.state.values() if "step" in state}
+        steps |= {int(group["step"]) for group in part.optimizer.param_groups if "step" in group}
+    return max(steps)
+
+
+def _mains(part: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Each parameter of the model with the one that is stepped: its master copy, or itself."""
+    if isinstance(part, Float16OptimizerWithFloat16Params):
+        for half, master in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
+            yield from zip(half, master, strict=True)
+        for group in part.fp32_from_fp32_groups:
+            yield from zip(group, group, strict=True)
+    else:
+        for group in part.optimizer.param_groups:
+            yield from zip(group["params"], group["params"], strict=True)
+
+
+def _whole_state(part: MegatronOptimizer, model_state: dict[str, Any]) -> dict[int, Any]:
+    """Of an optimizer that is not sharded, what `DistributedOptimizer.sharded_state_dict` gives of its."""
+    entries, _ = extract_sharded_tensors_and_factories(model_state)
+    entry_of = {entry.data: entry for entry in nested_values(entries)}
+    states = {}
+    for index, (parameter, main) in enumerate(_mains(part)):
+        # a copy, for a model in fp32: two entries of the checkpoint may not be loaded into one tensor
+        tensors = {"param": main.detach().clone(), **part.optimizer.state[main]}
+        states[index] = {
+            name: make_sharded_optimizer_tensor(entry_of[parameter], tensor, f"optimizer.state.{name}")
+            for name, tensor in tensors.items()
+            if name != "step"
+        }
+    return states
+
+
+@torch.no_grad()
+def _load_whole_state(part: MegatronOptimizer, loaded: dict[int, Any], step: int) -> None:
+    for index, (_, main) in enumerate(_mains(part)):
+        state = part.optimizer.state[main]
+        for name, tensor in loaded[index].items():
+            (main if name == "param" else state[name]).copy_(tensor)
+        if "step" in state:
+            state["step"].fill_(step)
+    for group in part.optimizer.param_groups:
+        if "step" in group:
+            group["step"] = step
+
+
+@torch.no_grad()
+def _set_states_but_step(
+    self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Stands in for the method of that name: it looks for a saved `step` per parameter, and there is none."""
+    group, order = self.model_param_group_index_map[model_param]
+    main = self.optimizer.param_groups[group]["params"][order]
+    state = self.optimizer.state[main]
+    state["step"] = state["step"].clone()  # loading gave all parameters the same tensor
+    main.copy_(tensors["param"])
+    for name in state.keys() - {"step"}:
+        state[name].copy_(tensors[name])

@@ -1,0 +1,205 @@
+"""Layouts that can run, where the one asked for cannot: searched among all sizes that divide."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.host import Host
+from megatron_dynmix.errors import InputError
+from megatron_dynmix.plan.layout import Layout, bubble_share, micro_batches
+from megatron_dynmix.plan.memory import StageMemory, memory_by_stage
+
+TENSOR_SIZES = (1, 2, 4, 8)
+"""Tensor-parallel ranks talk in every layer: more than a node's are never worth it."""
+CONTEXT_SIZES = (1, 2, 4, 8)
+LONG_ROWS = 8192
+"""Positions from which context parallelism is proposed to runs that do not ask for it."""
+NODE = 8
+"""Ranks of a node, where all-to-all is cheap."""
+SHOWN = 3
+Check = Callable[[RunConfig, int], None]
+"""Refuses a configuration on a number of ranks: an InputError."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A way to keep fewer activations."""
+
+    flags: str
+    model: dict[str, Any]
+    """Settings of the model section."""
+
+
+SAVINGS = (
+    Saving("", {}),
+    Saving("--bias-activation-fusion", {"bias_activation_fusion": True}),
+    Saving(
+        "--recompute-granularity selective --recompute-modules [moe]",
+        {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    ),
+    Saving(
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        {
+            **{"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+            "recompute_modules": None,
+        },
+    ),
+)
+"""The cheapest first: a fused activation costs nothing, full recomputation a forward pass."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A layout that passes every check."""
+
+    layout: Layout
+    largest: StageMemory
+    bubble: float
+    saving: str
+    """Flags that it needs beside those of the layout."""
+
+    def describe(self) -> str:
+        """Flags, memory and bubble in one line."""
+        layout = self.layout
+        sizes = {
+            **{"tensor-model": layout.tp, "pipeline-model": layout.pp, "context": layout.cp},
+            **{"expert-model": layout.ep, "expert-tensor": layout.etp},
+        }
+        flags = [f"--{name}-parallel-size {size}" for name, size in sizes.items()]
+        flags += ["--sequence-parallel"] if layout.tp > 1 else []
+        flags += [self.saving] if self.saving else []
+        return (
+            f"{' '.join(flags)}  (needs {self.largest.needed / 2**30:.1f} GiB a GPU, stages wait "
+            f"{self.bubble:.0%})"
+        )
+
+
+def propose(
+    config: RunConfig, world_size: int, host: Host, check: Check, gpu_bytes: int | None
+) -> list[Proposal]:
+    """The layout asked for with what makes it fit, then the best few others.
+
+    Among the others: smallest TP, no CP, all-to-all inside a node, short bubbles.
+
+    Args:
+        config: what was asked for; batch, model and precision stay as they are.
+        world_size: ranks.
+        host: what they have.
+        check: what `train` refuses.
+        gpu_bytes: memory that they have; None: any will do.
+
+    """
+
+    def proposal(candidate: RunConfig, saving: str) -> Proposal | None:
+        try:
+            check(candidate, world_size)
+            layout = Layout.of(candidate, world_size)
+            largest = max(memory_by_stage(candidate, layout, host), key=lambda stage: stage.total)
+        except InputError:  # it cannot run, or cannot be reckoned: what was asked for says which
+            return None
+        if gpu_bytes is not None and largest.needed > gpu_bytes:
+            return None
+        return Proposal(layout, largest, bubble_share(layout, micro_batches(candidate, layout)), saving)
+
+    found = []
+    for saving in SAVINGS:
+        if same := proposal(_with_model(config, saving.model), saving.flags):
+            found.append(same)
+            break
+    others = sorted(_sizes(config, world_size), key=lambda sizes: _preference(config, world_size, sizes))
+    for saving in SAVINGS:
+        for sizes in others:
+            if other := proposal(_with_layout(_with_model(config, saving.model), sizes), saving.flags):
+                if other not in found:
+                    found.append(other)
+                if len(found) == SHOWN:
+                    return found
+        if found:
+            break
+    return found
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    tp: int
+    pp: int
+    cp: int
+    ep: int
+
+
+def _sizes(config: RunConfig, world_size: int) -> Iterator[_Sizes]:
+    """All that divide the ranks, the layers and the experts."""
+    layers = int(config.model.megatron["num_layers"])
+    experts = int(config.model.megatron.get("num_moe_experts") or 1)
+    given = config.parallel.size("context_parallel_size")
+    contexts = CONTEXT_SIZES if given > 1 or config.data.seq_length >= LONG_ROWS else (1,)
+    for tp in TENSOR_SIZES:
+        for pp in _divisors(layers):
+            for cp in contexts:
+                for ep in _divisors(experts):
+                    if world_size % (tp * pp * cp) == 0 and world_size % (ep * pp) == 0:
+                        yield _Sizes(tp, pp, cp, ep)
+
+
+def _preference(config: RunConfig, world_size: int, sizes: _Sizes) -> tuple[Any, ...]:
+    batch, each = config.training.global_batch_size or 1, config.training.micro_batch_size
+    dp = world_size // (sizes.tp * sizes.pp * sizes.cp)
+    count = max(batch // (each * dp), 1)
+    bubble = (sizes.pp - 1) / (count + sizes.pp - 1)
+    return (sizes.tp, sizes.cp, sizes.ep > NODE, round(bubble, 2), sizes.ep)
+
+
+def _with_model(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
+    model = {**config.model.megatron, **settings}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, megatron=model))
+
+
+def _with_layout(config: RunConfig, sizes: _Sizes) -> RunConfig:
+    """The run in another layout; what only goes with the pipeline that it had is left out."""
+    parallel = dict(config.parallel.megatron)
+    same_pipeline = sizes.pp == config.parallel.size("pipeline_model_parallel_size")
+    parallel |= {
+        "tensor_model_parallel_size": sizes.tp,
+        "pipeline_model_parallel_size": sizes.pp,
+        "context_parallel_size": sizes.cp,
+        "expert_model_parallel_size": sizes.ep,
+        "expert_tensor_parallel_size": 1,
+        "sequence_parallel": sizes.tp > 1,
+    }
+    model = dict(config.model.megatron)
+    if not same_pipeline:
+        for name in ("virtual_pipeline_model_parallel_size", "overlap_p2p_comm", "batch_p2p_comm"):
+            parallel.pop(name, None)
+        model = {name: value for name, value in model.items() if not name.startswith("num_layers_in_")}
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, megatron=model),
+        parallel=dataclasses.replace(config.parallel, megatron=parallel),
+    )
+
+
+def nearest_world_sizes(config: RunConfig, world_size: int, check: Check) -> list[int]:
+    """Numbers of ranks that the layout asked for can run on: the next below and the next above, if any."""
+    layout = Layout.of(config, world_size)
+    step = math.lcm(layout.tp * layout.pp * layout.cp, layout.etp * layout.ep * layout.pp)
+    multiples = range(step, 2 * max(world_size, step) + 1, step)
+    good = [ranks for ranks in multiples if _passes(config, ranks, check)]
+    below, above = [n for n in good if n < world_size], [n for n in good if n > world_size]
+    return below[-1:] + above[:1]
+
+
+def _passes(config: RunConfig, world_size: int, check: Check) -> bool:
+    try:
+        check(config, world_size)
+    except InputError:
+        return False
+    return True
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

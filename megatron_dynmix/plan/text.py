@@ -1,0 +1,161 @@
+"""A plan as text for a terminal or a log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_dynmix.config.host import Host
+from megatron_dynmix.plan.layout import group_text
+from megatron_dynmix.plan.memory import FRAGMENTATION, OVERHEAD_BYTES, StageMemory, checkpoint_bytes
+from megatron_dynmix.plan.parameters import model_parameters
+from megatron_dynmix.plan.plan import Plan, SourceWork
+from megatron_dynmix.plan.work import tokens_per_iteration
+from megatron_dynmix.records.tables import table
+
+GIB = 2**30
+
+
+def plan_text(plan: Plan) -> str:
+    """Everything, part by part."""
+    parts = [
+        "\n".join(
+            [model_line(plan), f"layout   {plan.layout.describe()}", f"ranks    {host_text(plan.host)}"]
+        ),
+        _groups(plan),
+        _steps(plan),
+        memory_text(plan),
+        _sources(plan),
+        _mixing(plan),
+        *(["\n".join(f"NOT CHECKED HERE: {note}" for note in plan.notes)] if plan.notes else []),
+    ]
+    return "\n\n".join(parts)
+
+
+def model_line(plan: Plan) -> str:
+    """Parameters of the model, in all and for each token, and the size of a checkpoint."""
+    total, active = model_parameters(plan.config), model_parameters(plan.config, active=True)
+    size, model = checkpoint_bytes(plan.config, total), plan.config.model
+    name = model.preset or model.load_hf or "as given"
+    return (
+        f"model    {name}: {count(total)} parameters, {count(active)} active for a token; a checkpoint is "
+        f"{size_text(size)}"
+    )
+
+
+def host_text(host: Host) -> str:
+    """What the ranks have, in words."""
+    if not host.cuda:
+        return "on CPU, over gloo"
+    return "CUDA with Transformer Engine" if host.transformer_engine else "CUDA without Transformer Engine"
+
+
+def memory_text(plan: Plan) -> str:
+    """A line for each pipeline stage; the largest is marked."""
+    header = ["stage", "layers", "parameters", "weights", "gradients", "optimizer", "activations", "total"]
+    rows = [
+        [
+            *(
+                f"{stage.stage}{' (largest)' * (stage is plan.largest and len(plan.memory) > 1)}",
+                stage.layers,
+            ),
+            *(count(stage.parameters.total), size_text(stage.weights), size_text(stage.gradients)),
+            *(size_text(stage.optimizer), size_text(stage.activations.total), size_text(stage.total)),
+        ]
+        for stage in plan.memory
+    ]
+    return f"memory of a rank, by pipeline stage (docs/plan.md has the formulas):\n{table(header, rows)}"
+
+
+def needs_line(stage: StageMemory, host: Host, gpu_bytes: int | None = None) -> str:
+    """What the largest stage needs, and whether a GPU has it."""
+    if not host.cuda:
+        return f"a rank needs about {size_text(stage.total)} of main memory"
+    margin = f"{FRAGMENTATION - 1:.0%} and {size_text(OVERHEAD_BYTES)} for what no formula has"
+    line = f"a GPU needs about {size_text(stage.needed)}: {size_text(stage.total)}, and {margin}"
+    if gpu_bytes is None:
+        return line
+    fits = "fits" if stage.needed <= gpu_bytes else "does not fit"
+    return f"{line}; it {fits} into {size_text(gpu_bytes)}"
+
+
+def _groups(plan: Plan) -> str:
+    rows = [
+        (name, len(groups[0]), len(groups), group_text(groups))
+        for name, groups in plan.layout.groups()
+        if len(groups[0]) > 1
+    ]
+    if not rows:
+        return "groups   every rank is alone"
+    lines = [f"  {name:<10}{size:>6} ranks  {number:>6} x  {ranks}" for name, size, number, ranks in rows]
+    return "\n".join(["groups   (size, how many, the first ones)", *lines])
+
+
+def _steps(plan: Plan) -> str:
+    training = plan.config.training
+    tokens = tokens_per_iteration(plan.config)
+    each = training.micro_batch_size
+    lines = [
+        f"step     {training.global_batch_size} rows = {plan.layout.dp} replicas x {plan.micro_batches} "
+        f"micro-batches x {each}; {tokens:,} tokens"
+    ]
+    if plan.layout.pp > 1:
+        lines.append(f"         pipeline stages wait {plan.bubble:.1%} of it")
+    run_tokens = plan.run_rows * plan.config.data.seq_length
+    lines.append(f"run      {training.train_iters} iterations: {plan.run_rows:,} rows, {run_tokens:,} tokens")
+    return "\n".join(lines)
+
+
+def epochs_table(plan: Plan, sources: Sequence[SourceWork]) -> str:
+    """Rows and tokens of an epoch of each source, and the epochs that the run draws of it."""
+    header = ["source", "rows", "tokens an epoch", "useful", "start weight", "epochs in the run"]
+    length = plan.config.data.seq_length
+    rows = [
+        [
+            *(source.name, f"{source.rows:,}", f"{source.rows * length:,}", f"{source.useful_share:.1%}"),
+            *(f"{source.share:.4f}", f"{plan.epochs(source):.2f}"),
+        ]
+        for source in sources
+    ]
+    return table(header, rows)
+
+
+def _sources(plan: Plan) -> str:
+    known = [source for source in plan.sources.values() if isinstance(source, SourceWork)]
+    lines = [epochs_table(plan, known)] if known else []
+    lines += [
+        f"{name}: rows and epochs unknown until prepared ({why})"
+        for name, why in plan.sources.items()
+        if isinstance(why, str)
+    ]
+    return "\n".join(lines)
+
+
+def _mixing(plan: Plan) -> str:
+    mixing, work = plan.config.mixing, plan.work
+    lines = [f"mixing   {mixing.strategy}: {work.updates} updates, one each {mixing.interval} iterations"]
+    if work.probe_tokens:
+        lines.append(
+            f"         a probe reads {work.probe_tokens:,} positions; all of them are "
+            f"{work.compute_share:.2%} of the run's computing"
+        )
+    elif any(map(any, (chosen.needs for chosen in (mixing.chosen, *mixing.shadows)))):
+        lines.append("         measured while training: no computing beside it")
+    if work.count_bytes:
+        lines.append(f"         counts to reduce for an update: {size_text(work.count_bytes)} a rank")
+    return "\n".join(lines)
+
+
+def count(number: int) -> str:
+    """`46.70 B`, `1.31 M` or the number in full."""
+    for unit, size in (("B", 10**9), ("M", 10**6)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:,}"
+
+
+def size_text(size: int) -> str:
+    """Bytes as GiB, MiB or KiB."""
+    for unit, each in (("GiB", GIB), ("MiB", 2**20)):
+        if size >= each:
+            return f"{size / each:.1f} {unit}"
+    return f"{size / 2**10:.1f} KiB"

@@ -1,0 +1,169 @@
+"""The checkpoints of a running loop: which is being written, which is whole, which is known to be good."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dynmix.checkpoint.checkpoint import TRACKER, Checkpointer, folder_of
+from megatron_dynmix.config import RunConfig
+from megatron_dynmix.convert.hugging_face_export import export
+from megatron_dynmix.errors import TrainingStopped
+from megatron_dynmix.job.agreement import RankFailure
+from megatron_dynmix.records.logline import saved_line, saving_line
+
+
+class Saving:
+    """Saves as the configuration says, and knows what a run may fall back on."""
+
+    def __init__(self, config: RunConfig, checkpointer: Checkpointer, say: Callable[[str], None]) -> None:
+        self.config = config
+        self.checkpointer = checkpointer
+        self.say = say
+        self.newest = checkpointer.newest
+        """Iteration of the newest checkpoint, whole or being written."""
+        self.good = checkpointer.good
+        """Iteration of the newest checkpoint from which an iteration was trained."""
+        if self.good is None and self.newest is not None:
+            self.good = self.newest - 1  # not known: it is older than the one that is resumed from
+
+    def trained(self) -> None:
+        """An iteration was trained from the newest checkpoint."""
+        self.good = self.newest
+
+    def save(
+        self,
+        iteration: int,
+        run_state: dict[str, Any],
+        *,
+        last: bool,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        """Write a checkpoint; beside the training that follows it, if the configuration asks for that.
+
+        Args:
+            iteration: iterations done.
+            run_state: see `Checkpointer.save`.
+            last: whether the run ends with it.
+            before: see `Checkpointer.save`.
+
+        Raises:
+            TrainingStopped: it, or the one before, could not be written.
+
+        """
+        self.settle(wait=True)
+        directory = self.checkpointer.directory
+        self.say(saving_line(iteration, directory, datetime.now()))
+        state = {**run_state, "good": self.good}
+        try:
+            self.checkpointer.save(iteration, state, keep=self.good, before=before)
+        except RankFailure as failure:
+            self._failed(iteration, failure, last=last)
+            return
+        self.newest = iteration
+        if last or not self.config.checkpoint.async_save:
+            self.settle(wait=True, last=last)
+
+    def settle(self, *, wait: bool, last: bool = False) -> None:
+        """See whether what is being written is whole by now; all ranks see the same.
+
+        Args:
+            wait: until it is.
+            last: whether the run ends with it.
+
+        Raises:
+            TrainingStopped: it could not be written.
+
+        """
+        try:
+            iteration = self.checkpointer.finish(wait=wait)
+        except RankFailure as failure:
+            assert self.newest is not None, "something was being written"
+            self._failed(self.newest, failure, last=last)
+            return
+        if iteration is not None:
+            size = self.config.parallel.size
+            tp_size, pp_size = size("tensor_model_parallel_size"), size("pipeline_model_parallel_size")
+            directory = self.checkpointer.directory
+            self.say(saved_line(iteration, directory, datetime.now(), tp_size=tp_size, pp_size=pp_size))
+            self._export(iteration)
+
+    def _export(self, iteration: int) -> None:
+        """Write a checkpoint that is whole for Hugging Face too, if the configuration asks for that.
+
+        Raises:
+            TrainingStopped: it could not be written.
+
+        """
+        save_hf, total = self.config.checkpoint.save_hf, self.config.training.train_iters
+        if save_hf is None or (save_hf == "end" and iteration != total):
+            return
+        checkpoint = folder_of(self.checkpointer.directory, iteration)
+        destination = folder_of(self.checkpointer.directory.parent / "hugging_face", iteration)
+        try:
+            export(checkpoint, destination)
+        except RankFailure as failure:
+            text = (
+                f"{destination} could not be written: {failure} ({_free(self.checkpointer.directory)}). "
+                f"{checkpoint} is whole; `megatron-dynmix convert megatron-to-hf {checkpoint} DIR` makes the "
+                "folder from it"
+            )
+            if iteration == total or self.config.checkpoint.on_save_error == "stop":
+                raise TrainingStopped(text if torch.distributed.get_rank() == 0 else "") from None
+            self.say(f"{text}; the run goes on, as on_save_error is continue")
+            return
+        self.say(f"  successfully saved {destination}")
+
+    def fall_back(self, iteration: int) -> Path | None:
+        """Make the newest good checkpoint the one that is resumed from, as the state of now may be broken.
+
+        Args:
+            iteration: iterations done; a checkpoint of that many is no good one.
+
+        Returns:
+            Its folder; None if there is none.
+
+        Raises:
+            TrainingStopped: the tracker cannot be written.
+
+        """
+        if self.good is None:
+            return None
+        limit = min(self.good, iteration - 1)
+        try:
+            return self.checkpointer.point_at(limit)
+        except RankFailure as failure:
+            text = f"{TRACKER} cannot be written ({failure}): write {limit} into it before --resume"
+            raise TrainingStopped(text if torch.distributed.get_rank() == 0 else "") from None
+
+    def _failed(self, iteration: int, failure: RankFailure, *, last: bool) -> None:
+        whole, directory = self.checkpointer.newest, self.checkpointer.directory
+        self.newest = whole
+        if self.good == iteration:
+            self.good = whole
+        text = (
+            f"the checkpoint of iteration {iteration} could not be written: {failure} ({_free(directory)}). "
+        )
+        if whole is None:
+            text += "No checkpoint was written before"
+        else:
+            text += f"The last good one is {folder_of(directory, whole)}"
+        if last or self.config.checkpoint.on_save_error == "stop":
+            go_on = "" if whole is None else ", and --resume goes on from it"
+            text += f"{go_on}. Make room, or give another --run-dir"
+            raise TrainingStopped(text if torch.distributed.get_rank() == 0 else "")
+        self.say(f"{text}; the run goes on, as on_save_error is continue")
+
+
+def _free(directory: Path) -> str:
+    """What room is left; a disk that is gone does not tell."""
+    try:
+        free = shutil.disk_usage(directory if directory.is_dir() else directory.parent).free / 2**30
+    except OSError as error:
+        return f"the room in {directory} cannot be told: {error.strerror}"
+    return f"{free:.1f} GiB are free in {directory}"

@@ -1,0 +1,218 @@
+"""What a run says before it starts: its configuration, what became of the data, what was changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_dynmix import platform
+from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.batch_schedule import BatchSchedule
+from megatron_dynmix.config.host import Host
+from megatron_dynmix.config.load import to_yaml
+from megatron_dynmix.config.tree import MixingConfig
+from megatron_dynmix.data.prepare.duplicates import read_digests, shared_texts
+from megatron_dynmix.data.prepare.source_report import SourceReport, file_of
+from megatron_dynmix.data.row_text import excerpt, plain, row_text
+from megatron_dynmix.data.rows import PackedRows
+from megatron_dynmix.data.sources import SourceFile, source_files
+from megatron_dynmix.data.tokenizer.base import Tokenizer
+from megatron_dynmix.errors import InputError
+from megatron_dynmix.mixing.example_shares import example_shares
+from megatron_dynmix.plan.plan import Plan, SourceWork
+from megatron_dynmix.plan.text import epochs_table, memory_text, model_line, needs_line
+from megatron_dynmix.records.tables import table
+from megatron_dynmix.training.mix import first_weights, initial_shares
+
+if TYPE_CHECKING:
+    from megatron_dynmix.training.run import Data
+
+SHOWN_LINES = 10
+"""Of a row, at the start of the log."""
+NOTABLE_DROP = 0.1
+"""Share of a source's examples whose loss deserves a line of its own."""
+
+
+def report_start(
+    config: RunConfig,
+    data: Data,
+    tokenizer: Tokenizer,
+    run_dir: Path,
+    changes: Sequence[str],
+    notes: Sequence[str] = (),
+) -> None:
+    """Print everything a user should see once, on one rank.
+
+    Args:
+        config: the resolved configuration.
+        data: what the run reads.
+        tokenizer: what it was made with.
+        run_dir: where everything is written.
+        changes: settings that are not those of the checkpoint.
+        notes: what was found wrong with checkpoints that are not used.
+
+    """
+    print(f"------------------------ arguments ------------------------\n{to_yaml(config).rstrip()}")
+    print("-------------------- end of arguments ---------------------")
+    print(prepared_table(data.reports))
+    for line in shared_lines(list(source_files(config)), config):
+        print(line)
+    print()
+    print(packed_table([*data.train, *data.probe]))
+    print()
+    print(share_table(data.train, initial_shares(config, data.train)))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    print(f"\n{overview(config, data, world_size)}")
+    for line in mix_warnings(config):
+        print(line)
+    print("\nthe beginning of a row, [[what is trained on]] and {{special tokens}} in brackets:")
+    print(excerpt(plain(row_text(data.train[0], 0, tokenizer)), SHOWN_LINES))
+    for note in notes:
+        print(note)
+    for change in changes:
+        print(f"changed since the checkpoint: {change}")
+    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+    print(f"\ntraining on {ranks}; everything is written to {run_dir}:\n{written(config)}\n", flush=True)
+
+
+def overview(config: RunConfig, data: Data, world_size: int) -> str:
+    """Model, layout, epochs of each source and memory, as `plan` reckons them."""
+    sources = {
+        source.name: SourceWork(
+            name=source.name,
+            rows=len(source),
+            useful_share=source.packing_report.useful_token_share,
+            share=float(share),
+        )
+        for source, share in zip(data.train, first_weights(config, data.train), strict=True)
+    }
+    here = platform.start()
+    host = Host(cuda=here.device.type == "cuda", transformer_engine=here.transformer_engine)
+    rows = BatchSchedule.of(config.training).samples_after(config.training.train_iters or 0)
+    try:
+        plan = Plan.of(config, world_size, host, run_rows=rows, sources=sources)
+    except InputError as error:  # a model that can be trained, but not reckoned
+        return f"memory unknown: {error}"
+    needs = needs_line(plan.largest, host)
+    lines = [model_line(plan), f"layout   {plan.layout.describe()}", epochs_table(plan, [*sources.values()])]
+    return "\n".join([*lines, memory_text(plan), needs])
+
+
+def written(config: RunConfig) -> str:
+    """What a run writes into its directory, and beside it."""
+    every = config.checkpoint.save_interval
+    when = f"every {every} iterations and at the end" if every else "at the end"
+    places = {
+        "config.yaml": "this configuration",
+        "mixing.jsonl": "every update of the weights",
+        "metrics.jsonl": "losses, throughput",
+        "ledger.jsonl": "what was drawn",
+        "tensorboard/": "the same as curves",
+        "checkpoints/": when,
+        config.data.prepared_dir: "prepared sources, packings (not in the run's directory)",
+    }
+    return "\n".join(f"  {name:<14}  {what}" for name, what in places.items())
+
+
+def prepared_table(reports: Sequence[SourceReport]) -> str:
+    """What became of each input's examples; the first broken rows by file and line."""
+    header = [
+        *("source", "examples", "tokens", "trained", "mean length", "longest"),
+        *("broken", "untrained", "duplicates", "split", "held out"),
+    ]
+    rows = [
+        [
+            *(report.name, report.examples, report.tokens, report.trained_tokens),
+            *(f"{report.mean_length:.1f}", report.max_length, report.broken, report.untrained),
+            *(report.duplicates, report.split, report.held_out),
+        ]
+        for report in reports
+    ]
+    broken = [f"  broken: {line}" for report in reports for line in report.first_broken]
+    return "\n".join([table(header, rows), *broken])
+
+
+def shared_lines(files: Sequence[SourceFile], config: RunConfig) -> list[str]:
+    """A line for each two inputs that have texts in common, from the digests beside their prepared files."""
+    digests = [read_digests(file_of(file.prefix(config), "digests")) for file in files]
+    lines = []
+    for shared in shared_texts(digests):
+        first, second = files[shared.first], files[shared.second]
+        texts = "1 text stands" if shared.texts == 1 else f"{shared.texts} texts stand"
+        why = "that much of their gate loads is alike for no other reason"
+        if first.is_probe != second.is_probe:
+            why = "what is trained on is not held out, so its gate loads and losses mislead"
+        lines.append(f"WARNING: {texts} in both {first.label} and {second.label}: {why}")
+    return lines
+
+
+def mix_warnings(config: RunConfig) -> list[str]:
+    """A line for each setting with which the strategy changes weights late, or never."""
+    mixing, lines = config.mixing, late_changes(config.mixing)
+    if not any(mixing.chosen.needs):
+        return lines
+    if config.training.train_iters is not None and mixing.interval >= config.training.train_iters:
+        lines.append(
+            f"WARNING: the first weight update is due after iteration {mixing.interval}, the run ends at "
+            f"{config.training.train_iters}: its weights will never change; give a shorter --interval"
+        )
+    idle = [name for name, source in config.data.sources.items() if source.weight == 0]
+    if idle and mixing.signal == "train":
+        lines.append(
+            f"WARNING: {', '.join(idle)} begin with weight 0, so training measures nothing of them, and no "
+            "weight can change; give them a small weight, or --signal probe"
+        )
+    return lines
+
+
+def late_changes(mixing: MixingConfig) -> list[str]:
+    """A line if a plan made beforehand is to change weights where there is no update."""
+    points: dict[str, list[int]] = {
+        "schedule": [point[0] for point in mixing.schedule or ()],
+        "sequential": [mixing.options.get("every", 0)],
+    }
+    late = [point for point in points.get(mixing.strategy, ()) if point % mixing.interval]
+    if not late:
+        return []
+    return [
+        f"WARNING: {mixing.strategy} is to change the weights at {', '.join(map(str, late))}, between two "
+        f"updates (--interval {mixing.interval}); they will change at the update that follows"
+    ]
+
+
+def share_table(rows: Sequence[PackedRows], row_shares_D: NDArray[np.float64]) -> str:
+    """What the sources' weights mean before a strategy changes them: of the rows, and of the examples."""
+    per_row_D = np.array([source.mean_examples_per_row for source in rows])
+    shares = zip(rows, per_row_D, row_shares_D, example_shares(row_shares_D, per_row_D), strict=True)
+    lines = [
+        [source.name, f"{per_row:.2f}", f"{of_rows:.4f}", f"{of_examples:.4f}"]
+        for source, per_row, of_rows, of_examples in shares
+    ]
+    return table(["source", "examples a row", "share of rows", "share of examples"], lines)
+
+
+def packed_table(sources: Sequence[PackedRows]) -> str:
+    """What became of each source's examples when they were packed, and a line where many were lost."""
+    header = ["source", "rows", "examples", "over-long dropped", "truncated", "untrained", "useful tokens"]
+    reports = [(rows.name, rows.packing_report) for rows in sources]
+    lines = [
+        [
+            *(name, report.rows, report.examples, report.dropped_overlong, report.truncated),
+            *(report.untrained, f"{report.useful_token_share:.3f}"),
+        ]
+        for name, report in reports
+    ]
+    notes = []
+    for name, report in reports:
+        lost = report.dropped_overlong / (report.examples + report.dropped_overlong + report.untrained)
+        if lost > NOTABLE_DROP:
+            notes.append(
+                f"WARNING: {lost:.0%} of the examples of {name} are longer than seq_length and were dropped; "
+                "raise --seq-length, or keep their beginning with --overlong truncate"
+            )
+    return "\n".join([table(header, lines), *notes])

@@ -1,0 +1,184 @@
+"""Whether weights follow from what was measured: the mixing controller, asked again from the records.
+
+Axes: D sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from megatron_dynmix.config.strategies import is_own
+from megatron_dynmix.mixing.controller import Decision, MixingController
+from megatron_dynmix.mixing.override import Override
+from megatron_dynmix.mixing.strategy import Signal
+from megatron_dynmix.records.ledger import StageLine
+from megatron_dynmix.records.measured import measured_from_json
+from megatron_dynmix.records.update_record import KEPT, update_record
+from megatron_dynmix.training.mix import controller_of, for_strategy
+from megatron_dynmix.training.source_change import SourceChange
+from megatron_dynmix.verify.not_proven import TOLERANCE, NotProven
+from megatron_dynmix.verify.records import Record
+
+COMPARED = ("distance", "delta", "delta_error", "new_weights", "load")
+"""Numbers of an update that its replay gives again."""
+
+
+class RuleReplay:
+    """The controller of a run, from its start on, by the settings and signals on record.
+
+    A strategy of the user's own is not run: its code is not part of the record.
+    """
+
+    def __init__(self, start: StageLine, where: str, notes: list[str]) -> None:
+        """Choose the first weights again.
+
+        Args:
+            start: the line of the run's first stage.
+            where: what to call it.
+            notes: what a reader must know is added to them, here and by `check`.
+
+        Raises:
+            NotProven: they are not those of the first stage.
+
+        """
+        self._notes = notes
+        self._line = start
+        self._state: Mapping[str, Any] | None = None
+        self._say_own(start)
+        if is_own(start.mixing.strategy):
+            return
+        try:
+            controller = self._controller(start, start.begin["weights"])
+            told = _signal(start, start.begin, drawn_D=start.cursor.drawn_D)
+            decision = controller.start(told)
+        except (KeyError, TypeError, ValueError) as error:
+            raise NotProven(f"{where}: the first weights cannot be chosen again: {error}") from None
+        if not np.abs(decision.weights_D - np.array(start.weights)).max() <= TOLERANCE:
+            raise NotProven(
+                f"{where}: the first weights are {list(start.weights)}; the settings on record give "
+                f"{decision.weights_D.tolist()}"
+            )
+        self._state = controller.state_dict()
+
+    def check(self, record: Record, line: StageLine, last: StageLine) -> bool:
+        """Ask for an update again; returns whether it could be.
+
+        Args:
+            record: of `mixing.jsonl`.
+            line: the stage that it began.
+            last: the stage before.
+
+        Raises:
+            NotProven: what was measured does not give what is on record.
+
+        """
+        where = f"mixing.jsonl, iteration {line.iteration}"
+        if record.get("signal") is None:
+            if list(line.weights) != list(last.weights) or not str(record.get("note")).startswith(KEPT):
+                raise NotProven(
+                    f"{where}: the weights changed, but nothing is recorded that they could follow from"
+                )
+            return True
+        self._say_own(line)
+        if is_own(line.mixing.strategy) or self._state is None:
+            self._state = None  # nothing that follows is known from the start on
+            return False
+        try:
+            decision, controller = self._decide(record, line, last)
+        except (KeyError, TypeError, ValueError) as error:
+            raise NotProven(f"{where}: the update cannot be made again: {error}") from None
+        self._compare(record, decision, controller, line, where)
+        self._state, self._line = controller.state_dict(), line
+        return True
+
+    def change_sources(self, change: SourceChange, line: StageLine) -> None:
+        """Go on with other sources, as the run did."""
+        if self._state is not None:
+            self._state = change.carry_controller(self._state, list(line.weights))
+        self._line = line
+
+    def _say_own(self, line: StageLine) -> None:
+        """Note what is not replayed, once: a resumed run may bring other strategies."""
+        found = [f"shadow {shadow.label}" for shadow in line.mixing.shadows if shadow.own]
+        if is_own(line.mixing.strategy):
+            found.append(f"strategy {line.mixing.strategy}")
+        for what in found:
+            note = f"{what} is the user's own: it was not replayed"
+            if note not in self._notes:
+                self._notes.append(note)
+
+    def _controller(self, line: StageLine, weights: Any) -> MixingController:
+        own = {shadow.label for shadow in line.mixing.shadows if shadow.own}
+        return controller_of(
+            line.mixing,
+            line.resolved,
+            line.sources.names,
+            np.array(line.sources.sizes, np.int64),
+            np.array(weights, np.float64),
+            without=own,
+        )
+
+    def _decide(self, record: Record, line: StageLine, last: StageLine) -> tuple[Decision, MixingController]:
+        assert self._state is not None
+        controller = self._controller(line, last.weights)
+        state = for_strategy(self._state, self._line.mixing.strategy, line.mixing.strategy)
+        controller.load_state_dict({**state, "weights": list(last.weights)})
+        said = record.get("override")
+        override = None if said is None else Override(weights=said["weights"], pause=tuple(said["pause"]))
+        signal = _signal(line, record["signal"], drawn_D=line.cursor.drawn_D)
+        return controller.update(signal, override), controller
+
+    def _compare(
+        self,
+        record: Record,
+        decision: Decision,
+        controller: MixingController,
+        line: StageLine,
+        where: str,
+    ) -> None:
+        """Everything that the record says and the replay gives."""
+        size_D = np.array(line.sources.sizes)
+        again = update_record(
+            controller,
+            decision,
+            iteration=line.iteration,
+            consumed_samples=line.cursor.sample,
+            old_D=decision.weights_D,
+            new_D=decision.weights_D,
+            tokens_D=size_D,
+            rows_D=line.cursor.drawn_D,
+            size_D=size_D,
+            seconds={},
+        )
+        replayed = {name: again[name] for name in COMPARED}
+        recorded = {name: record.get(name) for name in COMPARED}
+        for label, weights in again["shadow"].items():
+            replayed[f"shadow {label}"] = weights
+            recorded[f"shadow {label}"] = record.get("shadow", {}).get(label)
+        for name, value in replayed.items():
+            if not _equal(recorded[name], value):
+                raise NotProven(f"{where}: {name} does not follow from the recorded signal and old weights")
+        if list(record.get("events", ())) != again["events"]:
+            raise NotProven(
+                f"{where}: events are {record.get('events')}; guardrails and override do {again['events']}"
+            )
+
+
+def _signal(line: StageLine, told: Mapping[str, Any], *, drawn_D: np.ndarray) -> Signal:
+    return measured_from_json(
+        told,
+        iteration=line.iteration,
+        size_D=np.array(line.sources.sizes, np.int64),
+        drawn_D=drawn_D,
+        seed=line.seed,
+    )
+
+
+def _equal(recorded: Any, replayed: Any) -> bool:
+    if recorded is None or replayed is None:
+        return recorded is replayed
+    mine, theirs = np.array(replayed, np.float64), np.array(recorded, np.float64)
+    return mine.shape == theirs.shape and bool(np.abs(mine - theirs).max() <= TOLERANCE)

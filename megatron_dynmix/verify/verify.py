@@ -1,0 +1,310 @@
+"""Whether a run drew what its weights call for, and whether its weights follow from what was measured.
+
+Everything is drawn again from the ledger's stages, from sample 0 on, and compared line by line. The first
+thing that does not agree ends the proof. Axes: D sources, E experts.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_dynmix.data.blend import Cursor, advance
+from megatron_dynmix.errors import InputError
+from megatron_dynmix.mixing.weights import check_weights
+from megatron_dynmix.records.ledger import StageLine
+from megatron_dynmix.training.source_change import SourceChange
+from megatron_dynmix.verify.not_proven import TOLERANCE, NotProven
+from megatron_dynmix.verify.records import Record, RunRecords, read_run, stage_line
+from megatron_dynmix.verify.replay import Replay
+from megatron_dynmix.verify.rule import RuleReplay
+from megatron_dynmix.verify.verdict import Verdict
+
+
+def verify(run_dir: Path) -> Verdict:
+    """Prove a run from its directory alone.
+
+    Raises:
+        InputError: it is no run directory, or its files are incomplete.
+
+    """
+    return verify_records(read_run(run_dir))
+
+
+def verify_records(records: RunRecords) -> Verdict:
+    """Prove a run from its records.
+
+    Raises:
+        InputError: a line of the ledger that no run wrote.
+
+    """
+    proof = _Proof(records)
+    try:
+        proof.run()
+    except NotProven as failure:
+        proof.verdict.failure = str(failure)
+    proof.finish()
+    return proof.verdict
+
+
+class _Proof:
+    """One pass over the ledger with the replay beside it."""
+
+    def __init__(self, records: RunRecords) -> None:
+        self.records = records
+        self.verdict = Verdict()
+        self.stages: list[StageLine] = []
+        self.replay: Replay | None = None
+        self._updates = sorted(records.mixing)
+        self._checkpoint_done = records.state is None
+        if records.state is None:
+            self.verdict.notes.append(records.checkpoint)
+
+    def run(self) -> None:
+        last = self.records.ledger[-1]["iteration"]
+        for before, after in pairwise(self.records.ledger):
+            if after["iteration"] < before["iteration"]:
+                raise NotProven(
+                    f"ledger.jsonl: iteration {after['iteration']} comes after {before['iteration']}: lines "
+                    "were exchanged"
+                )
+        for number, record in enumerate(self.records.ledger, start=1):
+            where, iteration = f"ledger.jsonl:{number}", record["iteration"]
+            self._check_checkpoint(before=iteration)
+            self._refuse_unmatched_updates(before=iteration)
+            if number == 1:
+                self._begin(record, where)
+            elif record.get("kind") == "samples":
+                self._check_samples(record, where)
+            else:
+                self._check_stage(
+                    stage_line(record, where), where, is_last=number == len(self.records.ledger)
+                )
+        self._check_checkpoint(before=None)
+        self._refuse_unmatched_updates(before=last + 1)
+        if self._updates:
+            self.verdict.notes.append(
+                f"mixing.jsonl goes on to iteration {self._updates[-1]}, the ledger does not"
+            )
+        beyond = [
+            samples for samples in self.records.consumed_samples.values() if samples > self.verdict.samples
+        ]
+        if self.records.skipped_iterations:
+            self.verdict.notes.append(
+                f"{self.records.skipped_iterations} iterations changed no parameter (skipped_iterations in "
+                "metrics.jsonl); their rows count as drawn"
+            )
+        if beyond:
+            self.verdict.notes.append(f"metrics.jsonl goes on to sample {max(beyond)}, the ledger does not")
+
+    def finish(self) -> None:
+        """Fill in what was drawn, as far as the replay came."""
+        if self.replay is None:
+            return
+        cursor = self.replay.cursor
+        self.replay.settle()
+        self.verdict.tallies = [*self.replay.retired, *self.replay.tallies]
+        self.verdict.worst_stray = self.replay.worst_stray
+        self.verdict.worst_owed = float(np.abs(cursor.owed_D).max())
+        bad = [tally.name for tally in self.verdict.tallies if tally.lost or tally.repeated]
+        if bad and self.verdict.proven:
+            self.verdict.failure = f"rows of {', '.join(bad)} were lost or repeated within an epoch"
+
+    def _begin(self, record: Record, where: str) -> None:
+        line = stage_line(record, where) if record.get("why") == "start" else None
+        if line is None or line.cursor.sample or line.cursor.drawn_D.any() or line.cursor.owed_D.any():
+            raise NotProven(f"{where} is not the start of a run: a line is missing or was changed")
+        self._check_shares(line, where)
+        self.stages.append(line)
+        self.replay = Replay(line)
+        self._rule = RuleReplay(line, where, self.verdict.notes)
+
+    def _check_shares(self, line: StageLine, where: str) -> None:
+        try:
+            check_weights(line.weights, len(line.weights))
+        except ValueError as error:
+            raise NotProven(f"{where}: {error}") from None
+
+    def _check_samples(self, record: Record, where: str) -> None:
+        """The digest of what was trained on is that of what the stages call for."""
+        assert self.replay is not None
+        verdict, iteration = self.verdict, record["iteration"]
+        try:
+            first, consumed = int(record["first_sample"]), int(record["consumed_samples"])
+            digest = int(record["digest"], 16)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{where} is no line of a ledger ({type(error).__name__}: {error})") from None
+        if first != verdict.samples:
+            raise NotProven(
+                f"{where} goes on from sample {first}, but the lines before end at {verdict.samples}: one is "
+                "missing or was changed"
+            )
+        if (
+            consumed != self.records.consumed_samples.get(iteration, consumed)
+            or consumed < self.replay.sample
+        ):
+            raise NotProven(
+                f"{where} says {consumed} samples were consumed after iteration {iteration}; metrics.jsonl "
+                "or the stages before say another number"
+            )
+        self.replay.go_to(consumed)
+        if self.replay.digest != digest:
+            raise NotProven(
+                f"{where}: the samples {first} to {consumed - 1} that were trained on are not those that the "
+                f"stages call for (digest {digest:016x}, replayed {self.replay.digest:016x})"
+            )
+        self.replay.digest = 0
+        verdict.samples, verdict.iteration = consumed, iteration
+
+    def _check_stage(self, line: StageLine, where: str, *, is_last: bool) -> None:
+        assert self.replay is not None
+        last = self.stages[-1]
+        start = line.cursor.sample
+        if start < self.replay.sample:
+            raise NotProven(
+                f"{where} begins at sample {start}, before what was drawn already: stages were exchanged or "
+                "changed"
+            )
+        if (line.seed, line.chunk_size) != (last.seed, last.chunk_size):
+            raise NotProven(f"{where} has another seed or chunk size than the stages before")
+        self._check_shares(line, where)
+        if line.why == "update":
+            self._check_update(line, last, where, is_last=is_last)
+        elif line.why == "sources changed":
+            if start != self._expected_sample(line.iteration - 1, start):
+                raise NotProven(f"{where} begins at sample {start}, which is not where the run was resumed")
+            self.replay.go_to(start)
+            self._change_sources(line, last, where)
+        else:
+            raise NotProven(f"{where} says why it began with {line.why!r}, which only the first line may")
+        self.stages.append(line)
+
+    def _expected_sample(self, iteration: int, default: int) -> int:
+        return self.records.consumed_samples.get(iteration, default)
+
+    def _check_update(self, line: StageLine, last: StageLine, where: str, *, is_last: bool) -> None:
+        assert self.replay is not None
+        iteration, start = line.iteration, line.cursor.sample
+        if line.sources != last.sources:
+            raise NotProven(f"{where} has other sources than the stage before")
+        record = self.records.mixing.get(iteration)
+        if record is None:
+            if not is_last or any(update > iteration for update in self._updates):
+                raise NotProven(f"{where}: mixing.jsonl has no update after iteration {iteration}")
+            self.verdict.notes.append(
+                f"the update after iteration {iteration} is not in mixing.jsonl: not proven"
+            )
+        elif record.get("consumed_samples") != start or start != self._expected_sample(iteration, start):
+            raise NotProven(
+                f"{where} begins at sample {start}; mixing.jsonl or metrics.jsonl say another one for "
+                f"iteration {iteration}"
+            )
+        self.replay.go_to(start)
+        self._check_cursor(line.cursor, self.replay.cursor, where)
+        if record is not None:
+            self._updates.remove(iteration)
+            check_record(record, line, last, self.replay.cursor)
+            if self._rule.check(record, line, last):
+                self.verdict.updates += 1
+        self.replay.begin_stage(line)
+
+    def _change_sources(self, line: StageLine, last: StageLine, where: str) -> None:
+        assert self.replay is not None
+        sources = line.sources
+        change = SourceChange.between(last.sources, sources.names, sources.fingerprints, sources.sizes)
+        cursor = change.cursor(self.replay.cursor)
+        if change.after != sources:
+            raise NotProven(f"{where}: the sources do not go on from those before (sizes or shuffle ids)")
+        self._check_cursor(line.cursor, cursor, where)
+        weights_D = np.array(line.weights)
+        if np.abs(change.weights_D(last.weights, weights_D) - weights_D).max() > TOLERANCE:
+            raise NotProven(f"{where}: sources that stayed did not keep the proportion of their weights")
+        self._rule.change_sources(change, line)
+        same_D = [
+            old if unchanged else None
+            for old, unchanged in zip(change.old_index_D, change.unchanged_D, strict=True)
+        ]
+        self.replay.change_sources(line, cursor, same_D)
+        self.verdict.notes.append(f"the sources changed at sample {cursor.sample}: {'; '.join(line.changes)}")
+
+    def _check_cursor(self, recorded: Cursor, replayed: Cursor, where: str) -> None:
+        for what in ("drawn_D", "owed_D"):
+            mine, theirs = getattr(replayed, what), getattr(recorded, what)
+            if not np.array_equal(mine, theirs):
+                raise NotProven(
+                    f"{where}: rows {what.removesuffix('_D')} of the sources at sample {recorded.sample} are "
+                    f"{theirs.tolist()}, replayed {mine.tolist()}"
+                )
+
+    def _refuse_unmatched_updates(self, *, before: int) -> None:
+        for iteration in self._updates:
+            if iteration < before and iteration <= self.records.ledger[-1]["iteration"]:
+                raise NotProven(
+                    f"mixing.jsonl has an update after iteration {iteration}, the ledger has no stage"
+                )
+
+    def _check_checkpoint(self, *, before: int | None) -> None:
+        """The newest checkpoint stands where the replay stands after its iteration."""
+        state = self.records.state
+        if self._checkpoint_done or (
+            before is not None and state is not None and state["iteration"] >= before
+        ):
+            return
+        self._checkpoint_done = True
+        assert state is not None
+        where = self.records.checkpoint
+        if self.replay is None:
+            return
+        try:
+            self._compare_state(state, where)
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise InputError(
+                f"the run state of {where} is incomplete ({type(error).__name__}: {error})"
+            ) from None
+        if before is None:  # it stands beyond the ledger: the digest it holds has proven the rest
+            self.verdict.samples, self.verdict.iteration = state["consumed_samples"], state["iteration"]
+
+    def _compare_state(self, state: Record, where: str) -> None:
+        assert self.replay is not None
+        blend, consumed, drawn = state["mixing"]["blend"], state["consumed_samples"], state["drawn_samples"]
+        stages = [[line.cursor.sample, list(line.weights)] for line in self.stages]
+        if blend["stages"] != stages:
+            count = len(blend["stages"])
+            what = f"it has {count}, the ledger {len(stages)}" if count != len(stages) else "they differ"
+            raise NotProven(f"{where}: its stages are not those of the ledger: {what}")
+        if drawn["first_sample"] != self.verdict.samples or consumed < self.replay.sample:
+            raise NotProven(
+                f"{where} stands at sample {consumed} and knows a ledger up to {drawn['first_sample']}, but "
+                f"it ends at {self.verdict.samples}: lines are missing"
+            )
+        saved = Cursor.of_state(blend)
+        there = advance(saved, np.array(self.stages[-1].weights), blend["chunk_size"], consumed)
+        self.replay.go_to(consumed)
+        self._check_cursor(there, self.replay.cursor, where)
+        if int(drawn["digest"], 16) != self.replay.digest:
+            raise NotProven(
+                f"{where}: the samples {drawn['first_sample']} to {consumed - 1} that were trained on are "
+                "not those that the stages call for"
+            )
+        if blend["shuffle_ids"] != list(self.stages[-1].sources.shuffle_ids):
+            raise NotProven(f"{where}: its shuffle ids are not those of the ledger")
+
+
+def check_record(record: Record, line: StageLine, last: StageLine, cursor: Cursor) -> None:
+    """An update's record agrees with its stage and with what was drawn before it."""
+    expected: dict[str, list[Any]] = {
+        "sources": list(line.sources.names),
+        "old_weights": list(last.weights),
+        "new_weights": list(line.weights),
+        "rows": cursor.drawn_D.tolist(),
+        "epochs": (cursor.drawn_D / np.array(line.sources.sizes)).tolist(),
+    }
+    for name, value in expected.items():
+        if record.get(name) != value:
+            raise NotProven(
+                f"mixing.jsonl, iteration {line.iteration}: {name} is {record.get(name)}; the ledger and its "
+                f"replay say {value}"
+            )
