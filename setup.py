@@ -16,7 +16,10 @@ setup(
     description="Dynamic data mixing for Mixture-of-Experts fine-tuning, built into Megatron-Core",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_dynmix", "megatron_dynmix.*"]),
-    package_data={"megatron_dynmix.commands": ["*.j2"], "megatron_dynmix.report": ["*.html", "*.css", "*.js"]},
+    package_data={
+        "megatron_dynmix.commands": ["*.j2"],
+        "megatron_dynmix.report": ["*.html", "*.css", "*.js"],
+    },
     # megatron-core 0.16.1 has wheels for 3.10 to 3.13 only, and its source distribution needs a compiler
     python_requires=">=3.10,<3.14",
     install_requires=[

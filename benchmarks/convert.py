@@ -27,11 +27,11 @@ platform.start()
 
 import torch  # noqa: E402  the platform comes before Megatron-Core
 
+from megatron_dynmix.convert.export_hf import megatron_to_hf  # noqa: E402
 from megatron_dynmix.convert.families import weight_map  # noqa: E402
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder  # noqa: E402
-from megatron_dynmix.convert.hf_to_megatron import hf_to_megatron  # noqa: E402
+from megatron_dynmix.convert.import_hf import hf_to_megatron  # noqa: E402
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint  # noqa: E402
-from megatron_dynmix.convert.megatron_to_hf import megatron_to_hf  # noqa: E402
 from megatron_dynmix.convert.staging import Staging  # noqa: E402
 from megatron_dynmix.convert.tensors import AsHuggingFace  # noqa: E402
 from megatron_dynmix.convert.to_hugging_face import write_weights  # noqa: E402

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dynmix import __version__
 from megatron_dynmix.commands.compare import compare_arguments, evaluate_arguments, run_compare, run_evaluate
-from megatron_dynmix.commands.convert_command import convert_arguments, run_convert
+from megatron_dynmix.commands.convert import convert_arguments, run_convert
 from megatron_dynmix.commands.doctor import doctor_arguments, run_doctor
 from megatron_dynmix.commands.launch import join_srun, launch_arguments, run_launch
 from megatron_dynmix.commands.prepare import prepare_arguments, run_prepare
@@ -289,7 +289,7 @@ def _start_ranks(
 
     platform.start()
     from megatron_dynmix.config.load import load_config
-    from megatron_dynmix.convert.hugging_face_export import check_save_hf
+    from megatron_dynmix.convert.export_hf import check_save_hf
     from megatron_dynmix.job.launch import launch_ranks
     from megatron_dynmix.training import run
     from megatron_dynmix.training.resume import begins, check_resume, check_run_dir

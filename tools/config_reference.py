@@ -2,8 +2,9 @@
 
     python tools/config_reference.py docs/configuration.md
 
-Names, types, defaults and meanings are those of `config/tree.py`, `config/mixing.py` and the strategies; of
-Megatron-Core's fields, names, types and defaults. What can not be set is listed with the reason.
+Names, types, defaults and meanings are those of `config/run_config.py` and the strategies; of
+Megatron-Core's fields, names, types and defaults. What can not be set is listed
+with the reason.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmix import platform
+from megatron_dynmix.config import run_config as tree
 from megatron_dynmix.config import settings as leaves
-from megatron_dynmix.config import tree
 from megatron_dynmix.mixing.strategies.table import STRATEGIES
 
 HEAD = """# Configuration reference

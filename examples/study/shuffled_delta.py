@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_dynmix.mixing.strategies.gate_load import GateLoad
 from megatron_dynmix.mixing.strategy import Proposal, Signal
-from megatron_dynmix.mixing.update import reweight
+from megatron_dynmix.mixing.weights import reweight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

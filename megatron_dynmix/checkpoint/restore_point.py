@@ -12,8 +12,15 @@ from pathlib import Path
 
 import torch
 
-from megatron_dynmix.checkpoint.checkpoint import TRACKER, folder_of, read_run_state, saved_iterations
-from megatron_dynmix.checkpoint.checksums import Damaged, check_contents, check_sizes, read_checksums
+from megatron_dynmix.checkpoint.folder import (
+    TRACKER,
+    check_contents,
+    check_sizes,
+    folder_of,
+    read_checksums,
+    saved_iterations,
+)
+from megatron_dynmix.checkpoint.run_state import Damaged, read_run_state
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.job.agreement import first_failure
 

@@ -29,7 +29,7 @@ from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveSt
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from megatron_dynmix.checkpoint.checksums import Checksum, checksum
+from megatron_dynmix.checkpoint.folder import Checksum, checksum
 from megatron_dynmix.job.agreement import together
 
 BACKEND = ("torch_dist", 1)

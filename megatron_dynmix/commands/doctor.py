@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dynmix.doctor.finding import Finding, good, problem, warning
+from megatron_dynmix.doctor.checks import Finding, good, problem, warning
 from megatron_dynmix.errors import EXIT_FAILED, InputError
 
 if TYPE_CHECKING:  # `--help` must not wait for torch
@@ -36,10 +36,8 @@ def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     """
     if rest and arguments.run_yaml is None:
         raise InputError(f"{' '.join(rest)}: settings are flags only beside a RUN.yaml")
-    from megatron_dynmix.doctor.devices import check_devices
-    from megatron_dynmix.doctor.job import check_job
+    from megatron_dynmix.doctor.checks import check_devices, check_job, check_packages
     from megatron_dynmix.doctor.machine import look
-    from megatron_dynmix.doctor.packages import check_packages
     from megatron_dynmix.doctor.ranks import check_ranks
 
     machine = look()

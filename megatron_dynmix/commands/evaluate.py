@@ -18,15 +18,17 @@ from torch.utils.data import default_collate
 
 from megatron_dynmix import platform
 from megatron_dynmix.checkpoint import restore_point
-from megatron_dynmix.checkpoint.checkpoint import Checkpointer, read_run_state, write_atomically
+from megatron_dynmix.checkpoint.checkpointer import Checkpointer
+from megatron_dynmix.checkpoint.run_state import read_run_state
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.config.megatron import STAGE_SETTINGS
-from megatron_dynmix.config.tree import ParallelConfig
+from megatron_dynmix.config.run_config import ParallelConfig
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.sources import build_rows, prepare_sources, source_files
 from megatron_dynmix.data.tokenizer.base import Tokenizer, load_tokenizer
 from megatron_dynmix.errors import CommandFailed, InputError
+from megatron_dynmix.files import write_atomically
 from megatron_dynmix.model.optimizer import build_optimizer
 from megatron_dynmix.training.answers import check_answers
 from megatron_dynmix.training.run import build_runner, join_job

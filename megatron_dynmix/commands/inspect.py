@@ -11,10 +11,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.batch_schedule import BatchSchedule
-from megatron_dynmix.config.check_data import check_data
+from megatron_dynmix.config.check import check_data
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.data.blend import chunks_until, rows_of
-from megatron_dynmix.data.prepare.source_report import SourceReport, load_report
+from megatron_dynmix.data.prepare.report import SourceReport, load_report
 from megatron_dynmix.data.row_text import Span, border, example_text, row_text
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.sources import build_blend, build_rows, prepared_sources, source_files
@@ -22,7 +22,7 @@ from megatron_dynmix.data.tokenizer.base import Tokenizer, load_tokenizer
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.records.jsonl import read_records
 from megatron_dynmix.records.ledger import StageLine
-from megatron_dynmix.training.mix import first_weights
+from megatron_dynmix.training.mix_setup import first_weights
 from megatron_dynmix.training.resume import identity
 from megatron_dynmix.training.source_change import SourceSet, fingerprint
 from megatron_dynmix.verify.records import Record, stage_line

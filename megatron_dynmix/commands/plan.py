@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 from megatron_dynmix import platform
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.batch_schedule import BatchSchedule
-from megatron_dynmix.config.check import check_settings, check_tokenizer
-from megatron_dynmix.config.check_data import check_files
+from megatron_dynmix.config.check import check_files, check_settings, check_tokenizer
 from megatron_dynmix.config.host import Host, check_host, without_unmet
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.config.megatron import moe_layers
-from megatron_dynmix.config.tree import HUB
-from megatron_dynmix.convert.hugging_face import check_load_hf
+from megatron_dynmix.config.run_config import HUB
+from megatron_dynmix.convert.import_hf import check_load_hf
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.sources import build_rows, prepared_sources
 from megatron_dynmix.data.tokenizer.base import Tokenizer, load_tokenizer
@@ -28,7 +27,7 @@ from megatron_dynmix.plan.parameters import transformer_here
 from megatron_dynmix.plan.plan import Plan, SourceWork
 from megatron_dynmix.plan.proposals import nearest_world_sizes, propose
 from megatron_dynmix.plan.text import needs_line, plan_text, size_text
-from megatron_dynmix.training.mix import check_mix, first_weights, initial_weights
+from megatron_dynmix.training.mix_setup import check_mix, first_weights, initial_weights
 from megatron_dynmix.training.resume import check_pretrained
 
 GIB = 2**30

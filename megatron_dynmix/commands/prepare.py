@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast, get_args
 from megatron_dynmix.errors import EXIT_INTERRUPTED, InputError
 
 if TYPE_CHECKING:  # `--help` must not wait for NumPy
-    from megatron_dynmix.config.tree import Overlong
+    from megatron_dynmix.config.run_config import Overlong
 
 
 def prepare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def run_prepare(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix.data.prepare.prepare import prepare_source
     from megatron_dynmix.data.prepare.readers import find_inputs
-    from megatron_dynmix.data.prepare.source_report import load_report, probe_prefix
+    from megatron_dynmix.data.prepare.report import load_report, probe_prefix
     from megatron_dynmix.data.rows import PackedRows
     from megatron_dynmix.data.tokenizer.base import load_tokenizer
     from megatron_dynmix.training.start_report import packed_table, prepared_table
@@ -112,7 +112,7 @@ def _count(probe: int | None) -> int:
 
 
 def _checked_overlong(overlong: str | None, seq_length: int | None) -> Overlong:
-    from megatron_dynmix.config.tree import Overlong
+    from megatron_dynmix.config.run_config import Overlong
 
     if overlong is not None and overlong not in get_args(Overlong):
         raise InputError(f"--overlong is {overlong!r}; it must be one of {', '.join(get_args(Overlong))}")
@@ -137,12 +137,11 @@ def _checked_fields(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _prepare_run(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from megatron_dynmix.config.check import check_tokenizer
-    from megatron_dynmix.config.check_data import check_data
+    from megatron_dynmix.config.check import check_data, check_tokenizer
     from megatron_dynmix.config.load import load_config
     from megatron_dynmix.data.sources import build_rows, prepare_sources, source_files
     from megatron_dynmix.data.tokenizer.base import load_tokenizer
-    from megatron_dynmix.training.mix import initial_shares
+    from megatron_dynmix.training.mix_setup import initial_shares
     from megatron_dynmix.training.start_report import packed_table, prepared_table, share_table, shared_lines
 
     given = {

@@ -32,8 +32,7 @@ def run_report(arguments: argparse.Namespace) -> int:
         InputError: what is given is no run, or the page cannot be written.
 
     """
-    from megatron_dynmix.report.contents import page_of_run, page_of_runs
-    from megatron_dynmix.report.page import html
+    from megatron_dynmix.report.pages import html, page_of_run, page_of_runs
     from megatron_dynmix.report.run import read_run
 
     run_dirs: list[Path] = arguments.run_dirs

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from megatron_dynmix.config import settings as leaves
 from megatron_dynmix.config.load import parse_flags
-from megatron_dynmix.config.tree import MixingConfig
-from megatron_dynmix.data.prepare.jsonl import read_json
+from megatron_dynmix.config.run_config import MixingConfig
+from megatron_dynmix.data.prepare.readers import read_json
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.strategy import Signal
 from megatron_dynmix.mixing.weights import normalise_weights
-from megatron_dynmix.training.mix import controller_of, refusing
-from megatron_dynmix.training.strategy_files import read_losses, resolve_files
+from megatron_dynmix.training.mix_setup import controller_of, read_losses, refusing, resolve_files
 
 ONE_LAYER = 2
 """Axes of loads `[D, E]`; with layers there is one more."""

@@ -6,19 +6,19 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_dynmix.checkpoint.checkpoint import write_atomically
 from megatron_dynmix.compare.cell import Cell, Plan
 from megatron_dynmix.compare.grid import Variant
 from megatron_dynmix.compare.results import read_result, summarise
 from megatron_dynmix.compare.schedule import Task, run_tasks
 from megatron_dynmix.config.load import to_dict
-from megatron_dynmix.data.prepare.source_report import SourceReport
+from megatron_dynmix.data.prepare.report import SourceReport
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.report.compare_page import html, markdown
-from megatron_dynmix.report.compare_tables import comparison_tables
-from megatron_dynmix.report.plots import losses_svg, weights_svg
+from megatron_dynmix.files import write_atomically
+from megatron_dynmix.report.charts import losses_svg, weights_svg
+from megatron_dynmix.report.pages import comparison_html, markdown
+from megatron_dynmix.report.tables import comparison_tables
 from megatron_dynmix.training import run
-from megatron_dynmix.training.mix import first_weights
+from megatron_dynmix.training.mix_setup import first_weights
 from megatron_dynmix.training.resume import begins
 
 
@@ -111,6 +111,6 @@ def _write(plan: Plan, summary: dict[str, Any]) -> None:
     for (_, name), svg in svgs.items():
         write_atomically(plan.output / name, svg)
     write_atomically(plan.output / "comparison.md", markdown(title, tables, list(svgs)))
-    page = html(title, tables, [(name, svg) for (name, _), svg in svgs.items()])
+    page = comparison_html(title, tables, [(name, svg) for (name, _), svg in svgs.items()])
     write_atomically(plan.output / "comparison.html", page)
     write_atomically(plan.output / "comparison.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dynmix.config.tree import TrainingConfig
+from megatron_dynmix.config.run_config import TrainingConfig
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dynmix.config.tree import RunConfig
+from megatron_dynmix.config.run_config import RunConfig
 from megatron_dynmix.errors import InputError
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
+from megatron_dynmix.config import run_config as tree
 from megatron_dynmix.config import settings as leaves
-from megatron_dynmix.config import tree
-from megatron_dynmix.config.shape import complete_model, has_tokenizer, is_folder
+from megatron_dynmix.config.presets import complete_model, has_tokenizer, is_folder
 from megatron_dynmix.config.strategies import option_hints
 from megatron_dynmix.errors import InputError
 

@@ -11,7 +11,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from megatron_dynmix.config.tree import RunConfig
+from megatron_dynmix.config.run_config import RunConfig
 from megatron_dynmix.errors import InputError
 
 STAGE_SETTINGS = (

@@ -3,11 +3,20 @@
 Sources: the `config.json` of each model on the Hugging Face hub, at mistralai/Mixtral-8x7B-v0.1,
 mistralai/Mixtral-8x22B-v0.1, Qwen/Qwen3-30B-A3B, Qwen/Qwen1.5-MoE-A2.7B, allenai/OLMoE-1B-7B-0924 and
 llama-moe/LLaMA-MoE-v1-3_5B-2_8 (and -3_5B-4_16, -3_0B-2_16).
+
+Where the model's shape comes from: published sizes, a Hugging Face folder, or the settings alone.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from megatron_dynmix.config.hugging_face import model_settings
+from megatron_dynmix.config.run_config import ModelConfig
+from megatron_dynmix.errors import InputError
 
 COMMON: dict[str, Any] = {
     "normalization": "RMSNorm",
@@ -149,3 +158,155 @@ PRESETS: dict[str, dict[str, Any]] = {
         "moe_router_topk_scaling_factor": 8.0,
     },
 }
+
+
+SHAPE = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "moe_ffn_hidden_size", "num_attention_heads"),
+    *("num_query_groups", "kv_channels", "num_moe_experts", "moe_layer_freq", "vocab_size"),
+    *("moe_shared_expert_intermediate_size", "qk_layernorm", "qk_layernorm_full_width", "normalization"),
+    *("gated_linear_unit", "add_bias_linear", "add_qkv_bias", "moe_shared_expert_gate"),
+    *("moe_router_enable_expert_bias", "layernorm_zero_centered_gamma"),
+    *("untie_embeddings_and_output_weights", "router_network", "router_noise"),
+    *("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim"),
+    "v_head_dim",
+)
+"""Settings of the model section that decide which tensors the model has."""
+PRESENCE = ("router_noise",)
+"""Those of which it only matters whether there is one."""
+DEFAULTS = {
+    **COMMON,
+    "moe_layer_freq": 1,
+    "untie_embeddings_and_output_weights": True,
+    "router_network": "linear",
+}
+"""Of those, what they are where nothing is said; the others are then off."""
+NEEDED = (
+    *("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"),
+    "rotary_base",
+)
+CONFIG_FILES = ("config.json", "hugging_face/config.json")
+"""Where a folder has it: a Hugging Face model, or one that was converted from it."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+def is_folder(preset: object) -> bool:
+    """Whether a preset is meant as a path; a folder beside one is written `./NAME`."""
+    return isinstance(preset, str) and ("/" in preset or preset.startswith(("~", "$")))
+
+
+def complete_model(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in what preset or folder say of the model; what is given beside them wins.
+
+    What was read from a folder stands in the result, whose preset is None: it means the same where the
+    folder is not.
+
+    Args:
+        given: settings of the model section; paths are absolute.
+
+    Raises:
+        InputError: an unknown preset, a folder that says nothing of a model or of one that we do not have,
+            settings beside it that are of another model.
+
+    """
+    load_hf = given.get("load_hf")
+    preset = given.get("preset", ModelConfig.preset if load_hf is None else None)
+    if "preset" in given and preset is None:
+        return _alone(given)
+    folder = load_hf if load_hf is not None else preset if is_folder(preset) else None
+    # A preset beside a folder that is on other machines says as much; `train` refuses to start without it.
+    if folder is None or (preset in PRESETS and not Path(folder).exists()):
+        return {**COMMON, **_published(preset), **given, "preset": preset}
+    base = read_shape(Path(folder))
+    if load_hf is not None and preset is not None:
+        other = read_shape(Path(preset)) if is_folder(preset) else _published(preset)
+        _agree({name: value for name, value in other.items() if name not in given}, base, load_hf, preset)
+    _refuse_other_shape(given, base, folder)
+    return {**COMMON, **base, **given, "preset": None}
+
+
+def _published(preset: Any) -> Mapping[str, Any]:
+    if preset not in PRESETS:
+        raise InputError(
+            f"model.preset is {preset!r}; it must be one of {', '.join(PRESETS)}, or the path of a folder "
+            "with a config.json (./NAME for one in the folder of the file)"
+        )
+    return PRESETS[preset]
+
+
+def _alone(given: Mapping[str, Any]) -> dict[str, Any]:
+    missing = [name for name in NEEDED if given.get(name) is None]
+    if missing:
+        raise InputError(
+            f"model.preset is null, so the model is what its section says, but {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing; set them, or name a preset"
+        )
+    return {**COMMON, **given}
+
+
+def read_shape(folder: Path) -> dict[str, Any]:
+    """Our model section for the model that a folder's config.json describes.
+
+    Raises:
+        InputError: no such file, one that cannot be read, a model that we do not have.
+
+    """
+    path = next((folder / name for name in CONFIG_FILES if (folder / name).is_file()), None)
+    if path is None:
+        what = "holds no config.json" if folder.is_dir() else "is no folder"
+        raise InputError(f"{folder} {what}; give the folder of a Hugging Face model, or of a converted one")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); fetch the model again") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} holds no settings by name, but {config!r:.40}; fetch the model again")
+    try:
+        return dict(model_settings(config))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder has its tokenizer in it."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _agree(preset: Mapping[str, Any], base: Mapping[str, Any], load_hf: str, name: str) -> None:
+    differing = [key for key in preset if key in base and preset[key] != base[key]]
+    if differing:
+        changes = ", ".join(f"{key} {preset[key]} (there {base[key]})" for key in differing)
+        raise InputError(
+            f"model.preset is {name}, but model.load_hf is {load_hf}, a model of another kind: {changes}; "
+            "leave out the preset"
+        )
+
+
+def other_shape(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Settings in which two model sections have other tensors."""
+
+    def value(settings: Mapping[str, Any], name: str) -> Any:
+        found = settings.get(name, DEFAULTS.get(name)) or None
+        if found is None and (one.get(name) or other.get(name)):
+            found = _implied(settings, name)
+        return found is not None if name in PRESENCE else found
+
+    return [name for name in SHAPE if value(one, name) != value(other, name)]
+
+
+def _implied(settings: Mapping[str, Any], name: str) -> Any:
+    """A size that Megatron-Core takes from others where it is not given; None for what is then off."""
+    heads = settings.get("num_attention_heads")
+    if name == "num_query_groups":
+        return heads
+    if name == "kv_channels" and heads:
+        return settings["hidden_size"] // heads
+    return settings.get("ffn_hidden_size") if name == "moe_ffn_hidden_size" else None
+
+
+def _refuse_other_shape(given: Mapping[str, Any], base: Mapping[str, Any], folder: str) -> None:
+    differing = other_shape({**base, **given}, base)
+    if differing:
+        changes = ", ".join(f"{name} {given[name]} (there {base.get(name)})" for name in differing)
+        raise InputError(
+            f"the model of {folder} has another shape than the settings: {changes}; leave them out"
+        )

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from megatron_dynmix.config import tree
+from megatron_dynmix.config import run_config as tree
 from megatron_dynmix.config.strategies import option_hints
 from megatron_dynmix.errors import InputError
 

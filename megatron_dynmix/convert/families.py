@@ -6,8 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dynmix.convert.blocks import WeightMap
-from megatron_dynmix.convert.rules import Layout, QueryKeyValue, Rule, Same, Stacked, moe_layers
+from megatron_dynmix.convert.weight_map import (
+    Layout,
+    QueryKeyValue,
+    Rule,
+    Same,
+    Stacked,
+    WeightMap,
+    moe_layers,
+)
 from megatron_dynmix.errors import InputError
 
 Rules = tuple[Rule, ...]

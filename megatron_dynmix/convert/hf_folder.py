@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_dynmix.config.hugging_face import model_settings
-from megatron_dynmix.convert.blocks import Shape, WeightMap
 from megatron_dynmix.convert.families import COMPUTED, PREDICTION, prediction_layers, weight_map
 from megatron_dynmix.convert.tensors import box
+from megatron_dynmix.convert.weight_map import Shape, WeightMap
 from megatron_dynmix.errors import InputError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -19,8 +19,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_dynmix.convert.blocks import Shape
 from megatron_dynmix.convert.tensors import box
+from megatron_dynmix.convert.weight_map import Shape
 from megatron_dynmix.errors import InputError
 
 OPTIMIZER = "optimizer."

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmix.config.hugging_face import hugging_face_config, model_settings
-from megatron_dynmix.config.shape import has_tokenizer, other_shape
-from megatron_dynmix.config.tree import ModelConfig
+from megatron_dynmix.config.presets import has_tokenizer, other_shape
+from megatron_dynmix.config.run_config import ModelConfig
 from megatron_dynmix.convert.families import PREDICTION, prediction_layers
 from megatron_dynmix.convert.hf_folder import TEMPLATES, HuggingFaceFolder, carried_files, copy_files
 from megatron_dynmix.data.tokenizer.base import load_tokenizer

@@ -14,9 +14,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from megatron_dynmix.convert.blocks import WeightMap
-from megatron_dynmix.convert.boxes import Box, boxes_of, size_of
-from megatron_dynmix.convert.tensors import Tensors
+from megatron_dynmix.convert.tensors import Box, Tensors, boxes_of, size_of
+from megatron_dynmix.convert.weight_map import WeightMap
 
 
 class Logits(Protocol):

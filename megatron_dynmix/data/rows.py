@@ -22,9 +22,9 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
 
-from megatron_dynmix.config.tree import Overlong
+from megatron_dynmix.config.run_config import Overlong
 from megatron_dynmix.data.packing import Packing, one_per_row, pack
-from megatron_dynmix.data.prepare.source_report import load_report
+from megatron_dynmix.data.prepare.report import load_report
 from megatron_dynmix.errors import InputError
 
 _PACKING_VERSION = 1  # raised when the same source would be packed otherwise

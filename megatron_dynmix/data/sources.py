@@ -12,7 +12,7 @@ from megatron_dynmix.config import RunConfig
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
 from megatron_dynmix.data.prepare.prepare import prepare_source, refuse_broken
 from megatron_dynmix.data.prepare.readers import find_inputs
-from megatron_dynmix.data.prepare.source_report import (
+from megatron_dynmix.data.prepare.report import (
     Recipe,
     SourceReport,
     current_report,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from megatron_dynmix.doctor.finding import Finding, good, problem
+from megatron_dynmix.doctor.checks import Finding, good, problem
 from megatron_dynmix.doctor.machine import Machine
 from megatron_dynmix.doctor.storage import nearest_folder
 

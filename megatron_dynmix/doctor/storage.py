@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dynmix.doctor.finding import Finding, good, problem, warning
+from megatron_dynmix.doctor.checks import Finding, good, problem, warning
 
 GIB = 2**30
 SKEW_SECONDS = 2.0

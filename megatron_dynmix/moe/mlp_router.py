@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear, softplus
 
-from megatron_dynmix.config.tree import RouterNoise
+from megatron_dynmix.config.run_config import RouterNoise
 from megatron_dynmix.moe.router import GateLoadRouter
 
 NOISE_EPSILON = 1e-2

@@ -1,4 +1,15 @@
-"""Memory of each rank, by pipeline stage: what the theoretical memory report of Megatron-LM sums, for MoE.
+"""Activations that a rank keeps for the backward pass, layer by layer: an estimate.
+
+Korthikanti et al. 2022 (arXiv 2205.05198, section 4) count what each part of a layer keeps: for a dense
+GPT layer with sequence parallelism 34 s b h / t bytes in 16 bits, and 5 a s^2 b / t more for attention
+that keeps its scores. Here the same count is made of what Megatron-Core 0.16.1 runs: grouped-query attention
+that keeps no scores, gated MLPs and routed experts. Of the T tokens of a micro-batch on a context-parallel
+rank, each of its t tensor-parallel ranks has T/t; with a router in balance it sends k T/t of them to
+experts and gets as many, `etp` times as many where experts are tensor-parallel themselves.
+
+Numbers are elements of `params_dtype` unless said otherwise.
+
+Memory of each rank, by pipeline stage: what the theoretical memory report of Megatron-LM sums, for MoE.
 
 Model states are those of Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054, section 3.1) for Adam in mixed
 precision, with gradients summed in float32 as here: 2 bytes of parameters, 4 of gradients and 12 of
@@ -12,16 +23,265 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.host import Host
-from megatron_dynmix.config.megatron import ddp_config, params_dtype
-from megatron_dynmix.plan.activations import Activations, stage_activations
+from megatron_dynmix.config.megatron import (
+    ddp_config,
+    micro_batch_group,
+    moe_layers,
+    padded_vocab_size,
+    params_dtype,
+)
 from megatron_dynmix.plan.layout import Layout, micro_batches
 from megatron_dynmix.plan.parameters import Parameters, stage_layers, stage_parameters, transformer_here
 
 FP32 = 4
+LOSS_COPIES = 2
+"""Logits in float32 that the loss holds at once: the softmax, which is kept, and its gradient."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes on one rank of a pipeline stage."""
+
+    layers: int
+    """Kept by the layers of all micro-batches whose backward pass is still to come."""
+    working: int
+    """Of the one layer whose forward pass is done again, with full recomputation."""
+    logits: int
+    """Of the last stage: the logits, and what the loss makes of them."""
+
+    @property
+    def total(self) -> int:
+        """What stands at the peak: logits are gone before a layer's forward pass is done again."""
+        return self.layers + max(self.working, self.logits)
+
+
+def stage_activations(
+    config: RunConfig,
+    transformer: TransformerConfig,
+    layout: Layout,
+    host: Host,
+    *,
+    stage: int,
+    micro_batches: int,
+) -> Activations:
+    """Activations of one rank of a pipeline stage.
+
+    Args:
+        config: the resolved configuration.
+        transformer: what follows from it.
+        layout: of the ranks.
+        host: what they have; decides the kernels.
+        stage: 0-based.
+        micro_batches: that each rank runs in a step.
+
+    """
+    layer = Layer(config, transformer, layout, host)
+    chunks, routed = stage_layers(transformer, stage), set(moe_layers(transformer))
+    in_flight = passes_in_flight(transformer, stage, micro_batches)
+    kept, whole = 0, [0]
+    for number, layers in enumerate(chunks):
+        alive = (in_flight - number + len(chunks) - 1) // len(chunks)
+        for place, index in enumerate(layers):
+            full = layer.bytes_kept(is_moe=index in routed)
+            whole.append(full)
+            kept += alive * kept_of_layer(transformer, place, full, layer.border)
+    logits = 0
+    if stage == layout.pp - 1:
+        kept += layer.norm_copies * layer.border  # the last norm, and the output layer's input
+        width = layer.tokens * padded_vocab_size(config) // layout.tp
+        logits = width * (layer.element + LOSS_COPIES * FP32)
+    working = max(whole) if transformer.recompute_granularity == "full" else 0
+    return Activations(kept, working, logits)
+
+
+def passes_in_flight(transformer: TransformerConfig, stage: int, micro_batches: int) -> int:
+    """Forward passes of chunks whose backward pass is still to come, at most.
+
+    1F1B begins with p - 1 - i passes on stage i before the first that goes back at once; the interleaved
+    schedule with 2 (p - 1 - i) + (v - 1) g, g micro-batches to a group (Narayanan et al. 2021).
+    """
+    stages = transformer.pipeline_model_parallel_size
+    chunks = transformer.virtual_pipeline_model_parallel_size or 1
+    ahead = stages - 1 - stage
+    if chunks > 1:
+        ahead = 2 * ahead + (chunks - 1) * micro_batch_group(transformer)
+    return min(ahead + 1, micro_batches * chunks)
+
+
+def kept_of_layer(transformer: TransformerConfig, place: int, full: int, border: int) -> int:
+    """Bytes that a layer keeps under full recomputation, or `full` without it.
+
+    Args:
+        transformer: how much is recomputed.
+        place: of the layer in its stage or chunk, 0-based.
+        full: bytes of everything that the layer would keep.
+        border: bytes of its input.
+
+    """
+    if transformer.recompute_granularity != "full":
+        return full
+    several = int(transformer.recompute_num_layers or 1)
+    if transformer.recompute_method == "block":
+        return border if place < several else full
+    return border if place % several == 0 else 0  # uniform: only the input of each group of layers
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one decoder layer keeps of one micro-batch on one rank."""
+
+    config: RunConfig
+    transformer: TransformerConfig
+    layout: Layout
+    host: Host
+
+    @property
+    def element(self) -> int:
+        """Bytes of an activation."""
+        return params_dtype(self.config).itemsize
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on a context-parallel rank."""
+        return self.config.data.seq_length * self.config.training.micro_batch_size // self.layout.cp
+
+    @property
+    def border(self) -> int:
+        """Bytes of what passes from layer to layer: a slice of the sequence on each tensor-parallel rank."""
+        return self.element * self.tokens // self.layout.tp * self.transformer.hidden_size
+
+    @property
+    def norm_copies(self) -> int:
+        """Input and output of a norm; torch's on a CPU keeps the normalised input too."""
+        return 2 if self.host.cuda else 3
+
+    def bytes_kept(self, *, is_moe: bool) -> int:
+        """Bytes in all, selective recomputation taken into account."""
+        again = self._again
+        norms = 2 * (self.norm_copies - ("layernorm" in again))
+        a_token = norms * self.transformer.hidden_size + self._attention(again)
+        router = 0
+        if is_moe:
+            a_token += self._moe(again)
+            router = 0 if "moe" in again else self._router_bytes()
+        elif "mlp" not in again:
+            a_token += self._mlp(self.transformer.ffn_hidden_size, weighted=False)
+        if self.transformer.hidden_dropout:
+            router += 2 * self.transformer.hidden_size  # two masks, a byte each
+        here = self.tokens // self.layout.tp
+        return here * (self.element * a_token + router) + self.element * self._attention_extras(again)
+
+    @property
+    def _again(self) -> set[str]:
+        if self.transformer.recompute_granularity != "selective":
+            return set()
+        # As given: not every machine can name all of them to Megatron-Core.
+        given = self.config.model.megatron.get("recompute_modules")
+        return set(given or self.transformer.recompute_modules or ())
+
+    def _attention(self, again: set[str]) -> int:
+        """Elements a token: what the projection put out, rotated queries and keys, and the output.
+
+        The heads are divided over the tensor-parallel ranks, but each holds them for the whole sequence: that
+        cancels out. Values are a view of what the projection put out, which so is kept whole.
+        """
+        if isinstance(self.transformer, MLATransformerConfig):
+            return self._latent_attention(self.transformer, again)
+        head = int(self.transformer.kv_channels or 0)
+        queries = self.transformer.num_attention_heads * head
+        keys = int(self.transformer.num_query_groups or 0) * head
+        elements = 3 * queries + 3 * keys
+        if self.layout.cp > 1:
+            elements += 2 * keys * (self.layout.cp - 1)  # gathered from the other ranks
+        if self.transformer.qk_layernorm:
+            elements += (self.norm_copies - 2) * (queries + keys)
+        return elements
+
+    def _latent_attention(self, transformer: MLATransformerConfig, again: set[str]) -> int:
+        """Elements a token: the latents with their norms, and the attention's inputs and output.
+
+        With c and c' the widths of the latents, r of the rotary part and n heads, d and v wide: the norms
+        keep their inputs and outputs, 2 c' + (2 c + r); queries and keys are put together from two parts and
+        values copied, so that not what the projections put out is kept but 2 n (d + r) + n v; the output is
+        n v more.
+        """
+        norms = self.norm_copies if transformer.qk_layernorm else 1
+        latents = norms * (transformer.kv_lora_rank + (transformer.q_lora_rank or 0))
+        heads = transformer.num_attention_heads
+        keys = heads * (transformer.qk_head_dim + transformer.qk_pos_emb_head_dim)
+        values = heads * transformer.v_head_dim
+        elements = latents + transformer.qk_pos_emb_head_dim + values
+        if "mla_up_proj" not in again:
+            elements += 2 * keys + values
+        return elements + (keys + values) * (self.layout.cp - 1)  # gathered from the other ranks
+
+    def _attention_extras(self, again: set[str]) -> int:
+        """Elements a micro-batch: rotary tables, and the mask where attention takes one."""
+        tables = 0
+        if not self.config.model.megatron.get("apply_rope_fusion"):
+            positions = self.config.data.seq_length // self.layout.cp
+            rotated = self.transformer.kv_channels
+            if isinstance(self.transformer, MLATransformerConfig):
+                rotated = self.transformer.qk_pos_emb_head_dim
+            tables = 4 * positions * int(rotated or 0)
+        masked = not self.host.transformer_engine or self.layout.cp > 1
+        if not masked or "core_attn" in again:
+            return tables
+        if self._keeps_scores:
+            heads = self.transformer.num_attention_heads // self.layout.tp
+            return tables + heads * self.tokens * self.config.data.seq_length
+        # scaled_dot_product_attention makes numbers of a mask, anew in each layer, and keeps them
+        return tables + self.tokens * self.config.data.seq_length
+
+    @property
+    def _keeps_scores(self) -> bool:
+        """Whether attention is multiplied out: torch's on a CPU, where values are not as wide as keys."""
+        if self.host.cuda or not isinstance(self.transformer, MLATransformerConfig):
+            return False
+        keys = self.transformer.qk_head_dim + self.transformer.qk_pos_emb_head_dim
+        return keys != self.transformer.v_head_dim
+
+    def _mlp(self, width: int, *, weighted: bool) -> int:
+        """Elements a token between the two linear layers of an MLP, and the input of the second.
+
+        Args:
+            width: of the second layer's input.
+            weighted: whether the output is multiplied by the router's weight, as an expert's is.
+
+        """
+        gated = self.transformer.gated_linear_unit
+        if self.transformer.bias_activation_fusion:
+            return (3 if gated else 2) * width
+        if gated:  # both halves, silu(one), the other + offset, their product, the weighted product
+            return (5 + weighted) * width
+        return (2 + weighted) * width
+
+    def _moe(self, again: set[str]) -> int:
+        """Elements a token: of those sent out, as many as the rank's experts get."""
+        if "moe" in again:
+            return 0
+        transformer, elements = self.transformer, 0
+        shared = transformer.moe_shared_expert_intermediate_size
+        if shared and "shared_experts" not in again:
+            elements += self._mlp(shared, weighted=False)
+        width = int(transformer.moe_ffn_hidden_size or transformer.ffn_hidden_size)
+        inside = self._mlp(width, weighted=True)
+        if "moe_act" in again:
+            inside = width * (2 if transformer.gated_linear_unit else 1)
+        # ETP ranks gather each other's tokens, and divide the width: only the inputs are multiplied.
+        return elements + transformer.moe_router_topk * (transformer.hidden_size * self.layout.etp + inside)
+
+    def _router_bytes(self) -> int:
+        """Bytes a token: a copy for a router of another precision, its scores and its choice."""
+        own = {"fp32": 4, "fp64": 8}.get(str(self.transformer.moe_router_dtype), self.element)
+        copy = self.transformer.hidden_size * own if own != self.element else 0
+        return copy + 3 * own * int(self.transformer.num_moe_experts or 0)
+
+
 MASTER, MOMENTS = 4, 8
 """Bytes of the optimizer for each parameter, unless it is told other types."""
 PRECISION_AWARE = ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")

@@ -1,35 +1,174 @@
-"""The charts of one run.
+"""What all charts of a page share: their frame, colours, and which sources stand out.
+
+Axes: N points.
+
+The charts of one run.
 
 Axes: D sources, C columns of a heat map.
+
+The plots of a comparison as SVG: weights over iterations, held-out loss of each source.
 """
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import plotly.graph_objects as go
+from matplotlib.axes import Axes as Panel
+from matplotlib.figure import Figure
 
-from megatron_dynmix.report.chart import (
-    COLOURS,
-    OTHERS,
-    Chart,
-    LegendEntry,
-    Palette,
-    figure,
-    line,
-    mark,
-    numbers,
-    short,
-    source_lines,
-)
-from megatron_dynmix.report.events import MARKED
-from megatron_dynmix.report.frames import quantised
 from megatron_dynmix.report.records import by_source, number, thinned
-from megatron_dynmix.report.run import MOST_POINTS, PHASES, Run
-from megatron_dynmix.report.tables import course_table, distance_table
+from megatron_dynmix.report.run import MARKED, MOST_POINTS, PHASES, Run, quantised
+from megatron_dynmix.report.tables import Table, course_table, distance_table
+
+COLOURS = (
+    *("#3b7fe0", "#d9700f", "#1f9360", "#d9415d", "#9464d6"),
+    *("#0f8f9c", "#a9743b", "#cf4fa6", "#7f8a12", "#6b7c93"),
+)
+"""Each at least 3 to 1 in contrast with the light and the dark page."""
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+OTHERS = "#8a8f98"
+TOP = len(COLOURS)
+LONGEST_NAME = 14
+LegendEntry = tuple[str, str, tuple[int, ...]]
+"""Name, colour, and the traces that it switches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """One figure of a page, and what stands around it."""
+
+    id: str
+    title: str
+    reading: str
+    """How to read it."""
+    figure: go.Figure
+    said: str = ""
+    """What it shows, in words."""
+    legend: tuple[LegendEntry, ...] = ()
+    table: Table | None = None
+    """Its numbers."""
+    frames: Mapping[str, Any] | None = None
+    """Of a heat map that has a slider."""
+    thinned: str = ""
+    """What was left out."""
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Sources that have a colour of their own, and those that do not."""
+
+    shown: tuple[str, ...]
+    others: tuple[str, ...]
+    colour: Mapping[str, str] = field(default_factory=dict)
+    dash: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, sources: Sequence[str], importance: Mapping[str, float]) -> Palette:
+        """Colours for the most important sources, in the order of the run."""
+        ranked = sorted(sources, key=lambda name: -importance.get(name, 0.0))
+        # a colour that would stand for one other source alone is better given to it
+        chosen = set(ranked[:TOP])
+        shown = tuple(name for name in sources if name in chosen)
+        return cls(
+            shown=shown,
+            others=tuple(name for name in sources if name not in chosen),
+            colour={name: COLOURS[place] for place, name in enumerate(shown)},
+            dash={name: DASHES[place % len(DASHES)] for place, name in enumerate(shown)},
+        )
+
+
+def figure(*, y: str, x: str = "iteration", height: int = 340, **axis: Any) -> go.Figure:
+    """An empty figure without colours of its own: the page has two themes.
+
+    Args:
+        y: title of the vertical axis.
+        x: title of the horizontal axis.
+        height: in CSS pixels.
+        axis: further settings of the vertical axis.
+
+    """
+    return go.Figure(
+        layout={
+            "template": "none",
+            "height": height,
+            "margin": {"l": 58, "r": 14, "t": 14, "b": 46},
+            "showlegend": False,
+            "hovermode": "closest",
+            "xaxis": {"title": {"text": x}, "automargin": True},
+            "yaxis": {"title": {"text": y}, "automargin": True, **axis},
+        }
+    )
+
+
+def numbers(values: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """As a figure keeps them: four bytes each."""
+    return np.asarray(values, dtype=np.float32)
+
+
+def line(values: Sequence[float], *, x: str, name: str, colour: str | None, **more: Any) -> go.Scatter:
+    """A curve over an axis that the page holds once, under the name `x`.
+
+    Args:
+        values: N of them.
+        x: name of the axis.
+        name: said when it is pointed at.
+        colour: of the line; None is the colour of text, in either theme.
+        more: settings of the line.
+
+    """
+    return go.Scatter(
+        y=numbers(values),
+        meta=x,
+        name=name,
+        mode="lines" if len(values) > 1 else "markers",
+        line={"color": colour, "width": 2, **more},
+    )
+
+
+def source_lines(
+    chart: go.Figure, values: Mapping[str, Sequence[float]], palette: Palette, *, x: str
+) -> tuple[LegendEntry, ...]:
+    """Draw a curve for each source, those without a colour first and thin; returns the legend."""
+    entries: list[LegendEntry] = []
+    others = [name for name in palette.others if name in values]
+    for name in others:
+        chart.add_trace(line(values[name], x=x, name=name, colour=OTHERS, width=0.7))
+    for name in palette.shown:
+        if name not in values:
+            continue
+        colour = palette.colour[name]
+        entries.append((name, colour, (len(chart.data),)))
+        chart.add_trace(line(values[name], x=x, name=name, colour=colour, dash=palette.dash[name]))
+    if others:
+        entries.append((f"{len(others)} others", OTHERS, tuple(range(len(others)))))
+    return tuple(entries)
+
+
+def short(name: str) -> str:
+    """A name that leaves room for the chart, on a telephone too."""
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+
+
+def mark(chart: go.Figure, iterations: Sequence[int]) -> None:
+    """Dotted upright lines where something happened."""
+    for iteration in iterations:
+        chart.add_shape(
+            type="line",
+            x0=iteration,
+            x1=iteration,
+            y0=0,
+            y1=1,
+            yref="paper",
+            line={"color": OTHERS, "width": 1.5, "dash": "dot"},
+        )
+
 
 MOST_MARKS = 40
 MOST_BARS = 20
@@ -390,3 +529,85 @@ def _cost(run: Run, updates: Sequence[Any]) -> Chart | None:
         table=course_table("Cost of mixing", courses),
         thinned=_note(len(updates), len(run.updates), "updates"),
     )
+
+
+INK = "#808080"
+"""Readable on a light and on a dark page."""
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    **{
+        name: INK
+        for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    },
+}
+COLUMNS = 4
+
+
+def weights_svg(summary: Mapping[str, Any]) -> str:
+    """Weights of the sources over iterations: a panel for each variant, a line for each source and seed."""
+    sources = summary["sources"]
+    names = [variant["name"] for variant in summary["variants"]]
+    with mpl.rc_context({**STYLE, "svg.hashsalt": "weights"}):
+        figure, panels = _panels(names, height=1.9)
+        for name, axes in zip(names, panels, strict=True):
+            for cell in summary["cells"]:
+                if cell["variant"] != name:
+                    continue
+                iterations = [iteration for iteration, _ in cell["weights"]]
+                for place, source in enumerate(sources):
+                    weights = [weights[place] for _, weights in cell["weights"]]
+                    axes.step(
+                        *([*iterations, max(iterations[-1], 1)], [*weights, weights[-1]]),
+                        where="post",
+                        color=f"C{place}",
+                        linewidth=1,
+                        label=source,
+                    )
+            axes.set_ylim(0, 1)
+        handles, labels = panels[0].get_legend_handles_labels()
+        legend = dict(zip(labels, handles, strict=True))
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=8, frameon=False)
+        return _svg(figure)
+
+
+def losses_svg(summary: Mapping[str, Any]) -> str:
+    """Held-out losses: a panel for each source, a line of points (seeds, and their mean) for each variant."""
+    names = [variant["name"] for variant in summary["variants"]]
+    metrics = [f"loss/{source}" for source in summary["sources"]]
+    with mpl.rc_context({**STYLE, "svg.hashsalt": "losses"}):
+        figure, panels = _panels(summary["sources"], height=0.6 + 0.18 * len(names))
+        for metric, axes in zip(metrics, panels, strict=True):
+            for place, name in enumerate(names):
+                losses = [
+                    cell["metrics"][metric]
+                    for cell in summary["cells"]
+                    if cell["variant"] == name and metric in cell["metrics"]
+                ]
+                if losses:
+                    axes.plot(losses, [place] * len(losses), ".", color="C0", alpha=0.5)
+                    axes.plot(sum(losses) / len(losses), place, "|", color="C1", markersize=10)
+            axes.set_yticks(range(len(names)), names)
+            axes.invert_yaxis()
+        return _svg(figure)
+
+
+def _panels(titles: Sequence[str], height: float) -> tuple[Figure, list[Panel]]:
+    columns = min(COLUMNS, len(titles))
+    lines = math.ceil(len(titles) / columns)
+    figure = Figure(figsize=(2.9 * columns, (height + 0.4) * lines + 0.4), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten().tolist()
+    for axes, title in zip(grid, titles, strict=False):
+        axes.set_title(title, fontsize=9)
+        axes.set_facecolor("none")
+    for axes in grid[len(titles) :]:
+        axes.set_visible(False)
+    return figure, grid[: len(titles)]
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an `<svg>` element that a page can hold."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

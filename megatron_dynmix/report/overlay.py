@@ -8,11 +8,9 @@ from functools import partial
 
 import plotly.graph_objects as go
 
-from megatron_dynmix.report.chart import COLOURS, DASHES, Chart, LegendEntry, figure, line, numbers
-from megatron_dynmix.report.charts import Axes
-from megatron_dynmix.report.ends import end_losses, end_weights
+from megatron_dynmix.report.charts import COLOURS, DASHES, Axes, Chart, LegendEntry, figure, line, numbers
 from megatron_dynmix.report.records import number, thinned
-from megatron_dynmix.report.run import MOST_POINTS, Run
+from megatron_dynmix.report.run import MOST_POINTS, Run, end_losses, end_weights
 
 Curve = tuple[list[int], list[float]]
 MOST_SOURCES = 8

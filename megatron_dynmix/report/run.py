@@ -1,24 +1,155 @@
-"""What a report reads of a run directory, whatever state that is in.
+"""Things that happened to a run, for the table and the marks of its page.
+
+Heat maps over the updates: a few of them as bytes, so that a page of thousands of updates stays small.
+
+Axes: F frames, R rows, C columns of a heat map; D sources, L layers, E experts.
+
+What a report reads of a run directory, whatever state that is in.
 
 Axes: D sources, L layers, E experts.
+
+Where a run has come to: the last weight and the last loss of each source.
 """
 
 from __future__ import annotations
 
+import base64
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.report import REPORT
-from megatron_dynmix.report.events import Event, events_of
-from megatron_dynmix.report.frames import MOST_CELLS, MOST_FRAMES, Frame, array, flat_load
 from megatron_dynmix.report.records import by_source, count_lines, number, read_lines, thinned
+
+MARKED = ("resume", "override", "fault", "sources")
+"""Kinds that are few and change a run; guardrails act at every update of some runs."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing."""
+
+    iteration: int
+    kind: str
+    text: str
+
+
+def events_of(
+    lifecycle: Sequence[Mapping[str, Any]],
+    metrics: Iterable[Mapping[str, Any]],
+    stages: Iterable[Mapping[str, Any]],
+) -> list[Event]:
+    """What the records but those of updates tell.
+
+    Args:
+        lifecycle: lines of `events.jsonl`: starts, resumes and ends of the training processes.
+        metrics: of log intervals.
+        stages: lines of the ledger that begin a stage.
+
+    """
+    events = [
+        Event(line["iteration"], _kind(str(line.get("event"))), _lifecycle_text(line)) for line in lifecycle
+    ]
+    for line, after in itertools.pairwise(lifecycle):
+        if line.get("event") in ("start", "resume") and after.get("event") in ("start", "resume"):
+            text = "the processes before ended without a word: killed, interrupted, or the machine was lost"
+            events.append(Event(after["iteration"], "fault", text))
+    for record in metrics:
+        if (skipped := number(record.get("skipped_iterations"))) > 0:
+            text = f"{skipped:.0f} iterations changed nothing: their loss or gradients were not finite"
+            events.append(Event(record["iteration"], "fault", text))
+    for stage in stages:
+        if stage.get("why") == "sources changed":
+            changes = stage.get("changes")
+            text = "; ".join(map(str, changes)) if isinstance(changes, list) else "sources changed"
+            events.append(Event(stage["iteration"], "sources", text))
+    return events
+
+
+def _kind(event: str) -> str:
+    return "fault" if event == "failed" else event
+
+
+def _lifecycle_text(line: Mapping[str, Any]) -> str:
+    """Time, what is said of it, and what was found."""
+    notes = line.get("notes")
+    time = str(line.get("time", "")).replace("T", " ").replace("+00:00", " UTC")
+    said = [time, *(map(str, notes) if isinstance(notes, list) else [])]
+    return "; ".join(text for text in said if text)
+
+
+MOST_FRAMES = 60
+MOST_CELLS = 1_500_000
+"""Of all frames of a heat map; one byte each."""
+COLOURED = 0.995
+"""Share of the values in a run's second half that the colours tell apart: its first loads may be far from
+all others."""
+MOST_COLUMNS = 256
+"""Of gate loads; a model with more experts in all its layers is shown by the mean over its layers."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One heat map."""
+
+    iteration: int
+    sources: tuple[str, ...]
+    values_RC: NDArray[np.float64]
+
+
+def array(values: Any, sources: int) -> NDArray[np.float64] | None:
+    """Numbers of a record with one entry per source, at least 2 axes; None if they are not that."""
+    try:
+        found = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        return None
+    return found if found.ndim >= 2 and len(found) == sources and found.size else None
+
+
+def flat_load(load: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Gate loads `[D, E]`, or `[D, L, E]` with the layers side by side, as `[D, C]`."""
+    if load.ndim == 2 or load.shape[1] * load.shape[2] <= MOST_COLUMNS:
+        return load.reshape(len(load), -1)
+    mean_DE: NDArray[np.float64] = load.mean(axis=1)
+    return mean_DE
+
+
+def quantised(frames: Sequence[Frame]) -> dict[str, Any] | None:
+    """Frames as the page reads them: 0 to 255 for 0 to the largest value of all, in base64.
+
+    Frames of other sources or experts than the last are left out: they have other axes. The keys:
+    `iterations`, `shape` [F, R, C], `most` (the value of 255),
+    `coloured_most` (the value of the last colour), `sources`, `bytes`, `left_out`.
+    """
+    if not frames:
+        return None
+    last = frames[-1]
+    alike = [
+        frame
+        for frame in frames
+        if frame.sources == last.sources and frame.values_RC.shape == last.values_RC.shape
+    ]
+    values_FRC = np.nan_to_num(np.stack([frame.values_RC for frame in alike]), posinf=0.0, neginf=0.0)
+    most = float(values_FRC.max()) or 1.0
+    bytes_FRC = np.rint(values_FRC.clip(min=0) * (255 / most)).astype(np.uint8)
+    return {
+        "iterations": [frame.iteration for frame in alike],
+        "shape": list(bytes_FRC.shape),
+        "most": most,
+        "coloured_most": float(np.quantile(values_FRC[len(alike) // 2 :], COLOURED)) or most,
+        "sources": list(last.sources),
+        "bytes": base64.b64encode(bytes_FRC.tobytes()).decode("ascii"),
+        "left_out": len(frames) - len(alike),
+    }
+
 
 FILES = ("config.yaml", "mixing.jsonl", "metrics.jsonl", "ledger.jsonl", "events.jsonl")
 FOLDERS = ("checkpoints", "tensorboard")
@@ -261,14 +392,14 @@ def _events(record: Mapping[str, Any]) -> list[Event]:
     """What guardrails and the operator did at an update, and what is noted of it."""
     lines = record.get("events")
     lines = lines if isinstance(lines, list) else []
-    events = [Event(record["iteration"], *_kind(str(line))) for line in lines]
+    events = [Event(record["iteration"], *_kind_of_line(str(line))) for line in lines]
     if note := record.get("note"):
         kept = str(note).startswith("weights kept")
         events.append(Event(record["iteration"], "fault" if kept else "note", str(note)))
     return events
 
 
-def _kind(line: str) -> tuple[str, str]:
+def _kind_of_line(line: str) -> tuple[str, str]:
     return ("override", line) if line.startswith("override") else ("guardrail", line)
 
 
@@ -290,3 +421,17 @@ def _few(frames: list[Frame]) -> list[Frame]:
         return []
     most = max(2, MOST_CELLS // frames[-1].values_RC.size)
     return [frames[place] for place in thinned(len(frames), most)]
+
+
+def end_weights(run: Run) -> Mapping[str, float]:
+    """After the last update, by name of the source."""
+    return run.weights[-1].shares if run.weights else {}
+
+
+def end_losses(run: Run) -> Mapping[str, float]:
+    """The last that was recorded of each source."""
+    found: dict[str, float] = {}
+    for record in run.metrics:
+        losses = by_source(record.get("source_loss"), None)
+        found |= {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+    return found

@@ -14,8 +14,7 @@ from torch.utils.data import default_collate
 
 from megatron_dynmix.data.loader import PADDING, MicroBatch
 from megatron_dynmix.data.rows import PackedRows
-from megatron_dynmix.moe.counter import HALVES
-from megatron_dynmix.moe.reduction import reduce_counts
+from megatron_dynmix.moe.counter import HALVES, reduce_counts
 from megatron_dynmix.training.step import PassRunner, SourceStats
 
 

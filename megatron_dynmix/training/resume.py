@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_dynmix.checkpoint import restore_point
-from megatron_dynmix.checkpoint.checkpoint import read_run_state
+from megatron_dynmix.checkpoint.run_state import read_run_state
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict
-from megatron_dynmix.config.shape import other_shape
-from megatron_dynmix.config.tree import MixingConfig
-from megatron_dynmix.data.prepare.source_report import SourceReport
+from megatron_dynmix.config.presets import other_shape
+from megatron_dynmix.config.run_config import MixingConfig
+from megatron_dynmix.data.prepare.report import SourceReport
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.mixing.strategies.static import Fixed
+from megatron_dynmix.mixing.strategies.fixed import Fixed
 from megatron_dynmix.mixing.strategies.table import STRATEGIES
 from megatron_dynmix.training.source_change import differences as source_differences
 

@@ -16,16 +16,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_dynmix.config.tree import MixingConfig
+from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
-from megatron_dynmix.data.prepare.jsonl import parse_json
+from megatron_dynmix.data.prepare.readers import parse_json
 from megatron_dynmix.mixing.controller import Decision, MixingController
 from megatron_dynmix.mixing.override import Override, parse_override
 from megatron_dynmix.mixing.strategy import Signal
-from megatron_dynmix.moe.reduction import reduce_counts
+from megatron_dynmix.moe.counter import reduce_counts
 from megatron_dynmix.records.ledger import begin_of
-from megatron_dynmix.records.update_record import KEPT, update_record
-from megatron_dynmix.training.mix import Horizon, Resolved, examples_per_row, for_strategy, in_rows, reason
+from megatron_dynmix.records.mixing_update import KEPT, update_record
+from megatron_dynmix.training.mix_setup import (
+    Horizon,
+    Resolved,
+    examples_per_row,
+    for_strategy,
+    in_rows,
+    reason,
+)
 from megatron_dynmix.training.probe import Probe
 from megatron_dynmix.training.step import PassRunner, SourceStats
 

@@ -1,11 +1,16 @@
-"""One rank of a run: join the job, build everything, train."""
+"""Where a run starts: at its checkpoint, at another run's weights, at a Hugging Face model, or at nothing.
+
+One rank of a run: join the job, build everything, train.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,15 +23,15 @@ from numpy.typing import NDArray
 
 from megatron_dynmix import platform
 from megatron_dynmix.checkpoint import restore_point
-from megatron_dynmix.checkpoint.checkpoint import Checkpointer
+from megatron_dynmix.checkpoint.checkpointer import Checkpointer
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.check import check_run, check_tokenizer
 from megatron_dynmix.config.host import Host, check_host
 from megatron_dynmix.config.megatron import micro_batch_group, moe_layers, transformer_config
-from megatron_dynmix.convert.hugging_face import check_load_hf
-from megatron_dynmix.convert.hugging_face_export import check_save_hf
+from megatron_dynmix.convert.export_hf import check_save_hf, keep_origin
+from megatron_dynmix.convert.import_hf import check_load_hf, load_hugging_face
 from megatron_dynmix.data.loader import BlendLoader
-from megatron_dynmix.data.prepare.source_report import SourceReport
+from megatron_dynmix.data.prepare.report import SourceReport
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.sources import build_blend, build_rows, prepare_sources
 from megatron_dynmix.data.tokenizer.base import Tokenizer, load_tokenizer
@@ -38,10 +43,11 @@ from megatron_dynmix.model.layer_spec import joins_rows
 from megatron_dynmix.model.optimizer import build_optimizer
 from megatron_dynmix.moe.counter import GateLoadCounter
 from megatron_dynmix.moe.router import attach_counter
+from megatron_dynmix.records.ledger import DrawnSamples
 from megatron_dynmix.records.live_line import LiveLine
-from megatron_dynmix.records.records import open_writer
-from megatron_dynmix.records.run_events import recorded
-from megatron_dynmix.training.mix import (
+from megatron_dynmix.records.logline import loaded_line, loading_line
+from megatron_dynmix.records.writer import open_writer, recorded
+from megatron_dynmix.training.mix_setup import (
     Horizon,
     check_mix,
     controller_of,
@@ -50,6 +56,7 @@ from megatron_dynmix.training.mix import (
     resolve,
 )
 from megatron_dynmix.training.probe import Probe
+from megatron_dynmix.training.progress import LogInterval, Progress
 from megatron_dynmix.training.resume import (
     Resume,
     begins,
@@ -60,10 +67,84 @@ from megatron_dynmix.training.resume import (
     identity,
 )
 from megatron_dynmix.training.reweighting import MixingError, Reweighting, start_weights
-from megatron_dynmix.training.start import restore
+from megatron_dynmix.training.source_change import Prints, SourceChange, SourceSet, differences, fingerprint
 from megatron_dynmix.training.start_report import report_start
 from megatron_dynmix.training.step import PassRunner
 from megatron_dynmix.training.trainer import Trainer, seed_iteration
+
+
+@dataclass(frozen=True)
+class Start:
+    """The state that a run begins with, beside that of its mix."""
+
+    progress: Progress
+    interval: LogInterval
+    drawn: DrawnSamples
+    source_changes: list[str]
+    """What became of each source, if they are not those of the checkpoint."""
+
+
+def restore(
+    config: RunConfig,
+    checkpointer: Checkpointer,
+    reweighting: Reweighting,
+    prints: Prints,
+    say: Callable[[str], None],
+    source: Path | None,
+) -> Start:
+    """Load what the run starts from into model, optimizer and mix.
+
+    Args:
+        config: the resolved configuration.
+        checkpointer: knows model and optimizer.
+        reweighting: knows the mix.
+        prints: what the sources hold now; the mix is carried over to them if they are others.
+        say: prints a line, on one rank.
+        source: the run's checkpoint; None to begin.
+
+    """
+    if source is not None:
+        state, changes = _carried(checkpointer.load(source), reweighting, prints)
+        reweighting.load_state_dict(state["mixing"])
+        size = config.parallel.size
+        tp, pp = size("tensor_model_parallel_size"), size("pipeline_model_parallel_size")
+        say(loading_line(state["iteration"], checkpointer.directory))
+        say(loaded_line(state["iteration"], checkpointer.directory, tp_size=tp, pp_size=pp))
+        for change in changes:
+            say(f"  from sample {state['consumed_samples']} on: {change}")
+        tokens_D = torch.tensor(state["tokens"], dtype=torch.float64)
+        return Start(
+            Progress(state["iteration"], state["consumed_samples"], tokens_D, state["skipped_in_row"]),
+            LogInterval.from_state_dict(state["log_interval"]),
+            DrawnSamples.from_state_dict(state["drawn_samples"]),
+            changes,
+        )
+    if config.checkpoint.pretrained_checkpoint is not None:
+        pretrained = restore_point.verified(Path(config.checkpoint.pretrained_checkpoint))
+        checkpointer.load_weights(restore_point.exact(pretrained))
+    elif config.model.load_hf is not None:
+        load_hugging_face(config, checkpointer, say)
+    keep_origin(config, checkpointer.directory)
+    num_sources = len(config.data.sources)
+    return Start(
+        Progress(0, 0, torch.zeros(num_sources, dtype=torch.float64)),
+        LogInterval.start(num_sources),
+        DrawnSamples(0, carried=0),
+        [],
+    )
+
+
+def _carried(
+    state: dict[str, Any], reweighting: Reweighting, prints: Prints
+) -> tuple[dict[str, Any], list[str]]:
+    """The state for the sources of now, and what was done to it; whether it may be was asked before."""
+    if not differences(state["fingerprints"], prints):
+        return state, []
+    before = SourceSet.of(state["fingerprints"], state["mixing"]["blend"])
+    change = SourceChange.between(
+        before, list(prints), list(map(fingerprint, prints.values())), reweighting.blend.sizes_D.tolist()
+    )
+    return change.carry(state, reweighting.blend.weights_D)
 
 
 @dataclass(frozen=True)

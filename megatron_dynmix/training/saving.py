@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from megatron_dynmix.checkpoint.checkpoint import TRACKER, Checkpointer, folder_of
+from megatron_dynmix.checkpoint.checkpointer import Checkpointer
+from megatron_dynmix.checkpoint.folder import TRACKER, folder_of
 from megatron_dynmix.config import RunConfig
-from megatron_dynmix.convert.hugging_face_export import export
+from megatron_dynmix.convert.export_hf import export
 from megatron_dynmix.errors import TrainingStopped
 from megatron_dynmix.job.agreement import RankFailure
 from megatron_dynmix.records.logline import saved_line, saving_line

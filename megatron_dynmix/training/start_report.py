@@ -15,9 +15,9 @@ from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.host import Host
 from megatron_dynmix.config.load import to_yaml
-from megatron_dynmix.config.tree import MixingConfig
-from megatron_dynmix.data.prepare.duplicates import read_digests, shared_texts
-from megatron_dynmix.data.prepare.source_report import SourceReport, file_of
+from megatron_dynmix.config.run_config import MixingConfig
+from megatron_dynmix.data.prepare.examples import read_digests, shared_texts
+from megatron_dynmix.data.prepare.report import SourceReport, file_of
 from megatron_dynmix.data.row_text import excerpt, plain, row_text
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.sources import SourceFile, source_files
@@ -27,7 +27,7 @@ from megatron_dynmix.mixing.example_shares import example_shares
 from megatron_dynmix.plan.plan import Plan, SourceWork
 from megatron_dynmix.plan.text import epochs_table, memory_text, model_line, needs_line
 from megatron_dynmix.records.tables import table
-from megatron_dynmix.training.mix import first_weights, initial_shares
+from megatron_dynmix.training.mix_setup import first_weights, initial_shares
 
 if TYPE_CHECKING:
     from megatron_dynmix.training.run import Data

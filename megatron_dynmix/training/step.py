@@ -1,6 +1,10 @@
-"""One pass over the micro-batches of a step, through Megatron-Core's schedules.
+"""The router's auxiliary losses, as Megatron-Core tracks them.
+
+One pass over the micro-batches of a step, through Megatron-Core's schedules.
 
 Axes: D sources.
+
+What a batch changes before it is known to be good, and how that is taken back.
 """
 
 from __future__ import annotations
@@ -13,11 +17,58 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker, track_moe_metrics
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dynmix.data.loader import PADDING, MicroBatch
 from megatron_dynmix.moe.counter import GateLoadCounter
 from megatron_dynmix.platform import Platform
 from megatron_dynmix.training.batch import Batch, to_batch
+
+NAMES = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
+
+
+def take_aux_losses(config: TransformerConfig, micro_batches: int) -> dict[str, float]:
+    """Mean auxiliary losses since the last call, over MoE layers, micro-batches and ranks.
+
+    Args:
+        config: of the model.
+        micro_batches: micro-batches each rank has run since then.
+
+    Returns:
+        Megatron-LM's name -> value; empty for a model without any.
+
+    """
+    if not config.num_moe_experts:
+        return {}
+    types = config.moe_router_load_balancing_type
+    coefficients = config.moe_aux_loss_coeff
+    if isinstance(types, str):
+        types, coefficients = [types], [coefficients]
+    names = [
+        NAMES[kind]
+        for kind, coefficient in zip(types, coefficients, strict=True)
+        if kind in NAMES and coefficient
+    ]
+    if config.moe_z_loss_coeff is not None:
+        names.append("z_loss")
+    if not names:
+        return {}
+    losses: dict[str, torch.Tensor] = {}
+    track_moe_metrics(
+        1.0 / micro_batches,
+        iteration=0,
+        total_loss_dict=losses,
+        force_initialize=True,
+        track_names=names,
+        num_layers=config.num_layers,
+        moe_layer_freq=config.moe_layer_freq,
+    )
+    return {name: float(loss) for name, loss in losses.items()}
 
 
 @dataclass(frozen=True)
@@ -168,3 +219,30 @@ def gradients_are_finite(chunks: list[DistributedDataParallel], *, stop: bool) -
     torch.distributed.all_reduce(bad_stop)
     bad, stopping = bad_stop.tolist()
     return not bad, bool(stopping)
+
+
+MOST_SKIPPED = 10
+"""So many batches in a row that are not finite are no accident of the rows: the run stops."""
+
+
+class BeforePass:
+    """The counts, the model's buffers (expert bias) and the tracked auxiliary losses before a pass."""
+
+    def __init__(self, run: PassRunner) -> None:
+        self._run = run
+        self._before = {name: tensor.clone() for name, tensor in self._changing().items()}
+
+    def restore(self) -> None:
+        """Make them what they were; a loss first tracked in this pass goes back to zero."""
+        for name, tensor in self._changing().items():
+            if name in self._before:
+                tensor.copy_(self._before[name])
+            else:
+                tensor.zero_()
+
+    def _changing(self) -> dict[str, torch.Tensor]:
+        changing = {"counts": self._run.counter.counts_LHDE}
+        for index, chunk in enumerate(self._run.chunks):
+            changing |= {f"buffer {index} {name}": buffer for name, buffer in chunk.named_buffers()}
+        tracker = get_moe_layer_wise_logging_tracker()
+        return changing | {f"aux loss {name}": tracked["values"] for name, tracked in tracker.items()}

@@ -24,7 +24,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_dynmix.checkpoint.checkpoint import Checkpointer, folder_of
+from megatron_dynmix.checkpoint.checkpointer import Checkpointer
+from megatron_dynmix.checkpoint.folder import folder_of
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.data.loader import BlendLoader
@@ -34,14 +35,20 @@ from megatron_dynmix.job.signals import StopRequest
 from megatron_dynmix.records.ledger import DrawnSamples, StageLine, Why, samples_line
 from megatron_dynmix.records.live_line import LiveLine
 from megatron_dynmix.records.logline import mixing_table, source_loss_line, training_line
-from megatron_dynmix.records.metrics import MetricsWriter
-from megatron_dynmix.training.aux_losses import take_aux_losses
-from megatron_dynmix.training.nonfinite import MOST_SKIPPED, BeforePass
+from megatron_dynmix.records.writer import MetricsWriter
 from megatron_dynmix.training.progress import LogInterval, Progress
 from megatron_dynmix.training.reweighting import MixingError, Reweighting
 from megatron_dynmix.training.saving import Saving
 from megatron_dynmix.training.source_change import SourceSet
-from megatron_dynmix.training.step import PassRunner, SourceStats, any_rank, gradients_are_finite
+from megatron_dynmix.training.step import (
+    MOST_SKIPPED,
+    BeforePass,
+    PassRunner,
+    SourceStats,
+    any_rank,
+    gradients_are_finite,
+    take_aux_losses,
+)
 
 
 class Trainer:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmix.checkpoint.checkpoint import read_run_state
 from megatron_dynmix.checkpoint.restore_point import has_checkpoint, newest_good
+from megatron_dynmix.checkpoint.run_state import read_run_state
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.records.jsonl import read_records
 from megatron_dynmix.records.ledger import StageLine

@@ -15,12 +15,11 @@ from megatron_dynmix.mixing.controller import Decision, MixingController
 from megatron_dynmix.mixing.override import Override
 from megatron_dynmix.mixing.strategy import Signal
 from megatron_dynmix.records.ledger import StageLine
-from megatron_dynmix.records.measured import measured_from_json
-from megatron_dynmix.records.update_record import KEPT, update_record
-from megatron_dynmix.training.mix import controller_of, for_strategy
+from megatron_dynmix.records.mixing_update import KEPT, measured_from_json, update_record
+from megatron_dynmix.training.mix_setup import controller_of, for_strategy
 from megatron_dynmix.training.source_change import SourceChange
-from megatron_dynmix.verify.not_proven import TOLERANCE, NotProven
 from megatron_dynmix.verify.records import Record
+from megatron_dynmix.verify.verdict import TOLERANCE, NotProven
 
 COMPARED = ("distance", "delta", "delta_error", "new_weights", "load")
 """Numbers of an update that its replay gives again."""

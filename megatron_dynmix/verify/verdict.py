@@ -1,4 +1,4 @@
-"""How far a run is proven, and how that is said."""
+"""How far a run is proven, how a proof ends early, and how that is said."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from dataclasses import dataclass, field
 
 from megatron_dynmix.records.tables import table
 from megatron_dynmix.verify.replay import SourceTally
+
+TOLERANCE = 1e-12
+"""Of recomputed numbers: the same bits on the same machine, a rounding apart on another."""
+
+
+class NotProven(Exception):
+    """Something does not agree; the message says where and what."""
 
 
 @dataclass

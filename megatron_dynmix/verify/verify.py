@@ -1,4 +1,8 @@
-"""Whether a run drew what its weights call for, and whether its weights follow from what was measured.
+"""How far a run is proven, and how that is said.
+
+How a proof ends early, and how exact it is.
+
+Whether a run drew what its weights call for, and whether its weights follow from what was measured.
 
 Everything is drawn again from the ledger's stages, from sample 0 on, and compared line by line. The first
 thing that does not agree ends the proof. Axes: D sources, E experts.
@@ -17,11 +21,10 @@ from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.weights import check_weights
 from megatron_dynmix.records.ledger import StageLine
 from megatron_dynmix.training.source_change import SourceChange
-from megatron_dynmix.verify.not_proven import TOLERANCE, NotProven
 from megatron_dynmix.verify.records import Record, RunRecords, read_run, stage_line
 from megatron_dynmix.verify.replay import Replay
 from megatron_dynmix.verify.rule import RuleReplay
-from megatron_dynmix.verify.verdict import Verdict
+from megatron_dynmix.verify.verdict import TOLERANCE, NotProven, Verdict
 
 
 def verify(run_dir: Path) -> Verdict:

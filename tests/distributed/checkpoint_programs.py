@@ -19,7 +19,7 @@ from megatron_dynmix.checkpoint import checkpoint, shards
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.errors import InputError, TrainingStopped
 from megatron_dynmix.records.jsonl import read_records
-from megatron_dynmix.records.metrics import MetricsWriter
+from megatron_dynmix.records.writer import MetricsWriter
 from megatron_dynmix.training import run as training_run
 from tests.distributed import layouts, programs
 

@@ -8,11 +8,11 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_dynmix import platform
-from megatron_dynmix.checkpoint.checkpoint import TRACKER, Checkpointer, folder_of
-from megatron_dynmix.checkpoint.slices import own_slices
+from megatron_dynmix.checkpoint.checkpointer import Checkpointer, own_slices
+from megatron_dynmix.checkpoint.folder import TRACKER, folder_of
 from megatron_dynmix.config.load import load_config
-from megatron_dynmix.convert import hugging_face_export
-from megatron_dynmix.convert.hugging_face import folder_for, weights_of
+from megatron_dynmix.convert import export_hf
+from megatron_dynmix.convert.import_hf import folder_for, weights_of
 from megatron_dynmix.errors import TrainingStopped
 from megatron_dynmix.model.gpt import unwrap
 from megatron_dynmix.training import run as training_run
@@ -74,7 +74,7 @@ def there_and_back(run_yaml, flags, run_dir, source, tokens_BS):
         Logits after the run and after it went on; what the failure is told as.
 
     """
-    hugging_face_export.SHARD_BYTES = 50_000  # so that every rank has files to write
+    export_hf.SHARD_BYTES = 50_000  # so that every rank has files to write
 
     def train(config_yaml, *more, resume):
         start_anew()
@@ -90,7 +90,7 @@ def there_and_back(run_yaml, flags, run_dir, source, tokens_BS):
     resolved = run_dir / "config.yaml"
     resumed = train(resolved, "--train-iters", "4", "--save-hf", "end", resume="must")
     if torch.distributed.get_rank() == 1:
-        hugging_face_export.write_shard = _disk_full
+        export_hf.write_shard = _disk_full
     try:
         train(resolved, "--train-iters", "5", resume="must")
     except TrainingStopped as stopped:

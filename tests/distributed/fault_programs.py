@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 
-from megatron_dynmix.checkpoint.checkpoint import Checkpointer
+from megatron_dynmix.checkpoint.checkpointer import Checkpointer
 from megatron_dynmix.errors import StoppedOnRequest, TrainingStopped
 from megatron_dynmix.training.reweighting import Reweighting
 from megatron_dynmix.training.step import PassRunner

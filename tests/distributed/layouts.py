@@ -7,7 +7,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 
 from megatron_dynmix.config.load import load_config
-from megatron_dynmix.records import records
+from megatron_dynmix.records import writer
 from megatron_dynmix.training import run as training_run
 from tests.distributed import programs
 
@@ -117,7 +117,7 @@ def start_anew():
 
 def prove(run_yaml, flags, run_dir, signal):
     """Everything that the invariants speak of, seen by this rank, in one job."""
-    records.MetricsWriter = Recorder
+    writer.MetricsWriter = Recorder
 
     def train(name, *more, resume="no"):
         start_anew()

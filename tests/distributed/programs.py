@@ -3,7 +3,7 @@
 import torch
 
 from megatron_dynmix.config.load import load_config
-from megatron_dynmix.moe.reduction import reduce_counts
+from megatron_dynmix.moe.counter import reduce_counts
 from megatron_dynmix.records.jsonl import read_records
 from megatron_dynmix.training import run as training_run
 from megatron_dynmix.training.trainer import TrainingStopped

@@ -11,9 +11,9 @@ import numpy as np
 import psutil
 import pytest
 
-from megatron_dynmix.checkpoint.checkpoint import read_run_state
-from megatron_dynmix.checkpoint.checksums import CHECKSUMS, checksum, checksums_text, read_checksums
+from megatron_dynmix.checkpoint.folder import CHECKSUMS, checksum, checksums_text, read_checksums
 from megatron_dynmix.checkpoint.restore_point import RestorePoint, newest_good
+from megatron_dynmix.checkpoint.run_state import read_run_state
 from tests.distributed import checkpoint_programs as programs
 from tests.distributed import fault_programs
 from tests.distributed.conftest import SMALL, quick_or_slow

@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from megatron_dynmix.config.shape import read_shape
+from megatron_dynmix.config.presets import read_shape
 from megatron_dynmix.convert.families import weight_map
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint

@@ -13,8 +13,7 @@ import torch
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.model.gpt import unwrap
-from megatron_dynmix.moe.counter import GateLoadCounter
-from megatron_dynmix.moe.reduction import reduce_counts
+from megatron_dynmix.moe.counter import GateLoadCounter, reduce_counts
 from megatron_dynmix.training.probe import Probe
 from megatron_dynmix.training.resume import check_resume
 from tests.distributed import layouts, programs

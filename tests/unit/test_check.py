@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from config_fixtures import good_settings, load
 
-from megatron_dynmix.config.check import check_run, check_tokenizer
-from megatron_dynmix.config.check_data import check_data
+from megatron_dynmix.config.check import check_data, check_run, check_tokenizer
 from megatron_dynmix.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:moe_ffn_hidden_size")

@@ -6,27 +6,23 @@ import json
 import pytest
 from blake3 import blake3
 
-from megatron_dynmix.checkpoint.checkpoint import (
-    FORMAT_VERSION,
-    RUN_STATE,
-    TRACKER,
-    folder_of,
-    saved_iterations,
-    write_atomically,
-)
-from megatron_dynmix.checkpoint.checksums import (
+from megatron_dynmix.checkpoint.folder import (
     BLOCK,
     CHECKSUMS,
-    Damaged,
+    TRACKER,
     check_contents,
     check_sizes,
     checksum,
     checksums_text,
     files_of,
+    folder_of,
     read_checksums,
+    saved_iterations,
 )
 from megatron_dynmix.checkpoint.restore_point import exact, has_checkpoint, newest_good
+from megatron_dynmix.checkpoint.run_state import FORMAT_VERSION, RUN_STATE, Damaged
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.files import write_atomically
 
 
 def make(directory, iteration, *, shard=b"shard"):

@@ -10,7 +10,7 @@ from megatron_dynmix import platform
 
 platform.start()
 
-from megatron_dynmix.config.tree import SourceConfig  # noqa: E402
+from megatron_dynmix.config.run_config import SourceConfig  # noqa: E402
 from megatron_dynmix.errors import InputError  # noqa: E402
 from megatron_dynmix.training import answers  # noqa: E402
 

@@ -6,11 +6,10 @@ import statistics
 
 import pytest
 
-from megatron_dynmix.compare.interval import paired_difference, spread, student_t
-from megatron_dynmix.compare.results import CellResult, summarise
-from megatron_dynmix.report.compare_page import html, markdown
-from megatron_dynmix.report.compare_tables import comparison_tables, difference_text, spread_text
-from megatron_dynmix.report.plots import losses_svg, weights_svg
+from megatron_dynmix.compare.results import CellResult, paired_difference, spread, student_t, summarise
+from megatron_dynmix.report.charts import losses_svg, weights_svg
+from megatron_dynmix.report.pages import comparison_html, markdown
+from megatron_dynmix.report.tables import comparison_tables, difference_text, spread_text
 
 SOURCES = ["chat", "math"]
 
@@ -130,7 +129,7 @@ def test_pages_hold_every_table_and_escape_what_is_text():
     summary = summarise(["uniform", "gate-load", "fixed"], SOURCES, three_seeds(), [failure])
     tables = comparison_tables(summary)
     plots = [("Weights", weights_svg(summary)), ("Losses", losses_svg(summary))]
-    page = html("A & B", tables, plots)
+    page = comparison_html("A & B", tables, plots)
     assert "&lt;b&gt;a|b&lt;/b&gt;" in page and "<title>A &amp; B</title>" in page
     assert page.count("<svg") == 2 and "<strong>-0.049" in page
     assert not any(name in page for name in ('src="', 'href="http', "<script"))

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_dynmix.convert.blocks import Block, WeightMap
+from megatron_dynmix.convert.weight_map import Block, WeightMap
 
 # Two tensors a, b [2, 3] of Hugging Face under one another in a layer of w [2, 4, 3]; c, d likewise.
 BLOCKS = tuple(

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from megatron_dynmix import platform
-from megatron_dynmix.checkpoint.checksums import checksum
+from megatron_dynmix.checkpoint.folder import checksum
 from megatron_dynmix.checkpoint.restore_point import exact, newest_good
 from megatron_dynmix.cli import main
 from megatron_dynmix.config.load import load_config
-from megatron_dynmix.config.shape import other_shape
-from megatron_dynmix.convert import boxes, hf_to_megatron, megatron_to_hf, to_hugging_face, to_megatron
+from megatron_dynmix.config.presets import other_shape
+from megatron_dynmix.convert import export_hf, import_hf, tensors, to_hugging_face, to_megatron
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.staging import partial_of
 from megatron_dynmix.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED
@@ -159,7 +159,7 @@ def test_without_a_comparison_the_verdict_says_so(source, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("module", "direction"), [(hf_to_megatron, "hf-to-megatron"), (megatron_to_hf, "megatron-to-hf")]
+    ("module", "direction"), [(import_hf, "hf-to-megatron"), (export_hf, "megatron-to-hf")]
 )
 def test_a_bad_verdict_is_exit_1_and_keeps_the_partial_name(
     module, direction, source, converted, tmp_path, monkeypatch, capsys
@@ -189,7 +189,7 @@ def test_a_bad_verdict_is_exit_1_and_keeps_the_partial_name(
 
 
 def test_ctrl_c_keeps_what_is_done(source, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(boxes, "BOX_BYTES", 1000)
+    monkeypatch.setattr(tensors, "BOX_BYTES", 1000)
     monkeypatch.setattr(to_megatron, "PART_BYTES", 20_000)
     finished = to_megatron._finish_part
 
@@ -203,7 +203,7 @@ def test_ctrl_c_keeps_what_is_done(source, tmp_path, monkeypatch, capsys):
     assert "the same command goes on from there" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
-    monkeypatch.setattr(boxes, "BOX_BYTES", 1000)
+    monkeypatch.setattr(tensors, "BOX_BYTES", 1000)
     monkeypatch.setattr(to_megatron, "PART_BYTES", 20_000)
     assert convert("hf-to-megatron", source, tmp_path / "out") == 0
     assert "going on with" in capsys.readouterr().err
@@ -306,7 +306,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
     ("direction", "module", "name"),
     [
         ("hf-to-megatron", to_megatron, "_write_list"),
-        ("hf-to-megatron", hf_to_megatron, "_write_beside"),
+        ("hf-to-megatron", import_hf, "_write_beside"),
         ("megatron-to-hf", to_hugging_face, "write_index"),
     ],
 )
@@ -373,7 +373,7 @@ def test_how_the_experts_were_laid_out_is_not_guessed(converted, tmp_path, capsy
 
 
 def test_help_waits_for_no_heavy_import(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "megatron_dynmix.convert.hf_to_megatron", None)
+    monkeypatch.setitem(sys.modules, "megatron_dynmix.convert.import_hf", None)
     with pytest.raises(SystemExit) as ended:
         main(["convert", "hf-to-megatron", "--help"])
     assert ended.value.code == 0

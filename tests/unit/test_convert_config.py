@@ -9,11 +9,17 @@ import transformers
 from config_fixtures import load
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dynmix.config.dialects import DIALECTS, FIXED, PLAIN
-from megatron_dynmix.config.hugging_face import flat_settings, hugging_face_config, model_settings
+from megatron_dynmix.config.hugging_face import (
+    DIALECTS,
+    FIXED,
+    PLAIN,
+    flat_settings,
+    hugging_face_config,
+    model_settings,
+)
 from megatron_dynmix.config.megatron import transformer_config
 from megatron_dynmix.config.presets import COMMON, PRESETS
-from megatron_dynmix.config.tree import ModelConfig
+from megatron_dynmix.config.run_config import ModelConfig
 from megatron_dynmix.convert.families import FAMILIES, weight_map
 from megatron_dynmix.errors import InputError
 from tests.deepseek_models import DEEPSEEK_V2_LITE, DEEPSEEK_V3

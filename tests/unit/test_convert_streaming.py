@@ -10,14 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_dynmix.checkpoint.checksums import check_contents, checksum
-from megatron_dynmix.convert import boxes, staging, to_megatron
-from megatron_dynmix.convert.boxes import Box, Cast, boxes_of
+from megatron_dynmix.checkpoint.folder import check_contents, checksum
+from megatron_dynmix.convert import staging, tensors, to_megatron
 from megatron_dynmix.convert.families import weight_map
 from megatron_dynmix.convert.hf_folder import INDEX
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.staging import Staging, partial_of
-from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, InMemory
+from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, Box, Cast, InMemory, boxes_of
 from megatron_dynmix.convert.to_hugging_face import shards_of, size_in_bytes, write_weights
 from megatron_dynmix.convert.to_megatron import write_checkpoint
 from megatron_dynmix.convert.verdict import compare_values
@@ -39,7 +38,7 @@ ITER = "iter_0000000"
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """Several boxes to a tensor, several tensors to a part."""
-    monkeypatch.setattr(boxes, "BOX_BYTES", 1000)
+    monkeypatch.setattr(tensors, "BOX_BYTES", 1000)
     monkeypatch.setattr(to_megatron, "PART_BYTES", 20000)
 
 

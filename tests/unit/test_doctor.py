@@ -13,7 +13,7 @@ from config_fixtures import good_settings, load, write
 from megatron_dynmix import platform
 from megatron_dynmix.cli import main
 from megatron_dynmix.commands.doctor import check_run, findings_text
-from megatron_dynmix.doctor import devices, job, packages, storage
+from megatron_dynmix.doctor import checks, storage
 from megatron_dynmix.doctor.machine import Gpu, Machine, _port_is_free, look, normalised
 from megatron_dynmix.doctor.ranks import Rank, fingerprint, folder_is_shared, others_findings, same_everywhere
 from megatron_dynmix.doctor.storage import Folder, try_folder
@@ -58,122 +58,134 @@ def told(**environment):
 
 
 CASES = [
-    (packages.python, NODE, {}, "OK", "3.11.0"),
-    (packages.python, NODE, {"python": "3.14.1"}, "problem", "3.10 to 3.13"),
-    (packages.python, NODE, {"python": "3.9.2"}, "problem", "3.9.2"),
-    (packages.requirements, LAPTOP, {}, "OK", "megatron-core 0.16.1"),
+    (checks.python, NODE, {}, "OK", "3.11.0"),
+    (checks.python, NODE, {"python": "3.14.1"}, "problem", "3.10 to 3.13"),
+    (checks.python, NODE, {"python": "3.9.2"}, "problem", "3.9.2"),
+    (checks.requirements, LAPTOP, {}, "OK", "megatron-core 0.16.1"),
     (
-        packages.requirements,
+        checks.requirements,
         LAPTOP,
         versions(LAPTOP, megatron_core="0.17.0"),
         "problem",
         "megatron-core 0.17.0",
     ),
-    (packages.requirements, LAPTOP, versions(LAPTOP, psutil=None), "problem", "psutil is missing"),
-    (packages.requirements, LAPTOP, {"requirements": ()}, "problem", "not installed"),
-    (packages.transformer_engine, LAPTOP, {}, "OK", "not needed on a CPU"),
-    (packages.transformer_engine, NODE, {}, "OK", "2.10.0"),
-    (packages.transformer_engine, NODE, versions(NODE, transformer_engine=None), "warning", "not installed"),
-    (packages.transformer_engine, NODE, versions(NODE, transformer_engine="2.12.0"), "problem", "2.12.0"),
+    (checks.requirements, LAPTOP, versions(LAPTOP, psutil=None), "problem", "psutil is missing"),
+    (checks.requirements, LAPTOP, {"requirements": ()}, "problem", "not installed"),
+    (checks.transformer_engine, LAPTOP, {}, "OK", "not needed on a CPU"),
+    (checks.transformer_engine, NODE, {}, "OK", "2.10.0"),
+    (checks.transformer_engine, NODE, versions(NODE, transformer_engine=None), "warning", "not installed"),
+    (checks.transformer_engine, NODE, versions(NODE, transformer_engine="2.12.0"), "problem", "2.12.0"),
     (
-        *(packages.transformer_engine, NODE),
+        *(checks.transformer_engine, NODE),
         *({"import_errors": {"transformer_engine": "ImportError: undefined symbol"}}, "problem", "undefined"),
     ),
-    (packages.apex, NODE, {}, "OK", "NVIDIA's"),
-    (packages.apex, LAPTOP, {}, "OK", "not needed"),
-    (packages.apex, NODE, {"apex": "namesake"}, "problem", "pip uninstall apex"),
-    (packages.flash_attention, NODE, {}, "OK", "not needed"),
-    (packages.flash_attention, NODE, versions(NODE, flash_attn="2.8.1"), "OK", "not used"),
+    (checks.apex, NODE, {}, "OK", "NVIDIA's"),
+    (checks.apex, LAPTOP, {}, "OK", "not needed"),
+    (checks.apex, NODE, {"apex": "namesake"}, "problem", "pip uninstall apex"),
+    (checks.flash_attention, NODE, {}, "OK", "not needed"),
+    (checks.flash_attention, NODE, versions(NODE, flash_attn="2.8.1"), "OK", "not used"),
     (
-        *(packages.flash_attention, NODE),
+        *(checks.flash_attention, NODE),
         *({**versions(NODE, flash_attn="2.8.1"), "flash_attention_range": ("2.1.1", "2.8.1")}, "OK", "2.8.1"),
     ),
     (
-        *(packages.flash_attention, NODE),
+        *(checks.flash_attention, NODE),
         *({**versions(NODE, flash_attn="2.8.3"), "flash_attention_range": ("2.1.1", "2.8.1")}, "warning"),
         "2.8.3; this Transformer Engine takes 2.1.1 to 2.8.1",
     ),
     (
-        *(packages.flash_attention, NODE),
+        *(checks.flash_attention, NODE),
         {**versions(NODE, flash_attn="2.8.1"), "import_errors": {"flash_attn": "ImportError: GLIBC"}},
         *("problem", "GLIBC"),
     ),
-    (devices.cuda, LAPTOP, {}, "OK", "runs on the CPU"),
-    (devices.cuda, NODE, {}, "OK", "torch's 12.8, the driver's 12.8"),
-    (devices.cuda, LAPTOP, {"driver": "570.86"}, "problem", "built for CPUs"),
-    (devices.cuda, LAPTOP, {"torch_cuda": "12.8"}, "OK", "no driver"),
+    (checks.cuda, LAPTOP, {}, "OK", "runs on the CPU"),
+    (checks.cuda, NODE, {}, "OK", "torch's 12.8, the driver's 12.8"),
+    (checks.cuda, LAPTOP, {"driver": "570.86"}, "problem", "built for CPUs"),
+    (checks.cuda, LAPTOP, {"torch_cuda": "12.8"}, "OK", "no driver"),
     (
-        devices.cuda,
+        checks.cuda,
         NODE,
         {"cuda_available": False, "torch_cuda": "13.0"},
         "problem",
         "a torch that is built for CUDA 12",
     ),
-    (devices.cuda, NODE, {"cuda_available": False, "cuda_error": "No CUDA GPUs"}, "problem", "No CUDA GPUs"),
-    (devices.gpus, LAPTOP, {}, "OK", "none"),
-    (devices.gpus, NODE, {}, "OK", "8 x NVIDIA H100 80GB HBM3, 80 GiB"),
-    (devices.gpus, NODE, {"gpus": (H100, Gpu("NVIDIA A100", 40 * GIB, 40 * GIB))}, "warning", "slowest"),
+    (checks.cuda, NODE, {"cuda_available": False, "cuda_error": "No CUDA GPUs"}, "problem", "No CUDA GPUs"),
+    (checks.gpus, LAPTOP, {}, "OK", "none"),
+    (checks.gpus, NODE, {}, "OK", "8 x NVIDIA H100 80GB HBM3, 80 GiB"),
+    (checks.gpus, NODE, {"gpus": (H100, Gpu("NVIDIA A100", 40 * GIB, 40 * GIB))}, "warning", "slowest"),
     (
-        devices.gpus,
+        checks.gpus,
         NODE,
         {"gpus": (H100, Gpu(H100.name, 80 * GIB, 8 * GIB))},
         "warning",
         "use number 1: 8 GiB",
     ),
-    (devices.backends, LAPTOP, {}, "OK", "gloo"),
-    (devices.backends, NODE, {}, "OK", "NCCL 2.27.3"),
-    (devices.backends, NODE, {"nccl": None}, "problem", "no NCCL"),
-    (devices.backends, LAPTOP, {"gloo": False}, "problem", "no gloo"),
-    (devices.infiniband, LAPTOP, {}, "OK", "Ethernet"),
-    (devices.infiniband, NODE, {}, "OK", "mlx5_0, mlx5_1"),
-    (devices.infiniband, NODE, {"environment": {"NCCL_IB_DISABLE": "1"}}, "warning", "NCCL_IB_DISABLE"),
-    (devices.infiniband, NODE, {"locked_memory": 65536}, "warning", "64 KiB of memory may be locked"),
-    (job.ranks, LAPTOP, {}, "OK", "not in a job"),
-    (job.ranks, NODE, told(), "OK", "rank 1 of 16"),
-    (job.ranks, NODE, {"environment": {"RANK": "0"}}, "problem", "not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
-    (job.ranks, NODE, told(RANK="16"), "problem", "RANK is 16, but WORLD_SIZE is 16"),
-    (job.ranks, NODE, told(RANK="one"), "problem", "RANK is 'one'"),
-    (job.ranks, NODE, told(LOCAL_RANK="8", LOCAL_WORLD_SIZE="8"), "problem", "LOCAL_RANK is 8"),
-    (job.ranks, NODE, told(SLURM_PROCID="2", SLURM_NTASKS="16"), "problem", "SLURM_PROCID is 2"),
-    (job.ranks, NODE, told(SLURM_PROCID="1", SLURM_NTASKS="8"), "problem", "SLURM_NTASKS is 8"),
-    (job.ranks, NODE, told(SLURM_PROCID="0", SLURM_NTASKS="2", TORCHELASTIC_RUN_ID="7"), "OK", "rank 1"),
-    (job.ranks, NODE, told(LOCAL_RANK="1", LOCAL_WORLD_SIZE="16"), "problem", "16 ranks on this node, but 8"),
-    (job.meeting_place, LAPTOP, {}, "OK", "known by name"),
-    (job.meeting_place, NODE, told(), "OK", "node0:29500"),
+    (checks.backends, LAPTOP, {}, "OK", "gloo"),
+    (checks.backends, NODE, {}, "OK", "NCCL 2.27.3"),
+    (checks.backends, NODE, {"nccl": None}, "problem", "no NCCL"),
+    (checks.backends, LAPTOP, {"gloo": False}, "problem", "no gloo"),
+    (checks.infiniband, LAPTOP, {}, "OK", "Ethernet"),
+    (checks.infiniband, NODE, {}, "OK", "mlx5_0, mlx5_1"),
+    (checks.infiniband, NODE, {"environment": {"NCCL_IB_DISABLE": "1"}}, "warning", "NCCL_IB_DISABLE"),
+    (checks.infiniband, NODE, {"locked_memory": 65536}, "warning", "64 KiB of memory may be locked"),
+    (checks.ranks, LAPTOP, {}, "OK", "not in a job"),
+    (checks.ranks, NODE, told(), "OK", "rank 1 of 16"),
     (
-        job.meeting_place,
+        checks.ranks,
+        NODE,
+        {"environment": {"RANK": "0"}},
+        "problem",
+        "not WORLD_SIZE, MASTER_ADDR, MASTER_PORT",
+    ),
+    (checks.ranks, NODE, told(RANK="16"), "problem", "RANK is 16, but WORLD_SIZE is 16"),
+    (checks.ranks, NODE, told(RANK="one"), "problem", "RANK is 'one'"),
+    (checks.ranks, NODE, told(LOCAL_RANK="8", LOCAL_WORLD_SIZE="8"), "problem", "LOCAL_RANK is 8"),
+    (checks.ranks, NODE, told(SLURM_PROCID="2", SLURM_NTASKS="16"), "problem", "SLURM_PROCID is 2"),
+    (checks.ranks, NODE, told(SLURM_PROCID="1", SLURM_NTASKS="8"), "problem", "SLURM_NTASKS is 8"),
+    (checks.ranks, NODE, told(SLURM_PROCID="0", SLURM_NTASKS="2", TORCHELASTIC_RUN_ID="7"), "OK", "rank 1"),
+    (
+        checks.ranks,
+        NODE,
+        told(LOCAL_RANK="1", LOCAL_WORLD_SIZE="16"),
+        "problem",
+        "16 ranks on this node, but 8",
+    ),
+    (checks.meeting_place, LAPTOP, {}, "OK", "known by name"),
+    (checks.meeting_place, NODE, told(), "OK", "node0:29500"),
+    (
+        checks.meeting_place,
         NODE,
         {**told(), "addresses": {"laptop": "10.0.0.2", "node0": None}},
         "problem",
         "node0",
     ),
-    (job.meeting_place, NODE, told(MASTER_PORT="99999"), "problem", "from 1 to 65535"),
-    (job.meeting_place, NODE, {**told(), "port_is_free": False}, "problem", "29500 is in use"),
-    (job.meeting_place, LAPTOP, {"addresses": {"laptop": None}}, "warning", "/etc/hosts"),
-    (job.interfaces, LAPTOP, {}, "OK", "eth0"),
-    (job.interfaces, LAPTOP, {"environment": {"NCCL_SOCKET_IFNAME": "eth"}}, "OK", "eth0"),
-    (job.interfaces, LAPTOP, {"environment": {"NCCL_SOCKET_IFNAME": "^docker"}}, "OK", "eth0"),
-    (job.interfaces, LAPTOP, {"environment": {"NCCL_SOCKET_IFNAME": "ib0"}}, "problem", "there is no ib0"),
-    (job.interfaces, LAPTOP, {"environment": {"GLOO_SOCKET_IFNAME": "eth"}}, "problem", "there is no eth"),
-    (job.time_outs, LAPTOP, {}, "OK", "distributed_timeout_minutes"),
+    (checks.meeting_place, NODE, told(MASTER_PORT="99999"), "problem", "from 1 to 65535"),
+    (checks.meeting_place, NODE, {**told(), "port_is_free": False}, "problem", "29500 is in use"),
+    (checks.meeting_place, LAPTOP, {"addresses": {"laptop": None}}, "warning", "/etc/hosts"),
+    (checks.interfaces, LAPTOP, {}, "OK", "eth0"),
+    (checks.interfaces, LAPTOP, {"environment": {"NCCL_SOCKET_IFNAME": "eth"}}, "OK", "eth0"),
+    (checks.interfaces, LAPTOP, {"environment": {"NCCL_SOCKET_IFNAME": "^docker"}}, "OK", "eth0"),
+    (checks.interfaces, LAPTOP, {"environment": {"NCCL_SOCKET_IFNAME": "ib0"}}, "problem", "there is no ib0"),
+    (checks.interfaces, LAPTOP, {"environment": {"GLOO_SOCKET_IFNAME": "eth"}}, "problem", "there is no eth"),
+    (checks.time_outs, LAPTOP, {}, "OK", "distributed_timeout_minutes"),
     (
-        *(job.time_outs, NODE, {"environment": {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}}, "problem"),
+        *(checks.time_outs, NODE, {"environment": {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}}, "problem"),
         "hangs until it is cancelled",
     ),
     (
-        job.time_outs,
+        checks.time_outs,
         NODE,
         {"environment": {"NCCL_BLOCKING_WAIT": "1"}},
         "warning",
         "TORCH_NCCL_BLOCKING_WAIT",
     ),
-    (job.time_outs, NODE, {"environment": {"CUDA_LAUNCH_BLOCKING": "1"}}, "warning", "every kernel"),
-    (job.open_files, LAPTOP, {}, "OK", "65536"),
-    (job.open_files, LAPTOP, {"open_files": 1024}, "warning", "ulimit -n"),
-    (job.shared_memory, LAPTOP, {}, "OK", "8.0 GiB"),
-    (job.shared_memory, LAPTOP, {"shared_memory": 64 * 2**20}, "warning", "--shm-size"),
-    (job.address_space, LAPTOP, {}, "OK", "16 GiB"),
-    (job.address_space, LAPTOP, {"address_space": 8 * GIB}, "warning", "limit of 8 GiB"),
+    (checks.time_outs, NODE, {"environment": {"CUDA_LAUNCH_BLOCKING": "1"}}, "warning", "every kernel"),
+    (checks.open_files, LAPTOP, {}, "OK", "65536"),
+    (checks.open_files, LAPTOP, {"open_files": 1024}, "warning", "ulimit -n"),
+    (checks.shared_memory, LAPTOP, {}, "OK", "8.0 GiB"),
+    (checks.shared_memory, LAPTOP, {"shared_memory": 64 * 2**20}, "warning", "--shm-size"),
+    (checks.address_space, LAPTOP, {}, "OK", "16 GiB"),
+    (checks.address_space, LAPTOP, {"address_space": 8 * GIB}, "warning", "limit of 8 GiB"),
 ]
 
 
@@ -253,7 +265,7 @@ def test_ranks_must_be_alike():
 
 
 def test_what_is_wrong_on_another_machine_is_told_once():
-    bad = packages.apex(dataclasses.replace(NODE, apex="namesake"))
+    bad = checks.apex(dataclasses.replace(NODE, apex="namesake"))
     ranks = [rank_of(host, findings=(bad,)) for host in ("node0", "node0", "node1", "node1")]
     (finding,) = others_findings(ranks)
     assert finding.name == "apex" and finding.found.endswith("(on node1)") and finding.remedy == bad.remedy
@@ -304,7 +316,7 @@ def test_a_run_is_held_against_the_machine(tmp_path):
 
 
 def test_the_text_has_every_remedy():
-    findings = [packages.apex(dataclasses.replace(NODE, apex="namesake")), packages.python(NODE)]
+    findings = [checks.apex(dataclasses.replace(NODE, apex="namesake")), checks.python(NODE)]
     text = findings_text(findings)
     assert "PROBLEM  apex" in text and "-> pip uninstall apex" in text
     assert text.endswith("2 checks: 1 problems, 0 warnings")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_dynmix.training.strategy_files import read_embeddings
+from megatron_dynmix.training.mix_setup import read_embeddings
 
 TOOL = Path(__file__).parents[2] / "tools" / "embed_sources.py"
 

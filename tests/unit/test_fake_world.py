@@ -48,7 +48,7 @@ def groups_of_reduction(rank, sizes):
     join_fake_world(rank, sizes)
     import torch
 
-    from megatron_dynmix.moe.reduction import reduce_counts
+    from megatron_dynmix.moe.counter import reduce_counts
 
     asked = []
 

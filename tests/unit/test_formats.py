@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_dynmix.config.load import load_config, to_yaml
-from megatron_dynmix.config.tree import RowFormat
+from megatron_dynmix.config.run_config import RowFormat
 from megatron_dynmix.data.prepare.conversation import Conversation, Turn
 from megatron_dynmix.data.prepare.formats import FORMATS, Format, check_format, find_format
 from megatron_dynmix.errors import InputError

@@ -14,8 +14,8 @@ from megatron_dynmix.errors import InputError
 from megatron_dynmix.job import launch
 
 platform.start()
-from megatron_dynmix.convert.hugging_face import check_load_hf, folder_for, weights_of  # noqa: E402
-from megatron_dynmix.convert.hugging_face_export import check_save_hf  # noqa: E402
+from megatron_dynmix.convert.export_hf import check_save_hf  # noqa: E402
+from megatron_dynmix.convert.import_hf import check_load_hf, folder_for, weights_of  # noqa: E402
 from megatron_dynmix.training import run  # noqa: E402
 
 

@@ -11,8 +11,8 @@ from megatron_dynmix.cli import main
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.controller import MixingController
 from megatron_dynmix.mixing.strategy import Proposal, Signal
-from megatron_dynmix.records.update_record import update_record
-from megatron_dynmix.training.mix import check_mix, first_weights, initial_shares, reason
+from megatron_dynmix.records.mixing_update import update_record
+from megatron_dynmix.training.mix_setup import check_mix, first_weights, initial_shares, reason
 from megatron_dynmix.training.start_report import mix_warnings
 
 pytestmark = pytest.mark.filterwarnings("ignore:moe_ffn_hidden_size")

@@ -9,8 +9,8 @@ import pytest
 from megatron_dynmix.mixing.controller import MixingController, MixingUpdate
 from megatron_dynmix.mixing.guardrails import Guardrails
 from megatron_dynmix.mixing.override import Override
+from megatron_dynmix.mixing.strategies.fixed import Fixed
 from megatron_dynmix.mixing.strategies.gate_load import GateLoad
-from megatron_dynmix.mixing.strategies.static import Fixed
 from megatron_dynmix.mixing.strategy import Proposal, Signal
 
 SOURCES = ("code", "math", "chat")

@@ -6,8 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dynmix.mixing import noise as noise_module
-from megatron_dynmix.mixing.aggregate import AGGREGATES, delta_shares, gap_scale, source_delta
-from megatron_dynmix.mixing.distance import DISTANCES, gradient, l2_distance
+from megatron_dynmix.mixing.distance import (
+    AGGREGATES,
+    DISTANCES,
+    delta_shares,
+    gap_scale,
+    gradient,
+    l2_distance,
+    source_delta,
+)
 from megatron_dynmix.mixing.gate_loads import gate_load
 from megatron_dynmix.mixing.noise import Noise, debiased_l2, delta_error, measure_noise, shrink_gaps
 from megatron_dynmix.mixing.strategies.gate_load import GateLoad, Inverse

@@ -5,12 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from megatron_dynmix.mixing.aggregate import AGGREGATES
-from megatron_dynmix.mixing.distance import DISTANCES
+from megatron_dynmix.mixing.distance import AGGREGATES, DISTANCES
 from megatron_dynmix.mixing.strategies.gate_load import GateLoad
 from megatron_dynmix.mixing.strategy import Signal
-from megatron_dynmix.mixing.update import reweight
-from megatron_dynmix.mixing.weights import entropy, kl_divergence, normalise_weights
+from megatron_dynmix.mixing.weights import entropy, kl_divergence, normalise_weights, reweight
 
 # Fixed examples and no deadline: a busy machine must not turn a property red.
 checked = settings(max_examples=60, deadline=None, derandomize=True)

@@ -5,14 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from megatron_dynmix.mixing.aggregate import source_delta
-from megatron_dynmix.mixing.distance import cosine_distance, l2_distance
+from megatron_dynmix.mixing.distance import cosine_distance, l2_distance, source_delta
 from megatron_dynmix.mixing.gate_loads import at_layers, gate_load, select_layers
+from megatron_dynmix.mixing.strategies.fixed import Fixed, Uniform
 from megatron_dynmix.mixing.strategies.gate_load import GateLoad
-from megatron_dynmix.mixing.strategies.static import Fixed, Uniform
 from megatron_dynmix.mixing.strategy import Signal
-from megatron_dynmix.mixing.update import reweight
-from megatron_dynmix.mixing.weights import check_weights, entropy, kl_divergence, normalise_weights
+from megatron_dynmix.mixing.weights import check_weights, entropy, kl_divergence, normalise_weights, reweight
 
 NAN, INF = math.nan, math.inf
 COUNTS_DLE = np.arange(1, 25).reshape(3, 2, 4)

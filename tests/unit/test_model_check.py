@@ -14,14 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from megatron_dynmix import platform
 from megatron_dynmix.cli import main
-from megatron_dynmix.config.shape import complete_model
-from megatron_dynmix.convert import hf_folder, megatron_to_hf
-from megatron_dynmix.convert.blocks import Block
+from megatron_dynmix.config.presets import complete_model
+from megatron_dynmix.convert import export_hf, hf_folder
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
-from megatron_dynmix.convert.model_check import compare_logits, fixed_tokens, one_rank
-from megatron_dynmix.convert.model_cut import choose_layers
+from megatron_dynmix.convert.logits import choose_layers, compare_logits, fixed_tokens, one_rank
 from megatron_dynmix.convert.origin import model_of
 from megatron_dynmix.convert.tensors import AsMegatron, InMemory
+from megatron_dynmix.convert.weight_map import Block
 from megatron_dynmix.errors import EXIT_FAILED
 
 GIB = 2**30
@@ -225,7 +224,7 @@ def test_the_command_fails_on_a_mistake_in_a_map(mistake, command, tmp_path, mon
     if command == ["megatron-to-hf"]:
         assert main(["convert", "hf-to-megatron", str(source), str(right), "--no-verify"]) == 0
         source = right
-    for module in (hf_folder, megatron_to_hf):
+    for module in (hf_folder, export_hf):
         right_map = module.weight_map
         monkeypatch.setattr(
             module,

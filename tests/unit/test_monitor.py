@@ -16,7 +16,7 @@ from megatron_dynmix.records import logline
 from megatron_dynmix.records.heatmap import MOST_NAMES, distance_image, gate_load_image
 from megatron_dynmix.records.jsonl import JsonlWriter, read_records
 from megatron_dynmix.records.live_line import LiveLine
-from megatron_dynmix.records.metrics import MetricsWriter
+from megatron_dynmix.records.writer import MetricsWriter
 
 SOURCES = ["chat", "math", "code"]
 NOW = datetime(2025, 3, 4, 5, 6, 7, 89)

@@ -12,9 +12,14 @@ platform.start()
 
 from megatron_dynmix.config.host import Host  # noqa: E402
 from megatron_dynmix.config.megatron import transformer_config  # noqa: E402
-from megatron_dynmix.plan.activations import Layer, passes_in_flight, stage_activations  # noqa: E402
 from megatron_dynmix.plan.layout import Layout  # noqa: E402
-from megatron_dynmix.plan.memory import checkpoint_bytes, memory_by_stage  # noqa: E402
+from megatron_dynmix.plan.memory import (  # noqa: E402  # noqa: E402
+    Layer,
+    checkpoint_bytes,
+    memory_by_stage,
+    passes_in_flight,
+    stage_activations,
+)
 
 ROWS, LENGTH, WORLD = 2, 128, 2
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from megatron_dynmix.data.prepare import encode as encode_module
 from megatron_dynmix.data.prepare import prepare as prepare_module
 from megatron_dynmix.data.prepare.conversation import Conversation, parse_sharegpt
-from megatron_dynmix.data.prepare.source_report import load_report
+from megatron_dynmix.data.prepare.report import load_report
 from megatron_dynmix.data.prepare.template import Rendered, Renderer, render, token_mask
 from megatron_dynmix.data.tokenizer.base import FastTokenizer, Tokenizer
 from megatron_dynmix.errors import InputError

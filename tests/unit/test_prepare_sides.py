@@ -18,15 +18,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_dynmix.data.prepare import fingerprint as fingerprint_module
 from megatron_dynmix.data.prepare import prepare as prepare_module
+from megatron_dynmix.data.prepare import report
 from megatron_dynmix.data.prepare.conversation import Conversation, Turn
-from megatron_dynmix.data.prepare.duplicates import Shared, count_duplicates, read_digests, shared_texts
-from megatron_dynmix.data.prepare.examples import DIGEST, Examples, join, pack_examples
-from megatron_dynmix.data.prepare.held_out import HeldOut
+from megatron_dynmix.data.prepare.encode import split_conversation
+from megatron_dynmix.data.prepare.examples import (
+    DIGEST,
+    Examples,
+    HeldOut,
+    Shared,
+    count_duplicates,
+    join,
+    pack_examples,
+    read_digests,
+    shared_texts,
+)
 from megatron_dynmix.data.prepare.index_writer import IndexedWriter
-from megatron_dynmix.data.prepare.source_report import load_report, probe_prefix
-from megatron_dynmix.data.prepare.split import split_conversation
+from megatron_dynmix.data.prepare.report import load_report, probe_prefix
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.errors import CommandFailed, InputError
 
@@ -233,7 +241,7 @@ def test_unchanged_source_is_skipped_and_a_changed_one_is_not(
     prefix.with_name("source.bin").touch()
     assert again()
     with monkeypatch.context() as patch:
-        patch.setattr(fingerprint_module.hashlib, "sha256", None)  # the bytes are not read again
+        patch.setattr(report.hashlib, "sha256", None)  # the bytes are not read again
         patch.setattr(prepare_module.Renderer, "fingerprint", "vicuna")
         patch.setattr(type(tokenizer), "fingerprint", tokenizer.fingerprint)
         assert not again()

@@ -4,8 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_dynmix.commands.quickstart import make_quickstart, write_run_yaml, write_sources
-from megatron_dynmix.commands.quickstart_examples import in_words
+from megatron_dynmix.commands.quickstart import in_words, make_quickstart, write_run_yaml, write_sources
 from megatron_dynmix.data.prepare.conversation import parse_sharegpt
 from megatron_dynmix.data.prepare.template import render
 from megatron_dynmix.data.tokenizer.base import load_tokenizer

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import ipc, parquet
 
-from megatron_dynmix.data.prepare import jsonl, progress
+from megatron_dynmix.data.prepare import progress, readers
 from megatron_dynmix.data.prepare.readers import find_inputs, is_compressed, raw_rows
 from megatron_dynmix.errors import InputError
 
@@ -169,7 +169,7 @@ def test_arrays_are_cut_at_the_same_items_whatever_the_chunk(
     path = tmp_path_factory.mktemp("array") / "a.json"
     path.write_text(json.dumps(rows, ensure_ascii=False, indent=indent), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jsonl, "_CHUNK_BYTES", chunk)
+        patch.setattr(readers, "_CHUNK_BYTES", chunk)
         assert values(path) == rows
 
 
@@ -177,7 +177,7 @@ def test_arrays_are_cut_at_the_same_items_whatever_the_chunk(
 def test_a_row_without_end_does_not_fill_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(jsonl, "_MAX_ROW_BYTES", 1 << 21)
+    monkeypatch.setattr(readers, "_MAX_ROW_BYTES", 1 << 21)
     start = b'["' if name == "a.json" else b'{"a": "'
     with pytest.raises(InputError, match="longer than 2 MiB"):
         values(save(tmp_path / name, start + b"x" * (1 << 22)))

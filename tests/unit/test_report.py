@@ -11,12 +11,10 @@ import pytest
 from report_fixtures import NAMES, change, line_of, write_run
 
 from megatron_dynmix.cli import main
-from megatron_dynmix.report.chart import COLOURS, OTHERS, TOP, Palette
-from megatron_dynmix.report.charts import charts_of
-from megatron_dynmix.report.contents import distinct_names, importance, page_of_run, page_of_runs
-from megatron_dynmix.report.frames import Frame, quantised
+from megatron_dynmix.report.charts import COLOURS, OTHERS, TOP, Palette, charts_of
+from megatron_dynmix.report.pages import distinct_names, importance, page_of_run, page_of_runs
 from megatron_dynmix.report.records import thinned
-from megatron_dynmix.report.run import MOST_POINTS, read_run
+from megatron_dynmix.report.run import MOST_POINTS, Frame, quantised, read_run
 from megatron_dynmix.report.summary import summary, warnings
 
 CHARTS = [

@@ -4,7 +4,7 @@ import pytest
 from report_fixtures import change, write_run
 
 from megatron_dynmix.cli import main
-from megatron_dynmix.report.contents import page_of_run, page_of_runs
+from megatron_dynmix.report.pages import page_of_run, page_of_runs
 from megatron_dynmix.report.run import read_run
 
 

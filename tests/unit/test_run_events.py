@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_dynmix.errors import StoppedOnRequest, TrainingStopped
-from megatron_dynmix.records.run_events import EVENTS, recorded
+from megatron_dynmix.records.writer import EVENTS, recorded
 from megatron_dynmix.training.progress import Progress
 
 

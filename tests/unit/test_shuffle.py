@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_dynmix.data.shuffle import permute
+from megatron_dynmix.data.blend import permute
 
 GOLDEN_10 = [6, 7, 8, 2, 0, 5, 9, 3, 4, 1]
 GOLDEN_MILLION = [357563, 911787, 215456, 510589, 339254]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from run_fixtures import fake_run
 
-from megatron_dynmix.config.tree import MixingConfig
+from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.training.strategy_files import resolve_files
+from megatron_dynmix.training.mix_setup import resolve_files
 
 SOURCES = ["chat", "math", "code"]
 LOSSES = {"code": 1.5, "chat": 2, "math": 0.0}

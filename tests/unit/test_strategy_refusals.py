@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from strategy_fixtures import NAMES, later, options_for, signal_for, strategy_for, uniform
 
-from megatron_dynmix.mixing.strategies.ado import MAX_POINTS, Ado
-from megatron_dynmix.mixing.strategies.excess_loss import RefLoss
+from megatron_dynmix.mixing.strategies.ado import MAX_POINTS, Ado, fit
+from megatron_dynmix.mixing.strategies.fixed import UniMax
+from megatron_dynmix.mixing.strategies.losses import RefLoss
 from megatron_dynmix.mixing.strategies.odm import OnlineDataMixing
-from megatron_dynmix.mixing.strategies.scaling_law import fit
-from megatron_dynmix.mixing.strategies.size import UniMax
 from megatron_dynmix.mixing.strategies.table import STRATEGIES, build_strategy
 from megatron_dynmix.mixing.strategy import Proposal, Signal
 

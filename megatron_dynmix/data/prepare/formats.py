@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmix.config.tree import FormatName
+from megatron_dynmix.config.run_config import FormatName
 from megatron_dynmix.data.prepare.conversation import (
     NO_FIELDS,
     Conversation,
@@ -21,8 +21,7 @@ from megatron_dynmix.data.prepare.conversation import (
     parse_sharegpt,
     system_turns,
 )
-from megatron_dynmix.data.prepare.jsonl import parse_json
-from megatron_dynmix.data.prepare.readers import parsed_rows
+from megatron_dynmix.data.prepare.readers import parse_json, parsed_rows
 from megatron_dynmix.errors import InputError
 
 _MESSAGE_ROLES: dict[str, Role] = {

@@ -15,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
 from numpy.typing import NDArray
 
 from megatron_dynmix.data.prepare.examples import DIGEST_BYTES, Examples
-from megatron_dynmix.data.prepare.source_report import file_of
+from megatron_dynmix.data.prepare.report import file_of
 
 _INDEX_VERSION = 1
 _PIECE_BYTES = 1 << 20

@@ -16,26 +16,26 @@ from pathlib import Path
 
 from megatron.core.datasets.indexed_dataset import DType
 
-from megatron_dynmix.config.tree import RowFormat
+from megatron_dynmix.config.run_config import RowFormat
 from megatron_dynmix.data.prepare.conversation import NO_FIELDS
-from megatron_dynmix.data.prepare.duplicates import count_duplicates, read_digests
 from megatron_dynmix.data.prepare.encode import Chunk, Encoded, Encoder
-from megatron_dynmix.data.prepare.examples import Examples
-from megatron_dynmix.data.prepare.fingerprint import InputFile, read_input, refuse_changed
+from megatron_dynmix.data.prepare.examples import Examples, HeldOut, count_duplicates, read_digests
 from megatron_dynmix.data.prepare.formats import Format, check_format, find_format
-from megatron_dynmix.data.prepare.held_out import HeldOut
 from megatron_dynmix.data.prepare.index_writer import IndexedWriter
 from megatron_dynmix.data.prepare.progress import Progress
 from megatron_dynmix.data.prepare.readers import RawRow, is_compressed, parsed_rows, raw_rows
-from megatron_dynmix.data.prepare.source_report import (
+from megatron_dynmix.data.prepare.report import (
     FORMAT_VERSION,
     WRITTEN,
+    InputFile,
     Recipe,
     SourceReport,
     current_report,
     file_of,
     load_report,
     probe_prefix,
+    read_input,
+    refuse_changed,
     refuse_overwriting,
     write_report,
 )

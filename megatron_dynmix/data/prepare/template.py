@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dynmix.config.tree import JINJA_SUFFIXES, TrainOn
+from megatron_dynmix.config.run_config import JINJA_SUFFIXES, TrainOn
 from megatron_dynmix.data.prepare.conversation import Conversation, Turn
 from megatron_dynmix.data.prepare.jinja import ChatTemplate, compiled
 from megatron_dynmix.data.tokenizer.base import Tokenizer

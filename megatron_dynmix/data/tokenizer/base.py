@@ -18,7 +18,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 from tokenizers import Tokenizer as BackendTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_dynmix.config.tree import HUB
+from megatron_dynmix.config.run_config import HUB
 from megatron_dynmix.data.tokenizer.special import TWIN, SpecialTokens
 from megatron_dynmix.errors import InputError
 

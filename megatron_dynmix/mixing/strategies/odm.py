@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dynmix.mixing.require import loss_of
-from megatron_dynmix.mixing.strategy import Proposal, Signal
+from megatron_dynmix.mixing.strategy import Proposal, Signal, loss_of
 
 VARIANTS = ("smoothed", "exp3")
 EXP3_REWARD_SCALE = 10.0

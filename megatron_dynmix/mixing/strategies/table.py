@@ -12,15 +12,11 @@ from numpy.typing import NDArray
 
 from megatron_dynmix.mixing.strategies.ado import Ado
 from megatron_dynmix.mixing.strategies.balanced import Balanced
-from megatron_dynmix.mixing.strategies.baselines import Random, RandomBatch, Sequential
-from megatron_dynmix.mixing.strategies.embedding import SentenceEmbedding
-from megatron_dynmix.mixing.strategies.excess_loss import RefLoss, Sheared
-from megatron_dynmix.mixing.strategies.gate_load import GateLoad, Inverse
-from megatron_dynmix.mixing.strategies.loss_softmax import LossSoftmax
+from megatron_dynmix.mixing.strategies.fixed import DataSize, FinalStatic, Fixed, Temperature, Uniform, UniMax
+from megatron_dynmix.mixing.strategies.gate_load import GateLoad, Inverse, SentenceEmbedding
+from megatron_dynmix.mixing.strategies.losses import LossSoftmax, RefLoss, Sheared
 from megatron_dynmix.mixing.strategies.odm import OnlineDataMixing
-from megatron_dynmix.mixing.strategies.schedule import Schedule
-from megatron_dynmix.mixing.strategies.size import DataSize, Temperature, UniMax
-from megatron_dynmix.mixing.strategies.static import FinalStatic, Fixed, Uniform
+from megatron_dynmix.mixing.strategies.planned import Random, RandomBatch, Schedule, Sequential
 from megatron_dynmix.mixing.strategy import Proposal, Signal, Strategy
 
 STRATEGIES: dict[str, type[Strategy]] = {

@@ -1,0 +1,364 @@
+"""A rank's own slices of the model's tensors, filled from tensors that are laid out as in a checkpoint.
+
+Checkpoints: Megatron-Core's sharded tensors, and one small JSON file for everything else.
+
+checkpoints/latest_checkpointed_iteration.txt    written last, atomically
+checkpoints/iter_0000100/                        torch_dist shards, run_state.json, checksums.json
+checkpoints/.iter_0000200.tmp/                   one that is not whole yet, or no longer
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint import CheckpointException
+
+from megatron_dynmix.checkpoint.folder import (
+    CHECKSUMS,
+    TRACKER,
+    checksum,
+    checksums_text,
+    files_of,
+    folder_of,
+    is_whole,
+    newest_whole,
+    saved_iterations,
+    set_aside,
+)
+from megatron_dynmix.checkpoint.run_state import FORMAT_VERSION, RUN_STATE, read_run_state
+from megatron_dynmix.checkpoint.shards import ShardWriter
+from megatron_dynmix.convert.tensors import Tensors
+from megatron_dynmix.errors import InputError
+from megatron_dynmix.files import sync, write_atomically
+from megatron_dynmix.job.agreement import RankFailure, together
+from megatron_dynmix.model.gpt import unwrap
+from megatron_dynmix.model.optimizer import (
+    load_optimizer_state,
+    materialise_state,
+    optimizer_state,
+    sharding_metadata,
+)
+
+
+def own_slices(chunks: Iterable[GPTModel]) -> Iterator[ShardedTensor]:
+    """What this rank's chunks hold of each tensor of a checkpoint: `data` is a view of the parameter."""
+    for chunk in chunks:
+        state = chunk.sharded_state_dict(metadata=sharding_metadata())
+        apply_factories(state)
+        yield from (item for item in nested_values(state) if isinstance(item, ShardedTensor))
+
+
+def fill(chunks: Sequence[GPTModel], tensors: Tensors) -> None:
+    """Give every parameter and buffer its numbers, in its own precision; all ranks come here.
+
+    Args:
+        chunks: this rank's part of the model.
+        tensors: the whole model by the names of a checkpoint; of each only this rank's slice is read.
+
+    Raises:
+        RankFailure: on every rank, if one cannot read its slices.
+
+    """
+    filled: set[str] = set()
+    with together():
+        filled = _fill_own(chunks, tensors)
+    every: list[set[str]] = [set()] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, filled)
+    left = tensors.shapes.keys() - set().union(*every)
+    assert not left, f"no rank has a slice of {sorted(left)}"
+
+
+@torch.no_grad()
+def _fill_own(chunks: Sequence[GPTModel], tensors: Tensors) -> set[str]:
+    """One slice at a time; returns the tensors that this rank has a slice of."""
+    storages = {
+        tensor.untyped_storage().data_ptr()
+        for chunk in chunks
+        for tensor in (*chunk.parameters(), *chunk.buffers())
+    }
+    filled = set()
+    for own in own_slices(chunks):
+        assert own.data is not None and own.data.untyped_storage().data_ptr() in storages, (
+            f"{own.key} is a copy: what is written to it is lost"
+        )
+        assert tensors.shapes.get(own.key) == own.global_shape, (
+            f"{own.key} is {own.global_shape} here and {tensors.shapes.get(own.key)} there"
+        )
+        shape = (1,) * own.prepend_axis_num + own.local_shape
+        own.data.copy_(tensors.read(own.key, own.global_offset, shape).reshape(own.local_shape))
+        filled.add(own.key)
+    return filled
+
+
+EXTRA_STATE = "._extra_state"
+"""End of the names under which modules of Transformer Engine keep what is no tensor."""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written."""
+
+    iteration: int
+    run_state: str
+    writer: ShardWriter
+    request: AsyncRequest
+    process: TemporalAsyncCaller
+    """What writes this rank's shards."""
+    keep: int | None
+
+
+class Checkpointer:
+    """Saves and loads one run."""
+
+    def __init__(
+        self,
+        *,
+        directory: Path,
+        chunks: list[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        keep_last: int | None = None,
+    ) -> None:
+        self.directory = directory
+        self.chunks = chunks
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.keep_last = keep_last
+        self.newest: int | None = None
+        """Iteration of the newest whole checkpoint that this run has written or read."""
+        self.good: int | None = None
+        """What was `good` in the run state of the checkpoint that was read; see `Saving`."""
+        self._pending: _Pending | None = None
+
+    def save(
+        self,
+        iteration: int,
+        run_state: dict[str, Any],
+        *,
+        keep: int | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        """Take the state as it is now and begin to write it; `finish` makes a checkpoint of it.
+
+        Args:
+            iteration: iterations done.
+            run_state: plain JSON values, the same on every rank or given on rank 0 only.
+            keep: the newest whole checkpoint up to this iteration may not be deleted when this one is whole.
+            before: what has to be on the disk before the checkpoint, or it is not written.
+
+        Raises:
+            RankFailure: on every rank, if it cannot be written; what was begun is gone again.
+
+        """
+        assert self._pending is None, "one checkpoint after the other"
+        state = {"format_version": FORMAT_VERSION, "iteration": iteration, **run_state}
+        staging, process = self._staging(iteration), TemporalAsyncCaller()
+        try:
+            with together():
+                if before is not None:
+                    before()
+                writer = ShardWriter()
+                if torch.distributed.get_rank() == 0:
+                    for leftover in self.directory.glob(".iter_*"):  # of a crash
+                        shutil.rmtree(leftover, ignore_errors=True)
+                    staging.mkdir(parents=True)
+            request = writer.request(self._state(loading=False), staging)
+            with together():
+                process.schedule_async_call(request)
+        except RankFailure:
+            self._abandon(process, staging)
+            raise
+        self._pending = _Pending(iteration, json.dumps(state), writer, request, process, keep)
+
+    def finish(self, *, wait: bool) -> int | None:
+        """Make what is being written a checkpoint, if all ranks have written their part.
+
+        Args:
+            wait: until they have, instead of coming back later.
+
+        Returns:
+            Its iteration, on all ranks or on none.
+
+        Raises:
+            RankFailure: on every rank, if it could not be written; what was begun is gone again.
+
+        """
+        pending = self._pending
+        if pending is None:
+            return None
+        try:
+            if not pending.process.is_current_async_call_done(blocking=wait):
+                return None
+            for finalize in pending.request.finalize_fns:
+                finalize()
+            with together():
+                if torch.distributed.get_rank() == 0:
+                    self._complete(pending)
+        except RankFailure:
+            self._pending = None
+            self._abandon(pending.process, self._staging(pending.iteration))
+            raise
+        self._pending, self.newest = None, pending.iteration
+        return pending.iteration
+
+    def _complete(self, pending: _Pending) -> None:
+        """On rank 0: the files that are not shards, the folder's own name, the tracker; then old ones go."""
+        staging, final = self._staging(pending.iteration), folder_of(self.directory, pending.iteration)
+        write_atomically(staging / RUN_STATE, pending.run_state)
+        sums = dict(pending.writer.sums)
+        for name in set(files_of(staging)) - sums.keys():
+            sync(staging / name)
+            sums[name] = checksum(staging / name)
+        write_atomically(staging / CHECKSUMS, checksums_text(sums))
+        # That iteration may have a folder: a damaged one, or one of a run that was set back before it.
+        replaced = [set_aside(final)]
+        staging.rename(final)
+        # Before the tracker comes to stand above them, or a later run might go on from one of them.
+        replaced += [set_aside(folder_of(self.directory, n)) for n in self._abandoned(pending.iteration)]
+        sync(self.directory)
+        write_atomically(self.directory / TRACKER, str(pending.iteration))
+        for folder in replaced:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._thin_out(pending)
+
+    def _abandoned(self, iteration: int) -> list[int]:
+        """Checkpoints of a future that did not come: the run went on from one before them."""
+        if self.newest is None:
+            return []
+        return [n for n in saved_iterations(self.directory) if n > self.newest and n != iteration]
+
+    def _thin_out(self, pending: _Pending) -> None:
+        """Delete old checkpoints; one that is not whole is not counted, and goes with those around it."""
+        if self.keep_last is None:
+            return
+        iterations = [n for n in saved_iterations(self.directory) if n <= pending.iteration]
+        kept = [n for n in iterations if is_whole(folder_of(self.directory, n))][: self.keep_last]
+        protected = newest_whole(self.directory, pending.keep)
+        for old in iterations:
+            if old >= min(kept, default=0) or old == protected:
+                continue
+            with contextlib.suppress(OSError):  # what is whole is whole: a folder too many ends no run
+                shutil.rmtree(set_aside(folder_of(self.directory, old)), ignore_errors=True)
+
+    def _abandon(self, writing: TemporalAsyncCaller, staging: Path) -> None:
+        """Leave nothing of a checkpoint that is not to be: on another rank it may be written still."""
+        process = writing.process
+        writing.close(abort=True)
+        if process is not None:
+            process.join()
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _staging(self, iteration: int) -> Path:
+        return self.directory / f".iter_{iteration:07d}.tmp"
+
+    def point_at(self, limit: int) -> Path | None:
+        """Make the newest whole checkpoint up to an iteration the one that is resumed from; None without one.
+
+        Raises:
+            RankFailure: on every rank, if the tracker cannot be written.
+
+        """
+        found: list[int | None] = [None]
+        with together():
+            if torch.distributed.get_rank() == 0:
+                found[0] = newest_whole(self.directory, limit)
+                if found[0] is not None:
+                    write_atomically(self.directory / TRACKER, str(found[0]))
+        torch.distributed.broadcast_object_list(found, src=0)
+        return None if found[0] is None else folder_of(self.directory, found[0])
+
+    def load(self, source: Path) -> dict[str, Any]:
+        """Restore model, optimizer and schedule from a checkpoint folder; returns its run state.
+
+        Raises:
+            InputError: a checkpoint that does not fit the model or the optimizer.
+
+        """
+        state = read_run_state(source)
+        loaded = _load(self._state(loading=True), source)
+        self._load_chunks(loaded)
+        load_optimizer_state(self.optimizer, loaded["optimizer"])
+        self.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+        self.newest, self.good = int(state["iteration"]), state.get("good")
+        return state
+
+    def load_weights(self, source: Path) -> None:
+        """Start from the weights of a checkpoint; optimizer, schedule and mix begin afresh.
+
+        What Transformer Engine keeps beside the weights need not be in it: a converted one has none.
+
+        Raises:
+            InputError: a checkpoint that does not fit the model.
+
+        """
+        held = load_sharded_metadata(str(source))
+
+        def is_absent(item: Any) -> bool:
+            return isinstance(item, ShardedObject) and item.unique_key not in held
+
+        _, present = extract_matching_values(self._model_state(), is_absent)
+        self._load_chunks(_load(present, source))
+        self.optimizer.reload_model_params()
+
+    def load_tensors(self, tensors: Tensors) -> None:
+        """Start from tensors that are laid out as in a checkpoint; of each only this rank's slice is read.
+
+        Raises:
+            RankFailure: on every rank, if one cannot read its slices.
+
+        """
+        fill([chunk for _, chunk in self._chunks()], tensors)
+        self.optimizer.reload_model_params()
+
+    def _load_chunks(self, loaded: dict[str, Any]) -> None:
+        for key, chunk in self._chunks():
+            missing, unexpected = chunk.load_state_dict(loaded[key], strict=False)
+            wrong = [name for name in missing if not name.endswith(EXTRA_STATE)] + unexpected
+            assert not wrong, f"a checkpoint that fits has all weights and no others: {wrong}"
+
+    def _chunks(self) -> list[tuple[str, GPTModel]]:
+        """The model's chunks under Megatron-LM's names: `model`, or `model0`, `model1`, ..."""
+        if len(self.chunks) == 1:
+            return [("model", unwrap(self.chunks[0]))]
+        return [(f"model{stage}", unwrap(chunk)) for stage, chunk in enumerate(self.chunks)]
+
+    def _model_state(self) -> dict[str, Any]:
+        metadata = sharding_metadata()
+        return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in self._chunks()}
+
+    def _state(self, *, loading: bool) -> dict[str, Any]:
+        materialise_state(self.optimizer)
+        model = self._model_state()
+        return {
+            **model,
+            "optimizer": optimizer_state(self.optimizer, model, loading=loading),
+            "opt_param_scheduler": self.scheduler.state_dict(),
+        }
+
+
+def _load(state: dict[str, Any], source: Path) -> dict[str, Any]:
+    try:
+        return dict(dist_checkpointing.load(state, str(source)))
+    except (CheckpointingException, CheckpointException, KeyError, ValueError) as error:
+        raise InputError(
+            f"{source} does not fit this model and optimizer: {error}; give the settings it was written with"
+        ) from error

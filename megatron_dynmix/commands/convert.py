@@ -1,0 +1,168 @@
+"""The command `convert`: its flags, what it writes beside the weights, and what it prints.
+
+The verdict of a conversion as text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_dynmix.convert.verdict import GroupVerdict, Verdict
+from megatron_dynmix.errors import EXIT_FAILED, EXIT_INTERRUPTED, InputError
+from megatron_dynmix.records.tables import table
+
+TYPES = {"keep": None, "bf16": "bfloat16", "fp32": "float32"}
+
+
+def convert_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the two directions and their flags."""
+    ways = parser.add_subparsers(required=True, metavar="DIRECTION", dest="direction")
+    inwards = ways.add_parser(
+        "hf-to-megatron",
+        help="safetensors of a Hugging Face folder -> a checkpoint to start runs from, on any layout",
+        allow_abbrev=False,
+    )
+    outwards = ways.add_parser(
+        "megatron-to-hf",
+        help="a run, or one of its checkpoints -> a Hugging Face folder",
+        allow_abbrev=False,
+    )
+    inwards.add_argument("source", type=Path, metavar="SRC", help="folder with config.json and safetensors")
+    outwards.add_argument(
+        "source", type=Path, metavar="SRC", help="run, checkpoints folder, iter_* folder or converted folder"
+    )
+    inwards.add_argument(
+        "--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help="pads the embedding (128)"
+    )
+    outwards.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (5GB)")
+    outwards.add_argument(
+        "--experts", choices=["per-expert", "fused"], help="tensors of a layer's experts; as they came"
+    )
+    outwards.add_argument(
+        "--hf-config", type=Path, metavar="DIR", help="folder with the model's config.json; found out"
+    )
+    for way in (inwards, outwards):
+        way.add_argument("destination", type=Path, metavar="DST", help="new folder")
+        way.add_argument("--dtype", choices=[*TYPES], default="keep", help="type of the weights")
+        way.add_argument(
+            "--no-verify", dest="verify", action="store_false", help="leave out the comparison afterwards"
+        )
+
+
+def run_convert(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Convert one way or the other; returns the exit code: 1 if what was written is not what was read."""
+    try:
+        return _convert(arguments)
+    except KeyboardInterrupt:
+        from megatron_dynmix.convert.staging import partial_of
+
+        partial = partial_of(arguments.destination)
+        left = (
+            f"what is done lies in {partial}, and the same command goes on from there"
+            if partial.is_dir()
+            else "nothing is half done"
+        )
+        _say(f"megatron-dynmix: interrupted; {left}")
+        return EXIT_INTERRUPTED
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from megatron_dynmix import platform
+
+    platform.start()
+    from megatron_dynmix.commands.convert import verdict_text
+    from megatron_dynmix.convert.export_hf import megatron_to_hf
+    from megatron_dynmix.convert.import_hf import hf_to_megatron
+
+    source, destination = arguments.source, arguments.destination
+    if destination.absolute() == source.absolute():
+        raise InputError(f"SRC and DST are both {source}; give DST another name")
+    if arguments.direction == "hf-to-megatron":
+        verdict = hf_to_megatron(
+            source,
+            destination,
+            dtype=TYPES[arguments.dtype],
+            vocab_multiple=arguments.make_vocab_size_divisible_by,
+            verify=arguments.verify,
+            say=_say,
+        )
+    else:
+        verdict = megatron_to_hf(
+            source,
+            destination,
+            dtype=TYPES[arguments.dtype],
+            max_shard_size=arguments.max_shard_size,
+            fused_experts=None if arguments.experts is None else arguments.experts == "fused",
+            hf_config=arguments.hf_config,
+            verify=arguments.verify,
+            say=_say,
+        )
+    print(verdict_text(verdict))
+    return 0 if verdict.passed else EXIT_FAILED
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+SUM_DIGITS = 16
+"""Digits of a checksum that are shown."""
+SHOWN = 5
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """The tables, and one line that says whether what was written is what was read."""
+    counts = [
+        ["read", verdict.read],
+        ["written", verdict.written],
+        ["unused", 0],  # a conversion that leaves a tensor out, or has none for a place, does not begin
+        ["missing", 0],
+        ["computed, left out", len(verdict.computed)],
+    ]
+    if verdict.predicting:
+        counts.append(["not converted: multi-token prediction", len(verdict.predicting)])
+    lines = [table(["tensors", "count"], counts), "", f"vocabulary padding: {verdict.padding}", ""]
+    if verdict.groups is None:
+        lines.append("values and logits: not compared (--no-verify)")
+    else:
+        lines.append(_values_table(verdict.groups))
+        differing = [name for group in verdict.groups for name in group.differing]
+        if differing:
+            more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+            lines += ["", f"values differ in {', '.join(differing[:SHOWN])}{more}"]
+        lines += ["", *([verdict.logits.describe()] if verdict.logits is not None else [])]
+    if verdict.predicting:
+        lines.append(f"not converted: {prediction_text(verdict.predicting)}")
+    lines += [f"note: {note}" for note in verdict.notes]
+    if not verdict.passed:
+        lines.append(f"NOT CONVERTED: the comparison failed; what was written is left in {verdict.folder}")
+    elif verdict.groups is None:
+        lines.append(f"CONVERTED, NOT VERIFIED: {verdict.folder} ({verdict.dtype})")
+    else:
+        lines.append(f"CONVERTED: {verdict.folder} ({verdict.dtype}) holds every value that was read")
+    return "\n".join(lines)
+
+
+def prediction_text(names: Sequence[str]) -> str:
+    """Which tensors of multi-token prediction stay behind, and what follows."""
+    layers = sorted({".".join(name.split(".")[:3]) for name in names})
+    return (
+        f"{len(names)} tensors of multi-token prediction ({', '.join(f'{layer}.*' for layer in layers)}): "
+        "they are not trained, and what is exported is without them"
+    )
+
+
+def _values_table(groups: Sequence[GroupVerdict]) -> str:
+    header = ["values of", "tensors", "numbers", "GB", "checksum read", "checksum written", "equal"]
+    rows = [
+        [
+            *(group.group, group.tensors, f"{group.numbers:,}", f"{group.nbytes / 1e9:.3f}"),
+            *(group.read_sum[:SUM_DIGITS], group.written_sum[:SUM_DIGITS]),
+            "NO" if group.differing else "yes",
+        ]
+        for group in groups
+    ]
+    return table(header, rows)

@@ -1,0 +1,436 @@
+"""What one setting alone must be; a message names the setting, what was given, and what would do.
+
+The mixing section of a RunConfig: how the weights change, and within which limits.
+
+The RunConfig tree: frozen, and checked at construction for what one value alone can get wrong.
+
+Fields of Megatron-Core's own dataclasses are written flat in YAML beside ours; here they are kept in each
+section's `megatron` mapping. The mixing section is in `mixing.py`; what several sections must agree on is
+checked in `check.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from megatron_dynmix.config.strategies import Chosen, chosen_shadow, complete_options, is_own
+from megatron_dynmix.errors import InputError
+
+
+def require(condition: bool, name: str, value: object, need: str) -> None:
+    """Raise InputError unless `condition` holds of the setting `name`."""
+    if not condition:
+        raise InputError(f"{name} is {value!r}; it must be {need}")
+
+
+def one_of(name: str, value: str, kind: Any) -> None:
+    """Raise InputError unless `value` is one of the strings of the Literal `kind`."""
+    allowed = get_args(kind)
+    require(value in allowed, name, value, f"one of {', '.join(allowed)}")
+
+
+def positive(section: object, prefix: str, *names: str) -> None:
+    """Raise InputError unless these settings of a section are finite and above 0, or None."""
+    for name in names:
+        value = getattr(section, name)
+        good = value is None or (value > 0 and math.isfinite(value))
+        require(good, f"{prefix}.{name}", value, "a positive number")
+
+
+def groups(pattern: str) -> int | None:
+    """Groups of a regular expression; None if it is none."""
+    try:
+        return re.compile(pattern).groups
+    except re.error:
+        return None
+
+
+SignalName = Literal["probe", "train"]
+UnitName = Literal["tokens", "examples"]
+LoadTokens = Literal["all", "trained"]
+LoadMass = Literal["count", "probability"]
+ProbeRows = Literal["fixed", "rotating"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixingConfig:
+    """How the weights change."""
+
+    strategy: str = "gate-load"
+    """A built-in one, or `module:name` of your own."""
+    interval: int = 100
+    """Iterations between two weight updates (the paper's m)."""
+    unit: UnitName = "tokens"
+    """What a weight is a share of: the tokens drawn (rows, all equally long), or the examples (the paper)."""
+    signal: SignalName = "probe"
+    """Where gate loads are measured: on held-out rows, or while training."""
+    probe_tokens: int = 16384
+    """Positions of each source's held-out rows that a probe reads."""
+    probe_rows: ProbeRows = "fixed"
+    """Whether every probe reads the same rows, or each goes on where the last one stopped."""
+    load_tokens: LoadTokens = "all"
+    """Tokens that gate loads are made of: all but padding, or those whose label is trained on."""
+    load_mass: LoadMass = "count"
+    """What a token adds to the load of an expert it goes to: 1, or the weight its output gets."""
+    min_tokens: int = 1
+    """Of a source in an interval, for `signal: train`; with fewer its last known values are used."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of a built-in strategy, flat in YAML; those not given are filled in."""
+    strategy_options: dict[str, Any] = field(default_factory=dict)
+    """Options of a strategy of your own."""
+    reference: str | None = None
+    """JSON file {source: loss in nats} of a reference model."""
+    target: str | None = None
+    """JSON file {source: loss in nats} that is aimed at."""
+    weights_from: str | None = None
+    """Run directory whose last weights are taken."""
+    embeddings: str | None = None
+    """JSON or .npz file {source: vector}."""
+    schedule: tuple[Any, ...] | None = None
+    """[[iteration, {source: weight}], ...]."""
+    weight_floor: float = 0.0
+    """Least weight of a source that is not paused."""
+    max_kl_step: float | None = None
+    """Longest step of an update, in nats of KL from the old weights to the new."""
+    min_entropy: float | None = None
+    """Least entropy of the weights, as a share of the uniform mix's."""
+    prior: str | dict[str, float] | None = None
+    """Weights to be pulled towards: {source: weight}, `size` or `uniform`."""
+    prior_pull: float = 0.0
+    """How far each update is pulled towards the prior, from 0 to 1."""
+    override_file: str | None = None
+    """What an operator writes to change or pause sources; `override.json` in the run directory."""
+    shadow: tuple[str | dict[str, Any], ...] = ()
+    """Strategies that are asked beside it and change nothing: a name, or {strategy: NAME, option: value}."""
+
+    def __post_init__(self) -> None:
+        one_of("mixing.signal", self.signal, SignalName)
+        one_of("mixing.unit", self.unit, UnitName)
+        one_of("mixing.probe_rows", self.probe_rows, ProbeRows)
+        one_of("mixing.load_tokens", self.load_tokens, LoadTokens)
+        one_of("mixing.load_mass", self.load_mass, LoadMass)
+        positive(self, "mixing", "interval", "probe_tokens")
+        require(self.min_tokens >= 0, "mixing.min_tokens", self.min_tokens, "0 or more")
+        options = complete_options(self.strategy, self.options, "mixing")
+        if self.strategy_options and not is_own(self.strategy):
+            raise InputError(
+                f"mixing.strategy_options are for a strategy of your own (MODULE:NAME), not for "
+                f"{self.strategy}; write its options into the mixing section"
+            )
+        object.__setattr__(self, "options", options)  # frozen: this is the construction
+        labels = [shadow.label for shadow in self.shadows]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise InputError(f"mixing.shadow holds {label} twice; give each another option, or only one")
+
+    def flat(self) -> dict[str, Any]:
+        """As in YAML: the strategy's options beside the other settings."""
+        settings = {item.name: getattr(self, item.name) for item in fields(self)}
+        options = settings.pop("options")
+        return {**settings, **options}
+
+    @classmethod
+    def from_flat(cls, settings: Mapping[str, Any]) -> MixingConfig:
+        """Read `flat` back, from JSON too.
+
+        Raises:
+            InputError: a setting that there is not.
+
+        """
+        own = {item.name for item in fields(cls)}
+        tuples = {name: tuple(settings[name]) for name in ("shadow", "schedule") if settings.get(name)}
+        known = {name: value for name, value in settings.items() if name in own}
+        options = {name: value for name, value in settings.items() if name not in own}
+        return cls(**{**known, **tuples}, options=options)
+
+    @property
+    def chosen(self) -> Chosen:
+        """The strategy in charge, with its options."""
+        own = is_own(self.strategy)
+        options = self.strategy_options if own else self.options
+        return Chosen(label=self.strategy, strategy=self.strategy, options=options, own=own)
+
+    @property
+    def shadows(self) -> list[Chosen]:
+        """The strategies beside it."""
+        return [chosen_shadow(entry) for entry in self.shadow]
+
+
+Overlong = Literal["drop", "truncate", "split", "error"]
+BuiltInTemplate = Literal["tokenizer", "vicuna", "chatml", "plain"]
+HUB = "hf://"
+"""What stands before the name of a tokenizer on the Hugging Face hub."""
+JINJA_SUFFIXES = (".jinja", ".j2")
+TrainOn = Literal["all", "last", "completion", "everything"]
+FormatName = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"]
+RowFormat = Literal["auto", FormatName]
+Nonfinite = Literal["stop", "skip"]
+DecayStyle = Literal["linear", "cosine", "constant", "inverse-square-root"]
+OnSaveError = Literal["stop", "continue"]
+SaveHF = Literal["end", "every"]
+RouterNetwork = Literal["linear", "mlp"]
+RouterNoise = Literal["idle", "training"]
+ONE_GROUP = "a regular expression with one group, around the answer, such as '#### (.+)'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model; any field of Megatron-Core's `TransformerConfig` may stand beside these."""
+
+    preset: str | None = "tiny"
+    """Where the shape comes from: the name of published sizes, such as `mixtral-8x7b`, or a folder with a
+    config.json of Hugging Face's; null for nothing but the settings beside it."""
+    load_hf: str | None = None
+    """Hugging Face folder whose weights a fresh run starts from, and whose shape the model has."""
+    vocab_size: int | None = None
+    """Rows of the embedding, before padding; the preset's if not given."""
+    make_vocab_size_divisible_by: int = 128
+    """The embedding is padded to a multiple of this times the tensor-parallel size."""
+    max_position_embeddings: int | None = None
+    """Longest sequence the model allows; the preset's if not given."""
+    rotary_base: float | None = None
+    """Base of the rotary embedding; the preset's if not given."""
+    untie_embeddings_and_output_weights: bool = True
+    """Whether the output layer has weights of its own."""
+    qk_layernorm_full_width: bool = False
+    """Normalise queries and keys over all heads together, as OLMoE does, not head by head."""
+    router_network: RouterNetwork = "linear"
+    """How routers make their logits: by one matrix, or by two with a tanh between (LLaMA-MoE)."""
+    router_noise: RouterNoise | None = None
+    """Noise of a learnt size on the logits of `router_network: mlp`, while `training`; if `idle`, its weights
+    are kept and not used; if not given, there are none."""
+    freeze_router: bool = False
+    """Keep the routers as they are: their weights get no gradient."""
+    freeze_expert_gate: bool = False
+    """Keep the gate projections of all experts as they are (half of linear_fc1, before the activation)."""
+    megatron: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `TransformerConfig`."""
+
+    def __post_init__(self) -> None:
+        positive(self, "model", "vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings")
+        positive(self, "model", "rotary_base")
+        one_of("model.router_network", self.router_network, RouterNetwork)
+        if self.router_noise is not None:
+            one_of("model.router_noise", self.router_noise, RouterNoise)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Layout; any field of `ModelParallelConfig` or `DistributedDataParallelConfig` may stand beside."""
+
+    use_distributed_optimizer: bool = True
+    """Shard the optimizer's state over the data-parallel ranks."""
+    distributed_timeout_minutes: float = 10.0
+    """How long a collective waits for the other ranks."""
+    megatron: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `ModelParallelConfig` and `DistributedDataParallelConfig`."""
+
+    def __post_init__(self) -> None:
+        positive(self, "parallel", "distributed_timeout_minutes")
+        for name, value in self.megatron.items():
+            if name.endswith("_parallel_size") and value is not None:
+                require(value >= 1, f"parallel.{name}", value, "1 or more")
+
+    @property
+    def virtual_stages(self) -> int:
+        """Chunks of the model that each pipeline stage has, one after another; 0 if not interleaved."""
+        return int(self.megatron.get("virtual_pipeline_model_parallel_size") or 0)
+
+    @property
+    def overlap_p2p_comm(self) -> bool:
+        """Whether pipeline stages send while they compute: as Megatron-LM has it, if interleaved."""
+        given = self.megatron
+        return bool(given.get("overlap_p2p_comm", self.virtual_stages and not given.get("batch_p2p_comm")))
+
+    def size(self, name: str) -> int:
+        """A group size such as `tensor_model_parallel_size`; 1 if not given."""
+        return int(self.megatron.get(name) or 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One named dataset."""
+
+    path: str
+    """A file, a pattern, a folder, or the prefix of a prepared source."""
+    format: RowFormat = "auto"
+    """Shape of the rows; found out for each file by its first rows if not given."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Names that our keys have in the rows, such as `{prompt: question, completion: answer}`."""
+    weight: float | None = None
+    """Initial share; uniform if no source has one."""
+    probe: str | None = None
+    """Held-out rows of the same kind, for `mixing.signal: probe` and for evaluation."""
+    answer: str | None = None
+    """Regular expression whose one group is an answer that can be checked; evaluation compares it."""
+    max_epochs: float | None = None
+    """Epochs after which the source is drawn no more; its share goes to the others."""
+
+    def __post_init__(self) -> None:
+        positive(self, "a source's", "max_epochs")
+        one_of("a source's format", self.format, RowFormat)
+        named = all(isinstance(name, str) for pair in self.fields.items() for name in pair)
+        require(named, "a source's fields", self.fields, "names, as {prompt: question}")
+        if self.weight is not None:
+            ok = math.isfinite(self.weight) and self.weight >= 0
+            require(ok, "a source's weight", self.weight, "a finite number, 0 or more")
+        if self.answer is not None:
+            require(groups(self.answer) == 1, "a source's answer", self.answer, ONE_GROUP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on."""
+
+    tokenizer: str | None = None
+    """Folder of a Hugging Face tokenizer, a SentencePiece or tiktoken file, or `hf://ORGANISATION/NAME`."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the tokenizer may run."""
+    template: str = "tokenizer"
+    """How a conversation becomes text: the tokenizer's own chat template, `vicuna`, `chatml`, `plain`, or the
+    path of a Jinja file."""
+    train_on: TrainOn = "all"
+    """Which tokens are trained on: all answers, the last one, the only one of rows with one
+    (`completion`), or everything."""
+    seq_length: int = 2048
+    """Positions of a row."""
+    packing: bool = True
+    """Whether a row holds as many whole examples as fit; if not, each row holds one."""
+    overlong: Overlong = "drop"
+    """What to do with an example longer than a row: drop and count it, truncate it, split it at turn borders
+    (what is too long even so is dropped), or stop."""
+    probe: int | None = None
+    """Examples of each source without a `probe` file that are kept from training to be its probe."""
+    strict: bool = False
+    """Whether one row that cannot be used is an error; if not, such rows are counted and left out."""
+    num_workers: int = 1
+    """Processes that read rows, per rank."""
+    prepared_dir: str = "prepared"
+    """Where JSONL sources are prepared to, and packings cached."""
+    sources: Mapping[str, SourceConfig] = field(default_factory=dict)
+    """Name -> source, in the order of their dataset_id."""
+
+    def __post_init__(self) -> None:
+        positive(self, "data", "seq_length", "probe")
+        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+        one_of("data.overlong", self.overlong, Overlong)
+        if not self.template.endswith(JINJA_SUFFIXES):
+            one_of("data.template", self.template, BuiltInTemplate)
+        one_of("data.train_on", self.train_on, TrainOn)
+
+    @property
+    def probed(self) -> tuple[str, ...]:
+        """Names of the sources that have held-out rows, in order."""
+        return tuple(name for name, source in self.sources.items() if source.probe is not None or self.probe)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Length, batch and precision."""
+
+    train_iters: int | None = None
+    """Iterations of the run."""
+    micro_batch_size: int = 1
+    """Rows that a rank runs at a time."""
+    global_batch_size: int | None = None
+    """Rows of an iteration, over all ranks."""
+    rampup_batch_size: tuple[int, ...] | None = None
+    """Start, increment and samples: the batch grows to `global_batch_size` over so many samples."""
+    seed: int = 1234
+    """Of the initial weights, dropout, and the order of the samples."""
+    bf16: bool = False
+    """Parameters and activations in bfloat16, master weights and gradients in float32."""
+    nonfinite: Nonfinite = "stop"
+    """At a loss or gradient that is not finite: stop at the last good state, or skip the batch."""
+
+    def __post_init__(self) -> None:
+        positive(self, "training", "train_iters", "micro_batch_size", "global_batch_size")
+        ramp = self.rampup_batch_size
+        good = ramp is None or (len(ramp) == 3 and min(ramp) > 0)
+        require(good, "training.rampup_batch_size", ramp, "START INCREMENT SAMPLES, each 1 or more")
+        require(self.seed >= 0, "training.seed", self.seed, "0 or more")
+        one_of("training.nonfinite", self.nonfinite, Nonfinite)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Learning rate and its schedule; any field of Megatron-Core's `OptimizerConfig` may stand beside."""
+
+    lr: float = 2.0e-5
+    """Highest learning rate, reached after the warm-up."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: DecayStyle = "cosine"
+    """Shape of the decay."""
+    lr_decay_iters: int | None = None
+    """Iterations until `min_lr`; `train_iters` if not given."""
+    lr_warmup_iters: int = 0
+    """Iterations over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """Decoupled, as AdamW's; norms and biases have none."""
+    megatron: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of Megatron-Core's `OptimizerConfig`."""
+
+    def __post_init__(self) -> None:
+        positive(self, "optimizer", "lr", "lr_decay_iters")
+        require(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"from 0 to lr ({self.lr})")
+        require(self.lr_warmup_iters >= 0, "optimizer.lr_warmup_iters", self.lr_warmup_iters, "0 or more")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        one_of("optimizer.lr_decay_style", self.lr_decay_style, DecayStyle)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept of a run, and what it starts from."""
+
+    save_interval: int | None = None
+    """Iterations between two checkpoints; one is always written at the end."""
+    pretrained_checkpoint: str | None = None
+    """Checkpoint folder (the parent of `iter_*`) whose weights a fresh run starts from."""
+    async_save: bool = False
+    """Write checkpoints beside the training that goes on."""
+    keep_last: int | None = None
+    """Checkpoints that are kept, the newest ones; all if not given."""
+    on_save_error: OnSaveError = "stop"
+    """What a checkpoint that cannot be written does to the run; the last one always ends it."""
+    save_hf: SaveHF | None = None
+    """Write the model as a Hugging Face folder too: at the end of the run, or with every checkpoint."""
+
+    def __post_init__(self) -> None:
+        if self.save_hf is not None:
+            one_of("checkpoint.save_hf", self.save_hf, SaveHF)
+        positive(self, "checkpoint", "save_interval", "keep_last")
+        one_of("checkpoint.on_save_error", self.on_save_error, OnSaveError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """How much is said."""
+
+    log_interval: int = 10
+    """Iterations between two log lines."""
+    wandb_project: str | None = None
+    """Project on Weights & Biases that gets the numbers too; needs the extra `wandb`."""
+    wandb_exp_name: str | None = None
+    """Name of the run there; that of its directory if not given."""
+
+    def __post_init__(self) -> None:
+        positive(self, "logging", "log_interval")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    mixing: MixingConfig = field(default_factory=MixingConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

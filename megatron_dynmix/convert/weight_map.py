@@ -1,0 +1,384 @@
+"""Which numbers of a Hugging Face model are which numbers of a Megatron checkpoint: boxes that both hold.
+
+Every tensor of either world is laid out with boxes that are copied as they are, so one description serves
+both directions and any slice. Axes: L layers, E experts, H hidden, F the experts' inner width.
+
+The few ways in which a tensor of one world is one of the other, written once for all families.
+
+A rule names tensors within a layer, with `{e}` for the number of an expert, and gives their axes as letters
+of `sizes`; `Layout` makes a model's blocks from rules.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Shape = tuple[int, ...]
+Index = dict[str, dict[Shape, list["Block"]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A box of numbers that a Hugging Face tensor and a Megatron tensor both hold.
+
+    `shape` is its size in the last axes of either tensor; in the axes before (fused experts `[E, 2F, H]`,
+    stacked layers `[L, ...]`) its size is 1.
+    """
+
+    hf: str
+    hf_offset: Shape
+    megatron: str
+    megatron_offset: Shape
+    shape: Shape
+
+    @property
+    def hf_shape(self) -> Shape:
+        """Size of the box in the Hugging Face tensor, all axes."""
+        return (1,) * (len(self.hf_offset) - len(self.shape)) + self.shape
+
+    @property
+    def megatron_shape(self) -> Shape:
+        """Size of the box in the Megatron tensor, all axes."""
+        return (1,) * (len(self.megatron_offset) - len(self.shape)) + self.shape
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two worlds as a map sees it: its tensors, and which blocks each is made of."""
+
+    shapes: Mapping[str, Shape]
+    """Name -> shape, padding included."""
+    padded: Mapping[str, int]
+    """Name -> rows that hold something; the rows after them are padding, in no block, and read as zeros."""
+    index: Index
+    """Name -> (leading axes of a block -> the blocks there)."""
+    is_hf: bool
+
+    def place(self, block: Block) -> tuple[str, Shape]:
+        """Tensor of this side that holds the block, and where in it the block begins."""
+        return (block.hf, block.hf_offset) if self.is_hf else (block.megatron, block.megatron_offset)
+
+    def leading(self, name: str) -> int:
+        """How many of a tensor's first axes only number its blocks; 0 for most."""
+        return len(next(iter(self.index[name])))
+
+    def blocks_in(self, name: str, offset: Shape, shape: Shape) -> Iterator[Block]:
+        """Blocks that have a part in a box of a tensor, without looking at those of other layers."""
+        count = self.leading(name)
+        ranges = [
+            range(start, start + size) for start, size in zip(offset[:count], shape[:count], strict=True)
+        ]
+        for place in itertools.product(*ranges):
+            for block in self.index[name].get(place, ()):
+                starts = self.place(block)[1][count:]
+                if all(
+                    begin < start + size and start < begin + length
+                    for begin, length, start, size in zip(
+                        starts, block.shape, offset[count:], shape[count:], strict=True
+                    )
+                ):
+                    yield block
+
+
+@dataclass(frozen=True)
+class WeightMap:
+    """The tensors of one model in both worlds, and the blocks that tie them; every number is in one block."""
+
+    hf_shapes: Mapping[str, Shape]
+    megatron_shapes: Mapping[str, Shape]
+    blocks: tuple[Block, ...]
+    groups: Mapping[str, str]
+    """Megatron tensor -> its kind for a verdict: attention, router, experts, norms, embedding, ..."""
+    padded: Mapping[str, int] = field(default_factory=dict)
+    """Megatron tensor -> its rows that hold something; those after them pad the vocabulary."""
+    hf: Side = field(init=False, repr=False, compare=False)
+    megatron: Side = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        hf, megatron = _index(self.blocks)
+        object.__setattr__(self, "hf", Side(self.hf_shapes, {}, hf, is_hf=True))
+        object.__setattr__(self, "megatron", Side(self.megatron_shapes, self.padded, megatron, is_hf=False))
+        _assert_covered(self.hf)
+        _assert_covered(self.megatron)
+        assert self.groups.keys() == self.megatron_shapes.keys(), "every tensor has one group"
+
+    def group_of(self, name: str) -> str:
+        """Kind of a tensor of either world."""
+        if name in self.groups:
+            return self.groups[name]
+        blocks = next(iter(self.hf.index[name].values()))
+        return self.groups[blocks[0].megatron]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the model, padding left out."""
+        return sum(math.prod(shape) for shape in self.hf_shapes.values())
+
+
+def _index(blocks: tuple[Block, ...]) -> tuple[Index, Index]:
+    hf: Index = {}
+    megatron: Index = {}
+    for block in blocks:
+        for index, name, offset in (
+            (hf, block.hf, block.hf_offset),
+            (megatron, block.megatron, block.megatron_offset),
+        ):
+            leading = offset[: len(offset) - len(block.shape)]
+            index.setdefault(name, {}).setdefault(leading, []).append(block)
+    return hf, megatron
+
+
+def _assert_covered(side: Side) -> None:
+    """That the blocks of each tensor fill it, without overlap: a number left out would be random later."""
+    assert side.index.keys() == side.shapes.keys(), (
+        f"blocks and shapes: {side.index.keys() ^ side.shapes.keys()}"
+    )
+    for name, places in side.index.items():
+        shape = (side.padded.get(name, side.shapes[name][0]), *side.shapes[name][1:])
+        count = side.leading(name)
+        every = set(itertools.product(*(range(size) for size in shape[:count])))
+        assert places.keys() == every, f"{name} {shape}: no block at {sorted(every ^ places.keys())[:3]}"
+        for blocks in places.values():
+            _assert_filled(name, shape[count:], [(side.place(b)[1][count:], b.shape) for b in blocks])
+
+
+def _assert_filled(name: str, shape: Shape, boxes: list[tuple[Shape, Shape]]) -> None:
+    for offset, size in boxes:
+        inside = all(o >= 0 and o + s <= n for o, s, n in zip(offset, size, shape, strict=True))
+        assert inside, f"{name} {shape}: block {size} at {offset} sticks out"
+    volume = sum(math.prod(size) for _, size in boxes)
+    assert volume == math.prod(shape), f"{name} {shape}: its blocks hold {volume} numbers"
+    for (a, a_size), (b, b_size) in itertools.combinations(boxes, 2):
+        apart = any(i + m <= j or j + n <= i for i, m, j, n in zip(a, a_size, b, b_size, strict=True))
+        assert apart, f"{name} {shape}: blocks at {a} and {b} overlap"
+
+
+Sizes = Mapping[str, int]
+
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Megatron tensors with a row for each token."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block within one layer, and one expert if the rule is for each of them."""
+
+    hf: str
+    hf_shape: Shape
+    hf_offset: Shape
+    megatron_offset: Shape
+    shape: Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(ABC):
+    """What all rules say: the Megatron tensor, its kind, and the setting that it is there with."""
+
+    hf: tuple[str, ...] | str
+    megatron: str
+    axes: str
+    """Axes of the Hugging Face tensor as letters of `sizes`, such as `I H`; `1` is an axis of one."""
+    group: str
+    when: str | None = None
+    """Setting of the model without which neither side has the tensor; None if it is always there."""
+    unless: str | None = None
+    """Setting with which neither side has it."""
+
+    @property
+    def each_expert(self) -> bool:
+        """Whether the rule stands for a tensor of each expert."""
+        names = (self.hf,) if isinstance(self.hf, str) else self.hf
+        return any("{e}" in name for name in names)
+
+    @abstractmethod
+    def pieces(self, sizes: Sizes) -> list[Piece]:
+        """The blocks, in the order of their rows in the Megatron tensor."""
+
+    def megatron_shape(self, sizes: Sizes) -> Shape:
+        """Shape of the Megatron tensor, without axes of layers and experts."""
+        last = self.pieces(sizes)[-1]
+        return (last.megatron_offset[0] + last.shape[0], *last.shape[1:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Same(Rule):
+    """One tensor, the same in both."""
+
+    hf: str
+
+    def pieces(self, sizes: Sizes) -> list[Piece]:
+        """One block, the whole tensor."""
+        shape = _shape(self.axes, sizes)
+        start = (0,) * len(shape)
+        return [Piece(self.hf, shape, start, start, shape)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stacked(Rule):
+    """Tensors of equal shape that lie under one another in the Megatron tensor: gate rows, then up rows."""
+
+    hf: tuple[str, ...]
+
+    def pieces(self, sizes: Sizes) -> list[Piece]:
+        """A block for each tensor."""
+        shape = _shape(self.axes, sizes)
+        rest = (0,) * (len(shape) - 1)
+        return [
+            Piece(name, shape, (0, *rest), (number * shape[0], *rest), shape)
+            for number, name in enumerate(self.hf)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryKeyValue(Rule):
+    """Queries, keys and values in one tensor: for each KV group its query heads, its key, its value.
+
+    `axes` is what follows the rows: `H` for weights, nothing for biases.
+    """
+
+    hf: tuple[str, str, str]
+
+    def pieces(self, sizes: Sizes) -> list[Piece]:
+        """Three blocks for each KV group."""
+        rest = _shape(self.axes, sizes)
+        rows = {"Q": sizes["Q"] // sizes["G"], "K": sizes["D"], "V": sizes["D"]}
+        each_group = sum(rows.values())
+        found = []
+        for group in range(sizes["G"]):
+            start = group * each_group
+            for name, count in zip(self.hf, rows.values(), strict=True):
+                zeros = (0,) * len(rest)
+                whole = (count * sizes["G"], *rest)
+                found.append(Piece(name, whole, (group * count, *zeros), (start, *zeros), (count, *rest)))
+                start += count
+        return found
+
+
+def _shape(axes: str, sizes: Sizes) -> Shape:
+    return tuple(sizes[letter] for letter in axes.split())
+
+
+def sizes_of(settings: Mapping[str, Any]) -> dict[str, int]:
+    """Letter -> size, from the settings of the `model` section.
+
+    V vocabulary, L layers, H hidden, E experts, N heads, G KV groups, D width of a head, Q = N D, K = G D,
+    F inner width of a dense layer, I of an expert, J = 2 I (gate and up in one), S of the shared experts.
+    Latent attention: A width of the queries' latent, C of that of keys and values, M the same with the
+    rotary part of the keys, T queries of all heads, P keys and values of all heads, O values of all heads.
+    """
+    heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
+    groups = settings.get("num_query_groups") or heads
+    width = settings.get("kv_channels") or hidden // heads
+    inner = settings.get("ffn_hidden_size") or 4 * hidden
+    expert = settings.get("moe_ffn_hidden_size") or inner
+    latent, plain, rotary, value = (
+        settings.get(name) or 0
+        for name in ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+    )
+    return {
+        "1": 1,
+        "V": settings["vocab_size"],
+        "L": settings["num_layers"],
+        "H": hidden,
+        "E": settings["num_moe_experts"],
+        "N": heads,
+        "G": groups,
+        "D": width,
+        "Q": heads * width,
+        "K": groups * width,
+        "F": inner,
+        "I": expert,
+        "J": 2 * expert,
+        "S": settings.get("moe_shared_expert_intermediate_size") or 0,
+        "A": settings.get("q_lora_rank") or 0,
+        "C": latent,
+        "M": latent + rotary,
+        "T": heads * (plain + rotary),
+        "P": heads * (plain + value),
+        "O": heads * value,
+    }
+
+
+def moe_layers(settings: Mapping[str, Any]) -> list[bool]:
+    """Whether each decoder layer is MoE, from `moe_layer_freq`."""
+    frequency = settings.get("moe_layer_freq") or 1
+    if isinstance(frequency, int):
+        return [index % frequency == 0 for index in range(settings["num_layers"])]
+    return [bool(value) for value in frequency]
+
+
+def layers_one_by_one(settings: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint names each layer; Megatron-Core stacks the layers of a model that has one kind."""
+    frequency = settings.get("moe_layer_freq") or 1
+    return not isinstance(frequency, int) or frequency > 1
+
+
+class Layout:
+    """Gathers the blocks of a model from rules."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = {"untie_embeddings_and_output_weights": True, **settings}
+        self._sizes = sizes_of(settings)
+        self._hf_shapes: dict[str, Shape] = {}
+        self._megatron_shapes: dict[str, Shape] = {}
+        self._groups: dict[str, str] = {}
+        self._blocks: list[Block] = []
+
+    def add_outside(self, rules: Iterable[Rule]) -> None:
+        """Add the tensors outside the layers."""
+        for rule in self._present(rules):
+            self._add(rule, rule.pieces(self._sizes), "", rule.megatron, (), ())
+
+    def add_layer(self, index: int, rules: Iterable[Rule]) -> None:
+        """Add a layer's tensors; a rule with `{e}` stands for one of each expert."""
+        single = layers_one_by_one(self._settings)
+        place, stack = ((), ()) if single else ((index,), (self._sizes["L"],))
+        prefix = f"decoder.layers.{index}." if single else "decoder.layers."
+        for rule in self._present(rules):
+            pieces = rule.pieces(self._sizes)
+            experts: Iterable[Shape] = ((e,) for e in range(self._sizes["E"])) if rule.each_expert else ((),)
+            axes = (*stack, self._sizes["E"]) if rule.each_expert else stack
+            for expert in experts:
+                name = f"model.layers.{index}."
+                self._add(rule, pieces, name, prefix + rule.megatron, (*place, *expert), axes)
+
+    def weight_map(self, padded_vocab: int | None) -> WeightMap:
+        """The finished map; the Megatron tensors with a row for each token have `padded_vocab` rows."""
+        vocab = self._sizes["V"]
+        assert padded_vocab is None or padded_vocab >= vocab, f"{padded_vocab} rows for {vocab} tokens"
+        padded = {name: vocab for name in VOCABULARY if name in self._groups}
+        shapes = {
+            name: (padded_vocab or vocab, *shape[1:]) if name in padded else shape
+            for name, shape in self._megatron_shapes.items()
+        }
+        return WeightMap(
+            hf_shapes=self._hf_shapes,
+            megatron_shapes=shapes,
+            blocks=tuple(self._blocks),
+            groups=self._groups,
+            padded=padded,
+        )
+
+    def _present(self, rules: Iterable[Rule]) -> Iterator[Rule]:
+        given = self._settings.get
+        return (
+            rule
+            for rule in rules
+            if (rule.when is None or given(rule.when)) and (rule.unless is None or not given(rule.unless))
+        )
+
+    def _add(
+        self, rule: Rule, pieces: list[Piece], prefix: str, megatron: str, place: Shape, axes: Shape
+    ) -> None:
+        self._megatron_shapes[megatron] = (*axes, *rule.megatron_shape(self._sizes))
+        self._groups[megatron] = rule.group
+        for piece in pieces:
+            name = prefix + (piece.hf.format(e=place[-1]) if rule.each_expert else piece.hf)
+            self._hf_shapes[name] = piece.hf_shape
+            offset = (*place, *piece.megatron_offset)
+            self._blocks.append(Block(name, piece.hf_offset, megatron, offset, piece.shape))

@@ -1,0 +1,220 @@
+"""What a run's records are called on a dashboard: Megatron-LM's tags, and ours under `dynmix/`.
+
+TensorBoard events under Megatron-LM's own tags, and ours beside them under `dynmix/`.
+
+The same numbers under the same names for Weights & Biases; the extra `wandb`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from megatron_dynmix.errors import InputError
+from megatron_dynmix.records.heatmap import distance_image, gate_load_image
+
+CHARTS = {
+    "weights": r"dynmix/weight/.*",
+    "loss of each source": r"dynmix/lm-loss/.*",
+    "delta of each source": r"dynmix/delta/.*",
+    "share of the tokens so far": r"dynmix/token-share/.*",
+    "epochs of each source": r"dynmix/epochs/.*",
+    "busiest expert over the mean, by layer": r"dynmix/expert-load/.*",
+}
+"""Charts that show several tags at once: title -> regular expression of the tags."""
+
+
+def training_scalars(record: Mapping[str, Any], sources: Sequence[str]) -> dict[str, float]:
+    """Scalars of one training record (see `MetricsWriter.training`); a source without a loss has none."""
+    losses = {f"dynmix/lm-loss/{name}": record["source_loss"][name] for name in sources}
+    return _known(
+        {
+            **megatron_scalars(record),
+            "iteration-time": record["seconds"],
+            "tokens-per-second": record["tokens_per_second"],
+            "useful-token-share": record["useful_token_share"],
+            "skipped-iterations": record["skipped_iterations"],
+            **losses,
+        }
+    )
+
+
+def megatron_scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The scalars that Megatron-LM writes both over iterations and over consumed samples."""
+    return _known(
+        {
+            "lm loss": record["lm_loss"],
+            **record["aux_losses"],
+            "learning-rate": record["lr"],
+            "batch-size": record["global_batch_size"],
+            "grad-norm": record["grad_norm"],
+        }
+    )
+
+
+def mixing_scalars(update: Mapping[str, Any]) -> dict[str, float]:
+    """Scalars of one weight update (see `MetricsWriter.mixing`); what it holds as None has none."""
+    sources = update["sources"]
+    tokens_D = np.asarray(update["tokens"], dtype=np.float64)
+    per_source = {
+        "weight": update["new_weights"],
+        "delta": update["delta"],
+        "token-share": tokens_D / tokens_D.sum() if tokens_D.any() else None,
+        "epochs": update["epochs"],
+        "probe-lm-loss": update["probe_loss"],
+        "delta-error": update["delta_error"],
+        "example-weight": update.get("example_weights"),
+        **{f"shadow/{label}": weights for label, weights in update["shadow"].items()},
+    }
+    scalars = {
+        f"dynmix/{name}/{source}": value
+        for name, values_D in per_source.items()
+        if values_D is not None
+        for source, value in zip(sources, values_D, strict=True)
+    }
+    expert_load = update.get("expert_load") or []
+    return _known(
+        {
+            **scalars,
+            "dynmix/entropy": update["entropy"],
+            "dynmix/kl-step": update["kl_step"],
+            **{f"dynmix/seconds/{part}": value for part, value in update["seconds"].items()},
+            **{f"dynmix/expert-load/layer-{layer}": load for layer, load in enumerate(expert_load)},
+        }
+    )
+
+
+def _known(scalars: Mapping[str, Any]) -> dict[str, float]:
+    # float() also reads the "NaN" of a record that comes back from a JSONL file
+    return {tag: float(value) for tag, value in scalars.items() if value is not None}
+
+
+class TensorBoardWriter:
+    """Scalars, images and text of one run.
+
+    `purge_step` is the first iteration that a resumed run writes again: events from there on are hidden.
+    Scalars over consumed samples are hidden with them, since TensorBoard compares their step with
+    `purge_step` too; write them again with `samples`.
+    """
+
+    def __init__(self, log_dir: Path, *, purge_step: int | None = None):
+        self._writer = SummaryWriter(str(log_dir), purge_step=purge_step)
+        self._writer.add_custom_scalars(
+            {"dynmix": {title: ["Multiline", [tags]] for title, tags in CHARTS.items()}}
+        )
+
+    def training(self, record: Mapping[str, Any], sources: Sequence[str]) -> None:
+        """Write one training record (see `MetricsWriter.training`); a source without a loss gets no point."""
+        self._scalars(training_scalars(record, sources), record["iteration"])
+        self.samples(record)
+
+    def samples(self, record: Mapping[str, Any]) -> None:
+        """Write only the record's `... vs samples` scalars, whose step is the number of consumed samples."""
+        scalars = {f"{tag} vs samples": value for tag, value in megatron_scalars(record).items()}
+        self._scalars(scalars, record["consumed_samples"])
+
+    def mixing(self, update: Mapping[str, Any]) -> None:
+        """Write one weight update (see `MetricsWriter.mixing`); what it holds as None gets no point."""
+        iteration, sources = update["iteration"], update["sources"]
+        self._scalars(mixing_scalars(update), iteration)
+        if update["load"] is not None:
+            self._image("dynmix/gate-load", gate_load_image(update["load"], sources), iteration)
+        if update["distance"] is not None:
+            self._image("dynmix/distance", distance_image(update["distance"], sources), iteration)
+        if update["note"] is not None:
+            self._writer.add_text("dynmix/note", update["note"], iteration)
+        if update["events"]:
+            self._writer.add_text(
+                "dynmix/events", "\n".join(f"- {line}" for line in update["events"]), iteration
+            )
+
+    def text(self, tag: str, markdown: str) -> None:
+        """Write a text that belongs to the whole run, such as the resolved configuration."""
+        self._writer.add_text(tag, markdown, 0)
+
+    def settings(self, settings: Mapping[str, bool | int | float | str]) -> None:
+        """Tell the settings of the run, to be compared with other runs' beside the loss."""
+        for summary in hparams(dict(settings), {"lm loss": 0.0}):
+            self._writer._get_file_writer().add_summary(summary)
+
+    def flush(self) -> None:
+        """Write out what is buffered."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Write out what is buffered and close the file."""
+        self._writer.close()
+
+    def _scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        for tag, value in scalars.items():
+            self._writer.add_scalar(tag, value, step)
+
+    def _image(self, tag: str, image_HWC: npt.NDArray[np.uint8], step: int) -> None:
+        self._writer.add_image(tag, image_HWC, step, dataformats="HWC")
+
+
+class WeightsAndBiasesWriter:
+    """One run on Weights & Biases; a resumed run goes on with it.
+
+    Points are placed by the metric `iteration`. What the service has already cannot be taken back, so
+    iterations that a resumed run trains again, which bring the same numbers, are not sent twice.
+    """
+
+    def __init__(self, run_dir: Path, *, project: str, name: str | None, resumes: bool):
+        import wandb
+
+        self._wandb = wandb
+        identity = run_dir / "wandb_run_id"
+        known = identity.read_text().strip() if resumes and identity.is_file() else None
+        try:
+            self._run = wandb.init(
+                project=project, name=name or run_dir.name, dir=str(run_dir), id=known, resume="allow"
+            )
+        except Exception as error:  # the service and its client have many ways to fail
+            raise InputError(
+                f"Weights & Biases cannot be reached for project {project}: {error}; log in with `wandb "
+                "login`, set WANDB_MODE=offline, or leave out --wandb-project"
+            ) from error
+        identity.write_text(self._run.id)
+        self._sent = int(self._run.summary.get("iteration", -1)) if known else -1
+        self._run.define_metric("iteration")
+        self._run.define_metric("*", step_metric="iteration")
+
+    def training(self, record: Mapping[str, Any], sources: Sequence[str]) -> None:
+        """Write one training record (see `MetricsWriter.training`)."""
+        self._log(record["iteration"], training_scalars(record, sources))
+
+    def mixing(self, update: Mapping[str, Any]) -> None:
+        """Write one weight update (see `MetricsWriter.mixing`)."""
+        images = {}
+        if update["load"] is not None:
+            images["dynmix/gate-load"] = gate_load_image(update["load"], update["sources"])
+        if update["distance"] is not None:
+            images["dynmix/distance"] = distance_image(update["distance"], update["sources"])
+        drawn = {tag: self._wandb.Image(image) for tag, image in images.items()}
+        self._log(update["iteration"], {**mixing_scalars(update), **drawn})
+
+    def text(self, tag: str, markdown: str) -> None:
+        """Keep a text that belongs to the whole run."""
+        self._run.summary[tag] = markdown
+
+    def settings(self, settings: Mapping[str, bool | int | float | str]) -> None:
+        """Tell the settings of the run."""
+        self._run.config.update(dict(settings), allow_val_change=True)
+
+    def _log(self, iteration: int, values: Mapping[str, Any]) -> None:
+        if iteration > self._sent:
+            self._run.log({"iteration": iteration, **values})
+
+    def flush(self) -> None:
+        """Nothing to do: what is logged is sent by a process of the client's own."""
+
+    def close(self) -> None:
+        """End the run on the service."""
+        self._run.finish()

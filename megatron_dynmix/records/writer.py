@@ -1,0 +1,272 @@
+"""The one door for a run's numbers: three `.jsonl` files and `tensorboard/` in its folder, and dashboards.
+
+The writer of a run's records, told what the run is: settings, versions, sources.
+
+When a run was begun, gone on with and ended: lines of `events.jsonl`, which nothing is ever taken off.
+
+The other records are those of the run that would have been had nothing happened; this one says what did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform as machine
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_dynmix import __version__
+from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.load import to_dict, to_yaml
+from megatron_dynmix.errors import InputError, StoppedOnRequest, TrainingStopped
+from megatron_dynmix.files import write_atomically
+from megatron_dynmix.records.dashboards import TensorBoardWriter, WeightsAndBiasesWriter
+from megatron_dynmix.records.jsonl import JsonlWriter, naming, read_records
+from megatron_dynmix.training.progress import Progress
+from megatron_dynmix.training.start_report import packed_table, prepared_table
+
+if TYPE_CHECKING:
+    from megatron_dynmix.training.run import Data
+
+
+TRAINING_KEYS = frozenset(
+    {
+        *("iteration", "consumed_samples", "lm_loss", "source_loss", "lr", "grad_norm", "global_batch_size"),
+        *("seconds", "tokens_per_second", "useful_token_share", "tokens", "skipped_iterations", "aux_losses"),
+    }
+)
+MIXING_KEYS = frozenset(
+    {
+        *(
+            "iteration",
+            "consumed_samples",
+            "sources",
+            "old_weights",
+            "new_weights",
+            "delta",
+            "load",
+            "distance",
+        ),
+        *("tokens", "rows", "epochs", "probe_loss", "entropy", "kl_step", "note", "seconds"),
+        *("events", "override", "shadow", "loss", "delta_error", "signal"),
+    }
+)
+
+
+class MetricsWriter:
+    """Writes `metrics.jsonl`, `mixing.jsonl`, `ledger.jsonl` and `tensorboard/` in `run_dir`.
+
+    Call it on one rank only. `resume_iteration` is the iteration of the checkpoint that the run goes on
+    from (-1: it begins again), and what was recorded after it is taken off; an update made at the very
+    iteration of a checkpoint stays, so it has to be part of that checkpoint. None is a new run: `InputError`
+    where the folder holds records of another. `TrainingStopped` where a file cannot be written. With
+    `wandb_project`, Weights & Biases gets the same numbers under the same names.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        sources: Sequence[str],
+        *,
+        resume_iteration: int | None,
+        wandb_project: str | None = None,
+        wandb_exp_name: str | None = None,
+    ):
+        self._sources = list(sources)
+        metrics, mixing, ledger = (run_dir / f"{name}.jsonl" for name in ("metrics", "mixing", "ledger"))
+        if resume_iteration is None:
+            _refuse_records(metrics, mixing, ledger)
+        self._metrics = JsonlWriter(metrics, keep_until=resume_iteration)
+        self._mixing = JsonlWriter(mixing, keep_until=resume_iteration)
+        self._ledger = JsonlWriter(ledger, keep_until=resume_iteration)
+        purge_step = None if resume_iteration is None else resume_iteration + 1
+        self._events = run_dir / "tensorboard"
+        tensorboard = TensorBoardWriter(self._events, purge_step=purge_step)
+        # on resuming, TensorBoard hides kept points of these curves: their steps are samples, not iterations
+        for record in read_records(metrics):
+            tensorboard.samples(record)
+        self._boards: list[TensorBoardWriter | WeightsAndBiasesWriter] = [tensorboard]
+        if wandb_project is not None:
+            resumes = resume_iteration is not None
+            self._boards.append(
+                WeightsAndBiasesWriter(run_dir, project=wandb_project, name=wandb_exp_name, resumes=resumes)
+            )
+
+    def training(self, record: Mapping[str, Any]) -> None:
+        """Write the record of one log interval.
+
+        Keys: iteration, consumed_samples, lm_loss, source_loss {name: loss, or None where not drawn}, lr,
+        grad_norm, global_batch_size, seconds (per iteration), tokens_per_second, useful_token_share,
+        tokens {name: so far}, skipped_iterations, aux_losses {Megatron-LM's name: value}. Losses are in
+        nats per trained token. Further keys go to `metrics.jsonl` only.
+        """
+        assert record.keys() >= TRAINING_KEYS, f"missing: {sorted(TRAINING_KEYS - record.keys())}"
+        self._metrics.write(record)
+        with naming(self._events):
+            for board in self._boards:
+                board.training(record, self._sources)
+
+    def mixing(self, update: Mapping[str, Any]) -> None:
+        """Write the record of one weight update.
+
+        Keys: iteration, consumed_samples, sources, old_weights, new_weights, delta (or None), load (D x E
+        or D x L x E, or None), distance (D x D, or None), tokens, rows, epochs (per source, so far),
+        probe_loss (per source, or None), entropy of the new weights and kl_step from the old to them (nats),
+        note (or None), events (a line each), override (or None), shadow {label: weights}, loss and
+        delta_error (per source, or None), signal (what was measured, or None), seconds {signal, reduce,
+        update, rebuild}. The weights are shares of the rows; example_weights, where they are there, those of
+        the examples; expert_load, where loads were measured, the busiest expert's over the mean by MoE layer.
+        """
+        assert update.keys() >= MIXING_KEYS, f"missing: {sorted(MIXING_KEYS - update.keys())}"
+        assert list(update["sources"]) == self._sources, f"{update['sources']} are not {self._sources}"
+        self._mixing.write(update)
+        with naming(self._events):
+            for board in self._boards:
+                board.mixing(update)
+
+    def ledger(self, line: Mapping[str, Any]) -> None:
+        """Write one line of the ledger; see `training/ledger.py`."""
+        self._ledger.write(line)
+
+    def text(self, tag: str, markdown: str) -> None:
+        """Show a text on the dashboards, such as the resolved configuration."""
+        with naming(self._events):
+            for board in self._boards:
+                board.text(tag, markdown)
+
+    def settings(self, settings: Mapping[str, bool | int | float | str]) -> None:
+        """Tell the dashboards the settings of the run, to compare it with others."""
+        with naming(self._events):
+            for board in self._boards:
+                board.settings(settings)
+
+    def flush(self) -> None:
+        """Hand everything to the disk."""
+        for writer in (self._metrics, self._mixing, self._ledger, *self._boards):
+            with naming(self._events):  # the others name themselves
+                writer.flush()
+
+    def close(self) -> None:
+        """Hand everything to the disk and close the files."""
+        for writer in (self._metrics, self._mixing, self._ledger, *self._boards):
+            with naming(self._events):
+                writer.close()
+
+
+def _refuse_records(*paths: Path) -> None:
+    """A new run must not write its iterations behind those of another."""
+    for path in paths:
+        if path.exists() and path.stat().st_size:
+            raise InputError(
+                f"{path} holds the records of another run; a new run cannot add its own. Resume that run, or "
+                "choose another run directory."
+            )
+
+
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "numpy", "transformers")
+
+
+def open_writer(
+    config: RunConfig, run_dir: Path, data: Data, *, resume_iteration: int | None
+) -> MetricsWriter:
+    """The writer of a run, on one rank; `config.yaml` is written and the dashboards know what runs."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_dir / "config.yaml", to_yaml(config))
+    writer = MetricsWriter(
+        run_dir,
+        tuple(config.data.sources),
+        resume_iteration=resume_iteration,
+        wandb_project=config.logging.wandb_project,
+        wandb_exp_name=config.logging.wandb_exp_name,
+    )
+    writer.text("config", f"```yaml\n{to_yaml(config)}```")
+    writer.text("versions", "\n".join(f"- {name} {version}" for name, version in versions().items()))
+    tables = [prepared_table(data.reports), packed_table([*data.train, *data.probe])]
+    writer.text("sources", "\n\n".join(f"```\n{table}\n```" for table in tables))
+    writer.settings(flat_settings(to_dict(config)))
+    return writer
+
+
+def versions() -> dict[str, str]:
+    """What the run is made of, as far as it is installed."""
+    found = {"megatron-dynmix": __version__, "python": machine.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def flat_settings(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, bool | int | float | str]:
+    """Settings under `section.name`, and those of sources under `data.sources.NAME.name`; lists as text."""
+    flat: dict[str, bool | int | float | str] = {}
+
+    def add(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for name, item in value.items():
+                add(f"{prefix}.{name}" if prefix else name, item)
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            flat[prefix] = ", ".join(map(str, value))
+        elif value is not None:
+            flat[prefix] = value
+
+    add("", sections)
+    return flat
+
+
+EVENTS = "events.jsonl"
+
+
+@contextlib.contextmanager
+def recorded(run_dir: Path, progress: Progress, *, resumed: bool, notes: Sequence[str]) -> Iterator[None]:
+    """Around the training of a job, on every rank; rank 0 writes.
+
+    A job that is killed writes no end: what follows in the file is the next start.
+
+    Args:
+        run_dir: the run's directory.
+        progress: how far the run is, now and at the end.
+        resumed: whether it goes on from a checkpoint.
+        notes: changed settings, checkpoints that were not good.
+
+    Raises:
+        TrainingStopped: the file cannot be written.
+
+    """
+    if torch.distributed.get_rank() != 0:
+        yield
+        return
+    writer = JsonlWriter(run_dir / EVENTS)
+
+    def write(event: str, notes: Sequence[str]) -> None:
+        writer.write(
+            {
+                "iteration": progress.iteration,
+                "event": event,
+                "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "version": __version__,
+                "ranks": torch.distributed.get_world_size(),
+                "notes": list(notes),
+            }
+        )
+
+    write("resume" if resumed else "start", notes)
+    event, said = "failed", ""
+    try:
+        yield
+        event = "finished"
+    except (StoppedOnRequest, KeyboardInterrupt) as error:
+        event, said = "stopped", str(error)
+        raise
+    except BaseException as error:
+        said = str(error)
+        raise
+    finally:
+        with contextlib.suppress(TrainingStopped):  # what ended the run is what is told
+            write(event, [said] if said else [])
+            writer.close()
