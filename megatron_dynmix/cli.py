@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("compare", compare, "run strategies x seeds, and set them side by side", takes_flags=True)
     compare_arguments(sub)
 
-    sub = command("evaluate", evaluate, "held-out loss of each source, and answers that can be checked")
+    sub = command("evaluate", evaluate, "held-out loss of each source of a run")
     evaluate_arguments(sub)
 
     sub = command("convert", run_convert, "weights of Hugging Face folders in and out, with a verdict")

@@ -27,18 +27,11 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="ranks of each run")
-    _answer_arguments(parser)
 
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """What `evaluate` takes."""
     parser.add_argument("run_dir", type=Path, metavar="RUN")
-    _answer_arguments(parser)
-
-
-def _answer_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-answers", type=int, default=100, help="answers to check of each source")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer that is generated")
 
 
 def run_compare(arguments: argparse.Namespace, flags: list[str]) -> int:
@@ -52,7 +45,9 @@ def run_compare(arguments: argparse.Namespace, flags: list[str]) -> int:
         variants_from_text,
     )
 
-    _require_positive(arguments, "jobs", "nproc_per_node", "max_new_tokens")
+    for name in ("jobs", "nproc_per_node"):
+        if (value := getattr(arguments, name)) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
     variants = [variant for path in arguments.grid for variant in variants_from_file(path)]
     if arguments.strategies is not None:
         variants += variants_from_text(arguments.strategies)
@@ -64,8 +59,6 @@ def run_compare(arguments: argparse.Namespace, flags: list[str]) -> int:
         output=arguments.output,
         flags=tuple(flags),
         nproc=arguments.nproc_per_node,
-        max_answers=arguments.max_answers,
-        max_new_tokens=arguments.max_new_tokens,
     )
     finished = compare(plan, variants, parse_seeds(arguments.seeds), jobs=arguments.jobs, say=_say)
     return 0 if finished else EXIT_FAILED
@@ -78,40 +71,19 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     from megatron_dynmix.records.tables import table
 
     end_with_launcher()
-    _require_positive(arguments, "max_new_tokens")
-    result = evaluate(
-        arguments.run_dir, max_answers=arguments.max_answers, max_new_tokens=arguments.max_new_tokens
-    )
+    result = evaluate(arguments.run_dir)
     rows = [
-        [
-            *(name, f"{found['loss']:.4f}", f"{found['perplexity']:.2f}", found["tokens"]),
-            _match(found["answers"]),
-        ]
+        [name, f"{found['loss']:.4f}", f"{found['perplexity']:.2f}", found["tokens"]]
         for name, found in result["sources"].items()
         if found is not None
     ]
-    rows.append(["all tokens", f"{result['token_loss']:.4f}", f"{result['perplexity']:.2f}", "", ""])
-    print(table(["source", "held-out loss", "perplexity", "tokens", "exact match"], rows))
+    rows.append(["all tokens", f"{result['token_loss']:.4f}", f"{result['perplexity']:.2f}", ""])
+    print(table(["source", "held-out loss", "perplexity", "tokens"], rows))
     print(
         f"mean over sources {result['mean_loss']:.4f}, worst {result['worst_loss']:.4f} "
         f"({result['worst_source']}); written to {arguments.run_dir / EVALUATION}"
     )
     return 0
-
-
-def _match(answers: dict[str, int] | None) -> str:
-    if answers is None:
-        return "-"
-    return f"{answers['correct']} of {answers['correct'] + answers['wrong']}"
-
-
-def _require_positive(arguments: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        value = getattr(arguments, name)
-        if value < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
-    if arguments.max_answers < 0:
-        raise InputError(f"--max-answers is {arguments.max_answers}; it must be 0 (none) or more")
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""How well a run has learnt: the held-out loss of each source, and answers that can be checked.
+"""How well a run has learned: the held-out loss of each source.
 
 On one rank, whatever layout the run had: its checkpoint knows none.
 """
@@ -25,12 +25,11 @@ from megatron_dynmix.config.load import load_config
 from megatron_dynmix.config.megatron import STAGE_SETTINGS
 from megatron_dynmix.config.run_config import ParallelConfig
 from megatron_dynmix.data.rows import PackedRows
-from megatron_dynmix.data.sources import build_rows, prepare_sources, source_files
-from megatron_dynmix.data.tokenizer.base import Tokenizer, load_tokenizer
+from megatron_dynmix.data.sources import build_rows, prepare_sources
+from megatron_dynmix.data.tokenizer.base import load_tokenizer
 from megatron_dynmix.errors import CommandFailed, InputError
 from megatron_dynmix.files import write_atomically
 from megatron_dynmix.model.optimizer import build_optimizer
-from megatron_dynmix.training.answers import check_answers
 from megatron_dynmix.training.run import build_runner, join_job
 from megatron_dynmix.training.step import PassRunner, SourceStats
 from megatron_dynmix.training.trainer import seed_iteration
@@ -40,19 +39,13 @@ MOST_NATS = 700.0
 """The perplexity of a higher loss is no number that a float can hold."""
 
 
-def evaluate(run_dir: Path, *, max_answers: int = 100, max_new_tokens: int = 128) -> dict[str, Any]:
+def evaluate(run_dir: Path) -> dict[str, Any]:
     """Evaluate the newest checkpoint of a run with the run's own configuration; writes `evaluation.json`.
 
-    Args:
-        run_dir: the run's directory.
-        max_answers: answers to check of each source that has a pattern for them; 0 for none.
-        max_new_tokens: of each answer.
-
     Returns:
-        What was written: `iteration`, `max_answers`, `max_new_tokens`; `sources`: for each its mean `loss`
-        over the trained tokens of all held-out rows (nats), `perplexity`, `tokens` (trained) and `answers`
-        (see `AnswerReport`), or None without held-out rows; `mean_loss` over the sources, `worst_loss` and
-        `worst_source`, `token_loss` over all tokens and its `perplexity`, `exact_match` over all answers.
+        What was written: `iteration`; `sources`: for each its mean `loss` over the trained tokens of all
+        held-out rows (nats), `perplexity` and `tokens` (trained), or None without held-out rows; `mean_loss`
+        over the sources, `worst_loss` and `worst_source`, `token_loss` over all tokens and its `perplexity`.
 
     Raises:
         InputError: no run or no checkpoint in the directory, or no source has held-out rows.
@@ -72,13 +65,7 @@ def evaluate(run_dir: Path, *, max_answers: int = 100, max_new_tokens: int = 128
     point = restore_point.verified(run_dir / "checkpoints")
     run = _load_model(config, len(rows), point.source)
     stats = held_out_stats(run, rows, config.training.micro_batch_size)
-    answers = _answers(config, run, tokenizer, max_answers, max_new_tokens)
-    result = {
-        "iteration": read_run_state(point.source)["iteration"],
-        "max_answers": max_answers,
-        "max_new_tokens": max_new_tokens,
-        **summarise(config, stats, answers),
-    }
+    result = {"iteration": read_run_state(point.source)["iteration"], **summarise(config, stats)}
     write_atomically(run_dir / EVALUATION, json.dumps(result, indent=2, allow_nan=False) + "\n")
     return result
 
@@ -129,24 +116,7 @@ def held_out_stats(run: PassRunner, rows: Sequence[PackedRows], micro_batch_size
     return stats
 
 
-def _answers(
-    config: RunConfig, run: PassRunner, tokenizer: Tokenizer, max_answers: int, max_new_tokens: int
-) -> dict[str, dict[str, Any]]:
-    """By source; those without a pattern are not in it."""
-    reports = {}
-    for file in source_files(config):
-        pattern = config.data.sources[file.name].answer
-        if file.is_probe and pattern is not None and max_answers:
-            reports[file.name] = check_answers(
-                *(run, file.prefix(config), tokenizer, pattern),
-                max_answers=max_answers,
-                max_new_tokens=max_new_tokens,
-                max_positions=config.data.seq_length,
-            ).to_json()
-    return reports
-
-
-def summarise(config: RunConfig, stats: SourceStats, answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summarise(config: RunConfig, stats: SourceStats) -> dict[str, Any]:
     """The numbers of `evaluate` from sums over the held-out rows, in the order of their sources.
 
     Raises:
@@ -165,18 +135,11 @@ def summarise(config: RunConfig, stats: SourceStats, answers: dict[str, dict[str
             )
     worst = max(known, key=known.__getitem__)
     sources = {
-        name: {
-            "loss": known[name],
-            "perplexity": math.exp(known[name]),
-            "tokens": int(trained[name]),
-            "answers": answers.get(name),
-        }
+        name: {"loss": known[name], "perplexity": math.exp(known[name]), "tokens": int(trained[name])}
         if name in known
         else None
         for name in config.data.sources
     }
-    checked = sum(report["correct"] + report["wrong"] for report in answers.values())
-    correct = sum(report["correct"] for report in answers.values())
     return {
         "sources": sources,
         "mean_loss": math.fsum(known.values()) / len(known),
@@ -184,5 +147,4 @@ def summarise(config: RunConfig, stats: SourceStats, answers: dict[str, dict[str
         "worst_source": worst,
         "token_loss": stats.lm_loss,
         "perplexity": math.exp(stats.lm_loss),
-        "exact_match": correct / checked if checked else None,
     }

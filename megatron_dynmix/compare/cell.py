@@ -29,8 +29,6 @@ class Plan:
     flags: tuple[str, ...]
     """Of the command line, for every cell; a variant's own settings win over them."""
     nproc: int
-    max_answers: int
-    max_new_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,14 +112,9 @@ class Cell:
         return bool(state["iteration"] == self.config.training.train_iters)
 
     def is_evaluated(self) -> bool:
-        """Whether its `evaluation.json` is of its last iteration, and of as many answers as wanted."""
+        """Whether its `evaluation.json` is of its last iteration."""
         found = read_json(self.run_dir / EVALUATION)
-        wanted = {
-            "iteration": self.config.training.train_iters,
-            "max_answers": self.plan.max_answers,
-            "max_new_tokens": self.plan.max_new_tokens,
-        }
-        return found is not None and wanted.items() <= found.items()
+        return found is not None and found.get("iteration") == self.config.training.train_iters
 
     def train_command(self) -> list[str]:
         """The command line that trains it, or goes on training."""
@@ -135,11 +128,7 @@ class Cell:
 
     def evaluate_command(self) -> list[str]:
         """The command line that evaluates it."""
-        return [
-            *(sys.executable, "-m", "megatron_dynmix", "evaluate", str(self.run_dir)),
-            *("--max-answers", str(self.plan.max_answers)),
-            *("--max-new-tokens", str(self.plan.max_new_tokens)),
-        ]
+        return [sys.executable, "-m", "megatron_dynmix", "evaluate", str(self.run_dir)]
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

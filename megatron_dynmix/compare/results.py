@@ -101,7 +101,7 @@ class CellResult:
     variant: str
     seed: int
     metrics: Mapping[str, float]
-    """`mean_loss`, `worst_loss`, `token_loss`, `perplexity`, `loss/<source>`; `exact_match` if checked."""
+    """`mean_loss`, `worst_loss`, `token_loss`, `perplexity`, `loss/<source>`."""
     worst_source: str
     weights: tuple[tuple[int, tuple[float, ...]], ...]
     """(iteration, share of each source in the rows drawn from there on)."""
@@ -118,7 +118,7 @@ def read_result(cell: Cell) -> CellResult:
     metrics = read_records(cell.run_dir / "metrics.jsonl")
     updates = read_records(cell.run_dir / "mixing.jsonl")
     ledger = read_records(cell.run_dir / "ledger.jsonl")
-    names = ("mean_loss", "worst_loss", "token_loss", "perplexity", "exact_match")
+    names = ("mean_loss", "worst_loss", "token_loss", "perplexity")
     values = {name: evaluation[name] for name in names}
     values |= {f"loss/{name}": source and source["loss"] for name, source in evaluation["sources"].items()}
     return CellResult(

@@ -160,7 +160,6 @@ def _sources(where: str, value: Any, folder: Path) -> dict[str, tree.SourceConfi
         "path": str,
         "weight": float | None,
         "probe": str | None,
-        "answer": str | None,
         "max_epochs": float | None,
         "format": str,
         "fields": dict,

@@ -12,7 +12,6 @@ checked in `check.py`.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -39,14 +38,6 @@ def positive(section: object, prefix: str, *names: str) -> None:
         value = getattr(section, name)
         good = value is None or (value > 0 and math.isfinite(value))
         require(good, f"{prefix}.{name}", value, "a positive number")
-
-
-def groups(pattern: str) -> int | None:
-    """Groups of a regular expression; None if it is none."""
-    try:
-        return re.compile(pattern).groups
-    except re.error:
-        return None
 
 
 SignalName = Literal["probe", "train"]
@@ -174,7 +165,6 @@ OnSaveError = Literal["stop", "continue"]
 SaveHF = Literal["end", "every"]
 RouterNetwork = Literal["linear", "mlp"]
 RouterNoise = Literal["idle", "training"]
-ONE_GROUP = "a regular expression with one group, around the answer, such as '#### (.+)'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,8 +255,6 @@ class SourceConfig:
     """Initial share; uniform if no source has one."""
     probe: str | None = None
     """Held-out rows of the same kind, for `mixing.signal: probe` and for evaluation."""
-    answer: str | None = None
-    """Regular expression whose one group is an answer that can be checked; evaluation compares it."""
     max_epochs: float | None = None
     """Epochs after which the source is drawn no more; its share goes to the others."""
 
@@ -278,8 +266,6 @@ class SourceConfig:
         if self.weight is not None:
             ok = math.isfinite(self.weight) and self.weight >= 0
             require(ok, "a source's weight", self.weight, "a finite number, 0 or more")
-        if self.answer is not None:
-            require(groups(self.answer) == 1, "a source's answer", self.answer, ONE_GROUP)
 
 
 @dataclass(frozen=True, kw_only=True)

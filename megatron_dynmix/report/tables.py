@@ -41,10 +41,9 @@ def comparison_tables(summary: Mapping[str, Any]) -> list[Table]:
 
 def _losses(summary: Mapping[str, Any]) -> Table:
     baseline, variants = summary["baseline"], summary["variants"]
-    answers = any("exact_match" in variant["metrics"] for variant in variants)
     header = ["variant", "seeds", "mean over sources"]
     header += [f"difference to {baseline}"] if baseline else []
-    header += ["worst source", "all tokens", "perplexity", *(["exact match"] if answers else [])]
+    header += ["worst source", "all tokens", "perplexity"]
     rows = []
     for variant in variants:
         metrics = variant["metrics"]
@@ -52,7 +51,6 @@ def _losses(summary: Mapping[str, Any]) -> Table:
         row += [difference_text(metrics["mean_loss"]["difference"])] if baseline else []
         row += [spread_text(metrics[name]) for name in ("worst_loss", "token_loss")]
         row += [spread_text(metrics["perplexity"], 2)]
-        row += [spread_text(metrics.get("exact_match"), 3)] if answers else []
         rows.append(row)
     return Table("Held-out loss", header, rows, _note(summary))
 

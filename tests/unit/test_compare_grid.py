@@ -135,8 +135,6 @@ def cell(folder, name, seed=1, **mixing):
         output=folder / "out",
         flags=(),
         nproc=1,
-        max_answers=1,
-        max_new_tokens=1,
     )
     return Cell(plan=plan, variant=Variant(name, ()), seed=seed, config=load(folder, content))
 

@@ -52,8 +52,7 @@ def test_a_sweep_changes_what_its_name_says():
 @pytest.mark.parametrize("size", ["cpu", "gpu"])
 def test_the_sizes_fit_the_model_and_the_sequential_schedule(size):
     study = load("study")
-    flags = [flag for flag in study.SIZES[size] if flag not in ("--max-answers", "0")]
-    config = load_config(STUDY / "RUN.yaml", flags)
+    config = load_config(STUDY / "RUN.yaml", study.SIZES[size])
     assert config.training.train_iters == study.PHASE[size] * len(study.SOURCES)
     assert list(config.data.sources) == list(study.SOURCES)
 

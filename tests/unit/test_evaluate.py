@@ -7,7 +7,7 @@ import torch
 from config_fixtures import good_settings, load
 
 from megatron_dynmix import platform
-from megatron_dynmix.errors import CommandFailed
+from megatron_dynmix.errors import CommandFailed, InputError
 
 platform.start()
 from megatron_dynmix.commands.evaluate import summarise  # noqa: E402
@@ -20,7 +20,7 @@ def summary(tmp_path, *loss_sums):
     config = load(tmp_path, good_settings(tmp_path))
     trained_D = torch.tensor([10.0, 20.0, 0.0], dtype=torch.float64)
     stats = SourceStats(torch.tensor(loss_sums, dtype=torch.float64), trained_D, trained_D)
-    return summarise(config, stats, {})
+    return summarise(config, stats)
 
 
 def test_a_source_without_trained_tokens_is_in_no_mean(tmp_path):
@@ -35,3 +35,10 @@ def test_a_source_without_trained_tokens_is_in_no_mean(tmp_path):
 def test_a_model_that_has_diverged_is_said_by_source(tmp_path, bad):
     with pytest.raises(CommandFailed, match=r"held-out loss of source math is .*: the model has diverged"):
         summary(tmp_path, 10.0, bad, 0.0)
+
+
+def test_answers_are_no_setting_of_a_source(tmp_path):
+    content = good_settings(tmp_path)
+    content["data"]["sources"]["math"]["answer"] = "#### (.+)"
+    with pytest.raises(InputError, match=r"data\.sources\.math.*answer"):
+        load(tmp_path, content)
