@@ -1,4 +1,4 @@
-"""The subcommands `compare` and `evaluate`: their arguments, and what they do with them.
+"""The command `compare`: its arguments, and what it does with them.
 
 Heavy imports wait inside the functions.
 """
@@ -11,8 +11,8 @@ from pathlib import Path
 from megatron_dynmix.errors import EXIT_FAILED, InputError
 
 
-def compare_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `compare` takes beside the flags of `train`."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `compare` takes beside the flags of `train`."""
     parser.add_argument("run_yaml", type=Path, metavar="RUN.yaml")
     parser.add_argument("--strategies", help="a,b:option=value,option=value")
     parser.add_argument(
@@ -29,13 +29,11 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc-per-node", type=int, default=1, help="ranks of each run")
 
 
-def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `evaluate` takes."""
-    parser.add_argument("run_dir", type=Path, metavar="RUN")
+def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Run a grid of variants and seeds; exit 1 if a run failed."""
+    from megatron_dynmix import platform
 
-
-def run_compare(arguments: argparse.Namespace, flags: list[str]) -> int:
-    """Carry out `compare`; returns its exit code."""
+    platform.start()
     from megatron_dynmix.compare.cell import Plan
     from megatron_dynmix.compare.comparison import compare
     from megatron_dynmix.compare.grid import (
@@ -57,33 +55,11 @@ def run_compare(arguments: argparse.Namespace, flags: list[str]) -> int:
     plan = Plan(
         run_yaml=arguments.run_yaml,
         output=arguments.output,
-        flags=tuple(flags),
+        flags=tuple(rest),
         nproc=arguments.nproc_per_node,
     )
     finished = compare(plan, variants, parse_seeds(arguments.seeds), jobs=arguments.jobs, say=_say)
     return 0 if finished else EXIT_FAILED
-
-
-def run_evaluate(arguments: argparse.Namespace) -> int:
-    """Carry out `evaluate`; returns its exit code."""
-    from megatron_dynmix.commands.evaluate import EVALUATION, evaluate
-    from megatron_dynmix.job.launch import end_with_launcher
-    from megatron_dynmix.records.tables import table
-
-    end_with_launcher()
-    result = evaluate(arguments.run_dir)
-    rows = [
-        [name, f"{found['loss']:.4f}", f"{found['perplexity']:.2f}", found["tokens"]]
-        for name, found in result["sources"].items()
-        if found is not None
-    ]
-    rows.append(["all tokens", f"{result['token_loss']:.4f}", f"{result['perplexity']:.2f}", ""])
-    print(table(["source", "held-out loss", "perplexity", "tokens"], rows))
-    print(
-        f"mean over sources {result['mean_loss']:.4f}, worst {result['worst_loss']:.4f} "
-        f"({result['worst_source']}); written to {arguments.run_dir / EVALUATION}"
-    )
-    return 0
 
 
 def _say(text: str) -> None:

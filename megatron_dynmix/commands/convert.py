@@ -9,15 +9,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_dynmix.convert.verdict import GroupVerdict, Verdict
-from megatron_dynmix.errors import EXIT_FAILED, EXIT_INTERRUPTED, InputError
+from megatron_dynmix.errors import EXIT_FAILED, InputError
 from megatron_dynmix.records.tables import table
+
+if TYPE_CHECKING:  # `--help` must not wait for torch
+    from megatron_dynmix.convert.verdict import GroupVerdict, Verdict
 
 TYPES = {"keep": None, "bf16": "bfloat16", "fp32": "float32"}
 
 
-def convert_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the two directions and their flags."""
     ways = parser.add_subparsers(required=True, metavar="DIRECTION", dest="direction")
     inwards = ways.add_parser(
@@ -52,7 +55,7 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def run_convert(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Convert one way or the other; returns the exit code: 1 if what was written is not what was read."""
     try:
         return _convert(arguments)
@@ -65,15 +68,13 @@ def run_convert(arguments: argparse.Namespace, rest: list[str]) -> int:
             if partial.is_dir()
             else "nothing is half done"
         )
-        _say(f"megatron-dynmix: interrupted; {left}")
-        return EXIT_INTERRUPTED
+        raise KeyboardInterrupt(f"; {left}") from None
 
 
 def _convert(arguments: argparse.Namespace) -> int:
     from megatron_dynmix import platform
 
     platform.start()
-    from megatron_dynmix.commands.convert import verdict_text
     from megatron_dynmix.convert.export_hf import megatron_to_hf
     from megatron_dynmix.convert.import_hf import hf_to_megatron
 

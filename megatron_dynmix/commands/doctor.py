@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_dynmix.commands.launch import join_srun
 from megatron_dynmix.doctor.checks import Finding, good, problem, warning
 from megatron_dynmix.errors import EXIT_FAILED, InputError
 
@@ -19,21 +20,22 @@ SHORT_MINUTES = 5.0
 MARKS = {"OK": "ok", "warning": "WARNING", "problem": "PROBLEM"}
 
 
-def doctor_arguments(sub: argparse.ArgumentParser) -> None:
-    """Arguments of `doctor`."""
-    sub.add_argument(
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the run and the folder to check for."""
+    parser.add_argument(
         "run_yaml", nargs="?", type=Path, metavar="RUN.yaml", help="check what this run needs, too"
     )
-    sub.add_argument("--shared-dir", type=Path, metavar="DIR", help="a folder that all ranks share")
+    parser.add_argument("--shared-dir", type=Path, metavar="DIR", help="a folder that all ranks share")
 
 
-def run_doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Check this machine and print the table; returns 1 if anything is a problem.
 
     Raises:
         InputError: a RUN.yaml that cannot be read, flags without one.
 
     """
+    join_srun()
     if rest and arguments.run_yaml is None:
         raise InputError(f"{' '.join(rest)}: settings are flags only beside a RUN.yaml")
     from megatron_dynmix.doctor.checks import check_devices, check_job, check_packages

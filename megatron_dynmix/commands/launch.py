@@ -109,7 +109,7 @@ def join_srun() -> None:
     )
 
 
-def launch_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags; every setting of RUN.yaml is one, too, and is written into the job script."""
     parser.add_argument("scheduler", choices=["slurm"])
     parser.add_argument("run_yaml", type=Path, metavar="RUN.yaml")
@@ -132,23 +132,30 @@ def launch_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_launch(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Plan the run for the ranks that it will have, and write its job script.
 
     Raises:
         InputError: it could not run there, or would not fit.
 
     """
-    from megatron_dynmix.commands.plan import run_plan
-    from megatron_dynmix.config.load import load_config
+    from megatron_dynmix import platform
+
+    platform.start()
+    from megatron_dynmix.commands.planning import plan_run
 
     names = ("run_yaml", "run_dir", "nodes", "gpus_per_node", "time", "partition", "account")
     given = {name: getattr(arguments, name) for name in (*names, "save_seconds", "output")}
     job = SlurmJob(**given, flags=tuple(rest))
-    asked = {name: getattr(arguments, name) for name in ("run_yaml", "gpu_memory_gb", "host")}
     with contextlib.redirect_stdout(sys.stderr if job.output == STDOUT else sys.stdout):
-        run_plan(argparse.Namespace(**asked, world_size=job.world_size, json=False), rest)
-    text = sbatch_text(job, load_config(job.run_yaml, job.flags))
+        config = plan_run(
+            job.run_yaml,
+            rest,
+            world_size=job.world_size,
+            gpu_memory_gb=arguments.gpu_memory_gb,
+            host=arguments.host,
+        )
+    text = sbatch_text(job, config)
     if job.output == STDOUT:
         print(text, end="")
         return 0

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
-from megatron_dynmix.errors import EXIT_INTERRUPTED, InputError
+from megatron_dynmix.errors import InputError
 
 if TYPE_CHECKING:  # `--help` must not wait for NumPy
     from megatron_dynmix.config.run_config import Overlong
 
 
-def prepare_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags; beside a RUN.yaml every other setting of it is one, too."""
     parser.add_argument("run_yaml", nargs="?", type=Path, metavar="RUN.yaml")
     parser.add_argument("--input", nargs="+", type=Path, metavar="FILE", help="files, patterns or folders")
@@ -34,8 +33,11 @@ def prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-length", type=int, metavar="N", help="positions of a row")
 
 
-def run_prepare(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Prepare the sources of a RUN.yaml, or one source from files; returns the exit code."""
+    from megatron_dynmix import platform
+
+    platform.start()
     try:
         if arguments.run_yaml is None:
             return _prepare_files(arguments, rest)
@@ -46,12 +48,9 @@ def run_prepare(arguments: argparse.Namespace, rest: list[str]) -> int:
                 raise InputError(f"--{name} is for --input; in RUN.yaml each source has its own `{name}`")
         return _prepare_run(arguments, rest)
     except KeyboardInterrupt:
-        print(
-            "megatron-dynmix: interrupted; nothing half-written is left, and sources that were done are not "
-            "prepared again",
-            file=sys.stderr,
-        )
-        return EXIT_INTERRUPTED
+        raise KeyboardInterrupt(
+            "; nothing half-written is left, and sources that were done are not prepared again"
+        ) from None
 
 
 def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:

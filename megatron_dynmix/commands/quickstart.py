@@ -6,15 +6,18 @@ should lower both.
 The first run: four generated sources, a tokenizer and the `RUN.yaml` that trains a tiny MoE on them.
 """
 
+import argparse
 import json
 import os
 import random
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import yaml
 
+from megatron_dynmix.commands.train import start_ranks
 from megatron_dynmix.errors import InputError
 
 # ruff: noqa: SIM905 (a list of words reads best as words)
@@ -255,3 +258,40 @@ def _write_once(path: Path, text: str) -> None:
             f"{path} exists and is not what quickstart writes here (edited, or made with another seed or "
             "version). Remove it, or choose another directory."
         )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare where the first run is written."""
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
+
+
+def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Generate, prepare, train, and say what to open."""
+    from megatron_dynmix import platform
+
+    platform.start()
+    from megatron_dynmix.training.resume import check_run_dir
+
+    run_dir = arguments.run_dir
+    check_run_dir(run_dir, "no")
+    run_yaml = make_quickstart(run_dir / "data")
+    code = start_ranks(run_yaml, run_dir, 2, "no", [])
+    if code == 0:
+        print(
+            f"\nDone. What to open:\n"
+            f"  {_command('megatron-dynmix')} report {run_dir}    explains the run: {run_dir}/report.html\n"
+            f"  {run_dir}/mixing.jsonl    every weight update: loads, distances, old and new weights\n"
+            f"  {run_dir}/metrics.jsonl   loss of each source over time\n"
+            f"  {_command('tensorboard')} --logdir {run_dir}/tensorboard\n"
+            f"  {run_yaml}    the run: change it and train again:\n"
+            f"  {_command('megatron-dynmix')} train {run_yaml} --run-dir runs/mine --nproc-per-node 2"
+        )
+    return code
+
+
+def _command(name: str) -> str:
+    """How to call a program that was installed beside this one, from here."""
+    path = Path(sys.executable).parent / name
+    if not path.exists():
+        return name
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -14,7 +14,7 @@ from megatron_dynmix.errors import InputError
 from megatron_dynmix.report import REPORT
 
 
-def report_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `report` takes."""
     parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument(
@@ -25,7 +25,7 @@ def report_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_report(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Carry out `report`; returns its exit code.
 
     Raises:

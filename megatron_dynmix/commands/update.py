@@ -5,6 +5,8 @@ Imports neither torch nor Megatron-Core, so that it answers at once. Axes: D sou
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,22 @@ RUN_ONLY = frozenset(
     }
 )
 """Settings of the mixing section that mean something in a run only."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the files that an update is computed from; settings of the mixing section are flags, too."""
+    parser.add_argument("--load", type=Path, metavar="FILE", help='JSON: {"source": [load per expert], ...}')
+    parser.add_argument("--loss", type=Path, metavar="FILE", help='JSON: {"source": loss in nats, ...}')
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help='JSON: {"source": weight, ...}; default uniform'
+    )
+
+
+def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Print the weights and deltas of one update as JSON."""
+    answer = update_once(rest, load=arguments.load, loss=arguments.loss, weights=arguments.weights)
+    print(json.dumps(answer, indent=2))
+    return 0
 
 
 def update_once(

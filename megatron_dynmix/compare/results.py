@@ -13,9 +13,9 @@ from typing import Any
 
 import mpmath
 
-from megatron_dynmix.commands.evaluate import EVALUATION
 from megatron_dynmix.compare.cell import Cell, read_json
 from megatron_dynmix.records.jsonl import read_records
+from megatron_dynmix.training.evaluate import EVALUATION
 
 CONFIDENCE = 0.95
 

@@ -33,7 +33,7 @@ def serve(address: Path) -> None:
     from megatron_dynmix import platform
 
     platform.start()
-    import megatron_dynmix.commands.plan
+    import megatron_dynmix.commands.planning
     import megatron_dynmix.training.run  # noqa: F401
     from megatron_dynmix.cli import main
     from megatron_dynmix.job import launch

@@ -10,7 +10,7 @@ from megatron_dynmix import platform
 from megatron_dynmix.errors import CommandFailed, InputError
 
 platform.start()
-from megatron_dynmix.commands.evaluate import summarise  # noqa: E402
+from megatron_dynmix.training.evaluate import summarise  # noqa: E402
 from megatron_dynmix.training.step import SourceStats  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:moe_ffn_hidden_size")

@@ -18,7 +18,7 @@ from data_fixtures import (  # noqa: F401
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dynmix.cli import main
-from megatron_dynmix.commands.inspect import Inspection
+from megatron_dynmix.commands.inspection import Inspection
 from megatron_dynmix.config.load import to_yaml
 from megatron_dynmix.data.row_text import (
     Span,

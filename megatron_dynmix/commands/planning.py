@@ -1,0 +1,229 @@
+"""A run planned for ranks that are not there: checked as `train` would, and printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_dynmix import platform
+from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.batch_schedule import BatchSchedule
+from megatron_dynmix.config.check import check_files, check_settings, check_tokenizer
+from megatron_dynmix.config.host import Host, check_host, without_unmet
+from megatron_dynmix.config.load import load_config
+from megatron_dynmix.config.megatron import moe_layers
+from megatron_dynmix.config.run_config import HUB
+from megatron_dynmix.convert.import_hf import check_load_hf
+from megatron_dynmix.data.rows import PackedRows
+from megatron_dynmix.data.sources import build_rows, prepared_sources
+from megatron_dynmix.data.tokenizer.base import Tokenizer, load_tokenizer
+from megatron_dynmix.errors import InputError
+from megatron_dynmix.plan.parameters import transformer_here
+from megatron_dynmix.plan.plan import Plan, SourceWork
+from megatron_dynmix.plan.proposals import nearest_world_sizes, propose
+from megatron_dynmix.plan.text import needs_line, plan_text, size_text
+from megatron_dynmix.training.mix_setup import check_mix, first_weights, initial_weights
+from megatron_dynmix.training.resume import check_pretrained
+
+GIB = 2**30
+GPU_MEMORY_GB = 80.0
+"""Of each GPU, if nothing is said."""
+HOSTS = {
+    "te": Host(cuda=True, transformer_engine=True, deep_ep=True),
+    "cuda": Host(cuda=True, transformer_engine=False, deep_ep=True),
+    "cpu": Host(cuda=False, transformer_engine=False),
+}
+
+
+def plan_run(
+    run_yaml: Path,
+    flags: Sequence[str],
+    *,
+    world_size: int,
+    gpu_memory_gb: float | None,
+    host: str | None,
+    as_json: bool = False,
+) -> RunConfig:
+    """Print the plan of a run on `world_size` ranks of a kind of host; returns its configuration.
+
+    Raises:
+        InputError: it cannot run, or does not fit; with layouts that can, if there are any.
+
+    """
+    if world_size < 1:
+        raise InputError(f"--world-size is {world_size}; give 1 or more")
+    if gpu_memory_gb is not None and not gpu_memory_gb > 0:
+        raise InputError(f"--gpu-memory-gb is {gpu_memory_gb}; give a positive number")
+    config = load_config(run_yaml, flags)
+    ranks = HOSTS[host or ("te" if config.training.bf16 else "cpu")]
+    if gpu_memory_gb is not None and not ranks.cuda:
+        raise InputError(
+            f"--gpu-memory-gb is {gpu_memory_gb:g}, but the ranks are planned on CPUs (float32 without "
+            "--host); leave it out, or give --bf16 or --host cuda"
+        )
+    gpu_gb = gpu_memory_gb or GPU_MEMORY_GB
+    gpu_bytes = int(gpu_gb * GIB) if ranks.cuda else None
+    checker = Checker(ranks)
+    try:
+        checker(config, world_size)
+    except InputError as error:
+        instead = _instead(config, world_size, checker, gpu_bytes) + _near(config, world_size, checker)
+        raise InputError(f"{error}{instead}") from None
+    plan = plan_of(config, world_size, ranks)
+    needs = needs_line(plan.largest, ranks, gpu_bytes)
+    print(json.dumps(plan.as_json(), indent=2) if as_json else f"{plan_text(plan)}\n\n{needs}")
+    if gpu_bytes is not None and not plan.fits(gpu_bytes):
+        raise InputError(
+            f"pipeline stage {plan.largest.stage} needs about {size_text(plan.largest.needed)} on each GPU, "
+            f"more than --gpu-memory-gb {gpu_gb:g}"
+            f"{_instead(config, world_size, checker, gpu_bytes)}"
+        )
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Checker:
+    """What `train` would refuse on ranks of such hosts, before it looks at any file."""
+
+    host: Host
+
+    def __call__(self, config: RunConfig, world_size: int) -> None:
+        """Refuse a run that cannot work.
+
+        Raises:
+            InputError: the first thing found.
+
+        """
+        check_host(config, self.host)
+        here = platform.start()
+        machine = Host(cuda=here.device.type == "cuda", transformer_engine=here.transformer_engine)
+        check_settings(without_unmet(config, machine), world_size)
+
+
+def plan_of(config: RunConfig, world_size: int, host: Host) -> Plan:
+    """Reckon a run whose settings were checked, with what is known of its data on this machine.
+
+    Raises:
+        InputError: files that are here and cannot be used.
+
+    """
+    notes: list[str] = []
+    tokenizer = _tokenizer(config, notes)
+    mix_is_known = _check_mix(config, notes)
+    _check_weights(config, notes)
+    assert config.training.train_iters is not None, "checked before"
+    return Plan.of(
+        config,
+        world_size,
+        host,
+        run_rows=BatchSchedule.of(config.training).samples_after(config.training.train_iters),
+        sources=_sources(config, tokenizer, mix_is_known=mix_is_known),
+        notes=tuple(notes),
+    )
+
+
+def _tokenizer(config: RunConfig, notes: list[str]) -> Tokenizer | None:
+    name = str(config.data.tokenizer)
+    try:
+        check_files(config)
+    except InputError as error:
+        notes.append(str(error))
+    if name.startswith(HUB):
+        notes.append(f"data.tokenizer is {name}, which is not fetched for a plan")
+        return None
+    if not Path(name).exists():
+        return None
+    tokenizer = load_tokenizer(name, trust_remote_code=config.data.trust_remote_code)
+    check_tokenizer(config, tokenizer.vocab_size)
+    return tokenizer
+
+
+def _check_mix(config: RunConfig, notes: list[str]) -> bool:
+    """Check the strategy, if the files that it reads are here; returns whether they are."""
+    mixing = config.mixing
+    for name in ("reference", "target", "weights_from", "embeddings"):
+        path = getattr(mixing, name)
+        if path is not None and not Path(path).exists():
+            notes.append(f"mixing.{name} is {path}, which does not exist on this machine")
+            return False
+    check_mix(config, len(moe_layers(transformer_here(config))))
+    return True
+
+
+def _check_weights(config: RunConfig, notes: list[str]) -> None:
+    """Check what the run starts from, if it is here."""
+    load_hf, pretrained = config.model.load_hf, config.checkpoint.pretrained_checkpoint
+    if load_hf is not None:
+        if any(Path(load_hf).glob("*.safetensors")):
+            check_load_hf(config)
+        else:
+            notes.append(f"model.load_hf is {load_hf}, whose weights are not on this machine")
+    if pretrained is not None:
+        if Path(pretrained).exists():
+            check_pretrained(config)
+        else:
+            notes.append(f"checkpoint.pretrained_checkpoint is {pretrained}, which is not on this machine")
+
+
+def _sources(
+    config: RunConfig, tokenizer: Tokenizer | None, *, mix_is_known: bool
+) -> dict[str, SourceWork | str]:
+    """What is known of each source, or why nothing is."""
+    names = list(config.data.sources)
+    if tokenizer is None:
+        return dict.fromkeys(names, "the tokenizer is not on this machine")
+    rows = {name: _rows(config, name, tokenizer) for name in names}
+    packed = [source for source in rows.values() if isinstance(source, PackedRows)]
+    share_D: NDArray[np.float64]
+    if len(packed) == len(names) and mix_is_known:
+        share_D = first_weights(config, packed)
+    elif config.mixing.unit == "tokens":
+        share_D = initial_weights(config)
+    else:
+        why = "weights of examples are shares of tokens only when all sources are prepared"
+        return {name: why if isinstance(source, PackedRows) else source for name, source in rows.items()}
+    return {
+        name: source
+        if isinstance(source, str)
+        else SourceWork(
+            name=name,
+            rows=len(source),
+            useful_share=source.packing_report.useful_token_share,
+            share=float(share),
+        )
+        for (name, source), share in zip(rows.items(), share_D, strict=True)
+    }
+
+
+def _rows(config: RunConfig, name: str, tokenizer: Tokenizer) -> PackedRows | str:
+    """The packed rows of a source that is prepared as the run wants it, or why it is not."""
+    alone = dataclasses.replace(config.data, sources={name: config.data.sources[name]})
+    only = dataclasses.replace(config, data=alone)
+    try:
+        list(prepared_sources(only, tokenizer))
+        return build_rows(only, tokenizer, probe=False)[0]
+    except InputError as error:
+        return str(error)
+
+
+def _instead(config: RunConfig, world_size: int, checker: Checker, gpu_bytes: int | None) -> str:
+    """Layouts that can run on these ranks; empty if none could, whatever the memory."""
+    proposals = propose(config, world_size, checker.host, checker, gpu_bytes)
+    if proposals:
+        lines = [f"what can run on {world_size} ranks:", *(f"  {found.describe()}" for found in proposals)]
+    elif propose(config, world_size, checker.host, checker, None):
+        lines = [f"no layout of {world_size} ranks fits into their memory; use more of them"]
+    else:
+        lines = []
+    return "".join(f"\n{line}" for line in lines)
+
+
+def _near(config: RunConfig, world_size: int, checker: Checker) -> str:
+    """Other numbers of ranks that the layout asked for can run on; empty if there are none."""
+    near = nearest_world_sizes(config, world_size, checker)
+    return f"\nthis layout can run on {' or '.join(map(str, near))} ranks" if near else ""

@@ -1,0 +1,150 @@
+"""How well a run has learned: the held-out loss of each source.
+
+On one rank, whatever layout the run had: its checkpoint knows none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import default_collate
+
+from megatron_dynmix import platform
+from megatron_dynmix.checkpoint import restore_point
+from megatron_dynmix.checkpoint.checkpointer import Checkpointer
+from megatron_dynmix.checkpoint.run_state import read_run_state
+from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.load import load_config
+from megatron_dynmix.config.megatron import STAGE_SETTINGS
+from megatron_dynmix.config.run_config import ParallelConfig
+from megatron_dynmix.data.rows import PackedRows
+from megatron_dynmix.data.sources import build_rows, prepare_sources
+from megatron_dynmix.data.tokenizer.base import load_tokenizer
+from megatron_dynmix.errors import CommandFailed, InputError
+from megatron_dynmix.files import write_atomically
+from megatron_dynmix.model.optimizer import build_optimizer
+from megatron_dynmix.training.run import build_runner, join_job
+from megatron_dynmix.training.step import PassRunner, SourceStats
+from megatron_dynmix.training.trainer import seed_iteration
+
+EVALUATION = "evaluation.json"
+MOST_NATS = 700.0
+"""The perplexity of a higher loss is no number that a float can hold."""
+
+
+def evaluate(run_dir: Path) -> dict[str, Any]:
+    """Evaluate the newest checkpoint of a run with the run's own configuration; writes `evaluation.json`.
+
+    Returns:
+        What was written: `iteration`; `sources`: for each its mean `loss` over the trained tokens of all
+        held-out rows (nats), `perplexity` and `tokens` (trained), or None without held-out rows; `mean_loss`
+        over the sources, `worst_loss` and `worst_source`, `token_loss` over all tokens and its `perplexity`.
+
+    Raises:
+        InputError: no run or no checkpoint in the directory, or no source has held-out rows.
+        CommandFailed: the model has diverged.
+
+    """
+    config = on_one_rank(_config_of(run_dir))
+    if not config.data.probed:
+        raise InputError(
+            f"{run_dir}: no source has held-out rows to evaluate on; give some, as data.sources.NAME.probe"
+        )
+    tokenizer = load_tokenizer(config.data.tokenizer or "", trust_remote_code=config.data.trust_remote_code)
+    for _ in prepare_sources(config, tokenizer):
+        pass  # as the run did: what is prepared is only looked at
+    rows = build_rows(config, tokenizer, probe=True)
+    join_job(config)
+    point = restore_point.verified(run_dir / "checkpoints")
+    run = _load_model(config, len(rows), point.source)
+    stats = held_out_stats(run, rows, config.training.micro_batch_size)
+    result = {"iteration": read_run_state(point.source)["iteration"], **summarise(config, stats)}
+    write_atomically(run_dir / EVALUATION, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    return result
+
+
+def _config_of(run_dir: Path) -> RunConfig:
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise InputError(
+            f"{run_dir} holds no run: there is no config.yaml in it; give the --run-dir of a run"
+        )
+    return load_config(path)
+
+
+def on_one_rank(config: RunConfig) -> RunConfig:
+    """The configuration of the same model without any parallelism."""
+    model = {name: value for name, value in config.model.megatron.items() if name not in STAGE_SETTINGS}
+    return dataclasses.replace(
+        config, parallel=ParallelConfig(), model=dataclasses.replace(config.model, megatron=model)
+    )
+
+
+def _load_model(config: RunConfig, num_sources: int, source: Path) -> PassRunner:
+    """The model of a checkpoint, in evaluation mode."""
+    seed_iteration(config.training.seed, -1)  # building draws weights, which the checkpoint's then replace
+    run = build_runner(config, num_sources, platform.start())
+    optimizer, scheduler = build_optimizer(config, run.chunks)
+    checkpointer = Checkpointer(
+        directory=source.parent, chunks=run.chunks, optimizer=optimizer, scheduler=scheduler
+    )
+    checkpointer.load_weights(source)
+    for chunk in run.chunks:
+        chunk.eval()
+    return run
+
+
+def held_out_stats(run: PassRunner, rows: Sequence[PackedRows], micro_batch_size: int) -> SourceStats:
+    """Loss sums and token counts over all rows of all sources; the model is in evaluation mode."""
+    stats = SourceStats.zero(len(rows))
+    with torch.no_grad():
+        for dataset_id, held_out in enumerate(rows):
+            for first in range(0, len(held_out), micro_batch_size):
+                some = range(first, min(first + micro_batch_size, len(held_out)))
+                batch = [
+                    {"dataset_id": np.int16(dataset_id), "half": np.int8(row % 2), **held_out[row]}
+                    for row in some
+                ]
+                stats += run([default_collate(batch)], forward_only=True)
+    return stats
+
+
+def summarise(config: RunConfig, stats: SourceStats) -> dict[str, Any]:
+    """The numbers of `evaluate` from sums over the held-out rows, in the order of their sources.
+
+    Raises:
+        CommandFailed: a loss that is not finite, or has no perplexity.
+
+    """
+    held_out = list(config.data.probed)
+    losses = dict(zip(held_out, stats.source_losses(), strict=True))
+    trained = dict(zip(held_out, stats.trained_D.tolist(), strict=True))
+    known = {name: loss for name, loss in losses.items() if loss is not None}
+    for name, loss in known.items():
+        if not loss < MOST_NATS:
+            raise CommandFailed(
+                f"the held-out loss of source {name} is {loss}: the model has diverged, and there is nothing "
+                "to evaluate; train again with a lower learning rate"
+            )
+    worst = max(known, key=known.__getitem__)
+    sources = {
+        name: {"loss": known[name], "perplexity": math.exp(known[name]), "tokens": int(trained[name])}
+        if name in known
+        else None
+        for name in config.data.sources
+    }
+    return {
+        "sources": sources,
+        "mean_loss": math.fsum(known.values()) / len(known),
+        "worst_loss": known[worst],
+        "worst_source": worst,
+        "token_loss": stats.lm_loss,
+        "perplexity": math.exp(stats.lm_loss),
+    }
