@@ -1,6 +1,4 @@
-"""A rank's own slices of the model's tensors, filled from tensors that are laid out as in a checkpoint.
-
-Checkpoints: Megatron-Core's sharded tensors, and one small JSON file for everything else.
+"""Checkpoints: Megatron-Core's sharded tensors, and one small JSON file for everything else.
 
 checkpoints/latest_checkpointed_iteration.txt    written last, atomically
 checkpoints/iter_0000100/                        torch_dist shards, run_state.json, checksums.json
@@ -12,17 +10,16 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
 from megatron.core.distributed import DistributedDataParallel
@@ -45,7 +42,7 @@ from megatron_dynmix.checkpoint.folder import (
 )
 from megatron_dynmix.checkpoint.run_state import FORMAT_VERSION, RUN_STATE, read_run_state
 from megatron_dynmix.checkpoint.shards import ShardWriter
-from megatron_dynmix.convert.tensors import Tensors
+from megatron_dynmix.checkpoint.tensors import Tensors, fill
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import sync, write_atomically
 from megatron_dynmix.job.agreement import RankFailure, together
@@ -56,57 +53,6 @@ from megatron_dynmix.model.optimizer import (
     optimizer_state,
     sharding_metadata,
 )
-
-
-def own_slices(chunks: Iterable[GPTModel]) -> Iterator[ShardedTensor]:
-    """What this rank's chunks hold of each tensor of a checkpoint: `data` is a view of the parameter."""
-    for chunk in chunks:
-        state = chunk.sharded_state_dict(metadata=sharding_metadata())
-        apply_factories(state)
-        yield from (item for item in nested_values(state) if isinstance(item, ShardedTensor))
-
-
-def fill(chunks: Sequence[GPTModel], tensors: Tensors) -> None:
-    """Give every parameter and buffer its numbers, in its own precision; all ranks come here.
-
-    Args:
-        chunks: this rank's part of the model.
-        tensors: the whole model by the names of a checkpoint; of each only this rank's slice is read.
-
-    Raises:
-        RankFailure: on every rank, if one cannot read its slices.
-
-    """
-    filled: set[str] = set()
-    with together():
-        filled = _fill_own(chunks, tensors)
-    every: list[set[str]] = [set()] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, filled)
-    left = tensors.shapes.keys() - set().union(*every)
-    assert not left, f"no rank has a slice of {sorted(left)}"
-
-
-@torch.no_grad()
-def _fill_own(chunks: Sequence[GPTModel], tensors: Tensors) -> set[str]:
-    """One slice at a time; returns the tensors that this rank has a slice of."""
-    storages = {
-        tensor.untyped_storage().data_ptr()
-        for chunk in chunks
-        for tensor in (*chunk.parameters(), *chunk.buffers())
-    }
-    filled = set()
-    for own in own_slices(chunks):
-        assert own.data is not None and own.data.untyped_storage().data_ptr() in storages, (
-            f"{own.key} is a copy: what is written to it is lost"
-        )
-        assert tensors.shapes.get(own.key) == own.global_shape, (
-            f"{own.key} is {own.global_shape} here and {tensors.shapes.get(own.key)} there"
-        )
-        shape = (1,) * own.prepend_axis_num + own.local_shape
-        own.data.copy_(tensors.read(own.key, own.global_offset, shape).reshape(own.local_shape))
-        filled.add(own.key)
-    return filled
-
 
 EXTRA_STATE = "._extra_state"
 """End of the names under which modules of Transformer Engine keep what is no tensor."""

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -31,6 +30,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from megatron_dynmix.checkpoint.folder import Checksum, checksum
 from megatron_dynmix.job.agreement import together
+from megatron_dynmix.platform.megatron import use_results_queue
 
 BACKEND = ("torch_dist", 1)
 
@@ -68,8 +68,7 @@ class ShardWriter(TorchDistSaveShardedStrategy):
         super().__init__(*BACKEND)
         self.sums: dict[str, Checksum] = {}
         self._own_sums = Mailbox()
-        # Megatron-Core would start a manager process for its results queue, and keep it for good.
-        filesystem_async._results_queue = Mailbox()
+        use_results_queue(Mailbox())
 
     def request(self, state: dict[str, Any], folder: Path) -> AsyncRequest:
         """What `dist_checkpointing.save` does before the shards are written; returns what is left to do.

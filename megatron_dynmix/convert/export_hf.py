@@ -26,6 +26,7 @@ from megatron_dynmix.checkpoint.folder import (
     set_aside,
 )
 from megatron_dynmix.checkpoint.run_state import Damaged, read_run_state
+from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict
 from megatron_dynmix.convert.families import weight_map
@@ -43,7 +44,7 @@ from megatron_dynmix.convert.origin import (
     origin_of,
 )
 from megatron_dynmix.convert.staging import Staging, fingerprint, partial_of
-from megatron_dynmix.convert.tensors import AsHuggingFace, Cast, Tensors, size_of
+from megatron_dynmix.convert.tensors import AsHuggingFace, Cast, size_of
 from megatron_dynmix.convert.to_hugging_face import (
     shards_of,
     size_in_bytes,

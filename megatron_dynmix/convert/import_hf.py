@@ -30,6 +30,7 @@ from megatron_dynmix.checkpoint.folder import (
     folder_of,
 )
 from megatron_dynmix.checkpoint.run_state import FORMAT_VERSION, RUN_STATE
+from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.commands.convert import prediction_text
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.hugging_face import flat_settings
@@ -40,7 +41,7 @@ from megatron_dynmix.convert.logits import compare_logits
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.origin import keep_origin_of, model_of
 from megatron_dynmix.convert.staging import Staging, fingerprint
-from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, Box, Cast, Tensors, size_of
+from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, Box, Cast, size_of
 from megatron_dynmix.convert.to_megatron import write_checkpoint
 from megatron_dynmix.convert.verdict import Verdict, compare_values
 from megatron_dynmix.convert.weight_map import WeightMap

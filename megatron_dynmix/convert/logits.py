@@ -31,11 +31,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_dynmix import platform
-from megatron_dynmix.checkpoint.checkpointer import own_slices
+from megatron_dynmix.checkpoint.tensors import Tensors, own_slices
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.megatron import STAGE_SETTINGS, moe_layers, transformer_config
 from megatron_dynmix.config.run_config import ModelConfig
-from megatron_dynmix.convert.tensors import Tensors
 from megatron_dynmix.model.gpt import build_gpt
 
 HF_LAYER = re.compile(r"(?P<before>(?:.*\.)?layers\.)(?P<layer>\d+)(?P<after>\..*)")

@@ -9,26 +9,11 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
+from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.convert.weight_map import Block, Shape, Side, WeightMap
-
-
-class Tensors(Protocol):
-    """Named tensors of which boxes can be read: a folder of safetensors, a checkpoint, a model's state."""
-
-    @property
-    def shapes(self) -> Mapping[str, Shape]:
-        """Name -> shape."""
-
-    @property
-    def dtypes(self) -> Mapping[str, torch.dtype]:
-        """Name -> type of its numbers."""
-
-    def read(self, name: str, offset: Shape, shape: Shape) -> torch.Tensor:
-        """Read a box of a tensor, as a CPU tensor of exactly `shape`; no more than it is read from disk."""
 
 
 class InMemory:

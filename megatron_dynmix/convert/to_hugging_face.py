@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
+from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.convert.hf_folder import INDEX, SINGLE
 from megatron_dynmix.convert.staging import Staging
-from megatron_dynmix.convert.tensors import Tensors, boxes_of, size_of
+from megatron_dynmix.convert.tensors import boxes_of, size_of
 from megatron_dynmix.errors import InputError
 
 HEADER_ALIGNMENT = 8

@@ -30,8 +30,9 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.convert.staging import Staging
-from megatron_dynmix.convert.tensors import Box, Tensors, boxes_of
+from megatron_dynmix.convert.tensors import Box, boxes_of
 
 PART_BYTES = 512 << 20
 HASHING_THREADS = min(2, os.cpu_count() or 1)

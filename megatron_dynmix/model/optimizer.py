@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -20,6 +19,7 @@ from megatron.core.utils import get_model_config
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.megatron import optimizer_config
+from megatron_dynmix.platform.megatron import load_states_without_step
 
 SHARDING_TYPE = "fully_reshardable"
 """The default cannot be saved from these optimizers, and another one not be loaded into another layout."""
@@ -32,9 +32,8 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(optimizer_config(config), chunks)
     get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
     for part in _parts(optimizer):
-        # torch's own AdamW keeps a `step` per parameter, which Megatron-Core's checkpoint code forgets
-        if isinstance(part, DistributedOptimizer) and not distrib_optimizer.HAVE_APEX_OR_TE:
-            part._set_main_param_and_optimizer_states = types.MethodType(_set_states_but_step, part)
+        if isinstance(part, DistributedOptimizer):
+            load_states_without_step(part)
     settings, train_iters = config.optimizer, config.training.train_iters
     assert train_iters is not None, "checked before start"
     samples_after = BatchSchedule.of(config.training).samples_after
@@ -173,17 +172,3 @@ def _load_whole_state(part: MegatronOptimizer, loaded: dict[int, Any], step: int
     for group in part.optimizer.param_groups:
         if "step" in group:
             group["step"] = step
-
-
-@torch.no_grad()
-def _set_states_but_step(
-    self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]
-) -> None:
-    """Stands in for the method of that name: it looks for a saved `step` per parameter, and there is none."""
-    group, order = self.model_param_group_index_map[model_param]
-    main = self.optimizer.param_groups[group]["params"][order]
-    state = self.optimizer.state[main]
-    state["step"] = state["step"].clone()  # loading gave all parameters the same tensor
-    main.copy_(tensors["param"])
-    for name in state.keys() - {"step"}:
-        state[name].copy_(tensors[name])

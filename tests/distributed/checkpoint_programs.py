@@ -15,7 +15,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megatron_dynmix.checkpoint import checkpoint, shards
+from megatron_dynmix.checkpoint import checkpointer, shards
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.errors import InputError, TrainingStopped
 from megatron_dynmix.records.jsonl import read_records
@@ -85,12 +85,12 @@ def full_disk(what, *, rank, iteration):
             lambda self, *rest: self.checkpoint_dir,
         ),
         "fork": (
-            checkpoint.TemporalAsyncCaller,
+            checkpointer.TemporalAsyncCaller,
             "schedule_async_call",
             lambda self, request: request.async_fn_args[1][0][0],
         ),
         "records": (MetricsWriter, "flush", lambda self: f"iter_{last_record(self)['iteration']:07d}"),
-        "run_state.json": (checkpoint, "write_atomically", lambda path, text: path),
+        "run_state.json": (checkpointer, "write_atomically", lambda path, text: path),
     }[what]
     return mock.patch.object(owner, name, full(getattr(owner, name), path_of))
 

@@ -8,8 +8,9 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_dynmix import platform
-from megatron_dynmix.checkpoint.checkpointer import Checkpointer, own_slices
+from megatron_dynmix.checkpoint.checkpointer import Checkpointer
 from megatron_dynmix.checkpoint.folder import TRACKER, folder_of
+from megatron_dynmix.checkpoint.tensors import own_slices
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.convert import export_hf
 from megatron_dynmix.convert.import_hf import folder_for, weights_of

@@ -103,7 +103,8 @@ def rebound_names(path: Path) -> list[str]:
             targets = [node.target]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             targets = node.args[:1] if node.func.id in ("setattr", "delattr") else []
-        if any(root(target) in foreign for target in targets):
+        gives_method = isinstance(node, ast.Attribute | ast.Name) and ast.unparse(node).endswith("MethodType")
+        if gives_method or any(root(target) in foreign for target in targets):
             found.append(f"{path.name}:{node.lineno} {ast.unparse(node)}")
     return found
 
@@ -156,8 +157,9 @@ def test_a_change_of_an_installed_package_would_be_seen(tmp_path):
     path.write_text(
         "import os\nimport torch.nn as nn\nfrom megatron.core import parallel_state\n"
         "os.environ['A'] = 'b'\nnn.Module.forward = None\nsetattr(parallel_state, 'x', 1)\nnn = 2\n"
+        "import types\nos.x = types.MethodType(print, os)\n"
     )
-    assert [found.split()[0] for found in rebound_names(path)] == ["bad.py:5", "bad.py:6"]
+    assert [found.split()[0] for found in rebound_names(path)] == ["bad.py:5", "bad.py:6", "bad.py:9"]
 
 
 def test_nothing_is_named_megatron():

@@ -1,0 +1,45 @@
+"""Corrections of Megatron-Core 0.16.1 that hold on every device; each names what is wrong there.
+
+Those that only a CPU needs are in `cpu.py`. Import this after `platform.start`.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+
+def use_results_queue(queue: Any) -> None:
+    """Have the next writer of shards send its results through `queue`.
+
+    Megatron-Core would start a manager process for one, which outlives a rank that is killed.
+    """
+    filesystem_async._results_queue = queue
+
+
+def load_states_without_step(optimizer: DistributedOptimizer) -> None:
+    """Let an optimizer around torch's AdamW load states that hold no `step` of each parameter.
+
+    Megatron-Core's checkpoint code forgets that `step`, and misses it when it loads. With Transformer
+    Engine or apex the steps are counted by group, and nothing of this applies.
+    """
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        optimizer._set_main_param_and_optimizer_states = types.MethodType(_set_states_but_step, optimizer)
+
+
+@torch.no_grad()
+def _set_states_but_step(
+    self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]
+) -> None:
+    group, order = self.model_param_group_index_map[model_param]
+    main = self.optimizer.param_groups[group]["params"][order]
+    state = self.optimizer.state[main]
+    state["step"] = state["step"].clone()  # loading gave all parameters the same tensor
+    main.copy_(tensors["param"])
+    for name in state.keys() - {"step"}:
+        state[name].copy_(tensors[name])
