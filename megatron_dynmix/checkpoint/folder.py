@@ -3,17 +3,15 @@
 {"__0_0.distcp": [size in bytes, "blake3:..."], ...}
 
 BLAKE3, because it is seven times as fast as SHA-256 on a processor without instructions for that one, and a
-checkpoint is hashed while ranks wait. A digest without a name before it is SHA-256, which earlier ones have.
+checkpoint is hashed while ranks wait.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from blake3 import blake3
 
@@ -25,7 +23,7 @@ CHECKSUMS = "checksums.json"
 BLOCK = 1 << 20
 
 Checksum = tuple[int, str]
-"""Size in bytes, and the digest in hex after the name of its kind."""
+"""Size in bytes, and `blake3:` before the digest in hex."""
 
 
 def files_of(folder: Path) -> list[str]:
@@ -33,15 +31,15 @@ def files_of(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
 
 
-def checksum(path: Path, kind: str = "blake3") -> Checksum:
-    """Size and digest of a file, read block by block; `kind` is blake3 or sha256."""
-    digest: Any = blake3() if kind == "blake3" else hashlib.sha256()
+def checksum(path: Path) -> Checksum:
+    """Return size and digest of a file, read block by block."""
+    digest = blake3()
     size = 0
     with path.open("rb") as file:
         while block := file.read(BLOCK):
             digest.update(block)
             size += len(block)
-    return size, f"{kind}:{digest.hexdigest()}"
+    return size, f"blake3:{digest.hexdigest()}"
 
 
 def checksums_text(sums: dict[str, Checksum]) -> str:
@@ -60,10 +58,8 @@ def read_checksums(folder: Path) -> dict[str, Checksum]:
     if not path.is_file():
         raise Damaged(f"it was not written to its end: there is no {CHECKSUMS} in it")
     try:
-        sums = {
-            str(name): (int(size), digest if ":" in digest else f"sha256:{digest}")
-            for name, (size, digest) in json.loads(path.read_text()).items()
-        }
+        listed = json.loads(path.read_text()).items()
+        sums = {str(name): (int(size), str(digest)) for name, (size, digest) in listed}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise Damaged(f"{CHECKSUMS} cannot be read ({error})") from None
     if not sums:
@@ -101,7 +97,7 @@ def check_contents(folder: Path, sums: dict[str, Checksum], names: Iterable[str]
     """
     for name in names:
         try:
-            found = checksum(folder / name, sums[name][1].split(":")[0])
+            found = checksum(folder / name)
         except OSError as error:
             raise Damaged(f"{name} cannot be read ({error.strerror})") from None
         if found != sums[name]:
