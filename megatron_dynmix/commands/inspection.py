@@ -17,6 +17,7 @@ from megatron_dynmix.data.blend import chunks_until, rows_of
 from megatron_dynmix.data.prepare.report import SourceReport, load_report
 from megatron_dynmix.data.row_text import Span, border, example_text, row_text
 from megatron_dynmix.data.rows import PackedRows
+from megatron_dynmix.data.source_set import SourceSet, fingerprint
 from megatron_dynmix.data.sources import build_blend, build_rows, prepared_sources, source_files
 from megatron_dynmix.data.tokenizer.base import Tokenizer, load_tokenizer
 from megatron_dynmix.errors import InputError
@@ -24,7 +25,6 @@ from megatron_dynmix.records.jsonl import read_records
 from megatron_dynmix.records.ledger import StageLine
 from megatron_dynmix.training.mix_setup import first_weights
 from megatron_dynmix.training.resume import identity
-from megatron_dynmix.training.source_change import SourceSet, fingerprint
 from megatron_dynmix.verify.records import Record, stage_line
 
 

@@ -18,10 +18,10 @@ from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.data.blend import Cursor
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
 from megatron_dynmix.data.loader import MicroBatch
+from megatron_dynmix.data.source_set import SourceSet
 from megatron_dynmix.mixing.controller import MixingController
 from megatron_dynmix.records.mixing_update import TOLD
 from megatron_dynmix.training.mix_setup import Horizon, Resolved
-from megatron_dynmix.training.source_change import SourceSet
 
 Why = Literal["start", "update", "sources changed"]
 

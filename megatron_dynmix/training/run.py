@@ -33,6 +33,7 @@ from megatron_dynmix.convert.import_hf import check_load_hf, load_hugging_face
 from megatron_dynmix.data.loader import BlendLoader
 from megatron_dynmix.data.prepare.report import SourceReport
 from megatron_dynmix.data.rows import PackedRows
+from megatron_dynmix.data.source_set import Prints, SourceSet, fingerprint
 from megatron_dynmix.data.sources import build_blend, build_rows, prepare_sources
 from megatron_dynmix.data.tokenizer.base import Tokenizer, load_tokenizer
 from megatron_dynmix.errors import TrainingStopped
@@ -67,7 +68,7 @@ from megatron_dynmix.training.resume import (
     identity,
 )
 from megatron_dynmix.training.reweighting import MixingError, Reweighting, start_weights
-from megatron_dynmix.training.source_change import Prints, SourceChange, SourceSet, differences, fingerprint
+from megatron_dynmix.training.source_change import SourceChange, differences
 from megatron_dynmix.training.start_report import report_start
 from megatron_dynmix.training.step import PassRunner
 from megatron_dynmix.training.trainer import Trainer, seed_iteration

@@ -6,8 +6,6 @@ Pure: plain values and NumPy in and out. Axes: H halves, D sources, L MoE layers
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,37 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dynmix.data.blend import Cursor, advance
-
-Prints = Mapping[str, Sequence[str]]
-"""Source name -> what its rows follow from: checksums of its files, tokenizer, template."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceSet:
-    """The sources between two changes of data, in the order of their dataset_id."""
-
-    names: tuple[str, ...]
-    fingerprints: tuple[str, ...]
-    """Equal where the rows are."""
-    sizes: tuple[int, ...]
-    """Rows."""
-    shuffle_ids: tuple[int, ...]
-    """What names the shuffles of each source's later epochs."""
-
-    @classmethod
-    def of(cls, prints: Prints, blend_state: Mapping[str, Any]) -> SourceSet:
-        """The sources of a blend."""
-        return cls(
-            names=tuple(prints),
-            fingerprints=tuple(map(fingerprint, prints.values())),
-            sizes=tuple(blend_state["sizes"]),
-            shuffle_ids=tuple(blend_state["shuffle_ids"]),
-        )
-
-
-def fingerprint(parts: Sequence[str]) -> str:
-    """One short number for what a source's rows follow from."""
-    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:16]
+from megatron_dynmix.data.source_set import Prints, SourceSet
 
 
 def differences(before: Prints, after: Prints) -> list[str]:

@@ -29,6 +29,7 @@ from megatron_dynmix.checkpoint.folder import folder_of
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.data.loader import BlendLoader
+from megatron_dynmix.data.source_set import SourceSet
 from megatron_dynmix.errors import StoppedOnRequest, TrainingStopped
 from megatron_dynmix.job.heartbeat import Heartbeat
 from megatron_dynmix.job.signals import StopRequest
@@ -39,7 +40,6 @@ from megatron_dynmix.records.writer import MetricsWriter
 from megatron_dynmix.training.progress import LogInterval, Progress
 from megatron_dynmix.training.reweighting import MixingError, Reweighting
 from megatron_dynmix.training.saving import Saving
-from megatron_dynmix.training.source_change import SourceSet
 from megatron_dynmix.training.step import (
     MOST_SKIPPED,
     BeforePass,

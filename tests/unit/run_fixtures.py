@@ -12,12 +12,13 @@ from megatron_dynmix.checkpoint.run_state import FORMAT_VERSION
 from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
+from megatron_dynmix.data.source_set import SourceSet, fingerprint
 from megatron_dynmix.mixing.override import Override
 from megatron_dynmix.records.jsonl import JsonlWriter
 from megatron_dynmix.records.ledger import StageLine, begin_of, sample_hash, samples_line
 from megatron_dynmix.records.mixing_update import update_record
 from megatron_dynmix.training.mix_setup import Horizon, controller_of, for_strategy
-from megatron_dynmix.training.source_change import SourceChange, SourceSet, fingerprint
+from megatron_dynmix.training.source_change import SourceChange
 from megatron_dynmix.verify.records import RunRecords
 
 BATCH, INTERVAL, LOG_INTERVAL = 8, 3, 2

@@ -32,10 +32,10 @@ from megatron_dynmix.data.row_text import (
     show,
 )
 from megatron_dynmix.data.rows import PackedRows
+from megatron_dynmix.data.source_set import SourceSet
 from megatron_dynmix.data.sources import build_blend, build_rows
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.records.ledger import StageLine, samples_line
-from megatron_dynmix.training.source_change import SourceSet
 from tests.unit.run_fixtures import line_json
 
 START_D = np.array([0.75, 0.25])

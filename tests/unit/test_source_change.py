@@ -7,7 +7,8 @@ import pytest
 from run_fixtures import fake_run
 
 from megatron_dynmix.data.blend import advance
-from megatron_dynmix.training.source_change import SourceChange, SourceSet, differences, fingerprint
+from megatron_dynmix.data.source_set import SourceSet, fingerprint
+from megatron_dynmix.training.source_change import SourceChange, differences
 
 CHAT, MATH, CODE, LAW = (
     ["sha of " + name, "tokenizer", "template"] for name in ("chat", "math", "code", "law")

@@ -1,0 +1,40 @@
+"""The sources of a run, known by their names and by what their rows follow from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Prints = Mapping[str, Sequence[str]]
+"""Source name -> what its rows follow from: checksums of its files, tokenizer, template."""
+
+
+def fingerprint(parts: Sequence[str]) -> str:
+    """Return one short number for what a source's rows follow from."""
+    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSet:
+    """The sources between two changes of data, in the order of their dataset_id."""
+
+    names: tuple[str, ...]
+    fingerprints: tuple[str, ...]
+    """Equal where the rows are."""
+    sizes: tuple[int, ...]
+    """Rows."""
+    shuffle_ids: tuple[int, ...]
+    """What names the shuffles of each source's later epochs."""
+
+    @classmethod
+    def of(cls, prints: Prints, blend_state: Mapping[str, Any]) -> SourceSet:
+        """Describe the sources of a blend."""
+        return cls(
+            names=tuple(prints),
+            fingerprints=tuple(map(fingerprint, prints.values())),
+            sizes=tuple(blend_state["sizes"]),
+            shuffle_ids=tuple(blend_state["shuffle_ids"]),
+        )
