@@ -1,20 +1,99 @@
-"""What every part does with files, so that a crash finds the old content or the new one."""
+"""What every part does with files: JSON with mistakes named, and writes that a crash cannot halve."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_dynmix.errors import InputError
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, finds the old content or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def parse_json(raw: bytes) -> Any:
+    """Return the value of one JSON text.
+
+    Raises:
+        ValueError: not strict JSON (NaN, Infinity, the same key twice, bad UTF-8); a short reason.
+
+    """
     try:
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
-        temporary.replace(path)
+        return json.loads(
+            raw.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start} of the line") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("not usable: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not strict JSON: {error}") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # json keeps the last of two equal keys without a word; half of a row would be lost
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return members
+
+
+def read_json(path: Path) -> Any:
+    """Return the value of a file that a user has written: strict JSON, or `InputError`."""
+    try:
+        return parse_json(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """Return the JSON object in a file that a program has written, or raise `InputError` with the remedy."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds {value!r:.40} and no settings by name; {remedy}")
+    return value
+
+
+def sha256(content: object) -> str:
+    """Return the SHA-256, in hex, of bytes, of a text, or of anything else as JSON."""
+    if not isinstance(content, bytes | str):
+        content = json.dumps(content)
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that takes the name once it is whole; a crash leaves what was there."""
+    draft = path.with_name(f".{path.name}.{os.urandom(4).hex()}")  # ranks of several hosts may race
+    try:
+        with draft.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader, or a crash, finds the old content or the new one."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def sync(path: Path) -> None:
@@ -24,3 +103,10 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def name_folder(draft: Path, final: Path) -> None:
+    """Give a folder whose files are on the disk its name; an empty folder of that name makes way."""
+    sync(draft)
+    draft.rename(final)
+    sync(final.parent)

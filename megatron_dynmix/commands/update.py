@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from megatron_dynmix.config import settings as leaves
 from megatron_dynmix.config.load import parse_flags
 from megatron_dynmix.config.run_config import MixingConfig
-from megatron_dynmix.data.prepare.readers import read_json
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.files import read_json
 from megatron_dynmix.mixing.strategy import Signal
 from megatron_dynmix.mixing.weights import normalise_weights
 from megatron_dynmix.training.mix_setup import controller_of, read_losses, refusing, resolve_files

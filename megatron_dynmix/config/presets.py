@@ -9,7 +9,6 @@ Where the model's shape comes from: published sizes, a Hugging Face folder, or t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from megatron_dynmix.config.hugging_face import model_settings
 from megatron_dynmix.config.run_config import ModelConfig
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.files import read_object
 
 COMMON: dict[str, Any] = {
     "normalization": "RMSNorm",
@@ -254,12 +254,7 @@ def read_shape(folder: Path) -> dict[str, Any]:
     if path is None:
         what = "holds no config.json" if folder.is_dir() else "is no folder"
         raise InputError(f"{folder} {what}; give the folder of a Hugging Face model, or of a converted one")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); fetch the model again") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path} holds no settings by name, but {config!r:.40}; fetch the model again")
+    config = read_object(path, "fetch the model again")
     try:
         return dict(model_settings(config))
     except InputError as error:

@@ -56,7 +56,7 @@ from megatron_dynmix.convert.verdict import Verdict, compare_values
 from megatron_dynmix.convert.weight_map import WeightMap
 from megatron_dynmix.data.prepare.progress import Progress
 from megatron_dynmix.errors import InputError, TrainingStopped
-from megatron_dynmix.files import sync
+from megatron_dynmix.files import name_folder, sync
 from megatron_dynmix.job.agreement import RankFailure, together
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -279,10 +279,8 @@ def export(checkpoint: Path, destination: Path) -> None:
                 write_index(weights, shards, staging)
                 copy_files(origin.files, staging)
                 (staging / CONFIG).write_text(origin.config_text(main_type(weights)), encoding="utf-8")
-                sync(staging)
                 replaced = set_aside(destination)
-                staging.rename(destination)
-                sync(destination.parent)
+                name_folder(staging, destination)
                 shutil.rmtree(replaced, ignore_errors=True)
     finally:
         if rank == 0:

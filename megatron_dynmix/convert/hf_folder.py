@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from megatron_dynmix.convert.families import COMPUTED, PREDICTION, prediction_la
 from megatron_dynmix.convert.tensors import box
 from megatron_dynmix.convert.weight_map import Shape, WeightMap
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.files import read_object
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types of weights that are taken, by their names in safetensors."""
@@ -46,7 +46,7 @@ class HuggingFaceFolder:
 
         """
         self.path = path
-        self.config = _read_json(_existing(path) / "config.json")
+        self.config = read_object(_existing(path) / "config.json", "fetch it again")
         try:
             self.settings = model_settings(self.config)
         except InputError as error:
@@ -180,20 +180,10 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); fetch it again") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds {value!r:.40} and no settings by name; fetch it again")
-    return value
-
-
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     """File of weights -> the tensors that the index says are there; None without an index."""
     if (folder / INDEX).is_file():
-        named = _read_json(folder / INDEX).get("weight_map")
+        named = read_object(folder / INDEX, "fetch it again").get("weight_map")
         if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
             raise InputError(f"{folder / INDEX} has no weight_map of tensors to files; fetch it again")
         files: dict[Path, set[str] | None] = {}

@@ -15,6 +15,7 @@ from megatron_dynmix.convert.families import PREDICTION, prediction_layers
 from megatron_dynmix.convert.hf_folder import TEMPLATES, HuggingFaceFolder, carried_files, copy_files
 from megatron_dynmix.data.tokenizer.base import load_tokenizer
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.files import read_object
 
 CONFIG = "config.json"
 CONVERTED = "hugging_face"
@@ -72,7 +73,7 @@ def origin_of(state: Mapping[str, Any], checkpoint: Path, given: Path | None) ->
     if folder is None:
         config = {**hugging_face_config(settings), **_tokens(data, tokenizer)}
         return Origin(config, tokenizer, fused_experts=False, notes=() if tokenizer else (NO_TOKENIZER,))
-    config = _read_config(folder)
+    config = read_object(folder / CONFIG, "give a folder with a config.json")
     try:
         theirs = {**model_settings(config)}
     except InputError as error:
@@ -132,16 +133,6 @@ def _folder(config: Mapping[str, Any], checkpoint: Path) -> Path | None:
             "folder with its config.json and tokenizer"
         )
     return None if load_hf is None else Path(load_hf)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / CONFIG} cannot be read ({error}); give a folder that has it") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{folder / CONFIG} holds no settings by name; give a folder with a config.json")
-    return config
 
 
 def _changed(theirs: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.files import name_folder, sync
 
 PLAN = ".conversion.json"
 FINISHED = ".finished.jsonl"
@@ -72,7 +73,7 @@ class Staging:
 
         Threads may call it at the same time.
         """
-        _sync(self.folder / name)
+        sync(self.folder / name)
         with self._one_line_at_a_time, (self.folder / FINISHED).open("a", encoding="utf-8") as file:
             self.finished[name] = facts
             file.write(self._line(name, facts))
@@ -134,9 +135,7 @@ class Staging:
             )
         for name in (PLAN, FINISHED):
             (self.folder / name).unlink()
-        _sync(self.folder)
-        self.folder.rename(self.final)  # in place of an empty folder, if there is one
-        _sync(self.final.parent)
+        name_folder(self.folder, self.final)
 
     def _hold(self) -> IO[bytes]:
         lock = (self.folder / FINISHED).open("ab")
@@ -220,11 +219,3 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, int, Any]]:
         except ValueError:
             return
         yield str(name), int(size), facts
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

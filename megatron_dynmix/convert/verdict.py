@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import torch
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.convert.tensors import Box, boxes_of, size_of
 from megatron_dynmix.convert.weight_map import WeightMap
+from megatron_dynmix.files import sha256
 
 
 class Logits(Protocol):
@@ -141,4 +141,4 @@ def _bytes(tensors: Tensors, box: Box) -> np.ndarray:
 
 def _combined(sums: dict[str, int]) -> str:
     lines = "".join(f"{name} {checksum:08x}\n" for name, checksum in sorted(sums.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return sha256(lines)

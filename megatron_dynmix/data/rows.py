@@ -5,10 +5,6 @@ positions of a row, R1 = rows + 1. An example of n tokens takes n - 1 positions:
 but the last, labels its tokens but the first.
 """
 
-import hashlib
-import json
-import os
-import tempfile
 import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +22,7 @@ from megatron_dynmix.config.run_config import Overlong
 from megatron_dynmix.data.packing import Packing, one_per_row, pack
 from megatron_dynmix.data.prepare.report import load_report
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.files import replacing, sha256
 
 _PACKING_VERSION = 1  # raised when the same source would be packed otherwise
 
@@ -236,7 +233,7 @@ def _cached_pack(
 ) -> Packing:
     if cache_dir is None:
         return pack(lengths_N, capacity, seed)
-    path = cache_dir / f"packing-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.npz"
+    path = cache_dir / f"packing-{sha256(key)[:32]}.npz"
     try:
         with np.load(path) as arrays:
             return Packing(arrays["order_N"], arrays["row_starts_R1"])
@@ -245,9 +242,6 @@ def _cached_pack(
     packing = pack(lengths_N, capacity, seed)
     with suppress(OSError):  # a folder that only others write to, or a full disk: it is packed again then
         cache_dir.mkdir(parents=True, exist_ok=True)
-        # Ranks may race: each writes its own file, and the equal results replace one another whole.
-        with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".packing-") as folder:
-            draft = Path(folder) / path.name
-            np.savez(draft, order_N=packing.order_N, row_starts_R1=packing.row_starts_R1)
-            os.replace(draft, path)
+        with replacing(path) as file:  # ranks may race: equal results replace one another whole
+            np.savez(file, order_N=packing.order_N, row_starts_R1=packing.row_starts_R1)
     return packing

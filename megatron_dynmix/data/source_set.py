@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from megatron_dynmix.files import sha256
 
 Prints = Mapping[str, Sequence[str]]
 """Source name -> what its rows follow from: checksums of its files, tokenizer, template."""
@@ -14,7 +14,7 @@ Prints = Mapping[str, Sequence[str]]
 
 def fingerprint(parts: Sequence[str]) -> str:
     """Return one short number for what a source's rows follow from."""
-    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:16]
+    return sha256(list(parts))[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import time
 import uuid
@@ -15,6 +14,7 @@ from pathlib import Path
 from megatron_dynmix.doctor.checks import Finding, good, problem
 from megatron_dynmix.doctor.machine import Machine
 from megatron_dynmix.doctor.storage import nearest_folder
+from megatron_dynmix.files import sha256
 
 MEETING_SECONDS = 60
 SEEING_SECONDS = 10.0
@@ -38,7 +38,7 @@ def fingerprint(machine: Machine) -> str:
     versions = sorted(machine.versions.items())
     kinds = sorted({gpu.name for gpu in machine.gpus})
     text = repr((machine.python, versions, machine.torch_cuda, machine.driver, kinds))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return sha256(text)[:16]
 
 
 def check_ranks(machine: Machine, findings: Sequence[Finding], folder: Path | None) -> list[Finding]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dynmix.errors import InputError, TrainingStopped
+from megatron_dynmix.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -110,12 +111,7 @@ def _cut(path: Path, keep_until: int | None) -> None:
     data = b"".join(kept)
     if len(data) == path.stat().st_size:
         return
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, data)
 
 
 def _plain(value: Any) -> Any:

@@ -26,8 +26,8 @@ from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.config.strategies import RESOLVED, Chosen, resolved_options
-from megatron_dynmix.data.prepare.readers import read_json
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.files import read_json
 from megatron_dynmix.mixing.controller import MixingController
 from megatron_dynmix.mixing.example_shares import InExamples, example_shares, row_shares
 from megatron_dynmix.mixing.gate_loads import select_layers

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
-from megatron_dynmix.data.prepare.readers import parse_json
+from megatron_dynmix.files import parse_json
 from megatron_dynmix.mixing.controller import Decision, MixingController
 from megatron_dynmix.mixing.override import Override, parse_override
 from megatron_dynmix.mixing.strategy import Signal

@@ -21,7 +21,6 @@ from megatron_dynmix.checkpoint.folder import (
 from megatron_dynmix.checkpoint.restore_point import exact, has_checkpoint, newest_good
 from megatron_dynmix.checkpoint.run_state import FORMAT_VERSION, RUN_STATE, Damaged
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.files import write_atomically
 
 
 def make(directory, iteration, *, shard=b"shard"):
@@ -197,16 +196,3 @@ def test_only_whole_names_are_checkpoints(tmp_path):
     make(tmp_path, 12_345_678)
     make(tmp_path, 9)
     assert has_checkpoint(tmp_path) and saved_iterations(tmp_path) == [12_345_678, 9]
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomically(path, "old")
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

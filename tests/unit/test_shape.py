@@ -125,7 +125,7 @@ def test_a_preset_and_a_folder_of_the_same_model_agree(tmp_path, folder):
     [
         (None, "hf holds no config.json"),
         ("{", "config.json cannot be read"),
-        ("[1]", "config.json holds no settings by name"),
+        ("[1]", r"holds \[1\] and no settings by name"),
         (json.dumps({**MIXTRAL, "model_type": "bert"}), "config.json: model_type is 'bert'"),
         (json.dumps({**MIXTRAL, "hidden_act": "relu"}), "config.json: hidden_act is 'relu'"),
     ],

@@ -21,8 +21,9 @@ from megatron_dynmix.data.prepare.conversation import (
     parse_sharegpt,
     system_turns,
 )
-from megatron_dynmix.data.prepare.readers import parse_json, parsed_rows
+from megatron_dynmix.data.prepare.readers import parsed_rows
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.files import parse_json
 
 _MESSAGE_ROLES: dict[str, Role] = {
     "system": "system",

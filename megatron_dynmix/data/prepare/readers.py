@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.files import parse_json
 
 UTF8_BOM = b"\xef\xbb\xbf"
 _SPACE = b" \t\r\n"
@@ -163,56 +164,6 @@ class _ArrayScanner:
             self.buffer, self.position = self.file.read(_CHUNK_BYTES), 0
             if not self.buffer:
                 return b""
-
-
-def parse_json(raw: bytes) -> Any:
-    """Return the value of one JSON text.
-
-    Raises:
-        ValueError: not strict JSON (NaN, Infinity, the same key twice, bad UTF-8); a short reason.
-
-    """
-    try:
-        return json.loads(
-            raw.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys
-        )
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start} of the line") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("not usable: nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"not strict JSON: {error}") from None
-
-
-def read_json(path: Path) -> Any:
-    """Return the value of a file that holds one JSON text.
-
-    Raises:
-        InputError: there is no such file, it cannot be read, or it is not strict JSON.
-
-    """
-    try:
-        return parse_json(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # json keeps the last of two equal keys without a word; half of a row would be lost
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return members
 
 
 def _too_long() -> str:

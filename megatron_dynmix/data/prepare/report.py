@@ -5,7 +5,6 @@ The report beside a prepared source: what became of its rows, and what it was ma
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from megatron_dynmix.config.run_config import RowFormat
 from megatron_dynmix.data.prepare.examples import DIGEST_BYTES
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.files import sha256, write_atomically
 
 _PIECE_BYTES = 1 << 20
 
@@ -189,7 +189,7 @@ class SourceReport:
         """SHA-256 that changes when the prepared files change."""
         parts = asdict(replace(self, inputs=()))
         parts["inputs"] = [file.sha256 for file in self.inputs]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return sha256(json.dumps(parts, sort_keys=True))
 
 
 def file_of(prefix: Path, suffix: str) -> Path:
@@ -204,9 +204,7 @@ def probe_prefix(prefix: Path) -> Path:
 
 def write_report(prefix: Path, report: SourceReport) -> None:
     """Write ``prefix.json``, whole or not at all."""
-    draft = file_of(prefix, "json.draft")
-    draft.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, file_of(prefix, "json"))
+    write_atomically(file_of(prefix, "json"), json.dumps(asdict(report), indent=2) + "\n")
 
 
 def load_report(prefix: Path) -> SourceReport:

@@ -3,7 +3,6 @@
 Shape legend: T tokens of one text.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from megatron_dynmix.data.prepare.conversation import Conversation, Turn
 from megatron_dynmix.data.prepare.jinja import ChatTemplate, compiled
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.files import sha256
 
 BUILT_IN = ("vicuna", "chatml", "plain")
 _VICUNA_SYSTEM = (
@@ -76,7 +76,7 @@ class Renderer:
         """A name that changes when the template does, and with what is trained on."""
         name = self.template
         if self.source is not None and name != "tokenizer":
-            name = f"jinja:{hashlib.sha256(self.source.encode()).hexdigest()}"
+            name = f"jinja:{sha256(self.source)}"
         return name if self.train_on == "all" else f"{name}/{self.train_on}"
 
     def render(self, conversation: Conversation) -> Rendered:

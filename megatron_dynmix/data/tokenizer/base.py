@@ -3,8 +3,6 @@
 Shape legend: T tokens of one text, C its characters.
 """
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -21,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from megatron_dynmix.config.run_config import HUB
 from megatron_dynmix.data.tokenizer.special import TWIN, SpecialTokens
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.files import sha256
 
 _BOS, _EOS, _PAD = "<s>", "</s>", "<pad>"
 _NUM_BYTES = 256
@@ -148,7 +147,7 @@ class FastTokenizer(Tokenizer):
     @cached_property
     def fingerprint(self) -> str:  # noqa: D102
         parts = [self._backend.to_str(), self.chat_template, self.eos, self.bos]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return sha256(parts)
 
     @property
     def template_names(self) -> dict[str, str]:  # noqa: D102

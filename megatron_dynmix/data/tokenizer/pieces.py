@@ -6,7 +6,6 @@ is between them is encoded as it is. Shape legend: T tokens of one text.
 
 import base64
 import binascii
-import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from megatron_dynmix.data.tokenizer.base import Tokenizer, word_starts
 from megatron_dynmix.data.tokenizer.special import Piece, SpecialTokens
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.files import sha256
 
 
 class PieceTokenizer(Tokenizer):
@@ -48,7 +48,7 @@ class PieceTokenizer(Tokenizer):
 
     @cached_property
     def fingerprint(self) -> str:  # noqa: D102
-        return hashlib.sha256(f"{type(self).__name__} {self._digest}".encode()).hexdigest()
+        return sha256(f"{type(self).__name__} {self._digest}")
 
     def encode_batch(self, texts: Sequence[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:  # noqa: D102
         return [self._encode(text) for text in texts]
@@ -113,7 +113,7 @@ class SentencePieceTokenizer(PieceTokenizer):
             eos=model.id_to_piece(model.eos_id()),
             bos=model.id_to_piece(model.bos_id()) if model.bos_id() >= 0 else "",
             pad=model.id_to_piece(model.pad_id()) if model.pad_id() >= 0 else None,
-            digest=hashlib.sha256(content).hexdigest(),
+            digest=sha256(content),
         )
 
     @property
@@ -162,7 +162,7 @@ class TiktokenTokenizer(PieceTokenizer):
                 f"tokenizer {path}: not a file of ranks ({error}); each line must hold a token in base64 and "
                 "its rank"
             ) from error
-        digest = hashlib.sha256(content + json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        digest = sha256(content + json.dumps(settings, sort_keys=True).encode())
         super().__init__(
             special,
             eos=settings["eos_token"],
