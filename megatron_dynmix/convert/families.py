@@ -6,26 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dynmix.convert.weight_map import (
-    Layout,
-    QueryKeyValue,
-    Rule,
-    Same,
-    Stacked,
-    WeightMap,
-    moe_layers,
-)
+from megatron_dynmix.convert.weight_map import Layout, QueryKeyValue, Rule, WeightMap, moe_layers
 from megatron_dynmix.errors import InputError
 
 Rules = tuple[Rule, ...]
 
 COMPUTED = (".rotary_emb.inv_freq",)
-"""Ends of the names of tensors that old folders hold though nothing in them was learnt."""
+"""Ends of the names of tensors that old folders hold though nothing in them was learned."""
 
 PREDICTION = "num_nextn_predict_layers"
 """Setting of config.json: layers for multi-token prediction, which follow the model's own."""
 
-UNTIED = "untie_embeddings_and_output_weights"
+ATTENTION = "self_attention.linear_"
 EXPERTS = "mlp.experts.experts."
 SHARED = "mlp.shared_experts."
 
@@ -45,218 +37,152 @@ class Family:
     dense: Rules = ()
 
 
-OUTSIDE: Rules = (
-    Same(
-        hf="model.embed_tokens.weight",
-        megatron="embedding.word_embeddings.weight",
-        axes="V H",
-        group="embedding",
-    ),
-    Same(hf="model.norm.weight", megatron="decoder.final_layernorm.weight", axes="H", group="norms"),
-    Same(hf="lm_head.weight", megatron="output_layer.weight", axes="V H", group="output", when=UNTIED),
-)
-ATTENTION: Rules = (
-    Same(
-        hf="input_layernorm.weight",
-        megatron="self_attention.linear_qkv.layer_norm_weight",
-        axes="H",
-        group="norms",
-    ),
-    QueryKeyValue(
-        hf=("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-        megatron="self_attention.linear_qkv.weight",
-        axes="H",
-        group="attention",
-    ),
-    QueryKeyValue(
-        hf=("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
-        megatron="self_attention.linear_qkv.bias",
-        axes="",
-        group="attention",
-        when="add_qkv_bias",
-    ),
-    Same(
-        hf="self_attn.o_proj.weight",
-        megatron="self_attention.linear_proj.weight",
-        axes="H Q",
-        group="attention",
-    ),
-)
-HEAD_NORMS: Rules = (
-    Same(hf="self_attn.q_norm.weight", megatron="self_attention.q_layernorm.weight", axes="D", group="norms"),
-    Same(hf="self_attn.k_norm.weight", megatron="self_attention.k_layernorm.weight", axes="D", group="norms"),
-)
-FULL_WIDTH_NORMS: Rules = (
-    Same(
-        hf="self_attn.q_norm.weight",
-        megatron="self_attention.q_layernorm.norm.weight",
-        axes="Q",
-        group="norms",
-    ),
-    Same(
-        hf="self_attn.k_norm.weight",
-        megatron="self_attention.k_layernorm.norm.weight",
-        axes="K",
-        group="norms",
-    ),
-)
-MOE_NORM = Same(
-    hf="post_attention_layernorm.weight", megatron="pre_mlp_layernorm.weight", axes="H", group="norms"
-)
-DENSE: Rules = (
-    Same(
-        hf="post_attention_layernorm.weight",
-        megatron="mlp.linear_fc1.layer_norm_weight",
-        axes="H",
-        group="norms",
-    ),
-    Stacked(
-        hf=("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-        megatron="mlp.linear_fc1.weight",
-        axes="F H",
-        group="mlp",
-    ),
-    Same(hf="mlp.down_proj.weight", megatron="mlp.linear_fc2.weight", axes="H F", group="mlp"),
-)
-SHARED_EXPERT: Rules = (
-    Stacked(
-        hf=("mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"),
-        megatron=SHARED + "linear_fc1.weight",
-        axes="S H",
-        group="shared experts",
-    ),
-    Same(
-        hf="mlp.shared_expert.down_proj.weight",
-        megatron=SHARED + "linear_fc2.weight",
-        axes="H S",
-        group="shared experts",
-    ),
-    Same(
-        hf="mlp.shared_expert_gate.weight",
-        megatron=SHARED + "gate_weight",
-        axes="1 H",
-        group="shared experts",
-    ),
-)
-
-
 def router(name: str) -> Rule:
-    """A router that is one linear layer."""
-    return Same(hf=name, megatron="mlp.router.weight", axes="E H", group="router")
+    """Return the rule of a router that is one linear layer."""
+    return Rule(name, "mlp.router.weight", "E H", "router")
 
 
 def experts(gate: str, up: str, down: str) -> Rules:
-    """A tensor for each expert, of these names."""
+    """Return the rules of a tensor for each expert, of these names."""
     return (
-        Stacked(hf=(gate, up), megatron=EXPERTS + "linear_fc1.weight", axes="I H", group="experts"),
-        Same(hf=down, megatron=EXPERTS + "linear_fc2.weight", axes="H I", group="experts"),
+        Rule((gate, up), EXPERTS + "linear_fc1.weight", "I H", "experts"),
+        Rule(down, EXPERTS + "linear_fc2.weight", "H I", "experts"),
     )
 
 
-FUSED: Rules = (
-    Same(
-        hf="mlp.experts.gate_up_proj", megatron=EXPERTS + "linear_fc1.weight", axes="E J H", group="experts"
+def shared_experts(name: str, when: str | None = None) -> Rules:
+    """Return the rules of the experts that every token goes to."""
+    gate, up, down = (f"mlp.{name}.{part}_proj.weight" for part in ("gate", "up", "down"))
+    return (
+        Rule((gate, up), SHARED + "linear_fc1.weight", "S H", "shared experts", when=when),
+        Rule(down, SHARED + "linear_fc2.weight", "H S", "shared experts", when=when),
+    )
+
+
+OUTSIDE: Rules = (
+    Rule("model.embed_tokens.weight", "embedding.word_embeddings.weight", "V H", "embedding"),
+    Rule("model.norm.weight", "decoder.final_layernorm.weight", "H", "norms"),
+    Rule(
+        "lm_head.weight",
+        "output_layer.weight",
+        "V H",
+        "output",
+        when="untie_embeddings_and_output_weights",
     ),
-    Same(hf="mlp.experts.down_proj", megatron=EXPERTS + "linear_fc2.weight", axes="E H I", group="experts"),
 )
-SEPARATE: Rules = experts(
-    "mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight", "mlp.experts.{e}.down_proj.weight"
+QUERY, KEY, VALUE = (f"self_attn.{part}_proj" for part in "qkv")
+ATTENTION_RULES: Rules = (
+    Rule("input_layernorm.weight", ATTENTION + "qkv.layer_norm_weight", "H", "norms"),
+    QueryKeyValue(
+        (f"{QUERY}.weight", f"{KEY}.weight", f"{VALUE}.weight"), ATTENTION + "qkv.weight", "H", "attention"
+    ),
+    QueryKeyValue(
+        (f"{QUERY}.bias", f"{KEY}.bias", f"{VALUE}.bias"),
+        ATTENTION + "qkv.bias",
+        "",
+        "attention",
+        when="add_qkv_bias",
+    ),
+    Rule("self_attn.o_proj.weight", ATTENTION + "proj.weight", "H Q", "attention"),
 )
-ROUTER: Rules = (router("mlp.gate.weight"),)
+HEAD_NORMS: Rules = (
+    Rule("self_attn.q_norm.weight", "self_attention.q_layernorm.weight", "D", "norms"),
+    Rule("self_attn.k_norm.weight", "self_attention.k_layernorm.weight", "D", "norms"),
+)
+FULL_WIDTH_NORMS: Rules = (
+    Rule("self_attn.q_norm.weight", "self_attention.q_layernorm.norm.weight", "Q", "norms"),
+    Rule("self_attn.k_norm.weight", "self_attention.k_layernorm.norm.weight", "K", "norms"),
+)
+DENSE: Rules = (
+    Rule("post_attention_layernorm.weight", "mlp.linear_fc1.layer_norm_weight", "H", "norms"),
+    Rule(("mlp.gate_proj.weight", "mlp.up_proj.weight"), "mlp.linear_fc1.weight", "F H", "mlp"),
+    Rule("mlp.down_proj.weight", "mlp.linear_fc2.weight", "H F", "mlp"),
+)
+MOE_NORM = Rule("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", "H", "norms")
+ROUTER = router("mlp.gate.weight")
+SEPARATE = experts(*(f"mlp.experts.{{e}}.{part}_proj.weight" for part in ("gate", "up", "down")))
+FUSED: Rules = (
+    Rule("mlp.experts.gate_up_proj", EXPERTS + "linear_fc1.weight", "E J H", "experts"),
+    Rule("mlp.experts.down_proj", EXPERTS + "linear_fc2.weight", "E H I", "experts"),
+)
 
 MIXTRAL = Family(
-    layer=ATTENTION,
+    layer=ATTENTION_RULES,
     moe=(MOE_NORM,),
     separate=(
         router("block_sparse_moe.gate.weight"),
-        *experts(
-            "block_sparse_moe.experts.{e}.w1.weight",
-            "block_sparse_moe.experts.{e}.w3.weight",
-            "block_sparse_moe.experts.{e}.w2.weight",
-        ),
+        *experts(*(f"block_sparse_moe.experts.{{e}}.{part}.weight" for part in ("w1", "w3", "w2"))),
     ),
-    fused=(*ROUTER, *FUSED),
+    fused=(ROUTER, *FUSED),
 )
 QWEN2_MOE = Family(
-    layer=ATTENTION, moe=(MOE_NORM, *ROUTER, *SHARED_EXPERT), separate=SEPARATE, fused=FUSED, dense=DENSE
+    layer=ATTENTION_RULES,
+    moe=(
+        MOE_NORM,
+        ROUTER,
+        *shared_experts("shared_expert"),
+        Rule("mlp.shared_expert_gate.weight", SHARED + "gate_weight", "1 H", "shared experts"),
+    ),
+    separate=SEPARATE,
+    fused=FUSED,
+    dense=DENSE,
 )
 QWEN3_MOE = Family(
-    layer=(*ATTENTION, *HEAD_NORMS), moe=(MOE_NORM, *ROUTER), separate=SEPARATE, fused=FUSED, dense=DENSE
+    layer=(*ATTENTION_RULES, *HEAD_NORMS),
+    moe=(MOE_NORM, ROUTER),
+    separate=SEPARATE,
+    fused=FUSED,
+    dense=DENSE,
 )
-OLMOE = Family(layer=(*ATTENTION, *FULL_WIDTH_NORMS), moe=(MOE_NORM, *ROUTER), separate=SEPARATE, fused=FUSED)
+OLMOE = Family(
+    layer=(*ATTENTION_RULES, *FULL_WIDTH_NORMS), moe=(MOE_NORM, ROUTER), separate=SEPARATE, fused=FUSED
+)
 LLAMA_MOE = Family(
-    layer=ATTENTION,
+    layer=ATTENTION_RULES,
     moe=(
         MOE_NORM,
         router("mlp.gate.gate_network.0.weight"),
-        Same(
-            hf="mlp.gate.gate_network.2.weight",
-            megatron="mlp.router.output_weight",
-            axes="E E",
-            group="router",
-        ),
-        Same(
-            hf="mlp.gate.weight_noise.weight",
-            megatron="mlp.router.noise_weight",
-            axes="E H",
-            group="router",
+        Rule("mlp.gate.gate_network.2.weight", "mlp.router.output_weight", "E E", "router"),
+        Rule(
+            "mlp.gate.weight_noise.weight",
+            "mlp.router.noise_weight",
+            "E H",
+            "router",
             when="router_noise",
         ),
     ),
-    separate=experts(
-        "mlp.calculator.experts.weight_gate.{e}",
-        "mlp.calculator.experts.weight_up.{e}",
-        "mlp.calculator.experts.weight_down.{e}",
-    ),
+    separate=experts(*(f"mlp.calculator.experts.weight_{part}.{{e}}" for part in ("gate", "up", "down"))),
 )
-LATENT = "self_attention.linear_"
 DEEPSEEK = Family(
     layer=(
-        Same(hf="input_layernorm.weight", megatron="input_layernorm.weight", axes="H", group="norms"),
+        Rule("input_layernorm.weight", "input_layernorm.weight", "H", "norms"),
         *(
-            Same(hf=f"self_attn.{hf}.weight", megatron=LATENT + name, axes=axes, group=group, when=when)
-            for hf, name, axes, group, when in (
-                ("q_a_proj", "q_down_proj.weight", "A H", "attention", "q_lora_rank"),
-                ("q_a_layernorm", "q_up_proj.layer_norm_weight", "A", "norms", "q_lora_rank"),
-                ("q_b_proj", "q_up_proj.weight", "T A", "attention", "q_lora_rank"),
-                ("kv_a_proj_with_mqa", "kv_down_proj.weight", "M H", "attention", None),
-                ("kv_a_layernorm", "kv_up_proj.layer_norm_weight", "C", "norms", None),
-                ("kv_b_proj", "kv_up_proj.weight", "P C", "attention", None),
-                ("o_proj", "proj.weight", "H O", "attention", None),
+            Rule(f"self_attn.{hf}.weight", ATTENTION + name, axes, group, when="q_lora_rank")
+            for hf, name, axes, group in (
+                ("q_a_proj", "q_down_proj.weight", "A H", "attention"),
+                ("q_a_layernorm", "q_up_proj.layer_norm_weight", "A", "norms"),
+                ("q_b_proj", "q_up_proj.weight", "T A", "attention"),
             )
         ),
-        Same(
-            hf="self_attn.q_proj.weight",
-            megatron=LATENT + "q_proj.weight",
-            axes="T H",
-            group="attention",
-            unless="q_lora_rank",
+        Rule("self_attn.kv_a_proj_with_mqa.weight", ATTENTION + "kv_down_proj.weight", "M H", "attention"),
+        Rule("self_attn.kv_a_layernorm.weight", ATTENTION + "kv_up_proj.layer_norm_weight", "C", "norms"),
+        Rule("self_attn.kv_b_proj.weight", ATTENTION + "kv_up_proj.weight", "P C", "attention"),
+        Rule("self_attn.o_proj.weight", ATTENTION + "proj.weight", "H O", "attention"),
+        Rule(
+            "self_attn.q_proj.weight", ATTENTION + "q_proj.weight", "T H", "attention", unless="q_lora_rank"
         ),
     ),
     moe=(
         MOE_NORM,
-        *ROUTER,
-        Same(
-            hf="mlp.gate.e_score_correction_bias",
-            megatron="mlp.router.expert_bias",
-            axes="E",
-            group="router",
+        ROUTER,
+        Rule(
+            "mlp.gate.e_score_correction_bias",
+            "mlp.router.expert_bias",
+            "E",
+            "router",
             when="moe_router_enable_expert_bias",
         ),
-        Stacked(
-            hf=("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"),
-            megatron=SHARED + "linear_fc1.weight",
-            axes="S H",
-            group="shared experts",
-            when="moe_shared_expert_intermediate_size",
-        ),
-        Same(
-            hf="mlp.shared_experts.down_proj.weight",
-            megatron=SHARED + "linear_fc2.weight",
-            axes="H S",
-            group="shared experts",
-            when="moe_shared_expert_intermediate_size",
-        ),
+        *shared_experts("shared_experts", when="moe_shared_expert_intermediate_size"),
     ),
     separate=SEPARATE,
     fused=FUSED,
@@ -276,7 +202,7 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def prediction_layers(hf_config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the names of tensors for multi-token prediction begin with; none but DeepSeek-V3 has any.
+    """Return what the names of tensors for multi-token prediction begin with; only DeepSeek-V3 has any.
 
     They serve to decode faster and are no part of the model, for `transformers` neither.
     """
@@ -292,7 +218,7 @@ def weight_map(
     fused_experts: bool = False,
     padded_vocab: int | None = None,
 ) -> WeightMap:
-    """Where every number of a model is, in both worlds.
+    """Say where every number of a model is, in both worlds.
 
     Args:
         settings: the `model` section, flat: our fields and those of `TransformerConfig`.
@@ -301,7 +227,7 @@ def weight_map(
         padded_vocab: rows of the embedding in the checkpoint; the vocabulary if not given.
 
     Raises:
-        InputError: a family that is not known, or that has no fused experts.
+        InputError: an unknown family, or one that has no fused experts.
 
     """
     family = FAMILIES.get(str(hf_config.get("model_type")))
@@ -315,11 +241,9 @@ def weight_map(
             f"{hf_config['model_type']} has no layout with all experts in one tensor; write a tensor for each"
         )
     layout = Layout(settings)
-    layout.add_outside(OUTSIDE)
+    layout.add(OUTSIDE)
+    moe = (*family.moe, *(family.fused if fused_experts else family.separate))
     for index, is_moe in enumerate(moe_layers(settings)):
-        kind = (
-            (*family.moe, *(family.fused if fused_experts else family.separate)) if is_moe else family.dense
-        )
         assert is_moe or family.dense, f"a dense layer in {hf_config['model_type']}"
-        layout.add_layer(index, (*family.layer, *kind))
+        layout.add((*family.layer, *(moe if is_moe else family.dense)), index)
     return layout.weight_map(padded_vocab)

@@ -1,21 +1,16 @@
 """Which numbers of a Hugging Face model are which numbers of a Megatron checkpoint: boxes that both hold.
 
 Every tensor of either world is laid out with boxes that are copied as they are, so one description serves
-both directions and any slice. Axes: L layers, E experts, H hidden, F the experts' inner width.
-
-The few ways in which a tensor of one world is one of the other, written once for all families.
-
-A rule names tensors within a layer, with `{e}` for the number of an expert, and gives their axes as letters
-of `sizes`; `Layout` makes a model's blocks from rules.
+both directions and any slice. Rules name the tensors of a layer, and `Layout` makes a model's blocks of them.
+Axes: L layers, E experts, H hidden, F the experts' inner width.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 Shape = tuple[int, ...]
@@ -175,29 +170,43 @@ class Piece:
     shape: Shape
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rule(ABC):
-    """What all rules say: the Megatron tensor, its kind, and the setting that it is there with."""
+@dataclass(frozen=True)
+class Rule:
+    """Hugging Face tensors of equal shape that lie under one another in a Megatron tensor; one may be alone.
 
-    hf: tuple[str, ...] | str
+    `{e}` in a name stands for the number of an expert: the rule then holds for each of them.
+    """
+
+    hf: str | tuple[str, ...]
     megatron: str
     axes: str
-    """Axes of the Hugging Face tensor as letters of `sizes`, such as `I H`; `1` is an axis of one."""
+    """Axes of each Hugging Face tensor as letters of `sizes_of`, such as `I H`."""
     group: str
+    """Kind of the Megatron tensor in a verdict."""
+    _: KW_ONLY
     when: str | None = None
     """Setting of the model without which neither side has the tensor; None if it is always there."""
     unless: str | None = None
     """Setting with which neither side has it."""
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The Hugging Face tensors, in the order of their rows."""
+        return (self.hf,) if isinstance(self.hf, str) else self.hf
+
+    @property
     def each_expert(self) -> bool:
         """Whether the rule stands for a tensor of each expert."""
-        names = (self.hf,) if isinstance(self.hf, str) else self.hf
-        return any("{e}" in name for name in names)
+        return "{e}" in self.names[0]
 
-    @abstractmethod
     def pieces(self, sizes: Sizes) -> list[Piece]:
-        """The blocks, in the order of their rows in the Megatron tensor."""
+        """Return the blocks, in the order of their rows in the Megatron tensor."""
+        shape = _shape(self.axes, sizes)
+        first, *rest = (0,) * len(shape)
+        return [
+            Piece(name, shape, (first, *rest), (number * shape[0], *rest), shape)
+            for number, name in enumerate(self.names)
+        ]
 
     def megatron_shape(self, sizes: Sizes) -> Shape:
         """Shape of the Megatron tensor, without axes of layers and experts."""
@@ -205,54 +214,21 @@ class Rule(ABC):
         return (last.megatron_offset[0] + last.shape[0], *last.shape[1:])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Same(Rule):
-    """One tensor, the same in both."""
-
-    hf: str
-
-    def pieces(self, sizes: Sizes) -> list[Piece]:
-        """One block, the whole tensor."""
-        shape = _shape(self.axes, sizes)
-        start = (0,) * len(shape)
-        return [Piece(self.hf, shape, start, start, shape)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stacked(Rule):
-    """Tensors of equal shape that lie under one another in the Megatron tensor: gate rows, then up rows."""
-
-    hf: tuple[str, ...]
-
-    def pieces(self, sizes: Sizes) -> list[Piece]:
-        """A block for each tensor."""
-        shape = _shape(self.axes, sizes)
-        rest = (0,) * (len(shape) - 1)
-        return [
-            Piece(name, shape, (0, *rest), (number * shape[0], *rest), shape)
-            for number, name in enumerate(self.hf)
-        ]
-
-
-@dataclass(frozen=True, kw_only=True)
 class QueryKeyValue(Rule):
     """Queries, keys and values in one tensor: for each KV group its query heads, its key, its value.
 
     `axes` is what follows the rows: `H` for weights, nothing for biases.
     """
 
-    hf: tuple[str, str, str]
-
     def pieces(self, sizes: Sizes) -> list[Piece]:
-        """Three blocks for each KV group."""
+        """Return three blocks for each KV group."""
         rest = _shape(self.axes, sizes)
-        rows = {"Q": sizes["Q"] // sizes["G"], "K": sizes["D"], "V": sizes["D"]}
-        each_group = sum(rows.values())
+        zeros = (0,) * len(rest)
+        rows = (sizes["Q"] // sizes["G"], sizes["D"], sizes["D"])
         found = []
         for group in range(sizes["G"]):
-            start = group * each_group
-            for name, count in zip(self.hf, rows.values(), strict=True):
-                zeros = (0,) * len(rest)
+            start = group * sum(rows)
+            for name, count in zip(self.names, rows, strict=True):
                 whole = (count * sizes["G"], *rest)
                 found.append(Piece(name, whole, (group * count, *zeros), (start, *zeros), (count, *rest)))
                 start += count
@@ -329,56 +305,44 @@ class Layout:
         self._groups: dict[str, str] = {}
         self._blocks: list[Block] = []
 
-    def add_outside(self, rules: Iterable[Rule]) -> None:
-        """Add the tensors outside the layers."""
-        for rule in self._present(rules):
-            self._add(rule, rule.pieces(self._sizes), "", rule.megatron, (), ())
+    def add(self, rules: Iterable[Rule], layer: int | None = None) -> None:
+        """Add the tensors of a layer, or those outside of all layers."""
+        place: Shape = ()
+        axes: Shape = ()
+        hf = megatron = ""
+        if layer is not None:
+            hf, megatron = f"model.layers.{layer}.", f"decoder.layers.{layer}."
+            if not layers_one_by_one(self._settings):
+                place, axes, megatron = (layer,), (self._sizes["L"],), "decoder.layers."
+        given = self._settings.get
+        for rule in rules:
+            if (rule.when and not given(rule.when)) or (rule.unless and given(rule.unless)):
+                continue
+            self._add(rule, hf, megatron + rule.megatron, place, axes)
 
-    def add_layer(self, index: int, rules: Iterable[Rule]) -> None:
-        """Add a layer's tensors; a rule with `{e}` stands for one of each expert."""
-        single = layers_one_by_one(self._settings)
-        place, stack = ((), ()) if single else ((index,), (self._sizes["L"],))
-        prefix = f"decoder.layers.{index}." if single else "decoder.layers."
-        for rule in self._present(rules):
-            pieces = rule.pieces(self._sizes)
-            experts: Iterable[Shape] = ((e,) for e in range(self._sizes["E"])) if rule.each_expert else ((),)
-            axes = (*stack, self._sizes["E"]) if rule.each_expert else stack
-            for expert in experts:
-                name = f"model.layers.{index}."
-                self._add(rule, pieces, name, prefix + rule.megatron, (*place, *expert), axes)
+    def _add(self, rule: Rule, prefix: str, megatron: str, place: Shape, axes: Shape) -> None:
+        experts = [(e,) for e in range(self._sizes["E"])] if rule.each_expert else [()]
+        axes = (*axes, self._sizes["E"]) if rule.each_expert else axes
+        self._megatron_shapes[megatron] = (*axes, *rule.megatron_shape(self._sizes))
+        self._groups[megatron] = rule.group
+        pieces = rule.pieces(self._sizes)
+        for expert in experts:
+            for piece in pieces:
+                name = prefix + (piece.hf.format(e=expert[0]) if expert else piece.hf)
+                self._hf_shapes[name] = piece.hf_shape
+                offset = (*place, *expert, *piece.megatron_offset)
+                self._blocks.append(Block(name, piece.hf_offset, megatron, offset, piece.shape))
 
     def weight_map(self, padded_vocab: int | None) -> WeightMap:
-        """The finished map; the Megatron tensors with a row for each token have `padded_vocab` rows."""
+        """Return the finished map; the tensors of `VOCABULARY` have `padded_vocab` rows."""
         vocab = self._sizes["V"]
         assert padded_vocab is None or padded_vocab >= vocab, f"{padded_vocab} rows for {vocab} tokens"
         padded = {name: vocab for name in VOCABULARY if name in self._groups}
-        shapes = {
-            name: (padded_vocab or vocab, *shape[1:]) if name in padded else shape
-            for name, shape in self._megatron_shapes.items()
-        }
+        shapes = {name: (padded_vocab or vocab, *self._megatron_shapes[name][1:]) for name in padded}
         return WeightMap(
             hf_shapes=self._hf_shapes,
-            megatron_shapes=shapes,
+            megatron_shapes={**self._megatron_shapes, **shapes},
             blocks=tuple(self._blocks),
             groups=self._groups,
             padded=padded,
         )
-
-    def _present(self, rules: Iterable[Rule]) -> Iterator[Rule]:
-        given = self._settings.get
-        return (
-            rule
-            for rule in rules
-            if (rule.when is None or given(rule.when)) and (rule.unless is None or not given(rule.unless))
-        )
-
-    def _add(
-        self, rule: Rule, pieces: list[Piece], prefix: str, megatron: str, place: Shape, axes: Shape
-    ) -> None:
-        self._megatron_shapes[megatron] = (*axes, *rule.megatron_shape(self._sizes))
-        self._groups[megatron] = rule.group
-        for piece in pieces:
-            name = prefix + (piece.hf.format(e=place[-1]) if rule.each_expert else piece.hf)
-            self._hf_shapes[name] = piece.hf_shape
-            offset = (*place, *piece.megatron_offset)
-            self._blocks.append(Block(name, piece.hf_offset, megatron, offset, piece.shape))
