@@ -27,12 +27,10 @@ platform.start()
 
 import torch  # noqa: E402  the platform comes before Megatron-Core
 
-from megatron_dynmix.convert.export_hf import megatron_to_hf  # noqa: E402
+from megatron_dynmix.convert.conversion import hf_to_megatron, megatron_to_hf  # noqa: E402
 from megatron_dynmix.convert.families import weight_map  # noqa: E402
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder  # noqa: E402
-from megatron_dynmix.convert.import_hf import hf_to_megatron  # noqa: E402
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint  # noqa: E402
-from megatron_dynmix.convert.staging import Staging  # noqa: E402
 from megatron_dynmix.convert.tensors import AsHuggingFace  # noqa: E402
 from megatron_dynmix.convert.to_hugging_face import write_weights  # noqa: E402
 from megatron_dynmix.convert.verdict import compare_values  # noqa: E402
@@ -71,12 +69,9 @@ def generate(folder: Path, gigabytes: float, shard_gigabytes: float) -> None:
     )
     layers = max(1, round((gigabytes * GIGABYTE - rest) / (layer - rest)))
     names = weight_map({**SIZES, "num_layers": layers}, MIXTRAL)
-    with Staging(folder, {}, print) as staging:
-        tensors = Generated(dict(names.hf_shapes), seed=5)
-        write_weights(
-            tensors, staging, max_shard_bytes=int(shard_gigabytes * GIGABYTE), advance=lambda _: None
-        )
-        staging.complete()
+    tensors = Generated(dict(names.hf_shapes), seed=5)
+    folder.mkdir()
+    write_weights(tensors, folder, max_shard_bytes=int(shard_gigabytes * GIGABYTE))
     config = {
         **MIXTRAL,
         "architectures": ["MixtralForCausalLM"],

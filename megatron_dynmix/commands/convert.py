@@ -1,16 +1,14 @@
-"""The command `convert`: its flags, what it writes beside the weights, and what it prints.
-
-The verdict of a conversion as text.
-"""
+"""The command `convert`: its flags, and its verdict as text."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_dynmix.convert.families import prediction_text
+from megatron_dynmix.convert.staging import partial_of
 from megatron_dynmix.errors import EXIT_FAILED, InputError
 from megatron_dynmix.records.tables import table
 
@@ -18,6 +16,9 @@ if TYPE_CHECKING:  # `--help` must not wait for torch
     from megatron_dynmix.convert.verdict import GroupVerdict, Verdict
 
 TYPES = {"keep": None, "bf16": "bfloat16", "fp32": "float32"}
+SUM_DIGITS = 16
+"""Digits of a checksum that are shown."""
+SHOWN = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,66 +57,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Convert one way or the other; returns the exit code: 1 if what was written is not what was read."""
+    """Convert one way or the other; return the exit code: 1 if what was written is not what was read."""
     try:
-        return _convert(arguments)
+        verdict = _convert(arguments)
     except KeyboardInterrupt:
-        from megatron_dynmix.convert.staging import partial_of
-
         partial = partial_of(arguments.destination)
         left = (
-            f"what is done lies in {partial}, and the same command goes on from there"
+            f"what is done lies in {partial}, and the same command resumes from there"
             if partial.is_dir()
             else "nothing is half done"
         )
         raise KeyboardInterrupt(f"; {left}") from None
+    print(verdict_text(verdict))
+    return 0 if verdict.passed else EXIT_FAILED
 
 
-def _convert(arguments: argparse.Namespace) -> int:
+def _convert(arguments: argparse.Namespace) -> Verdict:
     from megatron_dynmix import platform
 
     platform.start()
-    from megatron_dynmix.convert.export_hf import megatron_to_hf
-    from megatron_dynmix.convert.import_hf import hf_to_megatron
+    from megatron_dynmix.convert.conversion import hf_to_megatron, megatron_to_hf
 
     source, destination = arguments.source, arguments.destination
     if destination.absolute() == source.absolute():
         raise InputError(f"SRC and DST are both {source}; give DST another name")
+    dtype, verify = TYPES[arguments.dtype], arguments.verify
     if arguments.direction == "hf-to-megatron":
-        verdict = hf_to_megatron(
-            source,
-            destination,
-            dtype=TYPES[arguments.dtype],
-            vocab_multiple=arguments.make_vocab_size_divisible_by,
-            verify=arguments.verify,
-            say=_say,
+        vocab_multiple = arguments.make_vocab_size_divisible_by
+        return hf_to_megatron(
+            source, destination, dtype=dtype, vocab_multiple=vocab_multiple, verify=verify, say=_say
         )
-    else:
-        verdict = megatron_to_hf(
-            source,
-            destination,
-            dtype=TYPES[arguments.dtype],
-            max_shard_size=arguments.max_shard_size,
-            fused_experts=None if arguments.experts is None else arguments.experts == "fused",
-            hf_config=arguments.hf_config,
-            verify=arguments.verify,
-            say=_say,
-        )
-    print(verdict_text(verdict))
-    return 0 if verdict.passed else EXIT_FAILED
+    return megatron_to_hf(
+        source,
+        destination,
+        dtype=dtype,
+        max_shard_size=arguments.max_shard_size,
+        fused_experts=None if arguments.experts is None else arguments.experts == "fused",
+        hf_config=arguments.hf_config,
+        verify=verify,
+        say=_say,
+    )
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-SUM_DIGITS = 16
-"""Digits of a checksum that are shown."""
-SHOWN = 5
-
-
 def verdict_text(verdict: Verdict) -> str:
-    """The tables, and one line that says whether what was written is what was read."""
+    """Return the tables, and one line that says whether what was written is what was read."""
     counts = [
         ["read", verdict.read],
         ["written", verdict.written],
@@ -147,16 +136,7 @@ def verdict_text(verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
-def prediction_text(names: Sequence[str]) -> str:
-    """Which tensors of multi-token prediction stay behind, and what follows."""
-    layers = sorted({".".join(name.split(".")[:3]) for name in names})
-    return (
-        f"{len(names)} tensors of multi-token prediction ({', '.join(f'{layer}.*' for layer in layers)}): "
-        "they are not trained, and what is exported is without them"
-    )
-
-
-def _values_table(groups: Sequence[GroupVerdict]) -> str:
+def _values_table(groups: list[GroupVerdict]) -> str:
     header = ["values of", "tensors", "numbers", "GB", "checksum read", "checksum written", "equal"]
     rows = [
         [

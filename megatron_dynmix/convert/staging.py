@@ -1,6 +1,6 @@
-"""A folder that gets its name when it is whole, and can be gone on with until then.
+"""A folder that gets its name when it is whole; until then, a conversion that was stopped can resume in it.
 
-.NAME.partial/.conversion.json  what is being made of what; another source or setting begins again
+.NAME.partial/.conversion.json  what is being made of what; another source or setting starts over
 .NAME.partial/.finished.jsonl   one line for each file that is on the disk, with what is known of it
 """
 
@@ -31,11 +31,11 @@ class Staging:
     """The partial folder of one conversion, held by one process at a time."""
 
     def __init__(self, final: Path, plan: Mapping[str, Any], say: Callable[[str], None]) -> None:
-        """Make the folder, or go on with the one that is there.
+        """Make the folder, or resume in the one that is there.
 
         Args:
             final: the folder's name in the end.
-            plan: JSON values that say what is made of what; a partial folder of another plan is begun again.
+            plan: JSON values that say what is made of what; a partial folder of another plan is emptied.
             say: prints a line.
 
         Raises:
@@ -65,11 +65,11 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let other processes go on with the folder."""
+        """Let other processes resume in the folder."""
         self._lock.close()
 
-    def record(self, name: str, facts: Any) -> None:
-        """Note that a file is whole; it is not written again when this conversion is gone on with.
+    def record(self, name: str, facts: Any = None) -> None:
+        """Note that a file is whole: a conversion that resumes does not write it again.
 
         Threads may call it at the same time.
         """
@@ -84,23 +84,21 @@ class Staging:
         return json.dumps([name, (self.folder / name).stat().st_size, facts]) + "\n"
 
     def check_space(self, needed: int) -> None:
-        """See that what is still to be written finds room.
-
-        Args:
-            needed: bytes of the whole folder; what is on the disk already is taken off.
+        """See that what is still to be written of so many bytes finds room.
 
         Raises:
             InputError: too little is free; nothing has been written.
 
         """
-        there = sum((self.folder / name).stat().st_size for name in self.finished)
+        missing = needed - sum((self.folder / name).stat().st_size for name in self.finished)
         free = shutil.disk_usage(self.folder).free
-        if needed - there > free:
-            shortage = (
-                f"{(needed - there) / GIGABYTE:.2f} GB are needed and {free / GIGABYTE:.2f} GB are free"
+        if missing > free:
+            if not self.finished:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise InputError(
+                f"{self.final} does not fit: {missing / GIGABYTE:.2f} GB are needed and "
+                f"{free / GIGABYTE:.2f} GB are free on {self.final.parent}; make room there"
             )
-            self._drop_if_empty()
-            raise InputError(f"{self.final} does not fit: {shortage} on {self.final.parent}; make room there")
 
     @contextmanager
     def on_full_disk(self) -> Iterator[None]:
@@ -118,7 +116,7 @@ class Staging:
             free = shutil.disk_usage(self.folder).free / GIGABYTE
             raise InputError(
                 f"the disk is full: {free:.2f} GB are left on {self.final.parent}. What is done lies in "
-                f"{self.folder}; make room and give the same command again, and it goes on from there"
+                f"{self.folder}; make room and give the same command again, and it resumes from there"
             ) from error
 
     def complete(self) -> None:
@@ -135,7 +133,7 @@ class Staging:
             )
         for name in (PLAN, FINISHED):
             (self.folder / name).unlink()
-        name_folder(self.folder, self.final)
+        name_folder(self.folder, self.final)  # in place of an empty folder, if there is one
 
     def _hold(self) -> IO[bytes]:
         lock = (self.folder / FINISHED).open("ab")
@@ -149,14 +147,19 @@ class Staging:
         return lock
 
     def _finished(self, plan: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-        path = self.folder / PLAN
-        before = _read_plan(path)
+        """Return what is done of this plan; without it, empty the folder and write the plan down."""
+        before = _read_plan(self.folder / PLAN)
         if before != plan:
             differing = sorted(key for key in plan if before is not None and before.get(key) != plan[key])
             if differing:
-                say(f"{self.folder} is unfinished with another {' and '.join(differing)}: beginning again")
-            self._clear()
-            path.write_text(json.dumps(plan), encoding="utf-8")
+                say(f"{self.folder} is unfinished with another {' and '.join(differing)}: starting over")
+            for path in self.folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != FINISHED:  # which is locked
+                    path.unlink()
+            os.truncate(self.folder / FINISHED, 0)
+            (self.folder / PLAN).write_text(json.dumps(plan), encoding="utf-8")
             return {}
         found = {}
         for name, size, facts in _whole_lines(self.folder / FINISHED):
@@ -167,34 +170,20 @@ class Staging:
         lines = "".join(self._line(name, facts) for name, facts in found.items())
         (self.folder / FINISHED).write_text(lines, encoding="utf-8")
         if found:
-            say(f"going on with {self.folder}: {len(found)} files are there already")
+            say(f"resuming in {self.folder}: {len(found)} files are there already")
         return found
-
-    def _clear(self) -> None:
-        for path in self.folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != FINISHED:
-                path.unlink()
-        os.truncate(self.folder / FINISHED, 0)
-
-    def _drop_if_empty(self) -> None:
-        if not self.finished:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def partial_of(final: Path) -> Path:
-    """The folder in which a folder is made."""
+    """Return the folder in which a folder is made."""
     absolute = final.absolute()
     return absolute.with_name(f".{absolute.name}.partial")
 
 
 def fingerprint(folder: Path) -> dict[str, list[int]]:
-    """Sizes and times of a folder's files: whether it is still what a conversion was begun with."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    return {
-        path.name: [stat.st_size, stat.st_mtime_ns] for path, stat in ((path, path.stat()) for path in files)
-    }
+    """Return sizes and times of a folder's files: whether it is still what a conversion was begun with."""
+    stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def _is_taken(final: Path) -> bool:
@@ -212,7 +201,7 @@ def _read_plan(path: Path) -> dict[str, Any] | None:
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[str, int, Any]]:
-    """Lines of a journal; a crash may have cut the last one short."""
+    """Yield the lines of a journal; a crash may have cut the last one short."""
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             name, size, facts = json.loads(line)

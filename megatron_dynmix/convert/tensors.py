@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -146,3 +147,16 @@ class Cast:
 def size_of(tensors: Tensors, name: str) -> int:
     """Bytes of a tensor."""
     return math.prod(tensors.shapes[name]) * tensors.dtypes[name].itemsize
+
+
+def total_size(tensors: Tensors) -> int:
+    """Bytes of all tensors."""
+    return sum(size_of(tensors, name) for name in tensors.shapes)
+
+
+def main_type(tensors: Tensors) -> str:
+    """Type of most of the numbers, by its name in torch."""
+    sizes: Counter[torch.dtype] = Counter()
+    for name in tensors.shapes:
+        sizes[tensors.dtypes[name]] += size_of(tensors, name)
+    return str(sizes.most_common(1)[0][0]).removeprefix("torch.")

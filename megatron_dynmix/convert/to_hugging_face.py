@@ -1,7 +1,7 @@
-"""Safetensors files of a Hugging Face folder, written box by box as the format lays them out.
+"""The weights of a Hugging Face folder as safetensors files, written by one process or by several together.
 
 A file is the length of its header (8 bytes, little-endian), the header (JSON: each tensor's type, shape and
-place), then the tensors without gaps.
+place), then the tensors without gaps. It is written box by box: memory does not grow with a file.
 """
 
 from __future__ import annotations
@@ -9,24 +9,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
 import torch
 
-from megatron_dynmix.checkpoint.tensors import Tensors
-from megatron_dynmix.convert.hf_folder import INDEX, SINGLE
-from megatron_dynmix.convert.staging import Staging
-from megatron_dynmix.convert.tensors import boxes_of, size_of
+from megatron_dynmix.convert.hf_folder import DTYPES, INDEX, SINGLE
+from megatron_dynmix.convert.tensors import Tensors, boxes_of, size_of, total_size
 from megatron_dynmix.errors import InputError
 
 HEADER_ALIGNMENT = 8
-TYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+TYPE_NAMES = {torch.float64: "F64", **{dtype: name for name, dtype in DTYPES.items()}}
 """What safetensors calls the types."""
 
 
@@ -63,14 +56,26 @@ def shards_of(tensors: Tensors, max_bytes: int) -> dict[str, list[str]]:
 
 
 def write_weights(
-    tensors: Tensors, staging: Staging, *, max_shard_bytes: int, advance: Callable[[int], object]
+    tensors: Tensors,
+    folder: Path,
+    *,
+    max_shard_bytes: int,
+    rank: int = 0,
+    world: int = 1,
+    finished: Container[str] = (),
+    finish: Callable[[str], None] = lambda file: None,
+    advance: Callable[[int], object] = lambda nbytes: None,
 ) -> None:
-    """Write the weights of a Hugging Face folder, and the index if there are several files.
+    """Write one rank's share of the files, and on the first rank the index if there are several.
 
     Args:
         tensors: the whole model under its Hugging Face names.
-        staging: where; files that are there stay.
-        max_shard_bytes: a new file is begun beyond this.
+        folder: a folder that all ranks see.
+        max_shard_bytes: of one file.
+        rank: number of this process among those that write the folder.
+        world: how many they are.
+        finished: names of files that need not be written again.
+        finish: called with the name of each file that was written.
         advance: told of bytes that were written, or were there already.
 
     Raises:
@@ -78,53 +83,44 @@ def write_weights(
 
     """
     shards = shards_of(tensors, max_shard_bytes)
-    for file, names in shards.items():
-        if file in staging.finished:
-            advance(sum(size_of(tensors, name) for name in names))
+    for file in list(shards)[rank::world]:
+        if file in finished:
+            advance(sum(size_of(tensors, name) for name in shards[file]))
             continue
-        write_shard(tensors, names, staging.folder / file, advance)
-        staging.record(file, None)
-    write_index(tensors, shards, staging.folder)
+        write_shard(tensors, shards[file], folder / file, advance)
+        finish(file)
+    if rank == 0 and len(shards) > 1:
+        _write_index(tensors, shards, folder)
 
 
-def write_index(tensors: Tensors, shards: Mapping[str, list[str]], folder: Path) -> None:
-    """Write the list of which file holds which tensor; a single file needs none."""
-    if len(shards) == 1:
-        return
+def _write_index(tensors: Tensors, shards: Mapping[str, list[str]], folder: Path) -> None:
+    """Write the list of which file holds which tensor."""
     index = {
         "metadata": {
             "total_parameters": sum(map(math.prod, tensors.shapes.values())),
-            "total_size": sum(size_of(tensors, name) for name in tensors.shapes),
+            "total_size": total_size(tensors),
         },
         "weight_map": {name: file for file, names in shards.items() for name in names},
     }
-    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (folder / INDEX).write_text(text, encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_shard(tensors: Tensors, names: list[str], path: Path, advance: Callable[[int], object]) -> None:
     """Write one file of weights; `advance` is told of bytes that were written."""
     # the larger types first: then every number lies at a multiple of its size
     ordered = sorted(names, key=lambda name: -tensors.dtypes[name].itemsize)
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in ordered:
+        begin, end = end, end + size_of(tensors, name)
+        kind, shape = TYPE_NAMES[tensors.dtypes[name]], list(tensors.shapes[name])
+        entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % HEADER_ALIGNMENT)
     with path.open("wb") as file:
-        file.write(_header(tensors, ordered))
+        file.write(len(header).to_bytes(8, "little") + header)
         for name in ordered:
             for box in boxes_of(name, tensors.shapes[name], tensors.dtypes[name].itemsize):
                 numbers = tensors.read(name, box.offset, box.shape).contiguous()
                 file.write(memoryview(numbers.flatten().view(torch.uint8).numpy()))
                 advance(box.nbytes)
-
-
-def _header(tensors: Tensors, names: list[str]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        begin, end = end, end + size_of(tensors, name)
-        entries[name] = {
-            "dtype": TYPE_NAMES[tensors.dtypes[name]],
-            "shape": list(tensors.shapes[name]),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % HEADER_ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from megatron_dynmix.checkpoint.tensors import Tensors
-from megatron_dynmix.convert.tensors import Box, boxes_of, size_of
+from megatron_dynmix.convert.logits import LogitsVerdict
+from megatron_dynmix.convert.tensors import Box, Tensors, boxes_of, size_of
 from megatron_dynmix.convert.weight_map import WeightMap
 from megatron_dynmix.files import sha256
-
-
-class Logits(Protocol):
-    """What running both models says."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether they answer alike, or could not be compared."""
-
-    def describe(self) -> str:
-        """One line for people."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +55,9 @@ class Verdict:
     """Tensors of layers for multi-token prediction: learnt, but no part of the model, and not converted."""
     padding: str = "none"
     """What became of the rows that pad the vocabulary."""
-    groups: Sequence[GroupVerdict] | None = None
+    groups: list[GroupVerdict] | None = None
     """Values read back and compared; None if that was not wanted."""
-    logits: Logits | None = None
+    logits: LogitsVerdict | None = None
     """What the comparison of logits says; None if it was not wanted."""
     notes: tuple[str, ...] = ()
     """What a reader must know besides."""
@@ -88,11 +77,8 @@ def compare_values(
     Args:
         read: what a conversion was made of.
         written: what it wrote, read back from the disk.
-        weight_map: names and kinds of the tensors.
+        weight_map: names and kinds of the tensors; the verdicts are in its order.
         advance: told of bytes that were compared.
-
-    Returns:
-        One verdict for each kind of tensors, in the order of the map.
 
     """
     found: dict[str, dict[str, _Compared]] = {}

@@ -58,6 +58,17 @@ def by_name(box):
     return box.name, box.offset
 
 
+def write_hf(tensors, place, max_shard_bytes, advance=ignore):
+    write_weights(
+        tensors,
+        place.folder,
+        max_shard_bytes=max_shard_bytes,
+        finished=place.finished,
+        finish=place.record,
+        advance=advance,
+    )
+
+
 def write_megatron(model, place, advance=ignore):
     return write_checkpoint(
         AsMegatron(model, NAMES), by_name, place, ITER, checksum=checksum, advance=advance
@@ -110,7 +121,7 @@ def test_hf_to_megatron_to_hf_is_bit_equal_in_parts(model, tmp_path):
 
     back = AsHuggingFace(checkpoint, NAMES)
     with Staging(tmp_path / "hf", {}, ignore) as place:
-        write_weights(back, place, max_shard_bytes=30_000, advance=ignore)
+        write_hf(back, place, 30_000)
         place.complete()
     assert_same(loaded(tmp_path / "hf"), model.tensors)
     index = json.loads((tmp_path / "hf" / INDEX).read_text())
@@ -136,7 +147,7 @@ def test_checksums_are_those_of_the_files(model, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_dtype_is_cast_on_the_way(model, tmp_path, dtype):
     with Staging(tmp_path / "hf", {}, ignore) as place:
-        write_weights(Cast(model, dtype), place, max_shard_bytes=10**9, advance=ignore)
+        write_hf(Cast(model, dtype), place, 10**9)
         place.complete()
     assert [path.name for path in (tmp_path / "hf").iterdir()] == ["model.safetensors"], (
         "one file needs no index"
@@ -147,7 +158,7 @@ def test_dtype_is_cast_on_the_way(model, tmp_path, dtype):
 def test_tensors_of_two_types_lie_without_gaps(tmp_path):
     tensors = {"a": torch.arange(3).bfloat16(), "b": torch.arange(5.0), "c": torch.arange(7).half()}
     with Staging(tmp_path / "hf", {}, ignore) as place:
-        write_weights(InMemory(tensors), place, max_shard_bytes=10**9, advance=ignore)
+        write_hf(InMemory(tensors), place, 10**9)
         place.complete()
     assert_same(loaded(tmp_path / "hf"), tensors)
 
@@ -220,7 +231,7 @@ def test_a_conversion_goes_on_where_it_stopped(model, tmp_path, way):
         if way == "megatron":
             write_megatron(model, place, advance)
         else:
-            write_weights(model, place, max_shard_bytes=20_000, advance=advance)
+            write_hf(model, place, 20_000, advance)
 
     total = sum(tensor.nbytes for tensor in model.tensors.values())
     with pytest.raises(Stop), Staging(tmp_path / "out", {"a": 1}, ignore) as place:
@@ -248,36 +259,36 @@ def test_a_conversion_goes_on_where_it_stopped(model, tmp_path, way):
 
 def test_a_file_that_is_not_what_was_noted_is_written_again(model, tmp_path):
     with Staging(tmp_path / "out", {}, ignore) as place:
-        write_weights(model, place, max_shard_bytes=20_000, advance=ignore)
+        write_hf(model, place, 20_000)
         (place.folder / "model-00001-of-00003.safetensors").write_bytes(b"short")
     with Staging(tmp_path / "out", {}, ignore) as place:
         assert "model-00001-of-00003.safetensors" not in place.finished
         assert "model-00002-of-00003.safetensors" in place.finished
-        write_weights(model, place, max_shard_bytes=20_000, advance=ignore)
+        write_hf(model, place, 20_000)
         place.complete()
     assert_same(loaded(tmp_path / "out"), model.tensors)
 
 
 def test_a_partial_folder_of_something_else_is_begun_again_with_a_word(model, tmp_path):
     with Staging(tmp_path / "out", {"source": "a", "dtype": None}, ignore) as place:
-        write_weights(model, place, max_shard_bytes=20_000, advance=ignore)
+        write_hf(model, place, 20_000)
     said = []
     with Staging(tmp_path / "out", {"source": "b", "dtype": None}, said.append) as place:
         assert not place.finished
         assert not list(place.folder.glob("*.safetensors"))
     assert len(said) == 1
-    assert "another source: beginning again" in said[0]
+    assert "another source: starting over" in said[0]
 
 
 def test_a_line_that_a_crash_cut_short_is_not_believed(model, tmp_path):
     with Staging(tmp_path / "out", {}, ignore) as place:
-        write_weights(model, place, max_shard_bytes=20_000, advance=ignore)
+        write_hf(model, place, 20_000)
         journal = place.folder / staging.FINISHED
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[:2]) + lines[2][:9])
     with Staging(tmp_path / "out", {}, ignore) as place:
         assert len(place.finished) == 2
-        write_weights(model, place, max_shard_bytes=20_000, advance=ignore)
+        write_hf(model, place, 20_000)
         assert len(place.finished) == len(lines)
     with Staging(tmp_path / "out", {}, ignore) as place:
         assert len(place.finished) == len(lines), "lines after the broken one are lost"
@@ -292,7 +303,7 @@ def test_a_folder_that_holds_something_is_refused_and_an_empty_one_is_filled(mod
     out = tmp_path / "out"
     out.mkdir()
     with Staging(out, {}, ignore) as place:
-        write_weights(model, place, max_shard_bytes=10**9, advance=ignore)
+        write_hf(model, place, 10**9)
         place.complete()
     assert_same(loaded(out), model.tensors)
     with pytest.raises(InputError, match="is there already and is not an empty folder"):
@@ -302,7 +313,7 @@ def test_a_folder_that_holds_something_is_refused_and_an_empty_one_is_filled(mod
 
 def test_a_name_that_was_taken_meanwhile_costs_nothing(model, tmp_path):
     with Staging(tmp_path / "out", {}, ignore) as place:
-        write_weights(model, place, max_shard_bytes=10**9, advance=ignore)
+        write_hf(model, place, 10**9)
         (tmp_path / "out").write_text("of somebody else")
         with pytest.raises(InputError, match=r"out has been made by something else since"):
             place.complete()
@@ -328,7 +339,7 @@ def test_a_name_that_no_folder_can_get_is_told_before_anything_is_written(tmp_pa
 @pytest.mark.parametrize("way", ["megatron", "hf"])
 def test_a_disk_that_becomes_full_is_one_message(model, tmp_path, way):
     with (
-        pytest.raises(InputError, match=r"the disk is full: .* goes on from there"),
+        pytest.raises(InputError, match=r"the disk is full: .* resumes from there"),
         Staging(tmp_path / "out", {}, ignore) as place,
         place.on_full_disk(),
     ):
@@ -338,7 +349,7 @@ def test_a_disk_that_becomes_full_is_one_message(model, tmp_path, way):
         if way == "megatron":
             write_megatron(model, place)
         else:
-            write_weights(model, place, max_shard_bytes=20_000, advance=ignore)
+            write_hf(model, place, 20_000)
     assert not (tmp_path / "out").exists()
     with Staging(tmp_path / "out", {}, ignore) as place:
         assert place.finished, "what was written before is kept"

@@ -1,0 +1,267 @@
+"""Both directions of the command `convert`: write, read back and compare, then give the folder its name.
+
+What `hf_to_megatron` makes:
+DST/latest_checkpointed_iteration.txt  iter_0000000/    `checkpoint.pretrained_checkpoint: DST`
+DST/model.yaml                                          the `model` section of such a run
+DST/hugging_face/                                       all of the source but its weights
+DST/conversion.json                                     what it was made from
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from megatron_dynmix.checkpoint import restore_point
+from megatron_dynmix.checkpoint.folder import (
+    CHECKSUMS,
+    TRACKER,
+    check_contents,
+    check_sizes,
+    checksum,
+    checksums_text,
+    files_of,
+    folder_of,
+    read_checksums,
+)
+from megatron_dynmix.checkpoint.run_state import FORMAT_VERSION, RUN_STATE, Damaged, read_run_state
+from megatron_dynmix.config.presets import complete_model
+from megatron_dynmix.convert.export_hf import EMBEDDING, open_export
+from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, carried_files
+from megatron_dynmix.convert.logits import compare_logits
+from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
+from megatron_dynmix.convert.origin import keep_origin_of, model_of
+from megatron_dynmix.convert.staging import Staging, fingerprint
+from megatron_dynmix.convert.tensors import (
+    AsHuggingFace,
+    AsMegatron,
+    Box,
+    Cast,
+    Tensors,
+    main_type,
+    total_size,
+)
+from megatron_dynmix.convert.to_hugging_face import size_in_bytes
+from megatron_dynmix.convert.to_megatron import write_checkpoint
+from megatron_dynmix.convert.verdict import Verdict, compare_values
+from megatron_dynmix.convert.weight_map import WeightMap
+from megatron_dynmix.data.prepare.progress import Progress
+from megatron_dynmix.errors import InputError
+from megatron_dynmix.files import write_atomically
+
+MODEL_YAML = "model.yaml"
+
+
+def hf_to_megatron(
+    source: Path,
+    destination: Path,
+    *,
+    dtype: str | None,
+    vocab_multiple: int,
+    verify: bool,
+    say: Callable[[str], None],
+) -> Verdict:
+    """Make a checkpoint that runs can start from of a Hugging Face folder.
+
+    Args:
+        source: a Hugging Face folder.
+        destination: a folder that is not there yet, or is empty.
+        dtype: type of the weights, by its name in torch; theirs if None.
+        vocab_multiple: the embedding is padded to a multiple of so many rows.
+        verify: read back what was written, and compare values and logits.
+        say: prints a line.
+
+    Raises:
+        InputError: the source, the destination or the disk is not fit for it.
+
+    """
+    if vocab_multiple < 1:
+        raise InputError(f"--make-vocab-size-divisible-by is {vocab_multiple}; it must be 1 or more")
+    folder = HuggingFaceFolder(source)
+    vocab = folder.settings["vocab_size"]
+    padded = -(-vocab // vocab_multiple) * vocab_multiple
+    names = folder.weight_map(padded)
+    read: Tensors = folder if dtype is None else Cast(folder, getattr(torch, dtype))
+    wanted = AsMegatron(read, names)
+    total = total_size(wanted)
+    settings = complete_model({"preset": None, **folder.settings})
+    plan = {"source": {str(source.resolve()): fingerprint(source)}, "dtype": dtype, "padding": padded}
+    with Staging(destination, plan, say) as staging, staging.on_full_disk():
+        staging.check_space(total + sum(path.stat().st_size for path in carried_files(source).values()))
+        target = folder_of(staging.folder, 0)
+        with Progress("writing", total) as progress:
+            sums = write_checkpoint(
+                wanted,
+                _reading_order(folder, names),
+                staging,
+                target.name,
+                checksum=checksum,
+                advance=progress.advance,
+            )
+        _write_beside(target, folder, settings, dtype, sums)
+        verdict = Verdict(
+            folder=staging.folder,
+            read=len(folder.shapes),
+            written=len(wanted.shapes),
+            dtype=main_type(wanted),
+            computed=folder.computed,
+            predicting=folder.predicting,
+            padding=f"{padded - vocab} rows of zeros added to {vocab}" if padded > vocab else "none",
+        )
+        if verify:
+            written = MegatronCheckpoint(target)
+            with Progress("comparing", total) as progress:
+                groups = compare_values(read, AsHuggingFace(written, names), names, progress.advance)
+            rounded = dtype not in (None, "float32") and set(folder.dtypes.values()) != {
+                getattr(torch, dtype)
+            }
+            logits = compare_logits(source, read, written, model_of(settings), rounded=rounded)
+            verdict = dataclasses.replace(verdict, groups=groups, logits=logits)
+        return _completed(staging, verdict)
+
+
+def megatron_to_hf(
+    source: Path,
+    destination: Path,
+    *,
+    dtype: str | None,
+    max_shard_size: str,
+    fused_experts: bool | None,
+    hf_config: Path | None,
+    verify: bool,
+    say: Callable[[str], None],
+) -> Verdict:
+    """Make a Hugging Face folder of a checkpoint.
+
+    Args:
+        source: a run, its checkpoints folder, an `iter_*` folder or a converted folder.
+        destination: a folder that is not there yet, or is empty.
+        dtype: type of the weights, by its name in torch; theirs if None.
+        max_shard_size: of one file, such as `5GB`.
+        fused_experts: whether a layer's experts are one tensor; as in their origin if None.
+        hf_config: a folder with the model's config.json; found out if None.
+        verify: read back what was written, and compare values and logits.
+        say: prints a line.
+
+    Raises:
+        InputError: the source, the destination or the disk is not fit for it.
+
+    """
+    max_shard_bytes = size_in_bytes(max_shard_size)
+    checkpoint = checkpoint_of(source)
+    if verify:
+        _check_contents(checkpoint)
+    export = open_export(checkpoint, dtype=dtype, fused_experts=fused_experts, hf_config=hf_config)
+    wanted, names, origin = export.weights, export.names, export.origin
+    total = total_size(wanted)
+    plan = {
+        "source": {str(checkpoint.resolve()): fingerprint(checkpoint)},
+        "dtype": dtype,
+        "layout": [max_shard_bytes, origin.fused_experts if fused_experts is None else fused_experts],
+    }
+    with Staging(destination, plan, say) as staging, staging.on_full_disk():
+        staging.check_space(total + sum(path.stat().st_size for path in origin.files.values()))
+        with Progress("writing", total) as progress:
+            export.write(
+                staging.folder,
+                max_shard_bytes=max_shard_bytes,
+                finished=staging.finished,
+                finish=staging.record,
+                advance=progress.advance,
+            )
+        rows, vocab = names.megatron_shapes[EMBEDDING][0], export.settings["vocab_size"]
+        verdict = Verdict(
+            folder=staging.folder,
+            read=len(names.megatron_shapes),
+            written=len(wanted.shapes),
+            dtype=main_type(wanted),
+            padding=f"{rows - vocab} rows taken off {rows}" if rows > vocab else "none",
+            notes=origin.notes,
+        )
+        if verify:
+            written = HuggingFaceFolder(staging.folder)
+            with Progress("comparing", total) as progress:
+                groups = compare_values(wanted, written, names, progress.advance)
+            logits = compare_logits(staging.folder, written, export.held, model_of(export.settings))
+            verdict = dataclasses.replace(verdict, groups=groups, logits=logits)
+        return _completed(staging, verdict)
+
+
+def _completed(staging: Staging, verdict: Verdict) -> Verdict:
+    """Give the folder its name, unless something is wrong."""
+    if not verdict.passed:
+        return verdict
+    staging.complete()
+    return dataclasses.replace(verdict, folder=staging.final)
+
+
+def _reading_order(folder: HuggingFaceFolder, names: WeightMap) -> Callable[[Box], Any]:
+    """Sort boxes by where in the folder their first numbers are; those of padding alone come last."""
+
+    def place(box: Box) -> Any:
+        block = next(names.megatron.blocks_in(box.name, box.offset, box.shape), None)
+        if block is None:
+            return (1, "", box.name, box.offset)
+        return (0, folder.file_of[block.hf].name, block.hf, block.hf_offset, box.offset)
+
+    return place
+
+
+def _write_beside(
+    target: Path,
+    folder: HuggingFaceFolder,
+    settings: Mapping[str, Any],
+    dtype: str | None,
+    sums: Mapping[str, tuple[int, str]],
+) -> None:
+    """Write what makes shards a checkpoint of ours, and what runs that start from it want beside it."""
+    root = target.parent
+    keep_origin_of(folder, root, dtype=dtype)
+    section = yaml.safe_dump({"model": dict(settings)}, sort_keys=False, allow_unicode=True)
+    (root / MODEL_YAML).write_text(section, encoding="utf-8")
+    state = {"format_version": FORMAT_VERSION, "iteration": 0, "config": {"model": dict(settings)}}
+    write_atomically(target / RUN_STATE, json.dumps(state))
+    rest = {name: checksum(target / name) for name in files_of(target) if name not in sums}
+    write_atomically(target / CHECKSUMS, checksums_text({**sums, **rest}))
+    write_atomically(root / TRACKER, "0")
+
+
+def checkpoint_of(source: Path) -> Path:
+    """Return the `iter_*` folder that is meant.
+
+    Raises:
+        InputError: none, or one that is damaged.
+
+    """
+    if (source / ".metadata").is_file():
+        try:
+            check_sizes(source, read_checksums(source))
+            read_run_state(source)
+        except Damaged as damage:
+            raise InputError(f"{source} is damaged: {damage}; give another checkpoint") from None
+        return source
+    for directory in (source, source / "checkpoints"):
+        if restore_point.has_checkpoint(directory):
+            return restore_point.exact(restore_point.newest_good(directory))
+    what = "holds no checkpoint" if source.is_dir() else "is no folder"
+    raise InputError(
+        f"{source} {what}; give a run, its checkpoints folder, one iter_* folder or what hf-to-megatron made"
+    )
+
+
+def _check_contents(checkpoint: Path) -> None:
+    """Read a checkpoint against its checksums: what is made of it would be as wrong, and compare as equal."""
+    sums = read_checksums(checkpoint)
+    try:
+        with Progress("checking", sum(size for size, _ in sums.values())) as progress:
+            for name, (size, _) in sums.items():
+                check_contents(checkpoint, sums, [name])
+                progress.advance(size)
+    except Damaged as damage:
+        raise InputError(f"{checkpoint} is damaged: {damage}; give another checkpoint") from None
