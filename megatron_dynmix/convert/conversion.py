@@ -31,6 +31,7 @@ from megatron_dynmix.checkpoint.folder import (
     read_checksums,
 )
 from megatron_dynmix.checkpoint.run_state import FORMAT_VERSION, RUN_STATE, Damaged, read_run_state
+from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.config.presets import complete_model
 from megatron_dynmix.convert.export_hf import EMBEDDING, open_export
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, carried_files
@@ -43,7 +44,6 @@ from megatron_dynmix.convert.tensors import (
     AsMegatron,
     Box,
     Cast,
-    Tensors,
     main_type,
     total_size,
 )

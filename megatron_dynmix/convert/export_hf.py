@@ -17,6 +17,7 @@ import torch
 
 from megatron_dynmix.checkpoint.folder import folder_of, set_aside
 from megatron_dynmix.checkpoint.run_state import read_run_state
+from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict
 from megatron_dynmix.convert.families import weight_map
@@ -24,7 +25,7 @@ from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, copy_files
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.origin import CONFIG, CONVERSION, CONVERTED, Origin, keep_origin_of, origin_of
 from megatron_dynmix.convert.staging import partial_of
-from megatron_dynmix.convert.tensors import AsHuggingFace, Cast, Tensors, main_type
+from megatron_dynmix.convert.tensors import AsHuggingFace, Cast, main_type
 from megatron_dynmix.convert.to_hugging_face import size_in_bytes, write_weights
 from megatron_dynmix.convert.weight_map import WeightMap
 from megatron_dynmix.errors import InputError, TrainingStopped

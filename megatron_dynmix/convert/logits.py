@@ -1,13 +1,8 @@
-"""A model small enough to be run: all layers of a large one, or the first, a middle and the last.
-
-The same layers are taken on both sides, renumbered, so that embedding, layers and output layer of a model
-that does not fit in memory can still be compared. Axes: L layers.
-
-Whether a converted model answers as the one it was made from: logits on fixed tokens, in float32.
+"""Whether a converted model answers as the one it was made from: logits on fixed tokens, in float32.
 
 The reference is `transformers`, which reads the Hugging Face folder by itself where it runs the whole model
-and weights were not rounded; the other side is our GPT with the weights of the checkpoint. Axes: B rows,
-S positions, V vocabulary.
+and weights were not rounded; the other side is our GPT with the weights of the checkpoint. Of a model too
+large for that, both run the same few layers, renumbered. Axes: B rows, S positions, V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -33,16 +28,24 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron_dynmix import platform
 from megatron_dynmix.checkpoint.tensors import Tensors, own_slices
 from megatron_dynmix.config import RunConfig
-from megatron_dynmix.config.megatron import STAGE_SETTINGS, moe_layers, transformer_config
+from megatron_dynmix.config.megatron import STAGE_SETTINGS, transformer_config
 from megatron_dynmix.config.run_config import ModelConfig
+from megatron_dynmix.convert.weight_map import moe_layers
 from megatron_dynmix.model.gpt import build_gpt
 
-HF_LAYER = re.compile(r"(?P<before>(?:.*\.)?layers\.)(?P<layer>\d+)(?P<after>\..*)")
-STACKED, APART = "decoder.layers.", re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<name>.*)")
+WHOLE_UP_TO = 2_000_000_000
+"""Parameters of a model that is compared as a whole."""
+ROWS, POSITIONS = 4, 64
+TOLERANCE = 1e-4
+"""Largest difference of two logits, of their standard deviation. Other orders of adding in float32 give some
+1e-6 in a few layers and 1e-5 in many; two experts or projections in each other's place give 1e-2 and more."""
 FLOAT_BYTES = 4
 HEADROOM = 2.25
 """Memory that a model takes while it is loaded and run, of its weights in float32; measured: 1.9 to 2.2."""
-NOT_LEARNT: Mapping[str, Any] = {
+TIMEOUT_MINUTES = 10.0
+HF_LAYER = re.compile(r"(?P<before>(?:.*\.)?layers\.)(?P<layer>\d+)(?P<after>\..*)")
+STACKED, APART = "decoder.layers.", re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<name>.*)")
+NOT_LEARNED: Mapping[str, Any] = {
     # nothing of what a model answers follows from these but whether tokens are dropped or noise is added
     "moe_expert_capacity_factor": None,
     "moe_pad_expert_input_to_capacity": False,
@@ -56,132 +59,8 @@ NOT_LEARNT: Mapping[str, Any] = {
     "recompute_granularity": None,
     "fp8": None,
     "fp4": None,
-    # every weight is read
-    "perform_initialization": False,
 }
 """Settings that say how a model is trained, not what it is, and what they are for a comparison."""
-
-
-def choose_layers(shapes: Mapping[str, tuple[int, ...]], *, limit: int, memory: int) -> tuple[int, ...]:
-    """Which layers are run.
-
-    Args:
-        shapes: of the Hugging Face tensors, by name.
-        limit: parameters of a model that is run as a whole.
-        memory: bytes that are free.
-
-    Returns:
-        Their numbers, from 0: all of them; of a model with more parameters the first, the middle and the
-        last; fewer of those if there is no memory for them; none if there is not even for one.
-
-    """
-    fixed, layer_L = 0, dict[int, int]()
-    for name, shape in shapes.items():
-        if match := HF_LAYER.fullmatch(name):
-            number = int(match["layer"])
-            layer_L[number] = layer_L.get(number, 0) + math.prod(shape)
-        else:
-            fixed += math.prod(shape)
-    every, last = tuple(sorted(layer_L)), max(layer_L)
-    candidates = [tuple(sorted({0, last // 2, last})), tuple(sorted({0, last})), (last,)]
-    if fixed + sum(layer_L.values()) <= limit:
-        candidates.insert(0, every)
-    for layers in candidates:
-        parameters = fixed + sum(layer_L[layer] for layer in layers)
-        if parameters * FLOAT_BYTES * HEADROOM <= memory:
-            return layers
-    return ()
-
-
-def cut_config(config: Any, layers: Sequence[int]) -> Any:
-    """Settings of a `transformers` model that has some of another's layers.
-
-    Args:
-        config: a `PretrainedConfig`.
-        layers: numbers of the layers that it keeps.
-
-    """
-    cut, total = copy.deepcopy(config), config.num_hidden_layers
-    for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == total and name.endswith("layer_types"):
-            setattr(cut, name, [value[layer] for layer in layers])
-    step = getattr(config, "decoder_sparse_step", None)
-    if step is not None:
-        without = set(getattr(config, "mlp_only_layers", None) or ())
-        dense = [layer in without or (layer + 1) % step != 0 for layer in layers]
-        cut.mlp_only_layers = [number for number, is_dense in enumerate(dense) if is_dense]
-        cut.decoder_sparse_step = 1
-    if getattr(config, "first_k_dense_replace", None) is not None:
-        cut.first_k_dense_replace = sum(layer < config.first_k_dense_replace for layer in layers)
-    cut.num_hidden_layers = len(layers)
-    return cut
-
-
-def cut_weights(folder: Tensors, layers: Sequence[int]) -> dict[str, torch.Tensor]:
-    """The weights of those layers, renumbered, and of what is outside all layers."""
-    weights = {}
-    for name, shape in folder.shapes.items():
-        new_name = name
-        if match := HF_LAYER.fullmatch(name):
-            layer = int(match["layer"])
-            if layer not in layers:
-                continue
-            new_name = f"{match['before']}{layers.index(layer)}{match['after']}"
-        weights[new_name] = folder.read(name, (0,) * len(shape), shape)
-    return weights
-
-
-def cut_model(model: ModelConfig, layers: Sequence[int]) -> RunConfig:
-    """Our settings of the model with those layers: on one rank, in float32, its vocabulary not padded."""
-    settings = {name: value for name, value in model.megatron.items() if name not in STAGE_SETTINGS}
-    frequency = settings.get("moe_layer_freq", 1)
-    if frequency != 1:  # layers that differ; a list keeps the names that such layers have in checkpoints
-        moe = moe_layers(transformer_config(RunConfig(model=dataclasses.replace(model, megatron=settings))))
-        settings["moe_layer_freq"] = [int(layer in moe) for layer in layers]
-    settings.update({name: value for name, value in NOT_LEARNT.items() if name in settings})
-    settings.update(num_layers=len(layers), perform_initialization=False)
-    return RunConfig(model=dataclasses.replace(model, make_vocab_size_divisible_by=1, megatron=settings))
-
-
-def build_cut(model: ModelConfig, checkpoint: Tensors, layers: Sequence[int]) -> GPTModel:
-    """Our GPT with some of a checkpoint's layers, in evaluation mode.
-
-    Process groups must be there, for one rank. Transformer Engine is not used: it multiplies matrices of
-    float32 in TF32.
-
-    Raises:
-        KeyError: a tensor that the model has and the checkpoint has not.
-        ValueError: one that is too small.
-
-    """
-    config = cut_model(model, layers)
-    gpt = build_gpt(config, transformer_config(config), transformer_engine=False)
-    with torch.no_grad():
-        for tensor in own_slices([gpt]):
-            tensor.data.copy_(_read(checkpoint, tensor, layers))
-    return gpt.eval()
-
-
-def _read(checkpoint: Tensors, tensor: ShardedTensor, layers: Sequence[int]) -> torch.Tensor:
-    name, offset = tensor.key, tensor.global_offset
-    if match := APART.fullmatch(name):
-        name = f"{STACKED}{layers[int(match['layer'])]}.{match['name']}"
-    elif name.startswith(STACKED):
-        offset = (layers[offset[0]], *offset[1:])
-    shape = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
-    there = checkpoint.shapes[name]
-    if any(start + size > length for start, size, length in zip(offset, shape, there, strict=True)):
-        raise ValueError(f"{name} is {list(there)}, too small for {list(shape)} at {list(offset)}")
-    return checkpoint.read(name, offset, shape).reshape(tensor.local_shape)
-
-
-WHOLE_UP_TO = 2_000_000_000
-"""Parameters of a model that is compared as a whole."""
-ROWS, POSITIONS = 4, 64
-TOLERANCE = 1e-4
-"""Largest difference of two logits, of their standard deviation. Other orders of adding in float32 give some
-1e-6 in a few layers and 1e-5 in many; two experts or projections in each other's place give 1e-2 and more."""
-TIMEOUT_MINUTES = 10.0
 
 
 class NotCompared(Exception):
@@ -223,7 +102,7 @@ class LogitsVerdict:
         return self.max_difference is not None
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return one line for people."""
         if not self.compared:
             return f"logits not compared: {self.why_not}" if self.passed else f"FAILED: {self.why_not}"
         which = "all" if len(self.layers) == self.num_layers else ", ".join(map(str, self.layers)) + " of the"
@@ -248,8 +127,7 @@ def compare_logits(
 ) -> LogitsVerdict:
     """Run both models on the same tokens, one after the other, and compare.
 
-    A model of more than `limit` parameters is represented by its first, its middle and its last layer, with
-    embedding and output layer.
+    Whatever goes wrong on the way is a reason in the verdict.
 
     Args:
         hf_folder: the Hugging Face model; none of its own code is run.
@@ -258,17 +136,22 @@ def compare_logits(
             then given these, and reads nothing by itself.
         checkpoint: the tensors of the Megatron checkpoint.
         model: what the checkpoint is a model of.
-        limit: parameters of a model that is run as a whole.
+        limit: parameters of a model that is run as a whole; a larger one is represented by its first, its
+            middle and its last layer, with embedding and output layer.
         memory: bytes that may be used; what is free if not given.
-
-    Returns:
-        The verdict; whatever goes wrong on the way is a reason in it.
 
     """
     found: dict[str, Any] = {}
     try:
         config = _reference_config(hf_folder)
-        _check_sizes(config, model)
+        for what, there, here in (
+            ("tokens", config.vocab_size, model.vocab_size),
+            ("layers", config.num_hidden_layers, model.megatron["num_layers"]),
+        ):
+            if there != here:
+                raise Different(
+                    f"the model has {there} {what} by its config.json and {here} in the checkpoint"
+                )
         device = platform.start().device
         free = _free_bytes(device) if memory is None else memory
         layers = choose_layers(weights.shapes, limit=limit, memory=free)
@@ -278,11 +161,12 @@ def compare_logits(
                 "memory that are free; compare on a larger machine"
             )
         found = {"layers": layers, "num_layers": config.num_hidden_layers, "rounded": rounded}
-        tokens_BS = fixed_tokens(config.vocab_size, int(config.max_position_embeddings))
+        tokens_BS = fixed_tokens(config.vocab_size, int(config.max_position_embeddings)).to(device)
         itself = len(layers) == config.num_hidden_layers and not rounded
-        given = None if itself else cut_weights(weights, layers)
-        reference_BSV = _reference_logits(hf_folder, given, config, layers, tokens_BS.to(device))
-        ours_BSV, reached = _our_logits(checkpoint, model, layers, tokens_BS.to(device))
+        given = None if itself else _cut_weights(weights, layers)
+        reference_BSV = _reference_logits(hf_folder, config, given, layers, tokens_BS)
+        del given
+        ours_BSV, reached = _our_logits(checkpoint, model, layers, tokens_BS)
         return _verdict(reference_BSV, ours_BSV, {**found, "experts_reached": reached})
     except NotCompared as why:
         return LogitsVerdict(passed=True, why_not=str(why), **found)
@@ -290,111 +174,41 @@ def compare_logits(
         return LogitsVerdict(passed=False, why_not=str(why), **found)
 
 
+def choose_layers(shapes: Mapping[str, tuple[int, ...]], *, limit: int, memory: int) -> tuple[int, ...]:
+    """Return the numbers, from 0, of the layers that are run; none if there is no memory for even one.
+
+    Args:
+        shapes: of the Hugging Face tensors, by name.
+        limit: parameters of a model that is run as a whole; of a larger one the first, the middle and the
+            last layer are, or fewer of those if there is no memory for them.
+        memory: bytes that are free.
+
+    """
+    fixed, layer_L = 0, dict[int, int]()
+    for name, shape in shapes.items():
+        if match := HF_LAYER.fullmatch(name):
+            number = int(match["layer"])
+            layer_L[number] = layer_L.get(number, 0) + math.prod(shape)
+        else:
+            fixed += math.prod(shape)
+    every, last = tuple(sorted(layer_L)), max(layer_L)
+    candidates = [tuple(sorted({0, last // 2, last})), tuple(sorted({0, last})), (last,)]
+    if fixed + sum(layer_L.values()) <= limit:
+        candidates.insert(0, every)
+    for layers in candidates:
+        parameters = fixed + sum(layer_L[layer] for layer in layers)
+        if parameters * FLOAT_BYTES * HEADROOM <= memory:
+            return layers
+    return ()
+
+
 def fixed_tokens(vocab_size: int, max_positions: int) -> torch.Tensor:
-    """`[B, S]`: drawn once and for all from the whole vocabulary, its first and last token among them."""
+    """Draw `[B, S]` from the whole vocabulary, the same every time, its first and last token among them."""
     generator = torch.Generator().manual_seed(20240617)
     positions = min(POSITIONS, max_positions)
     tokens_BS = torch.randint(vocab_size, (ROWS, positions), generator=generator)
     tokens_BS[0, 0], tokens_BS[-1, 0] = 0, vocab_size - 1
     return tokens_BS
-
-
-def _reference_config(hf_folder: Path) -> Any:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
-    from transformers import __version__ as version
-
-    kind = PretrainedConfig.get_config_dict(hf_folder, local_files_only=True)[0].get("model_type")
-    try:
-        config = AutoConfig.from_pretrained(hf_folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # other people's code reads a file: whatever it says is a reason
-        from transformers import CONFIG_MAPPING
-
-        if kind not in CONFIG_MAPPING:
-            raise NotCompared(
-                f"transformers {version} has no model of type {kind}, and code of the folder is not run"
-            ) from None
-        raise Different(f"transformers {version} cannot read config.json: {_first_line(error)}") from None
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise NotCompared(f"transformers {version} has no language model of type {kind}")
-    return config
-
-
-def _check_sizes(config: Any, model: ModelConfig) -> None:
-    for what, there, here in (
-        ("tokens", config.vocab_size, model.vocab_size),
-        ("layers", config.num_hidden_layers, model.megatron["num_layers"]),
-    ):
-        if there != here:
-            raise Different(f"the model has {there} {what} by its config.json and {here} in the checkpoint")
-
-
-def _reference_logits(
-    hf_folder: Path,
-    given: dict[str, torch.Tensor] | None,
-    config: Any,
-    layers: tuple[int, ...],
-    tokens_BS: torch.Tensor,
-) -> torch.Tensor:
-    """`[B, S, V]` of `transformers`, on the CPU, with the weights given or, if none are, those it reads."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-    from transformers.utils import logging as hf_logging
-
-    config.dtype = torch.float32  # or it would compute in the type that the folder is in
-    weights_bar = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    try:
-        if given is None:
-            model, said = kind.from_pretrained(
-                hf_folder,
-                config=config,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        else:
-            cut = cut_config(config, layers)
-            model, said = kind.from_pretrained(None, config=cut, state_dict=given, output_loading_info=True)
-        if said["missing_keys"]:
-            raise Different(
-                f"transformers misses {', '.join(sorted(said['missing_keys'])[:3])} in {hf_folder}"
-            )
-        if hasattr(
-            model, "set_experts_implementation"
-        ):  # its default asks for widths that divide by 16 bytes
-            model.set_experts_implementation("eager")
-        with torch.no_grad():
-            logits_BSV = model.float().eval().to(tokens_BS.device)(tokens_BS, use_cache=False).logits
-    except Different:
-        raise
-    except Exception as error:  # as above
-        raise Different(f"transformers cannot run {hf_folder}: {_first_line(error)}") from None
-    finally:
-        if weights_bar:
-            hf_logging.enable_progress_bar()
-    return logits_BSV.float().cpu()
-
-
-def _our_logits(
-    checkpoint: Tensors, model: ModelConfig, layers: tuple[int, ...], tokens_BS: torch.Tensor
-) -> tuple[torch.Tensor, float]:
-    """`[B, S, V]` of our GPT, on the CPU, and the share of its experts that the tokens went to."""
-    gc.collect()  # the reference, which holds cycles, before the next model
-    positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-    with one_rank(), torch.no_grad():
-        try:
-            gpt = build_cut(model, checkpoint, layers).to(tokens_BS.device)
-        except KeyError as error:
-            raise Different(f"the checkpoint has no {error}") from None
-        except ValueError as error:
-            raise Different(f"the checkpoint does not fit the model: {error}") from None
-        reached: list[torch.Tensor] = []
-        for module in gpt.modules():
-            if isinstance(module, TopKRouter):
-                module.register_forward_hook(lambda _, given, chosen: reached.append(chosen[1].any(dim=0)))
-        logits_BSV: torch.Tensor = gpt(tokens_BS, positions_BS, None)
-    share = float(torch.cat(reached).float().mean()) if reached else 1.0
-    return logits_BSV.float().cpu(), share
 
 
 def _verdict(reference_BSV: torch.Tensor, ours_BSV: torch.Tensor, found: dict[str, Any]) -> LogitsVerdict:
@@ -414,9 +228,167 @@ def _verdict(reference_BSV: torch.Tensor, ours_BSV: torch.Tensor, found: dict[st
     )
 
 
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _reference_config(hf_folder: Path) -> Any:
+    """Return the `PretrainedConfig` of a folder whose language model `transformers` has."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+    from transformers import __version__ as version
+
+    kind = PretrainedConfig.get_config_dict(hf_folder, local_files_only=True)[0].get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise NotCompared(
+            f"transformers {version} has no model of type {kind}, and code of the folder is not run"
+        )
+    try:
+        config = AutoConfig.from_pretrained(hf_folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # other people's code reads a file: whatever it says is a reason
+        raise Different(f"transformers {version} cannot read config.json: {_first_line(error)}") from None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise NotCompared(f"transformers {version} has no language model of type {kind}")
+    return config
+
+
+def _reference_logits(
+    hf_folder: Path,
+    config: Any,
+    given: dict[str, torch.Tensor] | None,
+    layers: tuple[int, ...],
+    tokens_BS: torch.Tensor,
+) -> torch.Tensor:
+    """Return `[B, S, V]` of `transformers`, on the CPU, with the weights given or else those it reads."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.utils import logging as hf_logging
+
+    config.dtype = torch.float32  # or it would compute in the type that the folder is in
+    options = {"config": config, "local_files_only": True, "use_safetensors": True}
+    if given is not None:
+        options = {"config": _cut_config(config, layers), "state_dict": given}
+    weights_bar = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        model, said = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            hf_folder if given is None else None, output_loading_info=True, **options
+        )
+        if missing := sorted(said["missing_keys"])[:3]:
+            raise Different(f"transformers misses {', '.join(missing)} in {hf_folder}")
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # its default asks for widths that divide by 16 bytes
+        with torch.no_grad():
+            logits_BSV = model.float().eval().to(tokens_BS.device)(tokens_BS, use_cache=False).logits
+    except Different:
+        raise
+    except Exception as error:  # as above
+        raise Different(f"transformers cannot run {hf_folder}: {_first_line(error)}") from None
+    finally:
+        if weights_bar:
+            hf_logging.enable_progress_bar()
+    return logits_BSV.float().cpu()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _cut_config(config: Any, layers: Sequence[int]) -> Any:
+    """Return the `PretrainedConfig` of a model that has some of another's layers."""
+    cut, total = copy.deepcopy(config), config.num_hidden_layers
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == total and name.endswith("layer_types"):
+            setattr(cut, name, [value[layer] for layer in layers])
+    step = getattr(config, "decoder_sparse_step", None)
+    if step is not None:
+        without = set(getattr(config, "mlp_only_layers", None) or ())
+        dense = [layer in without or (layer + 1) % step != 0 for layer in layers]
+        cut.mlp_only_layers = [number for number, is_dense in enumerate(dense) if is_dense]
+        cut.decoder_sparse_step = 1
+    if getattr(config, "first_k_dense_replace", None) is not None:
+        cut.first_k_dense_replace = sum(layer < config.first_k_dense_replace for layer in layers)
+    cut.num_hidden_layers = len(layers)
+    return cut
+
+
+def _cut_weights(folder: Tensors, layers: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Read the weights of those layers, renumbered, and of what is outside all layers."""
+    weights = {}
+    for name, shape in folder.shapes.items():
+        new_name = name
+        if match := HF_LAYER.fullmatch(name):
+            layer = int(match["layer"])
+            if layer not in layers:
+                continue
+            new_name = f"{match['before']}{layers.index(layer)}{match['after']}"
+        weights[new_name] = folder.read(name, (0,) * len(shape), shape)
+    return weights
+
+
+def _our_logits(
+    checkpoint: Tensors, model: ModelConfig, layers: tuple[int, ...], tokens_BS: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """Return `[B, S, V]` of our GPT, on the CPU, and the share of its experts that the tokens went to."""
+    gc.collect()  # the reference, which holds cycles, before the next model
+    positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+    with one_rank(), torch.no_grad():
+        try:
+            gpt = _build_cut(model, checkpoint, layers).to(tokens_BS.device)
+        except KeyError as error:
+            raise Different(f"the checkpoint has no {error}") from None
+        except ValueError as error:
+            raise Different(f"the checkpoint does not fit the model: {error}") from None
+        reached: list[torch.Tensor] = []
+        for module in gpt.modules():
+            if isinstance(module, TopKRouter):
+                module.register_forward_hook(lambda _, given, chosen: reached.append(chosen[1].any(dim=0)))
+        logits_BSV: torch.Tensor = gpt(tokens_BS, positions_BS, None)
+    share = float(torch.cat(reached).float().mean()) if reached else 1.0
+    return logits_BSV.float().cpu(), share
+
+
+def _build_cut(model: ModelConfig, checkpoint: Tensors, layers: Sequence[int]) -> GPTModel:
+    """Build our GPT with some of a checkpoint's layers: on one rank, in float32, its vocabulary not padded.
+
+    Transformer Engine is not used: it multiplies matrices of float32 in TF32.
+
+    Raises:
+        KeyError: a tensor that the model has and the checkpoint has not.
+        ValueError: one that is too small.
+
+    """
+    settings = {name: value for name, value in model.megatron.items() if name not in STAGE_SETTINGS}
+    if settings.get("moe_layer_freq", 1) != 1:
+        # layers that differ; a list keeps the names that such layers have in checkpoints
+        is_moe_L = moe_layers(settings)
+        settings["moe_layer_freq"] = [int(is_moe_L[layer]) for layer in layers]
+    settings |= {name: value for name, value in NOT_LEARNED.items() if name in settings}
+    settings |= {"num_layers": len(layers), "perform_initialization": False}
+    config = RunConfig(model=dataclasses.replace(model, make_vocab_size_divisible_by=1, megatron=settings))
+    gpt = build_gpt(config, transformer_config(config), transformer_engine=False)
+    for tensor in own_slices([gpt]):
+        tensor.data.copy_(_read(checkpoint, tensor, layers))
+    return gpt.eval()
+
+
+def _read(checkpoint: Tensors, tensor: ShardedTensor, layers: Sequence[int]) -> torch.Tensor:
+    """Read what a tensor of the model with those layers holds."""
+    name, offset = tensor.key, tensor.global_offset
+    if match := APART.fullmatch(name):
+        name = f"{STACKED}{layers[int(match['layer'])]}.{match['name']}"
+    elif name.startswith(STACKED):
+        offset = (layers[offset[0]], *offset[1:])
+    shape = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
+    there = checkpoint.shapes[name]
+    if any(start + size > length for start, size, length in zip(offset, shape, there, strict=True)):
+        raise ValueError(f"{name} is {list(there)}, too small for {list(shape)} at {list(offset)}")
+    return checkpoint.read(name, offset, shape).reshape(tensor.local_shape)
+
+
 @contextlib.contextmanager
 def one_rank() -> Iterator[None]:
-    """Megatron-Core's process groups for a model on one rank; those made here are gone again afterwards."""
+    """Give a model on one rank Megatron-Core's process groups; those made here are gone again afterwards."""
     had_job = torch.distributed.is_initialized()
     platform.init_process_group(TIMEOUT_MINUTES)
     had_groups = parallel_state.model_parallel_is_initialized()
@@ -431,13 +403,3 @@ def one_rank() -> Iterator[None]:
             parallel_state.destroy_model_parallel()
         if not had_job:
             torch.distributed.destroy_process_group()
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.convert.hf_folder import DTYPES, INDEX, SINGLE
-from megatron_dynmix.convert.tensors import Tensors, boxes_of, size_of, total_size
+from megatron_dynmix.convert.tensors import boxes_of, size_of, total_size
 from megatron_dynmix.errors import InputError
 
 HEADER_ALIGNMENT = 8

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.convert.logits import LogitsVerdict
-from megatron_dynmix.convert.tensors import Box, Tensors, boxes_of, size_of
+from megatron_dynmix.convert.tensors import Box, boxes_of, size_of
 from megatron_dynmix.convert.weight_map import WeightMap
 from megatron_dynmix.files import sha256
 
