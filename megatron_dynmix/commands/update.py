@@ -89,8 +89,8 @@ def update_once(
     return {
         "weights": named(decision.weights_D),
         "delta": named(decision.proposal.delta_D),
-        "note": decision.note,
-        "events": list(decision.events),
+        "note": "; ".join(note.text for note in decision.notes) or None,
+        "events": [event.text for event in decision.events],
         "shadow": {label: named(shadow.weights_D) for label, shadow in decision.shadow.items()},
     }
 

@@ -8,7 +8,7 @@ Axes: D sources.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from megatron_dynmix.mixing.last_known import (
     waits,
 )
 from megatron_dynmix.mixing.override import Override
-from megatron_dynmix.mixing.strategy import Proposal, Signal, Strategy
+from megatron_dynmix.mixing.strategy import Proposal, Remark, Signal, Strategy
 from megatron_dynmix.mixing.weights import check_weights
 
 
@@ -72,26 +72,115 @@ class Course:
     def _kept(self, weights_D: NDArray[np.float64]) -> Proposal:
         return Proposal(weights_D=weights_D, delta_D=np.zeros(len(weights_D)), state=self.state)
 
-    def state_dict(self) -> dict[str, Any]:
-        """In JSON types; loading it gives the same bits back."""
+    def to_json(self) -> dict[str, Any]:
+        """Return it in JSON types; reading it gives the same bits back."""
         return {
             "weights": self.weights_D.tolist(),
             "first_weights": self.first_D.tolist(),
             "strategy": self.state,
         }
 
-    def loaded(self, state: Mapping[str, Any]) -> "Course":
-        """The course that a `state_dict` holds.
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], num_sources: int) -> "Course":
+        """Read what `to_json` gave.
 
         Raises:
-            ValueError: its weights are no shares of as many sources.
+            ValueError: the weights are no shares of so many sources.
 
         """
+        return cls(
+            check_weights(record["weights"], num_sources),
+            check_weights(record["first_weights"], num_sources),
+            record["strategy"],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ControllerState:
+    """All that the next update depends on.
+
+    Attributes:
+        sources: D names.
+        course: where the strategy stands.
+        shadows: where each strategy stands that only watches, by its label.
+        known: what was last measured of each source.
+        before_pause: shares that paused sources will come back with, in the order of their pauses.
+
+    """
+
+    sources: tuple[str, ...]
+    course: Course
+    shadows: Mapping[str, Course]
+    known: LastKnown
+    before_pause: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def beginning(
+        cls, sources: Sequence[str], weights_D: ArrayLike, shadows: Iterable[str]
+    ) -> "ControllerState":
+        """Return the state of a run that has these weights, and has measured nothing.
+
+        Raises:
+            ValueError: the weights are no shares of the sources.
+
+        """
+        first_D = check_weights(weights_D, len(sources))
+        course = Course(first_D, first_D)
+        return cls(tuple(sources), course, dict.fromkeys(shadows, course), LastKnown.nothing(sources))
+
+    def at(self, weights_D: ArrayLike) -> "ControllerState":
+        """Return the same with other weights in force."""
+        weights_D = check_weights(weights_D, len(self.sources))
+        return replace(self, course=replace(self.course, weights_D=weights_D))
+
+    def with_new_strategy(self) -> "ControllerState":
+        """Return the same for another strategy: it begins at the weights in force, without memories."""
+        return replace(self, course=Course(self.course.weights_D, self.course.weights_D))
+
+    def with_sources(
+        self, sources: Sequence[str], unchanged_D: Sequence[int | None], weights_D: ArrayLike
+    ) -> "ControllerState":
+        """Return the state for other sources: strategies begin again, at weights given.
+
+        Args:
+            sources: names.
+            unchanged_D: which of the old sources each was, None where it is new or its rows changed; what is
+                known of these is forgotten.
+            weights_D: shares.
+
+        """
+        begin = ControllerState.beginning(sources, weights_D, ())
         return replace(
-            self,
-            weights_D=check_weights(np.array(state["weights"], dtype=np.float64), len(self.weights_D)),
-            first_D=check_weights(np.array(state["first_weights"], dtype=np.float64), len(self.weights_D)),
-            state=state["strategy"],
+            begin,
+            known=self.known.with_sources(sources, unchanged_D),
+            before_pause={name: share for name, share in self.before_pause.items() if name in sources},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it in JSON types; reading it gives the same bits back."""
+        return {
+            "sources": list(self.sources),
+            **self.course.to_json(),
+            **self.known.to_json(),
+            "before_pause": self.before_pause,
+            "shadows": {name: course.to_json() for name, course in self.shadows.items()},
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "ControllerState":
+        """Read what `to_json` gave.
+
+        Raises:
+            ValueError: values that cannot be a controller's.
+
+        """
+        sources = tuple(record["sources"])
+        return cls(
+            sources,
+            Course.from_json(record, len(sources)),
+            {name: Course.from_json(course, len(sources)) for name, course in record["shadows"].items()},
+            LastKnown.from_json(sources, record),
+            dict(record["before_pause"]),
         )
 
 
@@ -213,8 +302,8 @@ class Decision:
     Attributes:
         weights_D: the weights now in force.
         proposal: what the strategy wanted, before guardrails and override.
-        note: what a reader must know of this update, or None.
-        events: what guardrails and override did, one line each.
+        notes: what a reader must know about this update.
+        events: what guardrails and override changed.
         shadow: what each strategy that only watches would have in force; those that failed are missing.
         signal: the signal as the strategies saw it, last known values filled in; a source without any has
             counts of 0 and a loss of NaN.
@@ -223,8 +312,8 @@ class Decision:
 
     weights_D: NDArray[np.float64]
     proposal: Proposal
-    note: str | None
-    events: tuple[str, ...]
+    notes: tuple[Remark, ...]
+    events: tuple[Remark, ...]
     shadow: Mapping[str, Proposal]
     signal: Signal
 
@@ -257,21 +346,21 @@ class MixingController:
     ) -> None:
         if not sources or len(set(sources)) < len(sources):
             raise ValueError(f"sources {list(sources)} must be distinct names, at least one")
-        self.sources = tuple(sources)
         self.strategy = strategy
         self.guardrails = guardrails or Guardrails()
-        self.guardrails.check(len(self.sources))
+        self.guardrails.check(len(sources))
         self.shadows = dict(shadows or {})
-        first_D = check_weights(weights_D, len(self.sources))
-        self._course = Course(first_D, first_D)
-        self._shadow_courses = {name: self._course for name in self.shadows}
-        self._known = LastKnown.nothing(self.sources)
-        self._before_pause: dict[str, float] = {}
+        self.state = ControllerState.beginning(sources, weights_D, self.shadows)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """D names."""
+        return self.state.sources
 
     @property
     def weights_D(self) -> NDArray[np.float64]:
         """Current weights, summing to 1; a read-only array that no later update changes."""
-        return self._course.weights_D
+        return self.state.course.weights_D
 
     @property
     def updates(self) -> bool:
@@ -311,19 +400,25 @@ class MixingController:
             ValueError: as for `update`.
 
         """
-        proposal = self._course.start(self.strategy, signal)
+        proposal = self.state.course.start(self.strategy, signal)
         weights_D, events = self._guarded(
             replace(self.guardrails, max_kl_step=None), self.weights_D, proposal, signal, override
         )
         shadow, failed = self._ask_shadows(lambda course, strategy: course.start(strategy, signal))
-        for name, shadowed in shadow.items():
-            self._shadow_courses[name] = Course(shadowed.weights_D, shadowed.weights_D, shadowed.state)
-        self._before_pause = self._shares_before_pause(proposal.weights_D, override)
-        self._course = Course(weights_D, proposal.weights_D, proposal.state)
+        begun = {
+            name: Course(shadowed.weights_D, shadowed.weights_D, shadowed.state)
+            for name, shadowed in shadow.items()
+        }
+        self.state = replace(
+            self.state,
+            course=Course(weights_D, proposal.weights_D, proposal.state),
+            shadows={**self.state.shadows, **begun},
+            before_pause=self._shares_before_pause(proposal.weights_D, override),
+        )
         return Decision(
             weights_D=weights_D,
             proposal=proposal,
-            note="; ".join(failed) or None,
+            notes=failed,
             events=events,
             shadow=shadow,
             signal=signal,
@@ -348,7 +443,7 @@ class MixingController:
 
         """
         known, signal, unmeasured = self._fill(signal)
-        course = replace(self._course, weights_D=self._with_returned(override))
+        course = replace(self.state.course, weights_D=self._with_returned(override))
         with_halves, without = matched(signal)
         proposal = course.update(
             self.strategy,
@@ -365,16 +460,21 @@ class MixingController:
                 known=not waits(strategy, unmeasured),
             )
         )
-        for name, shadowed in shadow.items():
-            old = self._shadow_courses[name]
-            self._shadow_courses[name] = replace(old, weights_D=shadowed.weights_D, state=shadowed.state)
-        self._before_pause = self._shares_before_pause(course.weights_D, override)
-        self._course = replace(course, weights_D=weights_D, state=proposal.state)
-        self._known = known
+        moved = {
+            name: replace(self.state.shadows[name], weights_D=shadowed.weights_D, state=shadowed.state)
+            for name, shadowed in shadow.items()
+        }
+        self.state = replace(
+            self.state,
+            course=replace(course, weights_D=weights_D, state=proposal.state),
+            shadows={**self.state.shadows, **moved},
+            known=known,
+            before_pause=self._shares_before_pause(course.weights_D, override),
+        )
         return Decision(
             weights_D=weights_D,
             proposal=proposal,
-            note="; ".join([*self._notes(unmeasured), *failed]) or None,
+            notes=(*self._notes(unmeasured), *failed),
             events=events,
             shadow=shadow,
             signal=signal,
@@ -382,7 +482,7 @@ class MixingController:
 
     def _fill(self, signal: Signal) -> tuple[LastKnown, Signal, dict[str, Filled]]:
         """Last known values for what the interval did not bring, and who was not measured."""
-        known, unmeasured, needed = self._known, {}, self._needed()
+        known, unmeasured, needed = self.state.known, {}, self._needed()
         for what, fill in FILLS.items():
             if what not in needed:
                 continue
@@ -394,31 +494,37 @@ class MixingController:
                     raise
         return known, signal, unmeasured
 
-    def _notes(self, unmeasured: Mapping[str, Filled]) -> list[str]:
+    def _notes(self, unmeasured: Mapping[str, Filled]) -> list[Remark]:
         notes = []
         for what, filled in unmeasured.items():
             if what == HALVES and filled == unmeasured.get(TOKENS):
                 continue
             if filled.unknown:
-                kept = "weights" if waits(self.strategy, {what: filled}) else "shadow weights"
-                notes.append(f"{kept} kept: no {what} measured yet from {', '.join(filled.unknown)}")
+                text = f"kept: no {what} measured yet from {', '.join(filled.unknown)}"
+                waiting = waits(self.strategy, {what: filled})
+                notes.append(
+                    Remark("kept", f"weights {text}")
+                    if waiting
+                    else Remark("shadow_kept", f"shadow weights {text}")
+                )
             elif filled.stand_ins:
                 names = ", ".join(filled.stand_ins)
-                notes.append(f"no {what} in this interval, last known {STAND_INS[what]} used: {names}")
+                text = f"no {what} in this interval, last known {STAND_INS[what]} used: {names}"
+                notes.append(Remark("last_known", text))
         return notes
 
     def _ask_shadows(
         self, ask: Callable[[Course, Strategy], Proposal]
-    ) -> tuple[dict[str, Proposal], list[str]]:
-        """What the shadows would do, and which of them failed."""
+    ) -> tuple[dict[str, Proposal], tuple[Remark, ...]]:
+        """Return what the shadows would do, and which of them failed."""
         proposals: dict[str, Proposal] = {}
         failed = []
         for name, strategy in self.shadows.items():
             try:
-                proposals[name] = ask(self._shadow_courses[name], strategy)
+                proposals[name] = ask(self.state.shadows[name], strategy)
             except Exception as error:  # it may be a user's code, and must not stop the run
-                failed.append(f"shadow {name} failed: {error}")
-        return proposals, failed
+                failed.append(Remark("shadow_failed", f"shadow {name} failed: {error}"))
+        return proposals, tuple(failed)
 
     def _guarded(
         self,
@@ -427,12 +533,12 @@ class MixingController:
         proposal: Proposal,
         signal: Signal,
         override: Override | None,
-    ) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-        """Weights to adopt, and what was done to the proposal."""
+    ) -> tuple[NDArray[np.float64], tuple[Remark, ...]]:
+        """Return the weights to adopt, and what was done to the proposal."""
         if override and override.weights is not None:
             shares_D = [override.weights.get(name, 0.0) for name in self.sources]
             said = ", ".join(f"{name} {share:.4g}" for name, share in override.weights.items())
-            events = (f"override: weights set to {said}", *_pauses(override))
+            events = (Remark("override", f"override: weights set to {said}"), *_pauses(override))
             return check_weights(shares_D, len(self.sources)), events
         paused_D = np.array([override is not None and name in override.pause for name in self.sources])
         guarded = guardrails.apply(old_D, proposal.weights_D, signal, paused_D, self.sources)
@@ -442,7 +548,7 @@ class MixingController:
         """Weights in force, and in them the old shares of sources whose pause has ended."""
         weights_D = self.weights_D
         # Last paused, first back: this undoes the pauses exactly.
-        for name, share in reversed(self._before_pause.items()):
+        for name, share in reversed(list(self.state.before_pause.items())):
             if override is None or name not in override.pause:
                 weights_D = weights_D * (1 - share)
                 weights_D[self.sources.index(name)] = share
@@ -453,7 +559,7 @@ class MixingController:
     ) -> dict[str, float]:
         """What the sources that are paused now will come back with."""
         paused = override.pause if override else ()
-        lasting = {name: share for name, share in self._before_pause.items() if name in paused}
+        lasting = {name: share for name, share in self.state.before_pause.items() if name in paused}
         for name in paused:
             if name not in lasting:
                 index = self.sources.index(name)
@@ -461,47 +567,32 @@ class MixingController:
                 weights_D = weights_D / max(1 - weights_D[index], np.finfo(np.float64).tiny)
         return lasting
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that the next update depends on, in JSON types; loading it gives the same bits back."""
-        return {
-            "sources": list(self.sources),
-            **self._course.state_dict(),
-            **self._known.state_dict(),
-            "before_pause": self._before_pause,
-            "shadows": {name: course.state_dict() for name, course in self._shadow_courses.items()},
-        }
+    def resume(self, state: ControllerState) -> None:
+        """Go on from the state of a controller with the same sources in the same order.
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict` of a controller with the same sources in the same order.
-
-        A shadow that the saved mix did not have begins at the saved weights.
+        A shadow that it did not have begins at its weights.
 
         Raises:
-            ValueError: the sources differ (the differences are listed), or the saved values cannot be used.
-                The controller is then unchanged.
+            ValueError: the sources differ; the differences are listed. The controller is then unchanged.
 
         """
-        saved = list(state["sources"])
-        if saved != list(self.sources):
-            missing = [name for name in saved if name not in self.sources]
-            added = [name for name in self.sources if name not in saved]
+        if state.sources != self.sources:
+            saved, ours = list(state.sources), list(self.sources)
+            missing = [name for name in saved if name not in ours]
+            added = [name for name in ours if name not in saved]
             change = f"no longer there {missing}, new {added}" if missing or added else "the order changed"
             raise ValueError(
-                f"the saved mix has sources {saved}, this run has {list(self.sources)}: {change}; "
+                f"the saved mix has sources {saved}, this run has {ours}: {change}; "
                 "resume with the same sources in the same order"
             )
-        known, course = self._known.loaded(state), self._course.loaded(state)
-        new = Course(course.weights_D, course.weights_D)
-        shadows = {
-            name: new.loaded(state["shadows"][name]) if name in state["shadows"] else new
-            for name in self.shadows
-        }
-        self._known, self._course, self._shadow_courses = known, course, shadows
-        self._before_pause = dict(state["before_pause"])
+        new = Course(state.course.weights_D, state.course.weights_D)
+        self.state = replace(state, shadows={name: state.shadows.get(name, new) for name in self.shadows})
 
 
-def _pauses(override: Override | None) -> tuple[str, ...]:
-    return (f"override: {', '.join(override.pause)} paused",) if override and override.pause else ()
+def _pauses(override: Override | None) -> tuple[Remark, ...]:
+    if override is None or not override.pause:
+        return ()
+    return (Remark("override", f"override: {', '.join(override.pause)} paused"),)
 
 
 def _plain(values: ArrayLike | None) -> Any:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_dynmix.mixing.strategy import SourceError
+
 PUBLISHED_EXPERTS = 8
 """Experts per layer of the model for which the published step size was chosen."""
 CLOSE = 0.1
@@ -74,9 +76,7 @@ def cosine_distance(load_DE: NDArray[np.float64]) -> NDArray[np.float64]:
     """
     length_D = np.linalg.norm(load_DE, axis=-1)
     if (length_D == 0).any():
-        raise ValueError(
-            f"source {int(np.argmin(length_D))} (counted from 0) has a load of zeros: no direction"
-        )
+        raise SourceError([int(np.argmin(length_D))], "has a load of zeros: no direction")
     # For unit vectors 1 - cos = |u - v|^2 / 2. This form gives 0 for equal loads and keeps the digits
     # of close ones, which 1 - u.v loses.
     return l2_distance(load_DE / length_D[..., None]) ** 2 / 2

@@ -10,6 +10,8 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_dynmix.mixing.strategy import SourceError
+
 Counts = NDArray[np.int64] | NDArray[np.float64]
 
 
@@ -101,12 +103,10 @@ def _refuse(load_DKE: NDArray[np.float64]) -> NoReturn:
     """Name the first source whose counts are no load."""
     for dataset_id, load_KE in enumerate(load_DKE):
         if not np.isfinite(load_KE).all() or (load_KE < 0).any():
-            raise ValueError(
-                f"source {dataset_id} (counted from 0) has a negative, NaN or infinite expert load: "
-                f"{load_KE.tolist()}; loads are token counts"
+            raise SourceError(
+                [dataset_id],
+                f"has a negative, NaN or infinite expert load: {load_KE.tolist()}; loads are token counts",
             )
         if not load_KE.any(axis=1).all():
-            raise ValueError(
-                f"source {dataset_id} (counted from 0) has no routed tokens; measure it on some rows"
-            )
+            raise SourceError([dataset_id], "has no routed tokens; measure it on some rows")
     raise ValueError("the counts of a source are too large to be added")

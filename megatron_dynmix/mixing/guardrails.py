@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_dynmix.mixing.strategy import Signal
+from megatron_dynmix.mixing.strategy import Remark, Signal
 from megatron_dynmix.mixing.weights import check_weights, entropy, fit_shares, kl_divergence
 
 ROUNDING_ROWS = 1
@@ -46,7 +46,7 @@ class Guarded:
     """
 
     weights_D: NDArray[np.float64]
-    events: tuple[str, ...]
+    events: tuple[Remark, ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -155,7 +155,7 @@ class Guardrails:
         signal: Signal,
         paused_D: NDArray[np.bool_],
         sources: Sequence[str],
-    ) -> tuple[NDArray[np.float64], list[str]]:
+    ) -> tuple[NDArray[np.float64], list[Remark]]:
         """Largest share of each source: 0 if paused, what its cap leaves for the next interval, or 1."""
         if paused_D.all():
             raise ValueError(f"all of {', '.join(sources)} are paused; leave at least one to be drawn")
@@ -180,25 +180,27 @@ class Guardrails:
         scarce_D = (left_D > 0) & (left_D < rows)
         kept_back = min(ROUNDING_ROWS, spare / max(scarce_D.sum(), 1))
         most_D = np.maximum(left_D - kept_back * scarce_D, 0.0) / rows
-        events = []
+        events: list[Remark] = []
         for index, name in enumerate(sources):
             if paused_D[index] or proposed_D[index] <= most_D[index]:
                 continue
             reached = signal.drawn_D[index] / signal.size_D[index]
             limit = f"share limited to {most_D[index]:.4g}" if most_D[index] > 0 else "drawn no more"
-            events.append(f"max_epochs: {name} at {reached:.2f} of {epochs_D[index]:g} epochs, {limit}")
+            text = f"max_epochs: {name} at {reached:.2f} of {epochs_D[index]:g} epochs, {limit}"
+            events.append(Remark("max_epochs", text))
         return most_D, events
 
     def _permitted(
         self, weights_D: NDArray[np.float64], most_D: NDArray[np.float64], sources: Sequence[str]
-    ) -> tuple[NDArray[np.float64], list[str]]:
+    ) -> tuple[NDArray[np.float64], list[Remark]]:
         """Weights within floor and largest shares, and even enough."""
-        events = []
+        events: list[Remark] = []
         least_D = np.minimum(self.floor, most_D)
         within_D = fit_shares(weights_D, least_D, most_D)
         raised_D = (weights_D < least_D) & (within_D > weights_D + ACTED)
         if raised_D.any():
-            events.append(f"floor: {_names(sources, raised_D)} raised to {self.floor:g}")
+            text = f"floor: {_names(sources, raised_D)} raised to {self.floor:g}"
+            events.append(Remark("floor", text))
         drawable_D = most_D > 0
         if self.min_entropy is None or drawable_D.sum() < 2:
             return within_D, events
@@ -214,10 +216,11 @@ class Guardrails:
             low, high = (low, middle) if enough else (middle, high)
         even_D = _between(within_D, evenest_D, high)
         short = ", as even as caps allow" if entropy(even_D) < needed - ACTED else ""
-        events.append(
+        text = (
             f"entropy: {entropy(within_D):.4g} nats proposed, at least {needed:.4g} wanted; mixed with the "
             f"evenest weights to {entropy(even_D):.4g}{short}"
         )
+        events.append(Remark("entropy", text))
         return even_D, events
 
     def _shortened(
@@ -226,10 +229,10 @@ class Guardrails:
         target_D: NDArray[np.float64],
         most_D: NDArray[np.float64],
         sources: Sequence[str],
-    ) -> tuple[NDArray[np.float64], list[str]]:
+    ) -> tuple[NDArray[np.float64], list[Remark]]:
         """As far from the old weights towards the target as the KL limit allows."""
         assert self.max_kl_step is not None
-        events = []
+        events: list[Remark] = []
         start_D = old_D
         back_D = (old_D == 0) & (target_D > 0)
         if back_D.any():
@@ -237,7 +240,8 @@ class Guardrails:
             # -log(1 - share), what comes back may take 1 - exp(-limit) together.
             total = min(float(target_D[back_D].sum()), -math.expm1(-self.max_kl_step))
             start_D = np.where(back_D, target_D / target_D[back_D].sum() * total, old_D * (1 - total))
-            events.append(f"kl-step: {_names(sources, back_D)} back from 0 with {total:.4g} in all")
+            text = f"kl-step: {_names(sources, back_D)} back from 0 with {total:.4g} in all"
+            events.append(Remark("kl_step", text))
         start_D, _ = self._permitted(start_D, most_D, sources)
         whole = kl_divergence(target_D, start_D)
         if whole <= self.max_kl_step:
@@ -247,7 +251,8 @@ class Guardrails:
             middle = (low + high) / 2
             fits = kl_divergence(_between(start_D, target_D, middle), start_D) <= self.max_kl_step
             low, high = (middle, high) if fits else (low, middle)
-        events.append(f"kl-step: {whole:.4g} nats proposed, shortened to {self.max_kl_step:g}")
+        text = f"kl-step: {whole:.4g} nats proposed, shortened to {self.max_kl_step:g}"
+        events.append(Remark("kl_step", text))
         return _between(start_D, target_D, low), events
 
 

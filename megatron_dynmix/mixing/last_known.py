@@ -157,31 +157,40 @@ class LastKnown:
             unknown=tuple(name for name, _, value in rows if value is None),
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """All of it in JSON types; loading it gives the same bits back."""
+    def with_sources(self, sources: Sequence[str], old_index_D: Sequence[int | None]) -> "LastKnown":
+        """Return what is known of other sources, each being the old one of that index, or new."""
+
+        def moved(old_D: Sequence[Any]) -> tuple[Any, ...]:
+            return tuple(None if old is None else old_D[old] for old in old_index_D)
+
+        return LastKnown(tuple(sources), moved(self.counts), moved(self.halves), moved(self.losses))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it in JSON types; reading it gives the same bits back."""
         return {
             "last_counts": [None if counts is None else counts.tolist() for counts in self.counts],
             "last_halves": [None if halves is None else halves.tolist() for halves in self.halves],
             "last_losses": list(self.losses),
         }
 
-    def loaded(self, state: Mapping[str, Any]) -> "LastKnown":
-        """What a `state_dict` of the same sources holds.
+    @classmethod
+    def from_json(cls, sources: Sequence[str], record: Mapping[str, Any]) -> "LastKnown":
+        """Read what `to_json` gave.
 
         Raises:
-            ValueError: of another number of sources.
+            ValueError: it is of another number of sources.
 
         """
         for key in ("last_counts", "last_halves", "last_losses"):
-            if len(state[key]) != len(self.sources):
+            if len(record[key]) != len(sources):
                 raise ValueError(
-                    f"the saved mix has {key} of {len(state[key])} sources; need {len(self.sources)}"
+                    f"the saved mix has {key} of {len(record[key])} sources; need {len(sources)}"
                 )
-        return replace(
-            self,
-            counts=tuple(None if counts is None else np.array(counts) for counts in state["last_counts"]),
-            halves=tuple(None if halves is None else np.array(halves) for halves in state["last_halves"]),
-            losses=tuple(state["last_losses"]),
+        return cls(
+            tuple(sources),
+            counts=tuple(None if counts is None else np.array(counts) for counts in record["last_counts"]),
+            halves=tuple(None if halves is None else np.array(halves) for halves in record["last_halves"]),
+            losses=tuple(record["last_losses"]),
         )
 
 

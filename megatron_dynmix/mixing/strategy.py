@@ -7,12 +7,66 @@ What strategies need of a signal, or a refusal that says what is missing.
 Axes: D sources.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class SourceError(ValueError):
+    """Something is wrong with some sources, which `mixing` knows by their numbers only.
+
+    Attributes:
+        dataset_ids: the sources.
+
+    """
+
+    def __init__(self, dataset_ids: Sequence[int], problem: str, *, before: str = "") -> None:
+        """Say `before`, then which sources, then `problem`."""
+        self.dataset_ids = tuple(int(number) for number in dataset_ids)
+        self._before, self._problem = before, problem
+        numbers = str(self.dataset_ids[0]) if len(self.dataset_ids) == 1 else str(list(self.dataset_ids))
+        super().__init__(self._sentence(f"{numbers} (counted from 0)"))
+
+    def named(self, sources: Sequence[str]) -> str:
+        """Return the message with the names of the run's sources in it."""
+        return self._sentence(", ".join(sources[number] for number in self.dataset_ids))
+
+    def within(self, where: str) -> "SourceError":
+        """Return the same error, its message beginning with `where`."""
+        return SourceError(self.dataset_ids, self._problem, before=f"{where}: {self._before}")
+
+    def _sentence(self, which: str) -> str:
+        noun = "source" if len(self.dataset_ids) == 1 else "sources"
+        return f"{self._before}{noun} {which} {self._problem}"
+
+
+RemarkKind = Literal[
+    # what changed a proposal
+    "override",
+    "max_epochs",
+    "floor",
+    "entropy",
+    "kl_step",
+    # what a reader must know about an update
+    "kept",
+    "shadow_kept",
+    "last_known",
+    "shadow_failed",
+    "few_tokens",
+    "override_not_followed",
+    "override_unusable",
+]
+
+
+@dataclass(frozen=True)
+class Remark:
+    """A line about one update: for programs its kind, for people its text."""
+
+    kind: RemarkKind
+    text: str
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -136,9 +190,10 @@ def loss_of(signal: Signal, num_sources: int, strategy: str) -> NDArray[np.float
         )
     bad = np.flatnonzero(~(np.isfinite(loss_D) & (loss_D >= 0)))
     if bad.size:
-        raise ValueError(
-            f"source {bad[0]} (counted from 0) has the loss {loss_D[bad[0]]}; {strategy} mixing needs a "
-            "finite mean loss >= 0 of every source (NaN: no trained token of it was measured yet)"
+        raise SourceError(
+            bad[:1].tolist(),
+            f"has the loss {loss_D[bad[0]]}; {strategy} mixing needs a finite mean loss >= 0 of every source "
+            "(NaN: no trained token of it was measured yet)",
         )
     return loss_D
 
@@ -192,8 +247,7 @@ def numbers_of(values: object, what: str, *, lowest: float = -np.inf) -> NDArray
     bad = np.flatnonzero(~(np.isfinite(numbers_D) & (numbers_D >= lowest)))
     if bad.size:
         bound = f" >= {lowest:g}" if np.isfinite(lowest) else ""
-        raise ValueError(
-            f"{what} of source {bad[0]} (counted from 0) is {numbers_D[bad[0]]:g}; "
-            f"give a finite number{bound}"
+        raise SourceError(
+            bad[:1].tolist(), f"is {numbers_D[bad[0]]:g}; give a finite number{bound}", before=f"{what} of "
         )
     return numbers_D

@@ -9,7 +9,7 @@ Axes: D sources, L MoE layers that a strategy chose, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from megatron_dynmix.mixing.controller import Decision, MixingController, Mixing
 from megatron_dynmix.mixing.example_shares import example_shares
 from megatron_dynmix.mixing.gate_loads import select_layers
 from megatron_dynmix.mixing.override import Override
-from megatron_dynmix.mixing.strategy import Signal, Strategy
+from megatron_dynmix.mixing.strategy import Remark, Signal, Strategy
 from megatron_dynmix.mixing.weights import entropy, kl_divergence
 
 TOLD = ("train_iters", "interval_rows", "run_rows")
@@ -102,7 +102,7 @@ def update_record(
     size_D: NDArray[np.int64],
     seconds: Mapping[str, float],
     override: Override | None = None,
-    note: str | None = None,
+    notes: Sequence[Remark] = (),
     probe_loss: list[float | None] | None = None,
     examples_per_row_D: NDArray[np.float64] | None = None,
 ) -> dict[str, Any]:
@@ -120,13 +120,13 @@ def update_record(
         size_D: rows of each source.
         seconds: wall time per phase.
         override: the operator's word.
-        note: what must be said beside the controller's own note.
+        notes: what must be said beside the controller's own notes.
         probe_loss: mean losses in nats on the held-out rows, None where a source had no trained token.
         examples_per_row_D: of each source, where the strategy's weights are shares of examples.
 
     """
     proposal = decision.proposal if decision else None
-    notes = [text for text in (note, decision and decision.note) if text]
+    notes = [*notes, *(decision.notes if decision else ())]
     loss_D = decision.signal.loss_D if decision else None
     record = MixingUpdate(
         iteration=iteration,
@@ -141,8 +141,8 @@ def update_record(
         rows=rows_D,
         epochs=rows_D / size_D,
         seconds=seconds,
-        note="; ".join(notes) or None,
-        events=decision.events if decision else (),
+        note="; ".join(note.text for note in notes) or None,
+        events=tuple(event.text for event in decision.events) if decision else (),
         override=None if override is None else {"weights": override.weights, "pause": override.pause},
         shadow={name: shadow.weights_D for name, shadow in decision.shadow.items()} if decision else {},
         loss=loss_D,

@@ -11,7 +11,6 @@ Used by the run itself, before it starts, and by `verify`, from the settings on 
 from __future__ import annotations
 
 import math
-import re
 import traceback
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,12 +27,12 @@ from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.config.strategies import RESOLVED, Chosen, resolved_options
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import read_json
-from megatron_dynmix.mixing.controller import MixingController
+from megatron_dynmix.mixing.controller import ControllerState, MixingController
 from megatron_dynmix.mixing.example_shares import InExamples, example_shares, row_shares
 from megatron_dynmix.mixing.gate_loads import select_layers
 from megatron_dynmix.mixing.guardrails import Guardrails
 from megatron_dynmix.mixing.strategies.table import build_strategy
-from megatron_dynmix.mixing.strategy import Signal, Strategy
+from megatron_dynmix.mixing.strategy import Signal, SourceError, Strategy
 from megatron_dynmix.mixing.weights import normalise_weights
 from megatron_dynmix.records.jsonl import read_records
 
@@ -175,9 +174,6 @@ Resolved = Mapping[str, Any]
 """Options that came from files; the sources' `max_epochs` (None: no cap) and, where weights are shares of
 examples, their `examples_per_row`, in the order of the sources."""
 
-COUNTED = re.compile(r"(?P<noun>sources?) \[?(?P<numbers>\d+(?:, \d+)*)\]? \(counted from 0\)")
-"""How `mixing` says which sources it means."""
-
 
 def resolve(config: RunConfig, rows: Sequence[PackedRows] = ()) -> dict[str, Any]:
     """What the settings of a run say by file and by source.
@@ -205,25 +201,14 @@ def _of_rows(config: RunConfig, rows: Sequence[PackedRows]) -> dict[str, Any]:
 
 
 def reason(error: Exception, sources: Sequence[str] = ()) -> str:
-    """What an exception says; its kind and place too, where it is none that we raise with a sentence.
-
-    Args:
-        error: the exception.
-        sources: names of the sources that a message of `mixing`, which knows their numbers only, counts.
-
-    """
+    """Say what is wrong; the kind and place of an exception too, where it is none that we raise ourselves."""
+    if isinstance(error, SourceError) and sources:
+        return error.named(sources)
     if isinstance(error, ValueError):
-        return COUNTED.sub(lambda found: _named(found, sources), str(error))
+        return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1:]
     where = "".join(f" ({frame.filename}:{frame.lineno} in {frame.name})" for frame in place)
     return f"{type(error).__name__}: {error}{where}"
-
-
-def _named(found: re.Match[str], sources: Sequence[str]) -> str:
-    numbers = [int(number) for number in found["numbers"].split(",")]
-    if not all(number < len(sources) for number in numbers):
-        return found[0]
-    return f"{found['noun']} {', '.join(sources[number] for number in numbers)}"
 
 
 @contextmanager
@@ -342,11 +327,9 @@ def controller_of(
     )
 
 
-def for_strategy(controller_state: Mapping[str, Any], before: str, after: str) -> Mapping[str, Any]:
-    """The state of a controller for another strategy: on from the weights in force, with no memory."""
-    if before == after:
-        return controller_state
-    return {**controller_state, "strategy": {}, "first_weights": controller_state["weights"]}
+def for_strategy(state: ControllerState, before: str, after: str) -> ControllerState:
+    """Return the state that a strategy begins with: another one's memory means nothing to it."""
+    return state if before == after else state.with_new_strategy()
 
 
 @dataclass(frozen=True, kw_only=True)

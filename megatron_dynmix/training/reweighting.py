@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
 from megatron_dynmix.files import parse_json
-from megatron_dynmix.mixing.controller import Decision, MixingController
+from megatron_dynmix.mixing.controller import ControllerState, Decision, MixingController
 from megatron_dynmix.mixing.override import Override, parse_override
-from megatron_dynmix.mixing.strategy import Signal
+from megatron_dynmix.mixing.strategy import Remark, Signal
 from megatron_dynmix.moe.counter import reduce_counts
 from megatron_dynmix.records.ledger import begin_of
 from megatron_dynmix.records.mixing_update import KEPT, update_record
@@ -176,7 +176,7 @@ class Reweighting:
         seconds["signal"] -= seconds["reduce"]
         rows_D = self.blend.drawn_D(consumed_samples)
         told = self.horizon.signal(iteration, consumed_samples, rows_D)
-        signal, note = self._without_scarce(
+        signal, notes = self._without_scarce(
             replace(
                 told,
                 counts_DLE=measured.counts_DLE,
@@ -186,7 +186,7 @@ class Reweighting:
         )
         old_D = self.blend.weights_D
         with self._timed(seconds, "update"):
-            new_D, decision, override, notes = self._decide(signal, old_D, note)
+            new_D, decision, override, notes = self._decide(signal, old_D, notes)
         self._begin_interval()
         if new_D is None:
             return None
@@ -206,7 +206,7 @@ class Reweighting:
             size_D=self.blend.sizes_D,
             seconds=seconds,
             override=override,
-            note=notes,
+            notes=notes,
             probe_loss=probe_stats.source_losses() if probe_stats else None,
             examples_per_row_D=examples_per_row(self.resolved),
         )
@@ -238,10 +238,10 @@ class Reweighting:
         self._carried_LHDE.zero_()
         self.run.counter.counts_LHDE.zero_()
 
-    def _without_scarce(self, signal: Signal) -> tuple[Signal, str | None]:
+    def _without_scarce(self, signal: Signal) -> tuple[Signal, list[Remark]]:
         """Without the sources of which the interval brought too few tokens to tell anything."""
         if self.mixing.signal != "train":
-            return signal, None
+            return signal, []
         tokens_D = self._interval.tokens_D.numpy()
         scarce_D = tokens_D < self.mixing.min_tokens
         seen = [
@@ -249,7 +249,7 @@ class Reweighting:
             for name, tokens, scarce in zip(self.controller.sources, tokens_D, scarce_D, strict=True)
             if scarce and tokens
         ]
-        note = f"fewer than min_tokens {self.mixing.min_tokens}: {', '.join(seen)}" if seen else None
+        text = f"fewer than min_tokens {self.mixing.min_tokens}: {', '.join(seen)}"
         assert signal.loss_D is not None, "the losses of an interval are always known"
         signal = replace(signal, loss_D=np.where(scarce_D, np.nan, signal.loss_D))
         if signal.counts_DLE is not None and signal.half_counts_HDLE is not None:
@@ -259,12 +259,12 @@ class Reweighting:
                 counts_DLE=signal.counts_DLE * enough_D11,
                 half_counts_HDLE=signal.half_counts_HDLE * enough_D11,
             )
-        return signal, note
+        return signal, [Remark("few_tokens", text)] if seen else []
 
     def _decide(
-        self, signal: Signal, old_D: NDArray[np.float64], note: str | None
-    ) -> tuple[NDArray[np.float64] | None, Decision | None, Override | None, str | None]:
-        """Weights, on every rank the same bits (None: no update); decision, override and note on rank 0."""
+        self, signal: Signal, old_D: NDArray[np.float64], notes: list[Remark]
+    ) -> tuple[NDArray[np.float64] | None, Decision | None, Override | None, list[Remark]]:
+        """Return weights, on every rank the same bits (None: no update); the others on rank 0."""
         decision, override, weights_D, failure = None, None, None, None
         if torch.distributed.get_rank() == 0:
             try:
@@ -277,14 +277,15 @@ class Reweighting:
                             raise
                         # A pause may leave too few rows under the caps: that is no reason to end the run.
                         decision, override = self.controller.update(signal), None
-                        note = "; ".join(filter(None, [note, f"override not followed: {error}"]))
+                        text = f"override not followed: {error}"
+                        notes = [*notes, Remark("override_not_followed", text)]
                     weights_D, self._overridden = decision.weights_D, override is not None
             except BrokenOverride as broken:
-                weights_D, note = old_D, f"{KEPT}: {broken}"
+                weights_D, notes = old_D, [Remark("override_unusable", f"{KEPT}: {broken}")]
             except Exception as error:  # whatever it is, the other ranks are waiting to be told
                 failure = reason(error, self.controller.sources)
         new_D = _told_by_rank_0(weights_D, len(self.controller.sources), failure, self.run.platform.device)
-        return new_D, decision, override, note
+        return new_D, decision, override, notes
 
     @contextmanager
     def _timed(self, seconds: dict[str, float], phase: str) -> Iterator[None]:
@@ -298,7 +299,7 @@ class Reweighting:
         """Blend, controller, and what the running interval has seen so far, summed over all ranks."""
         return {
             "blend": self.blend.state_dict(),
-            "controller": self.controller.state_dict(),
+            "controller": self.controller.state.to_json(),
             "strategy": self.mixing.strategy,
             "overridden": self._overridden,
             "interval_counts": self._interval_counts().tolist(),
@@ -308,9 +309,8 @@ class Reweighting:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`; the interval's counts so far are added to what this run will count."""
         self.blend.load_state_dict(state["blend"])
-        self.controller.load_state_dict(
-            for_strategy(state["controller"], state["strategy"], self.mixing.strategy)
-        )
+        controller = ControllerState.from_json(state["controller"])
+        self.controller.resume(for_strategy(controller, state["strategy"], self.mixing.strategy))
         self._overridden = state["overridden"]
         self._interval = SourceStats.from_state_dict(state["interval_stats"])
         counts = torch.tensor(state["interval_counts"], dtype=torch.int64)

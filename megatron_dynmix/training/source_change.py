@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from megatron_dynmix.data.blend import Cursor, advance
 from megatron_dynmix.data.source_set import Prints, SourceSet
+from megatron_dynmix.mixing.controller import ControllerState
 
 
 def differences(before: Prints, after: Prints) -> list[str]:
@@ -113,20 +114,11 @@ class SourceChange:
         gone = [name for name in self.before.names if name not in self.after.names]
         return lines + [f"{name}: removed" for name in gone]
 
-    def carry_controller(self, state: Mapping[str, Any], weights_D: list[float]) -> dict[str, Any]:
-        """The state of the mixing controller: what is known of unchanged sources; strategies begin anew."""
-        known = {name: self.if_unchanged(state[name], None) for name in state if name.startswith("last_")}
-        paused = {name: share for name, share in state["before_pause"].items() if name in self.after.names}
-        return {
-            **state,
-            **known,
-            "sources": list(self.after.names),
-            "weights": weights_D,
-            "first_weights": weights_D,
-            "before_pause": paused,
-            "strategy": {},
-            "shadows": {},
-        }
+    def carry_controller(self, state: ControllerState, weights_D: ArrayLike) -> ControllerState:
+        """Return the mixing controller's state for the sources of `after`."""
+        pairs = zip(self.old_index_D, self.unchanged_D, strict=True)
+        kept_D = [old if unchanged else None for old, unchanged in pairs]
+        return state.with_sources(self.after.names, kept_D, weights_D)
 
     def carry(
         self, state: Mapping[str, Any], initial_D: NDArray[np.float64]
@@ -169,7 +161,9 @@ class SourceChange:
             "mixing": {
                 **mixing,
                 "blend": carried_blend,
-                "controller": self.carry_controller(mixing["controller"], weights_D.tolist()),
+                "controller": self.carry_controller(
+                    ControllerState.from_json(mixing["controller"]), weights_D
+                ).to_json(),
                 "interval_counts": counts_LHDE,
                 "interval_stats": [self.if_unchanged(sum_D, 0.0) for sum_D in mixing["interval_stats"]],
             },

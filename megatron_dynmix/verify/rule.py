@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dynmix.config.strategies import is_own
-from megatron_dynmix.mixing.controller import Decision, MixingController
+from megatron_dynmix.mixing.controller import ControllerState, Decision, MixingController
 from megatron_dynmix.mixing.override import Override
 from megatron_dynmix.mixing.strategy import Signal
 from megatron_dynmix.records.ledger import StageLine
@@ -45,7 +45,7 @@ class RuleReplay:
         """
         self._notes = notes
         self._line = start
-        self._state: Mapping[str, Any] | None = None
+        self._state: ControllerState | None = None
         self._say_own(start)
         if is_own(start.mixing.strategy):
             return
@@ -60,7 +60,7 @@ class RuleReplay:
                 f"{where}: the first weights are {list(start.weights)}; the settings on record give "
                 f"{decision.weights_D.tolist()}"
             )
-        self._state = controller.state_dict()
+        self._state = controller.state
 
     def check(self, record: Record, line: StageLine, last: StageLine) -> bool:
         """Ask for an update again; returns whether it could be.
@@ -90,13 +90,13 @@ class RuleReplay:
         except (KeyError, TypeError, ValueError) as error:
             raise NotProven(f"{where}: the update cannot be made again: {error}") from None
         self._compare(record, decision, controller, line, where)
-        self._state, self._line = controller.state_dict(), line
+        self._state, self._line = controller.state, line
         return True
 
     def change_sources(self, change: SourceChange, line: StageLine) -> None:
         """Go on with other sources, as the run did."""
         if self._state is not None:
-            self._state = change.carry_controller(self._state, list(line.weights))
+            self._state = change.carry_controller(self._state, line.weights)
         self._line = line
 
     def _say_own(self, line: StageLine) -> None:
@@ -124,7 +124,7 @@ class RuleReplay:
         assert self._state is not None
         controller = self._controller(line, last.weights)
         state = for_strategy(self._state, self._line.mixing.strategy, line.mixing.strategy)
-        controller.load_state_dict({**state, "weights": list(last.weights)})
+        controller.resume(state.at(last.weights))
         said = record.get("override")
         override = None if said is None else Override(weights=said["weights"], pause=tuple(said["pause"]))
         signal = _signal(line, record["signal"], drawn_D=line.cursor.drawn_D)

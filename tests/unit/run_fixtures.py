@@ -13,6 +13,7 @@ from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
 from megatron_dynmix.data.source_set import SourceSet, fingerprint
+from megatron_dynmix.mixing.controller import ControllerState
 from megatron_dynmix.mixing.override import Override
 from megatron_dynmix.records.jsonl import JsonlWriter
 from megatron_dynmix.records.ledger import StageLine, begin_of, sample_hash, samples_line
@@ -134,11 +135,11 @@ class FakeRun:
 
     def change_settings(self, settings: MixingConfig, resolved=None) -> "FakeRun":
         """Go on from here with other settings, as a resumed run may."""
-        state, before = self.controller.state_dict(), self.settings.strategy
+        state, before = self.controller.state, self.settings.strategy
         self.settings, self.resolved = settings, resolved or {}
         weights_D, size_D = self.controller.weights_D, np.array(self.sizes)
         self.controller = controller_of(settings, self.resolved, list(self.prints), size_D, weights_D)
-        self.controller.load_state_dict(for_strategy(state, before, settings.strategy))
+        self.controller.resume(for_strategy(state, before, settings.strategy))
         return self
 
     def state(self) -> dict[str, Any]:
@@ -151,7 +152,7 @@ class FakeRun:
             "tokens": [100.0 * (d + 1) for d in range(len(self.sizes))],
             "mixing": {
                 "blend": self.blend.state_dict(),
-                "controller": self.controller.state_dict(),
+                "controller": self.controller.state.to_json(),
                 "interval_counts": [[[[d + 1] * 8 for d in range(len(self.sizes))]] * 2] * 2,
                 "interval_stats": [[float(d) for d in range(len(self.sizes))]] * 3,
             },
@@ -170,7 +171,7 @@ class FakeRun:
         self.prints, self.sizes = prints, sizes
         self._build(initial_D)
         self.blend.load_state_dict(state["mixing"]["blend"])
-        self.controller.load_state_dict(state["mixing"]["controller"])
+        self.controller.resume(ControllerState.from_json(state["mixing"]["controller"]))
         self._write_stage("sources changed", self.iteration + 1, changes)
         return changes
 

@@ -10,7 +10,7 @@ from config_fixtures import good_settings, load
 from megatron_dynmix.cli import main
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.controller import MixingController
-from megatron_dynmix.mixing.strategy import Proposal, Signal
+from megatron_dynmix.mixing.strategy import Proposal, Signal, SourceError
 from megatron_dynmix.records.mixing_update import update_record
 from megatron_dynmix.training.mix_setup import check_mix, first_weights, initial_shares, reason
 from megatron_dynmix.training.start_report import mix_warnings
@@ -146,12 +146,16 @@ def test_a_plan_that_changes_weights_between_two_updates_is_told_when_it_acts(tm
 
 
 def test_a_source_that_mixing_counts_is_named():
-    def said(text):
-        return reason(ValueError(text), ["chat", "math", "code"])
-
-    assert said("the loss of source 1 (counted from 0) is 3") == "the loss of source math is 3"
-    assert said("sources [0, 2] (counted from 0) have no rows") == "sources chat, code have no rows"
-    assert said("source 7 (counted from 0) is strange") == "source 7 (counted from 0) is strange"
+    names = ["chat", "math", "code"]
+    error = SourceError([1], "is 3", before="the loss of ")
+    assert error.dataset_ids == (1,) and str(error) == "the loss of source 1 (counted from 0) is 3"
+    assert reason(error, names) == "the loss of source math is 3"
+    assert reason(error) == str(error)
+    assert reason(error.within("plan"), names) == "plan: the loss of source math is 3"
+    error = SourceError([0, 2], "must have rows")
+    assert str(error) == "sources [0, 2] (counted from 0) must have rows"
+    assert reason(error, names) == "sources chat, code must have rows"
+    assert reason(ValueError("source 1 (counted from 0) is a text"), names).startswith("source 1 ")
 
 
 def test_update_names_the_source_whose_loss_cannot_be(tmp_path, capsys):

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from megatron_dynmix.mixing.controller import MixingController, MixingUpdate
+from megatron_dynmix.mixing.controller import ControllerState, MixingController, MixingUpdate
 from megatron_dynmix.mixing.guardrails import Guardrails
 from megatron_dynmix.mixing.override import Override
 from megatron_dynmix.mixing.strategies.fixed import Fixed
 from megatron_dynmix.mixing.strategies.gate_load import GateLoad
-from megatron_dynmix.mixing.strategy import Proposal, Signal
+from megatron_dynmix.mixing.strategy import Proposal, Remark, Signal
 
 SOURCES = ("code", "math", "chat")
 THIRDS_D = np.full(3, 1 / 3)
@@ -42,7 +42,7 @@ def without(counts_DLE, dataset_id):
 def test_update_adopts_the_proposal():
     controller = MixingController(SOURCES, THIRDS_D, GateLoad())
     decision = controller.update(Signal(counts_DLE=COUNTS_DLE))
-    assert decision.note is None and decision.events == ()
+    assert decision.notes == () and decision.events == ()
     assert controller.weights_D.tolist() == decision.proposal.weights_D.tolist() != THIRDS_D.tolist()
     assert decision.weights_D is controller.weights_D
     assert controller.weights_D[0] == controller.weights_D.max()
@@ -95,10 +95,10 @@ def test_broken_counts_are_refused_by_name_and_not_remembered(value):
     controller = MixingController(SOURCES, THIRDS_D, GateLoad())
     broken_DLE = without(COUNTS_DLE.astype(float), 0)
     broken_DLE[1, 0, 0] = value
-    before = controller.state_dict()
+    before = controller.state.to_json()
     with pytest.raises(ValueError, match="'math'"):
         controller.update(Signal(counts_DLE=broken_DLE))
-    assert controller.state_dict() == before
+    assert controller.state.to_json() == before
 
 
 def test_missing_or_misshapen_counts_are_refused():
@@ -119,24 +119,27 @@ def test_a_source_that_was_not_drawn_uses_its_last_counts():
         controller.update(Signal(counts_DLE=COUNTS_DLE))
     decision_seen = seen.update(Signal(counts_DLE=COUNTS_DLE))
     decision_unseen = unseen.update(Signal(counts_DLE=without(COUNTS_DLE, 1)))
-    assert decision_seen.note is None
-    assert decision_unseen.note == "no tokens in this interval, last known counts used: math"
+    assert decision_seen.notes == ()
+    assert decision_unseen.notes == (
+        Remark("last_known", "no tokens in this interval, last known counts used: math"),
+    )
     np.testing.assert_array_equal(decision_unseen.signal.counts_DLE, COUNTS_DLE)
-    assert unseen.state_dict() == seen.state_dict()
+    assert unseen.state.to_json() == seen.state.to_json()
 
 
 def test_weights_are_kept_until_every_source_was_measured():
     controller = MixingController(SOURCES, THIRDS_D, GateLoad())
     decision = controller.update(Signal(counts_DLE=without(COUNTS_DLE, 2)))
     proposal = decision.proposal
-    assert decision.note == "weights kept: no tokens measured yet from chat"
+    assert decision.notes == (Remark("kept", "weights kept: no tokens measured yet from chat"),)
     assert not decision.signal.counts_DLE[2].any()
     assert controller.weights_D.tolist() == proposal.weights_D.tolist() == THIRDS_D.tolist()
     assert proposal.delta_D.tolist() == [0, 0, 0] and proposal.load_DE is None
 
     # The rows of that first interval were remembered: chat alone completes the picture.
     only_chat_DLE = without(without(COUNTS_DLE, 0), 1)
-    assert "code, math" in controller.update(Signal(counts_DLE=only_chat_DLE)).note
+    (note,) = controller.update(Signal(counts_DLE=only_chat_DLE)).notes
+    assert note.kind == "last_known" and "code, math" in note.text
     assert controller.weights_D.tolist() != THIRDS_D.tolist()
 
 
@@ -144,8 +147,8 @@ def test_state_survives_json_bit_for_bit():
     first = MixingController(SOURCES, THIRDS_D, GateLoad())
     first.update(Signal(counts_DLE=COUNTS_DLE))
     second = MixingController(SOURCES, THIRDS_D, GateLoad())
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert second.state_dict() == first.state_dict()
+    second.resume(ControllerState.from_json(json.loads(json.dumps(first.state.to_json()))))
+    assert second.state.to_json() == first.state.to_json()
     for controller in (first, second):
         controller.update(Signal(counts_DLE=without(COUNTS_DLE, 0)))
     assert second.weights_D.tobytes() == first.weights_D.tobytes()
@@ -159,20 +162,38 @@ def test_state_survives_json_bit_for_bit():
     ],
 )
 def test_state_of_other_sources_is_refused(sources, difference):
-    state = MixingController(SOURCES, THIRDS_D, Fixed()).state_dict()
+    state = MixingController(SOURCES, THIRDS_D, Fixed()).state
     with pytest.raises(ValueError, match=difference):
-        MixingController(sources, THIRDS_D, Fixed()).load_state_dict(state)
+        MixingController(sources, THIRDS_D, Fixed()).resume(state)
 
 
 @pytest.mark.parametrize(
     "damage", [{"weights": [0.5, 0.5]}, {"weights": [0.5, 0.5, 0.5]}, {"last_counts": [None]}]
 )
 def test_damaged_state_is_refused(damage):
-    controller = MixingController(SOURCES, THIRDS_D, Fixed())
-    before = controller.state_dict()
+    saved = MixingController(SOURCES, THIRDS_D, Fixed()).state.to_json()
     with pytest.raises(ValueError):
-        controller.load_state_dict(before | damage)
-    assert controller.state_dict() == before
+        ControllerState.from_json(saved | damage)
+
+
+def test_with_other_sources_what_is_known_of_unchanged_ones_stays_and_strategies_begin_again():
+    controller = MixingController(SOURCES, THIRDS_D, ByLoss(), shadows={"s": GateLoad()})
+    signal = Signal(counts_DLE=COUNTS_DLE, loss_D=np.array([1.0, 2.0, 5.0]))
+    controller.update(signal, Override(pause=("math", "chat")))
+    state = controller.state.with_sources(("chat", "law", "code"), (2, None, None), [0.5, 0.25, 0.25])
+    assert state.sources == state.known.sources == ("chat", "law", "code")
+    assert state.course.weights_D.tolist() == state.course.first_D.tolist() == [0.5, 0.25, 0.25]
+    assert state.course.state == {} and state.shadows == {} and list(state.before_pause) == ["chat"]
+    assert state.known.losses == (5.0, None, None)
+    assert state.known.counts[0].tolist() == COUNTS_DLE[2].tolist() and state.known.counts[1:] == (None, None)
+
+
+def test_another_strategy_begins_at_the_weights_in_force_and_remembers_nothing():
+    controller = MixingController(SOURCES, THIRDS_D, ByLoss())
+    controller.update(Signal(loss_D=np.array([1.0, 2.0, 5.0])))
+    course = controller.state.with_new_strategy().course
+    assert course.weights_D.tolist() == course.first_D.tolist() == [0.125, 0.25, 0.625]
+    assert course.state == {} and controller.state.course.state == {"updates": 1}
 
 
 @pytest.mark.parametrize(
@@ -253,22 +274,22 @@ class Broken(ByLoss):
 def test_a_source_without_a_loss_uses_its_last_one():
     controller = MixingController(SOURCES, THIRDS_D, ByLoss())
     decision = controller.update(Signal(loss_D=np.array([1.0, 2.0, np.nan])))
-    assert decision.note == "weights kept: no loss measured yet from chat"
+    assert decision.notes == (Remark("kept", "weights kept: no loss measured yet from chat"),)
     assert controller.weights_D.tolist() == THIRDS_D.tolist() and decision.proposal.state == {}
     decision = controller.update(Signal(loss_D=np.array([np.nan, 2.0, 5.0])))
-    assert decision.note == "no loss in this interval, last known losses used: code"
+    assert decision.notes == (Remark("last_known", "no loss in this interval, last known losses used: code"),)
     assert decision.signal.loss_D.tolist() == [1, 2, 5]
     assert controller.weights_D.tolist() == [0.125, 0.25, 0.625]
-    assert controller.state_dict()["strategy"] == {"updates": 1}
+    assert controller.state.to_json()["strategy"] == {"updates": 1}
 
 
 @pytest.mark.parametrize("loss_D", [None, np.ones(2), np.array([1, np.inf, 1])])
 def test_losses_that_cannot_be_used_are_refused(loss_D):
     controller = MixingController(SOURCES, THIRDS_D, ByLoss())
-    before = controller.state_dict()
+    before = controller.state.to_json()
     with pytest.raises(ValueError, match="loss"):
         controller.update(Signal(loss_D=loss_D))
-    assert controller.state_dict() == before
+    assert controller.state.to_json() == before
 
 
 def test_what_must_be_measured_follows_from_strategy_and_shadows():
@@ -292,7 +313,7 @@ def test_a_strategy_that_starts_chooses_the_first_weights_and_keeps_them():
 def test_the_first_weights_are_within_the_guardrails_but_for_the_step():
     guardrails = Guardrails(floor=0.15, max_kl_step=1e-9)
     controller = MixingController(SOURCES, THIRDS_D, Starts(), guardrails=guardrails)
-    assert controller.start(Signal()).events == ("floor: chat raised to 0.15",)
+    assert controller.start(Signal()).events == (Remark("floor", "floor: chat raised to 0.15"),)
     assert controller.weights_D.min() == 0.15
     given = MixingController(SOURCES, np.array([0.8, 0.1, 0.1]), GateLoad(), guardrails=guardrails)
     assert given.start(Signal()).proposal.weights_D.tolist() == [0.8, 0.1, 0.1]
@@ -319,8 +340,9 @@ def test_a_failing_shadow_is_noted_and_stops_nothing():
     shadows = {"bad": Broken(), "wild": Scripted(Proposal(np.ones(3), np.zeros(3)))}
     controller = MixingController(SOURCES, THIRDS_D, GateLoad(), shadows=shadows)
     decision = controller.update(Signal(counts_DLE=COUNTS_DLE, loss_D=np.ones(3)))
-    assert "shadow bad failed: 'no such thing'" in decision.note
-    assert "shadow wild failed: weights" in decision.note
+    bad, wild = decision.notes
+    assert bad == Remark("shadow_failed", "shadow bad failed: 'no such thing'")
+    assert wild.kind == "shadow_failed" and wild.text.startswith("shadow wild failed: weights")
     assert decision.shadow == {}
     assert controller.weights_D.tolist() != THIRDS_D.tolist()
 
@@ -328,7 +350,7 @@ def test_a_failing_shadow_is_noted_and_stops_nothing():
 def test_a_shadow_without_its_measurements_waits_and_the_weights_go_on():
     controller = MixingController(SOURCES, THIRDS_D, GateLoad(), shadows={"by-loss": ByLoss()})
     decision = controller.update(Signal(counts_DLE=COUNTS_DLE, loss_D=np.array([1.0, np.nan, 1.0])))
-    assert decision.note == "shadow weights kept: no loss measured yet from math"
+    assert decision.notes == (Remark("shadow_kept", "shadow weights kept: no loss measured yet from math"),)
     assert decision.shadow["by-loss"].weights_D.tolist() == THIRDS_D.tolist()
     assert controller.weights_D.tolist() != THIRDS_D.tolist()
 
@@ -341,10 +363,10 @@ def test_all_state_survives_json_bit_for_bit_with_shadows_and_losses():
     first, second = new(), new()
     signal = Signal(counts_DLE=COUNTS_DLE, loss_D=np.array([0.1, 0.2, 0.7]))
     first.update(signal, Override(pause=("math",)))
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    second.resume(ControllerState.from_json(json.loads(json.dumps(first.state.to_json()))))
     for controller in (first, second):
         controller.update(Signal(counts_DLE=without(COUNTS_DLE, 0), loss_D=np.array([np.nan, 0.5, np.nan])))
-    assert second.state_dict() == first.state_dict()
+    assert second.state.to_json() == first.state.to_json()
     assert second.weights_D.tobytes() == first.weights_D.tobytes()
 
 
@@ -352,7 +374,7 @@ def test_a_shadow_that_the_saved_mix_did_not_have_begins_at_its_weights():
     first = MixingController(SOURCES, THIRDS_D, GateLoad())
     first.update(Signal(counts_DLE=COUNTS_DLE))
     second = MixingController(SOURCES, THIRDS_D, GateLoad(), shadows={"still": GateLoad(eta=0, smoothing=0)})
-    second.load_state_dict(first.state_dict())
+    second.resume(first.state)
     shadow = second.update(Signal(counts_DLE=COUNTS_DLE)).shadow["still"]
     np.testing.assert_allclose(shadow.weights_D, first.weights_D, atol=1e-15)
 
@@ -364,7 +386,7 @@ def test_the_last_good_weights_and_all_state_stay_after_a_refused_update(failure
     sizes = {"size_D": np.full(3, 100), "interval_rows": 60}
     good = Signal(loss_D=np.array([1.0, 2.0, 5.0]), drawn_D=np.zeros(3, int), **sizes)
     controller.update(good)
-    before = controller.state_dict()
+    before = controller.state.to_json()
     if failure == "strategy":
         controller.strategy = Broken()
         with pytest.raises(KeyError):
@@ -372,4 +394,4 @@ def test_the_last_good_weights_and_all_state_stay_after_a_refused_update(failure
     else:
         with pytest.raises(ValueError, match="leaves 30 rows"):
             controller.update(replace(good, drawn_D=np.full(3, 90)))
-    assert controller.state_dict() == before
+    assert controller.state.to_json() == before

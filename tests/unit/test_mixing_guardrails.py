@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from megatron_dynmix.mixing.guardrails import Guardrails
-from megatron_dynmix.mixing.strategy import Signal
+from megatron_dynmix.mixing.strategy import Remark, Signal
 from megatron_dynmix.mixing.weights import entropy, fit_shares, kl_divergence, normalise_weights
 
 checked = settings(max_examples=80, deadline=None, derandomize=True)
@@ -199,7 +199,7 @@ def test_a_used_up_source_is_drawn_no_more_and_the_others_take_its_share_by_weig
     guardrails = Guardrails(max_epochs_D=[2, math.inf, math.inf])
     guarded = apply(guardrails, [0.5, 0.3, 0.2], [0.5, 0.3, 0.2], signal)
     np.testing.assert_allclose(guarded.weights_D, [0, 0.6, 0.4], atol=1e-15)
-    assert guarded.events == ("max_epochs: s0 at 2.00 of 2 epochs, drawn no more",)
+    assert guarded.events == (Remark("max_epochs", "max_epochs: s0 at 2.00 of 2 epochs, drawn no more"),)
 
 
 def test_a_nearly_used_up_source_gives_what_it_has_less_a_row_for_rounding():
@@ -228,7 +228,7 @@ def test_a_pause_is_not_held_up_by_the_kl_limit():
 def test_what_comes_back_from_0_takes_no_more_than_its_withdrawal_would_be_worth():
     guarded = apply(Guardrails(max_kl_step=0.1), [0.0, 0.5, 0.5], [0.8, 0.1, 0.1])
     first = -math.expm1(-0.1)
-    assert "s0 back from 0" in guarded.events[0]
+    assert "s0 back from 0" in guarded.events[0].text
     start_D = np.array([first, (1 - first) / 2, (1 - first) / 2])
     assert kl_divergence(guarded.weights_D, start_D) == pytest.approx(0.1, abs=1e-12)
     assert guarded.weights_D[0] > first
@@ -237,15 +237,16 @@ def test_what_comes_back_from_0_takes_no_more_than_its_withdrawal_would_be_worth
 def test_weights_in_force_below_the_floor_are_raised_though_the_step_is_limited():
     guarded = apply(Guardrails(floor=0.1, max_kl_step=1e-6), [0.01, 0.49, 0.5], [0.01, 0.4, 0.59])
     assert guarded.weights_D.min() >= 0.1
-    assert [event.split(":")[0] for event in guarded.events] == ["floor", "kl-step"]
+    assert [event.kind for event in guarded.events] == ["floor", "kl_step"]
 
 
 def test_events_name_what_happened():
     everything = Guardrails(floor=0.05, max_kl_step=0.01, min_entropy=0.9)
     guarded = apply(everything, [0.4, 0.3, 0.3], [0.01, 0.01, 0.98])
-    assert guarded.events[0] == "floor: s0, s1 raised to 0.05"
-    assert guarded.events[1].startswith("entropy: 0.3944 nats proposed, at least 0.9888 wanted")
-    assert guarded.events[2].startswith("kl-step: ") and guarded.events[2].endswith("shortened to 0.01")
+    assert guarded.events[0] == Remark("floor", "floor: s0, s1 raised to 0.05")
+    assert guarded.events[1].text.startswith("entropy: 0.3944 nats proposed, at least 0.9888 wanted")
+    assert [event.kind for event in guarded.events] == ["floor", "entropy", "kl_step"]
+    assert guarded.events[2].text.endswith("shortened to 0.01")
 
 
 def test_entropy_is_measured_against_the_sources_that_may_be_drawn():
@@ -262,7 +263,7 @@ def test_caps_may_leave_the_mix_less_even_than_wanted_and_say_so():
         signal,
     )
     np.testing.assert_allclose(guarded.weights_D, [0.1, 0.45, 0.45], atol=1e-9)
-    assert guarded.events[-1].endswith("as even as caps allow")
+    assert guarded.events[-1].text.endswith("as even as caps allow")
 
 
 @pytest.mark.parametrize(

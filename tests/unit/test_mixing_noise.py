@@ -18,7 +18,7 @@ from megatron_dynmix.mixing.distance import (
 from megatron_dynmix.mixing.gate_loads import gate_load
 from megatron_dynmix.mixing.noise import Noise, debiased_l2, delta_error, measure_noise, shrink_gaps
 from megatron_dynmix.mixing.strategies.gate_load import GateLoad, Inverse
-from megatron_dynmix.mixing.strategy import Signal
+from megatron_dynmix.mixing.strategy import Signal, SourceError
 
 checked = settings(max_examples=30, deadline=None, derandomize=True)
 REPEATS = 300
@@ -312,8 +312,9 @@ def test_missing_or_empty_halves_are_refused_where_they_are_needed(options):
     with pytest.raises(ValueError, match="two halves"):
         strategy.propose(EVEN_D, Signal(counts_DLE=halves.sum(axis=0)), {})
     halves[1, 2] = 0
-    with pytest.raises(ValueError, match=r"sources \[2\]"):
+    with pytest.raises(SourceError, match="both halves") as refused:
         propose(strategy, halves)
+    assert refused.value.dataset_ids == (2,)
     assert propose(GateLoad(), halves).delta_error_D is None
 
 

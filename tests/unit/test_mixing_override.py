@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from megatron_dynmix.mixing.controller import MixingController
+from megatron_dynmix.mixing.controller import ControllerState, MixingController
 from megatron_dynmix.mixing.guardrails import Guardrails
 from megatron_dynmix.mixing.override import Override, parse_override
 from megatron_dynmix.mixing.strategies.fixed import Fixed, Uniform
 from megatron_dynmix.mixing.strategies.gate_load import GateLoad
-from megatron_dynmix.mixing.strategy import Signal
+from megatron_dynmix.mixing.strategy import Remark, Signal
 
 SOURCES = ("code", "math", "chat")
 START_D = np.array([0.5, 0.3, 0.2])
@@ -64,7 +64,10 @@ def test_weights_of_the_operator_win_over_strategy_and_guardrails():
     override = parse_override({"weights": {"code": 0.9, "math": 0.1}, "pause": ["chat"]}, SOURCES)
     decision = controller.update(SIGNAL, override)
     assert controller.weights_D.tolist() == [0.9, 0.1, 0]
-    assert decision.events == ("override: weights set to code 0.9, math 0.1", "override: chat paused")
+    assert decision.events == (
+        Remark("override", "override: weights set to code 0.9, math 0.1"),
+        Remark("override", "override: chat paused"),
+    )
     assert decision.proposal.weights_D.tolist() != [0.9, 0.1, 0]
 
 
@@ -72,7 +75,7 @@ def test_a_paused_source_comes_back_with_the_share_it_had():
     controller = MixingController(SOURCES, START_D, GateLoad(eta=0, smoothing=0))
     for _ in range(2):
         decision = controller.update(SIGNAL, Override(pause=("math",)))
-        assert decision.events == ("override: math paused",)
+        assert decision.events == (Remark("override", "override: math paused"),)
         np.testing.assert_allclose(controller.weights_D, [5 / 7, 0, 2 / 7], atol=1e-15)
     controller.update(SIGNAL)
     np.testing.assert_allclose(controller.weights_D, START_D, atol=1e-15)
@@ -84,11 +87,11 @@ def test_pauses_that_overlap_are_undone_exactly(order):
     controller.update(SIGNAL, Override(pause=order[:1]))
     controller.update(SIGNAL, Override(pause=order))
     assert controller.weights_D.tolist() == [0, 0, 1]
-    saved = json.loads(json.dumps(controller.state_dict()))
+    saved = json.loads(json.dumps(controller.state.to_json()))
     controller.update(SIGNAL)
     np.testing.assert_allclose(controller.weights_D, START_D, atol=1e-15)
     resumed = MixingController(SOURCES, START_D, GateLoad(eta=0, smoothing=0))
-    resumed.load_state_dict(saved)
+    resumed.resume(ControllerState.from_json(saved))
     resumed.update(SIGNAL)
     assert resumed.weights_D.tobytes() == controller.weights_D.tobytes()
 

@@ -60,10 +60,10 @@ def test_what_is_recorded_gives_every_strategy_the_same_answer_again():
 def test_rows_of_one_half_only_are_named_where_the_halves_are_needed():
     careful = MixingController(SOURCES, THIRDS_D, GateLoad(min_gap=0.1))
     note = "weights kept: no tokens in both halves measured yet from math"
-    assert careful.update(scarce(0)).note == note
+    assert [remark.text for remark in careful.update(scarce(0)).notes] == [note]
     careful.update(measured(HALVES_HDLE))
     note = "no tokens in both halves in this interval, last known halves used: math"
-    assert careful.update(scarce(0)).note == note
+    assert [remark.text for remark in careful.update(scarce(0)).notes] == [note]
 
 
 @pytest.mark.parametrize(
@@ -79,6 +79,6 @@ def test_what_only_a_shadow_needs_and_cannot_use_fails_the_shadow_only(strategy,
     signal = replace(measured(HALVES_HDLE), **broken)
     watched = MixingController(SOURCES, THIRDS_D, strategy, shadows={"watching": shadow})
     decision = watched.update(signal)
-    assert decision.note.startswith("shadow watching failed: ")
+    assert decision.notes[0].kind == "shadow_failed"
     alone = MixingController(SOURCES, THIRDS_D, strategy)
     assert decision.weights_D.tobytes() == alone.update(signal).weights_D.tobytes()

@@ -18,7 +18,7 @@ from strategy_fixtures import (
     uniform,
 )
 
-from megatron_dynmix.mixing.controller import MixingController
+from megatron_dynmix.mixing.controller import ControllerState, MixingController
 from megatron_dynmix.mixing.strategies.table import STRATEGIES, build_strategy
 
 checked = settings(max_examples=25, deadline=None, derandomize=True)
@@ -159,8 +159,9 @@ def test_a_controller_runs_it_from_start_to_end_and_can_be_resumed_anywhere(name
     for _ in range(12):
         signal = later(signal, rng)
         resumed = controller()
-        resumed.load_state_dict(json.loads(json.dumps(through.state_dict(), allow_nan=False)))
+        saved = json.loads(json.dumps(through.state.to_json(), allow_nan=False))
+        resumed.resume(ControllerState.from_json(saved))
         through.update(signal)
         resumed.update(signal)
         assert resumed.weights_D.tolist() == through.weights_D.tolist()
-        assert resumed.state_dict() == through.state_dict()
+        assert resumed.state.to_json() == through.state.to_json()

@@ -27,7 +27,7 @@ from megatron_dynmix.mixing.distance import (
 )
 from megatron_dynmix.mixing.gate_loads import Counts, at_layers, check_layers, gate_load
 from megatron_dynmix.mixing.noise import Noise, debiased_l2, delta_error, measure_noise, shrink_gaps
-from megatron_dynmix.mixing.strategy import Proposal, Signal
+from megatron_dynmix.mixing.strategy import Proposal, Signal, SourceError
 from megatron_dynmix.mixing.weights import check_step_size, reweight
 
 MIN_SOURCES = 3
@@ -156,10 +156,10 @@ class GateLoad:
         total_HDK = at_layers(half_counts_HDLE, self.layers).sum(axis=3)
         if not total_HDK.all():
             if self.needs_halves:
-                empty = np.flatnonzero((total_HDK == 0).any(axis=(0, 2))).tolist()
-                raise ValueError(
-                    f"sources {empty} (counted from 0) have tokens in only one half of their rows: that "
-                    f"tells nothing of the noise, which {self.name} mixing is to heed; measure more rows"
+                raise SourceError(
+                    np.flatnonzero((total_HDK == 0).any(axis=(0, 2))).tolist(),
+                    f"must have tokens in both halves of the rows: how far they disagree tells {self.name} "
+                    "mixing the noise; measure more rows",
                 )
             return None
         groups = self._groups(load_DKE), self._groups(self._loads(half_counts_HDLE[0]))

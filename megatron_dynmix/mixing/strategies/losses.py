@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dynmix.mixing.strategies.fixed import check_temperature
-from megatron_dynmix.mixing.strategy import Proposal, Signal, loss_of, numbers_of
+from megatron_dynmix.mixing.strategy import Proposal, Signal, SourceError, loss_of, numbers_of
 from megatron_dynmix.mixing.weights import check_step_size, reweight
 
 
@@ -130,9 +130,11 @@ def _propose(
     delta_D = loss_D - np.asarray(given_D, dtype=np.float64)
     furthest = int(np.argmax(np.abs(delta_D)))
     if abs(delta_D[furthest]) > rule.max_gap:
-        raise ValueError(
-            f"the {what} of source {furthest} (counted from 0) is {given_D[furthest]}, its measured loss "
-            f"{loss_D[furthest]:.4g}: more than {rule.max_gap:g} nats apart; correct it, or raise max_gap"
+        raise SourceError(
+            [furthest],
+            f"is {given_D[furthest]}, its measured loss {loss_D[furthest]:.4g}: more than {rule.max_gap:g} "
+            "nats apart; correct it, or raise max_gap",
+            before=f"the {what} of ",
         )
     if rule.clip:
         delta_D = np.maximum(delta_D, 0)

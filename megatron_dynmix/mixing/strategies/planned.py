@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dynmix.mixing.strategy import Proposal, Signal, numbers_of
+from megatron_dynmix.mixing.strategy import Proposal, Signal, SourceError, numbers_of
 from megatron_dynmix.mixing.weights import normalise_weights
 
 INTERPOLATIONS = ("steps", "linear", "cosine")
@@ -95,6 +95,8 @@ class Schedule:
             iterations.append(int(point[0]))
             try:
                 weights_PD.append(normalise_weights(numbers_of(point[1], "weight")))
+            except SourceError as error:
+                raise error.within(f"schedule at iteration {point[0]}") from None
             except ValueError as error:
                 raise ValueError(f"schedule at iteration {point[0]}: {error}") from None
         return iterations, weights_PD
