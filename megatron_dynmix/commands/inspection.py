@@ -22,7 +22,8 @@ from megatron_dynmix.data.sources import build_blend, build_rows, prepared_sourc
 from megatron_dynmix.data.tokenizer.base import Tokenizer, load_tokenizer
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.records.jsonl import read_records
-from megatron_dynmix.records.ledger import StageLine
+from megatron_dynmix.records.ledger import cursor_of, newest_stage
+from megatron_dynmix.records.schema import StageLine
 from megatron_dynmix.training.mix_setup import first_weights
 from megatron_dynmix.training.resume import identity
 from megatron_dynmix.verify.records import Record, stage_line
@@ -185,13 +186,13 @@ class Inspection:
             first, last = _recorded_samples(self.ledger, schedule, iteration)
             stage = self._recorded_stage(self.ledger, first, iteration)
         weights = ", ".join(
-            f"{name} {weight:.4f}" for name, weight in zip(stage.sources.names, stage.weights, strict=True)
+            f"{name} {weight:.4f}" for name, weight in zip(stage.sources, stage.weights, strict=True)
         )
         spans = [
             border(f"iteration {iteration}: samples {first:,} to {last - 1:,}; shares of rows: {weights}")
         ]
         for sample, (dataset_id, row, epoch) in enumerate(_draws(stage, first, last), start=first):
-            name = stage.sources.names[dataset_id]
+            name = stage.sources[dataset_id]
             there = rows[list(self.config.data.sources).index(name)]
             spans.append(border(f"\n=== sample {sample:,}: source {name}, epoch {epoch}"))
             spans += row_text(there, row, self.tokenizer)
@@ -214,7 +215,7 @@ class Inspection:
     def _first_stage(self, rows: list[PackedRows]) -> StageLine:
         blend = build_blend(self.config, rows, first_weights(self.config, rows))
         sources = SourceSet.of(self._prints(), blend.state_dict())
-        return StageLine.of_last(blend, sources, self.config.mixing, {}, why="start", iteration=0)
+        return newest_stage(blend, sources, self.config.mixing, {}, why="start", iteration=0)
 
     def _recorded_stage(self, ledger: list[Record], sample: int, iteration: int) -> StageLine:
         """The stage that a sample was drawn in, if its sources still are what they were."""
@@ -223,9 +224,9 @@ class Inspection:
             for number, record in enumerate(ledger, start=1)
             if record.get("kind") == "stage"
         ]
-        stage = [line for line in lines if line.cursor.sample <= sample][-1]
+        stage = [line for line in lines if line.start_sample <= sample][-1]
         now = {name: fingerprint(parts) for name, parts in self._prints().items()}
-        then = dict(zip(stage.sources.names, stage.sources.fingerprints, strict=True))
+        then = dict(zip(stage.sources, stage.fingerprints, strict=True))
         changed = [name for name, content in then.items() if now.get(name) != content]
         if changed:
             raise InputError(
@@ -237,8 +238,8 @@ class Inspection:
 
 def _draws(stage: StageLine, first: int, last: int) -> Iterator[tuple[int, int, int]]:
     """(dataset_id, row, epoch) of the global samples first <= i < last, all in one stage."""
-    sizes_D, shuffle_ids_D = np.array(stage.sources.sizes), np.array(stage.sources.shuffle_ids)
-    for chunk in chunks_until(stage.cursor, np.array(stage.weights), stage.chunk_size, last):
+    sizes_D, shuffle_ids_D = np.array(stage.sizes), np.array(stage.shuffle_ids)
+    for chunk in chunks_until(cursor_of(stage), np.array(stage.weights), stage.chunk_size, last):
         here = slice(max(first - chunk.start.sample, 0), max(last - chunk.start.sample, 0))
         ids_N, ordinal_N = chunk.dataset_index_N[here], chunk.ordinal_N[here]
         row_N = rows_of(ids_N, ordinal_N, sizes_D, shuffle_ids_D, stage.seed)

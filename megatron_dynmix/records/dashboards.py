@@ -7,7 +7,7 @@ The same numbers under the same names for Weights & Biases; the extra `wandb`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.records.heatmap import distance_image, gate_load_image
+from megatron_dynmix.records.schema import TrainingRecord
 
 CHARTS = {
     "weights": r"dynmix/weight/.*",
@@ -30,32 +31,29 @@ CHARTS = {
 """Charts that show several tags at once: title -> regular expression of the tags."""
 
 
-def training_scalars(record: Mapping[str, Any], sources: Sequence[str]) -> dict[str, float]:
-    """Scalars of one training record (see `MetricsWriter.training`); a source without a loss has none."""
-    losses = {f"dynmix/lm-loss/{name}": record["source_loss"][name] for name in sources}
+def training_scalars(record: TrainingRecord) -> dict[str, float]:
+    """Return the scalars of one training record; a source without a loss has none."""
     return _known(
         {
             **megatron_scalars(record),
-            "iteration-time": record["seconds"],
-            "tokens-per-second": record["tokens_per_second"],
-            "useful-token-share": record["useful_token_share"],
-            "skipped-iterations": record["skipped_iterations"],
-            **losses,
+            "iteration-time": record.seconds,
+            "tokens-per-second": record.tokens_per_second,
+            "useful-token-share": record.useful_token_share,
+            "skipped-iterations": record.skipped_iterations,
+            **{f"dynmix/lm-loss/{name}": loss for name, loss in record.source_loss.items()},
         }
     )
 
 
-def megatron_scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The scalars that Megatron-LM writes both over iterations and over consumed samples."""
-    return _known(
-        {
-            "lm loss": record["lm_loss"],
-            **record["aux_losses"],
-            "learning-rate": record["lr"],
-            "batch-size": record["global_batch_size"],
-            "grad-norm": record["grad_norm"],
-        }
-    )
+def megatron_scalars(record: TrainingRecord) -> dict[str, float]:
+    """Return the scalars that Megatron-LM writes both over iterations and over consumed samples."""
+    return {
+        "lm loss": record.lm_loss,
+        **record.aux_losses,
+        "learning-rate": record.lr,
+        "batch-size": record.global_batch_size,
+        "grad-norm": record.grad_norm,
+    }
 
 
 def mixing_scalars(update: Mapping[str, Any]) -> dict[str, float]:
@@ -109,15 +107,15 @@ class TensorBoardWriter:
             {"dynmix": {title: ["Multiline", [tags]] for title, tags in CHARTS.items()}}
         )
 
-    def training(self, record: Mapping[str, Any], sources: Sequence[str]) -> None:
-        """Write one training record (see `MetricsWriter.training`); a source without a loss gets no point."""
-        self._scalars(training_scalars(record, sources), record["iteration"])
+    def training(self, record: TrainingRecord) -> None:
+        """Write one training record; a source without a loss gets no point."""
+        self._scalars(training_scalars(record), record.iteration)
         self.samples(record)
 
-    def samples(self, record: Mapping[str, Any]) -> None:
+    def samples(self, record: TrainingRecord) -> None:
         """Write only the record's `... vs samples` scalars, whose step is the number of consumed samples."""
         scalars = {f"{tag} vs samples": value for tag, value in megatron_scalars(record).items()}
-        self._scalars(scalars, record["consumed_samples"])
+        self._scalars(scalars, record.consumed_samples)
 
     def mixing(self, update: Mapping[str, Any]) -> None:
         """Write one weight update (see `MetricsWriter.mixing`); what it holds as None gets no point."""
@@ -186,9 +184,9 @@ class WeightsAndBiasesWriter:
         self._run.define_metric("iteration")
         self._run.define_metric("*", step_metric="iteration")
 
-    def training(self, record: Mapping[str, Any], sources: Sequence[str]) -> None:
-        """Write one training record (see `MetricsWriter.training`)."""
-        self._log(record["iteration"], training_scalars(record, sources))
+    def training(self, record: TrainingRecord) -> None:
+        """Write one training record."""
+        self._log(record.iteration, training_scalars(record))
 
     def mixing(self, update: Mapping[str, Any]) -> None:
         """Write one weight update (see `MetricsWriter.mixing`)."""

@@ -3,16 +3,14 @@
 import contextlib
 import json
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_dynmix.errors import InputError, TrainingStopped
 from megatron_dynmix.files import write_atomically
+from megatron_dynmix.records.schema import AnyLine, Line, plain
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +48,10 @@ class JsonlWriter:
         self._path = path
         self._file = path.open("a", encoding="utf-8", newline="\n")
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record; arrays become lists, NaN and infinities the strings "NaN", "±Infinity".
-
-        JSON has no such numbers, and `float()` reads these strings back.
-        """
-        assert isinstance(record["iteration"], int), "records are cut by iteration when a run resumes"
-        line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+    def write(self, record: Line | Mapping[str, Any]) -> None:
+        """Append one record."""
+        content = record.to_json() if isinstance(record, Line) else plain(record)
+        line = json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
         with naming(self._path):
             self._file.write(line)
             self._file.flush()
@@ -80,6 +75,19 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     `iteration`.
     """
     return [record for _, record in _read(path)]
+
+
+def read_lines(path: Path, kind: type[AnyLine]) -> list[AnyLine]:
+    """Return all whole records of a file of one kind; see `read_records` for what is left out or refused."""
+    lines = []
+    for number, record in enumerate(read_records(path), start=1):
+        try:
+            lines.append(kind.from_json(record))
+        except ValueError as error:
+            raise InputError(
+                f"{path}:{number}: not a {kind.__name__} ({error}). Mend or remove the line."
+            ) from None
+    return lines
 
 
 def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
@@ -112,16 +120,3 @@ def _cut(path: Path, keep_until: int | None) -> None:
     if len(data) == path.stat().st_size:
         return
     write_atomically(path, data)
-
-
-def _plain(value: Any) -> Any:
-    """The same value in JSON's own types."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value

@@ -9,36 +9,38 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_dynmix.records.schema import TrainingRecord
 
-def training_line(record: Mapping[str, Any], train_iters: int, now: datetime) -> str:
-    """The line of one log interval: Megatron-LM's fields in its order, then tokens/s and useful tokens.
 
-    `record` is the training record of `MetricsWriter.training`. The loss is not scaled, as in bf16, and an
-    iteration that is not a number stops the run or is skipped, so Megatron-LM's fields for those do not vary.
+def training_line(record: TrainingRecord, train_iters: int, now: datetime) -> str:
+    """Return the line of a log interval: Megatron-LM's fields in its order, then tokens/s and useful tokens.
+
+    The loss is not scaled, as in bf16, and an iteration that is not a number stops the run or is skipped, so
+    Megatron-LM's fields for those do not vary.
     """
-    losses = {"lm loss": record["lm_loss"], **record["aux_losses"]}
+    losses = {"lm loss": record.lm_loss, **record.aux_losses}
     fields = [
-        f" {_stamp(now)} iteration {record['iteration']:8d}/{train_iters:8d} |",
-        f" consumed samples: {record['consumed_samples']:12d} |",
-        f" elapsed time per iteration (ms): {record['seconds'] * 1000.0:.1f} |",
-        f" learning rate: {record['lr']:.6E} |",
-        f" global batch size: {record['global_batch_size']:5d} |",
+        f" {_stamp(now)} iteration {record.iteration:8d}/{train_iters:8d} |",
+        f" consumed samples: {record.consumed_samples:12d} |",
+        f" elapsed time per iteration (ms): {record.seconds * 1000.0:.1f} |",
+        f" learning rate: {record.lr:.6E} |",
+        f" global batch size: {record.global_batch_size:5d} |",
         *(f" {name}: {loss:.6E} |" for name, loss in losses.items()),
         " loss scale: 1.0 |",
-        f" grad norm: {record['grad_norm']:.3f} |",
-        f" number of skipped iterations: {record['skipped_iterations']:3d} |",
+        f" grad norm: {record.grad_norm:.3f} |",
+        f" number of skipped iterations: {record.skipped_iterations:3d} |",
         " number of nan iterations:   0 |",
-        f" tokens per second: {record['tokens_per_second']:.1f} |",
-        f" useful token share: {record['useful_token_share']:.3f} |",
+        f" tokens per second: {record.tokens_per_second:.1f} |",
+        f" useful token share: {record.useful_token_share:.3f} |",
     ]
     return "".join(fields)
 
 
-def source_loss_line(record: Mapping[str, Any]) -> str:
-    """The loss of each source in one log interval, on a line of its own; "-" for a source not drawn in it."""
-    losses = record["source_loss"].items()
+def source_loss_line(record: TrainingRecord) -> str:
+    """Return the loss of each source in a log interval, on a line of its own; "-" for one not drawn in it."""
+    losses = record.source_loss.items()
     fields = "".join(f" {name}: {'-' if loss is None else f'{loss:.6E}'} |" for name, loss in losses)
-    return f" lm loss per source at iteration {record['iteration']:8d} |{fields}"
+    return f" lm loss per source at iteration {record.iteration:8d} |{fields}"
 
 
 def saving_line(iteration: int, directory: Path, now: datetime) -> str:

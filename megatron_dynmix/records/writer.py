@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import platform as machine
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -25,20 +25,9 @@ from megatron_dynmix.config.load import to_dict, to_yaml
 from megatron_dynmix.errors import InputError, StoppedOnRequest, TrainingStopped
 from megatron_dynmix.files import write_atomically
 from megatron_dynmix.records.dashboards import TensorBoardWriter, WeightsAndBiasesWriter
-from megatron_dynmix.records.jsonl import JsonlWriter, naming, read_records
-from megatron_dynmix.training.progress import Progress
-from megatron_dynmix.training.start_report import packed_table, prepared_table
+from megatron_dynmix.records.jsonl import JsonlWriter, naming, read_lines
+from megatron_dynmix.records.schema import Event, EventKind, SamplesLine, StageLine, TrainingRecord
 
-if TYPE_CHECKING:
-    from megatron_dynmix.training.run import Data
-
-
-TRAINING_KEYS = frozenset(
-    {
-        *("iteration", "consumed_samples", "lm_loss", "source_loss", "lr", "grad_norm", "global_batch_size"),
-        *("seconds", "tokens_per_second", "useful_token_share", "tokens", "skipped_iterations", "aux_losses"),
-    }
-)
 MIXING_KEYS = frozenset(
     {
         *(
@@ -87,7 +76,7 @@ class MetricsWriter:
         self._events = run_dir / "tensorboard"
         tensorboard = TensorBoardWriter(self._events, purge_step=purge_step)
         # on resuming, TensorBoard hides kept points of these curves: their steps are samples, not iterations
-        for record in read_records(metrics):
+        for record in read_lines(metrics, TrainingRecord):
             tensorboard.samples(record)
         self._boards: list[TensorBoardWriter | WeightsAndBiasesWriter] = [tensorboard]
         if wandb_project is not None:
@@ -96,19 +85,12 @@ class MetricsWriter:
                 WeightsAndBiasesWriter(run_dir, project=wandb_project, name=wandb_exp_name, resumes=resumes)
             )
 
-    def training(self, record: Mapping[str, Any]) -> None:
-        """Write the record of one log interval.
-
-        Keys: iteration, consumed_samples, lm_loss, source_loss {name: loss, or None where not drawn}, lr,
-        grad_norm, global_batch_size, seconds (per iteration), tokens_per_second, useful_token_share,
-        tokens {name: so far}, skipped_iterations, aux_losses {Megatron-LM's name: value}. Losses are in
-        nats per trained token. Further keys go to `metrics.jsonl` only.
-        """
-        assert record.keys() >= TRAINING_KEYS, f"missing: {sorted(TRAINING_KEYS - record.keys())}"
+    def training(self, record: TrainingRecord) -> None:
+        """Write the record of one log interval."""
         self._metrics.write(record)
         with naming(self._events):
             for board in self._boards:
-                board.training(record, self._sources)
+                board.training(record)
 
     def mixing(self, update: Mapping[str, Any]) -> None:
         """Write the record of one weight update.
@@ -128,8 +110,8 @@ class MetricsWriter:
             for board in self._boards:
                 board.mixing(update)
 
-    def ledger(self, line: Mapping[str, Any]) -> None:
-        """Write one line of the ledger; see `training/ledger.py`."""
+    def ledger(self, line: StageLine | SamplesLine) -> None:
+        """Write one line of the ledger."""
         self._ledger.write(line)
 
     def text(self, tag: str, markdown: str) -> None:
@@ -171,9 +153,17 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "numpy
 
 
 def open_writer(
-    config: RunConfig, run_dir: Path, data: Data, *, resume_iteration: int | None
+    config: RunConfig, run_dir: Path, source_tables: Sequence[str], *, resume_iteration: int | None
 ) -> MetricsWriter:
-    """The writer of a run, on one rank; `config.yaml` is written and the dashboards know what runs."""
+    """Open the writer of a run, on one rank; write `config.yaml` and tell the dashboards what runs.
+
+    Args:
+        config: the resolved configuration.
+        run_dir: the run's directory.
+        source_tables: what became of the data, for people to read.
+        resume_iteration: see `MetricsWriter`.
+
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / "config.yaml", to_yaml(config))
     writer = MetricsWriter(
@@ -185,8 +175,7 @@ def open_writer(
     )
     writer.text("config", f"```yaml\n{to_yaml(config)}```")
     writer.text("versions", "\n".join(f"- {name} {version}" for name, version in versions().items()))
-    tables = [prepared_table(data.reports), packed_table([*data.train, *data.probe])]
-    writer.text("sources", "\n\n".join(f"```\n{table}\n```" for table in tables))
+    writer.text("sources", "\n\n".join(f"```\n{table}\n```" for table in source_tables))
     writer.settings(flat_settings(to_dict(config)))
     return writer
 
@@ -223,14 +212,16 @@ EVENTS = "events.jsonl"
 
 
 @contextlib.contextmanager
-def recorded(run_dir: Path, progress: Progress, *, resumed: bool, notes: Sequence[str]) -> Iterator[None]:
-    """Around the training of a job, on every rank; rank 0 writes.
+def recorded(
+    run_dir: Path, iteration: Callable[[], int], *, resumed: bool, notes: Sequence[str]
+) -> Iterator[None]:
+    """Around the training of a job, on every rank: put its start and its end on record; rank 0 writes.
 
     A job that is killed writes no end: what follows in the file is the next start.
 
     Args:
         run_dir: the run's directory.
-        progress: how far the run is, now and at the end.
+        iteration: tells how many iterations are done.
         resumed: whether it goes on from a checkpoint.
         notes: changed settings, checkpoints that were not good.
 
@@ -243,20 +234,21 @@ def recorded(run_dir: Path, progress: Progress, *, resumed: bool, notes: Sequenc
         return
     writer = JsonlWriter(run_dir / EVENTS)
 
-    def write(event: str, notes: Sequence[str]) -> None:
+    def write(event: EventKind, notes: Sequence[str]) -> None:
         writer.write(
-            {
-                "iteration": progress.iteration,
-                "event": event,
-                "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "version": __version__,
-                "ranks": torch.distributed.get_world_size(),
-                "notes": list(notes),
-            }
+            Event(
+                iteration=iteration(),
+                event=event,
+                time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                version=__version__,
+                ranks=torch.distributed.get_world_size(),
+                notes=list(notes),
+            )
         )
 
     write("resume" if resumed else "start", notes)
-    event, said = "failed", ""
+    event: EventKind = "failed"
+    said = ""
     try:
         yield
         event = "finished"

@@ -23,8 +23,7 @@ from megatron_dynmix.mixing.controller import ControllerState, Decision, MixingC
 from megatron_dynmix.mixing.override import Override, parse_override
 from megatron_dynmix.mixing.strategy import Remark, Signal
 from megatron_dynmix.moe.counter import reduce_counts
-from megatron_dynmix.records.ledger import begin_of
-from megatron_dynmix.records.mixing_update import KEPT, update_record
+from megatron_dynmix.records.mixing_update import KEPT, TOLD, update_record
 from megatron_dynmix.training.mix_setup import (
     Horizon,
     Resolved,
@@ -98,6 +97,21 @@ def read_override(path: Path, sources: Sequence[str], resolved: Resolved) -> Ove
     except Exception as error:  # nothing that anybody may write into it is to end the run
         raise BrokenOverride(f"{path} cannot be used: {reason(error)}; correct or remove it") from None
     return replace(said, weights={name: share for name, share in shares if name in said.weights})
+
+
+def begin_of(
+    controller: MixingController, horizon: Horizon, initial_D: NDArray[np.float64]
+) -> dict[str, Any]:
+    """Return what the first weights of a run come from, beside its settings.
+
+    The shares given; and how far it is to go, where something is made of that.
+    """
+    begin: dict[str, Any] = {"weights": initial_D.tolist()}
+    strategies = (controller.strategy, *controller.shadows.values())
+    if controller.guardrails.caps or any(strategy.starts for strategy in strategies):
+        told = horizon.signal(0, 0, np.zeros_like(horizon.size_D))
+        begin |= {name: getattr(told, name) for name in TOLD}
+    return begin
 
 
 class Reweighting:

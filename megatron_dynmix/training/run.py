@@ -47,7 +47,7 @@ from megatron_dynmix.moe.router import attach_counter
 from megatron_dynmix.records.ledger import DrawnSamples
 from megatron_dynmix.records.live_line import LiveLine
 from megatron_dynmix.records.logline import loaded_line, loading_line
-from megatron_dynmix.records.writer import open_writer, recorded
+from megatron_dynmix.records.writer import MetricsWriter, open_writer, recorded
 from megatron_dynmix.training.mix_setup import (
     Horizon,
     check_mix,
@@ -69,7 +69,7 @@ from megatron_dynmix.training.resume import (
 )
 from megatron_dynmix.training.reweighting import MixingError, Reweighting, start_weights
 from megatron_dynmix.training.source_change import SourceChange, differences
-from megatron_dynmix.training.start_report import report_start
+from megatron_dynmix.training.start_report import packed_table, prepared_table, report_start
 from megatron_dynmix.training.step import PassRunner
 from megatron_dynmix.training.trainer import Trainer, seed_iteration
 
@@ -245,7 +245,12 @@ def train(
         if torch.distributed.get_rank() == 0:
             report_start(config, data, tokenizer, run_dir, changes, notes)
         trainer = build_trainer(config, run_dir, data, here, resume=resume, source=source)
-        with recorded(run_dir, trainer.progress, resumed=source is not None, notes=[*changes, *notes]):
+        with recorded(
+            run_dir,
+            lambda: trainer.progress.iteration,
+            resumed=source is not None,
+            notes=[*changes, *notes],
+        ):
             trainer.fit(stop, heartbeat)
     return trainer
 
@@ -343,7 +348,7 @@ def build_trainer(
         ),
         reweighting=reweighting,
         checkpointer=checkpointer,
-        writer=open_writer(config, run_dir, data, resume_iteration=keep_until) if rank0 else None,
+        writer=_writer(config, run_dir, data, keep_until) if rank0 else None,
         identity=mine,
         progress=start.progress,
         interval=start.interval,
@@ -397,6 +402,11 @@ def _build_reweighting(
         initial_D=initial_D,
         override_file=Path(mixing.override_file or run_dir / "override.json"),
     )
+
+
+def _writer(config: RunConfig, run_dir: Path, data: Data, keep_until: int | None) -> MetricsWriter:
+    tables = [prepared_table(data.reports), packed_table([*data.train, *data.probe])]
+    return open_writer(config, run_dir, tables, resume_iteration=keep_until)
 
 
 def build_runner(config: RunConfig, num_sources: int, here: platform.Platform) -> PassRunner:

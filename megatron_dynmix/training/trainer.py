@@ -33,9 +33,10 @@ from megatron_dynmix.data.source_set import SourceSet
 from megatron_dynmix.errors import StoppedOnRequest, TrainingStopped
 from megatron_dynmix.job.heartbeat import Heartbeat
 from megatron_dynmix.job.signals import StopRequest
-from megatron_dynmix.records.ledger import DrawnSamples, StageLine, Why, samples_line
+from megatron_dynmix.records.ledger import DrawnSamples, newest_stage
 from megatron_dynmix.records.live_line import LiveLine
 from megatron_dynmix.records.logline import mixing_table, source_loss_line, training_line
+from megatron_dynmix.records.schema import TrainingRecord, Why
 from megatron_dynmix.records.writer import MetricsWriter
 from megatron_dynmix.training.progress import LogInterval, Progress
 from megatron_dynmix.training.reweighting import MixingError, Reweighting
@@ -211,21 +212,21 @@ class Trainer:
             aux_losses = take_aux_losses(self.run.chunks[0].config, interval.micro_batches_here)
         sources = self.reweighting.controller.sources
         tokens = float(interval.stats.tokens_D.sum())
-        record: dict[str, Any] = {
-            "iteration": progress.iteration,
-            "consumed_samples": progress.consumed_samples,
-            "lm_loss": interval.stats.lm_loss,
-            "source_loss": dict(zip(sources, interval.stats.source_losses(), strict=True)),
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "grad_norm": self._grad_norm,
-            "global_batch_size": get_current_global_batch_size(),
-            "seconds": interval.seconds / interval.iterations,
-            "tokens_per_second": tokens / interval.seconds,
-            "useful_token_share": tokens / (max(interval.samples, 1) * self.config.data.seq_length),
-            "tokens": dict(zip(sources, progress.tokens_D.long().tolist(), strict=True)),
-            "skipped_iterations": interval.skipped,
-            "aux_losses": aux_losses,
-        }
+        record = TrainingRecord(
+            iteration=progress.iteration,
+            consumed_samples=progress.consumed_samples,
+            lm_loss=interval.stats.lm_loss,
+            source_loss=dict(zip(sources, interval.stats.source_losses(), strict=True)),
+            lr=self.optimizer.param_groups[0]["lr"],
+            grad_norm=self._grad_norm,
+            global_batch_size=get_current_global_batch_size(),
+            seconds=interval.seconds / interval.iterations,
+            tokens_per_second=tokens / interval.seconds,
+            useful_token_share=tokens / (max(interval.samples, 1) * self.config.data.seq_length),
+            tokens=dict(zip(sources, progress.tokens_D.long().tolist(), strict=True)),
+            skipped_iterations=interval.skipped,
+            aux_losses=aux_losses,
+        )
         if self.writer is not None:
             self.writer.training(record)
         self.say(training_line(record, total, datetime.now()))
@@ -235,15 +236,9 @@ class Trainer:
 
     def _log_samples(self) -> None:
         """Put on record which samples were trained on since the last time."""
-        progress, first_sample = self.progress, self._drawn.first_sample
-        digest = self._drawn.digest(self.run.platform.device)
+        progress = self.progress
+        line = self._drawn.line(progress.iteration, progress.consumed_samples, self.run.platform.device)
         if self.writer is not None:
-            line = samples_line(
-                iteration=progress.iteration,
-                first_sample=first_sample,
-                consumed_samples=progress.consumed_samples,
-                digest=digest,
-            )
             self.writer.ledger(line)
         self._drawn = DrawnSamples(progress.consumed_samples, carried=0)
 
@@ -253,7 +248,7 @@ class Trainer:
             return
         reweighting = self.reweighting
         sources = SourceSet.of(self.identity["fingerprints"], reweighting.blend.state_dict())
-        line = StageLine.of_last(
+        line = newest_stage(
             reweighting.blend,
             sources,
             self.config.mixing,
@@ -263,7 +258,7 @@ class Trainer:
             changes=changes,
             begin=reweighting.begin() if why == "start" else {},
         )
-        self.writer.ledger(line.to_json())
+        self.writer.ledger(line)
 
     def _reweight(self) -> None:
         progress = self.progress

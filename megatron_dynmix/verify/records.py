@@ -10,8 +10,8 @@ from typing import Any
 from megatron_dynmix.checkpoint.restore_point import has_checkpoint, newest_good
 from megatron_dynmix.checkpoint.run_state import read_run_state
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.records.jsonl import read_records
-from megatron_dynmix.records.ledger import StageLine
+from megatron_dynmix.records.jsonl import read_lines, read_records
+from megatron_dynmix.records.schema import SamplesLine, StageLine, TrainingRecord
 
 Record = Mapping[str, Any]
 
@@ -46,25 +46,21 @@ def read_run(run_dir: Path) -> RunRecords:
             f"{run_dir} is no whole run directory: {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not in it; give the --run-dir of a run"
         )
-    ledger, mixing, metrics = (read_records(path) for path in files.values())
+    ledger, mixing = (read_records(files[name]) for name in ("ledger", "mixing"))
+    metrics = read_lines(files["metrics"], TrainingRecord)
     if not ledger:
         raise InputError(
             f"{files['ledger']} is empty: the run ended before it began, there is nothing to prove"
         )
     state, checkpoint = _newest_state(run_dir / "checkpoints")
-    try:
-        return RunRecords(
-            ledger=list(ledger),
-            mixing={record["iteration"]: record for record in mixing},
-            consumed_samples={record["iteration"]: record["consumed_samples"] for record in metrics},
-            skipped_iterations=sum(record["skipped_iterations"] for record in metrics),
-            state=state,
-            checkpoint=checkpoint,
-        )
-    except KeyError as error:
-        raise InputError(
-            f"{files['metrics']}: a record has no {error}; it was not written by a run"
-        ) from None
+    return RunRecords(
+        ledger=list(ledger),
+        mixing={record["iteration"]: record for record in mixing},
+        consumed_samples={record.iteration: record.consumed_samples for record in metrics},
+        skipped_iterations=sum(record.skipped_iterations for record in metrics),
+        state=state,
+        checkpoint=checkpoint,
+    )
 
 
 def _newest_state(directory: Path) -> tuple[Record | None, str]:
@@ -86,11 +82,27 @@ def stage_line(record: Record, where: str) -> StageLine:
     """
     try:
         line = StageLine.from_json(record)
-        sizes = {len(line.weights), len(line.cursor.drawn_D), len(line.cursor.owed_D)}
-        sources = line.sources
-        sizes |= {len(sources.names), len(sources.sizes), len(sources.fingerprints), len(sources.shuffle_ids)}
-        if len(sizes) != 1 or min(sources.sizes) < 1 or line.chunk_size < 1:
-            raise ValueError("lists of different lengths, or sources or chunks without rows")
-    except (KeyError, TypeError, ValueError, InputError) as error:
-        raise InputError(f"{where} is no line of a ledger ({type(error).__name__}: {error})") from None
+        line.settings  # noqa: B018 - can be read
+        sizes = {len(line.weights), len(line.drawn), len(line.owed), len(line.sources), len(line.sizes)}
+        if len(sizes | {len(line.fingerprints), len(line.shuffle_ids)}) != 1:
+            raise ValueError("lists of different lengths")
+        if min(line.sizes) < 1 or line.chunk_size < 1:
+            raise ValueError("sources or chunks without rows")
+    except ValueError as error:
+        raise InputError(f"{where} is no line of a ledger ({error})") from None
+    return line
+
+
+def samples_line(record: Record, where: str) -> SamplesLine:
+    """Read the line of a log interval.
+
+    Raises:
+        InputError: it is not one.
+
+    """
+    try:
+        line = SamplesLine.from_json(record)
+        int(line.digest, 16)
+    except ValueError as error:
+        raise InputError(f"{where} is no line of a ledger ({error})") from None
     return line

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dynmix.data.blend import Chunk, Cursor, build_chunk, rows_of, stray
-from megatron_dynmix.records.ledger import StageLine, sample_hash
+from megatron_dynmix.records.ledger import sample_hash
+from megatron_dynmix.records.schema import StageLine
 
 
 class SourceTally:
@@ -127,11 +128,11 @@ class Replay:
 
     def _next_chunk(self) -> None:
         self.settle()
-        stage, sources = self.stage, self.stage.sources
+        stage = self.stage
         chunk = build_chunk(self._cursor, np.array(stage.weights), stage.chunk_size)
         ids_N = chunk.dataset_index_N
         self._row_N = rows_of(
-            ids_N, chunk.ordinal_N, np.array(sources.sizes), np.array(sources.shuffle_ids), stage.seed
+            ids_N, chunk.ordinal_N, np.array(stage.sizes), np.array(stage.shuffle_ids), stage.seed
         )
         hash_N = sample_hash(np.arange(chunk.start.sample, chunk.end_sample), ids_N, self._row_N)
         self._sum_N1 = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hash_N, dtype=np.uint64)])
@@ -139,5 +140,5 @@ class Replay:
 
     @staticmethod
     def _new_tallies(stage: StageLine) -> list[SourceTally]:
-        pairs = zip(stage.sources.names, stage.sources.sizes, strict=True)
+        pairs = zip(stage.sources, stage.sizes, strict=True)
         return [SourceTally(name, size) for name, size in pairs]

@@ -14,8 +14,8 @@ from megatron_dynmix.config.strategies import is_own
 from megatron_dynmix.mixing.controller import ControllerState, Decision, MixingController
 from megatron_dynmix.mixing.override import Override
 from megatron_dynmix.mixing.strategy import Signal
-from megatron_dynmix.records.ledger import StageLine
 from megatron_dynmix.records.mixing_update import KEPT, measured_from_json, update_record
+from megatron_dynmix.records.schema import StageLine
 from megatron_dynmix.training.mix_setup import controller_of, for_strategy
 from megatron_dynmix.training.source_change import SourceChange
 from megatron_dynmix.verify.records import Record
@@ -47,11 +47,11 @@ class RuleReplay:
         self._line = start
         self._state: ControllerState | None = None
         self._say_own(start)
-        if is_own(start.mixing.strategy):
+        if is_own(start.settings.strategy):
             return
         try:
             controller = self._controller(start, start.begin["weights"])
-            told = _signal(start, start.begin, drawn_D=start.cursor.drawn_D)
+            told = _signal(start, start.begin)
             decision = controller.start(told)
         except (KeyError, TypeError, ValueError) as error:
             raise NotProven(f"{where}: the first weights cannot be chosen again: {error}") from None
@@ -82,7 +82,7 @@ class RuleReplay:
                 )
             return True
         self._say_own(line)
-        if is_own(line.mixing.strategy) or self._state is None:
+        if is_own(line.settings.strategy) or self._state is None:
             self._state = None  # nothing that follows is known from the start on
             return False
         try:
@@ -101,21 +101,21 @@ class RuleReplay:
 
     def _say_own(self, line: StageLine) -> None:
         """Note what is not replayed, once: a resumed run may bring other strategies."""
-        found = [f"shadow {shadow.label}" for shadow in line.mixing.shadows if shadow.own]
-        if is_own(line.mixing.strategy):
-            found.append(f"strategy {line.mixing.strategy}")
+        found = [f"shadow {shadow.label}" for shadow in line.settings.shadows if shadow.own]
+        if is_own(line.settings.strategy):
+            found.append(f"strategy {line.settings.strategy}")
         for what in found:
             note = f"{what} is the user's own: it was not replayed"
             if note not in self._notes:
                 self._notes.append(note)
 
     def _controller(self, line: StageLine, weights: Any) -> MixingController:
-        own = {shadow.label for shadow in line.mixing.shadows if shadow.own}
+        own = {shadow.label for shadow in line.settings.shadows if shadow.own}
         return controller_of(
-            line.mixing,
+            line.settings,
             line.resolved,
-            line.sources.names,
-            np.array(line.sources.sizes, np.int64),
+            line.sources,
+            np.array(line.sizes, np.int64),
             np.array(weights, np.float64),
             without=own,
         )
@@ -123,11 +123,11 @@ class RuleReplay:
     def _decide(self, record: Record, line: StageLine, last: StageLine) -> tuple[Decision, MixingController]:
         assert self._state is not None
         controller = self._controller(line, last.weights)
-        state = for_strategy(self._state, self._line.mixing.strategy, line.mixing.strategy)
+        state = for_strategy(self._state, self._line.settings.strategy, line.settings.strategy)
         controller.resume(state.at(last.weights))
         said = record.get("override")
         override = None if said is None else Override(weights=said["weights"], pause=tuple(said["pause"]))
-        signal = _signal(line, record["signal"], drawn_D=line.cursor.drawn_D)
+        signal = _signal(line, record["signal"])
         return controller.update(signal, override), controller
 
     def _compare(
@@ -139,16 +139,16 @@ class RuleReplay:
         where: str,
     ) -> None:
         """Everything that the record says and the replay gives."""
-        size_D = np.array(line.sources.sizes)
+        size_D = np.array(line.sizes)
         again = update_record(
             controller,
             decision,
             iteration=line.iteration,
-            consumed_samples=line.cursor.sample,
+            consumed_samples=line.start_sample,
             old_D=decision.weights_D,
             new_D=decision.weights_D,
             tokens_D=size_D,
-            rows_D=line.cursor.drawn_D,
+            rows_D=np.array(line.drawn),
             size_D=size_D,
             seconds={},
         )
@@ -166,12 +166,12 @@ class RuleReplay:
             )
 
 
-def _signal(line: StageLine, told: Mapping[str, Any], *, drawn_D: np.ndarray) -> Signal:
+def _signal(line: StageLine, told: Mapping[str, Any]) -> Signal:
     return measured_from_json(
         told,
         iteration=line.iteration,
-        size_D=np.array(line.sources.sizes, np.int64),
-        drawn_D=drawn_D,
+        size_D=np.array(line.sizes, np.int64),
+        drawn_D=np.array(line.drawn, np.int64),
         seed=line.seed,
     )
 

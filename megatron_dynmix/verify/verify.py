@@ -19,9 +19,10 @@ import numpy as np
 from megatron_dynmix.data.blend import Cursor, advance
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.weights import check_weights
-from megatron_dynmix.records.ledger import StageLine
+from megatron_dynmix.records.ledger import cursor_of
+from megatron_dynmix.records.schema import StageLine
 from megatron_dynmix.training.source_change import SourceChange
-from megatron_dynmix.verify.records import Record, RunRecords, read_run, stage_line
+from megatron_dynmix.verify.records import Record, RunRecords, read_run, samples_line, stage_line
 from megatron_dynmix.verify.replay import Replay
 from megatron_dynmix.verify.rule import RuleReplay
 from megatron_dynmix.verify.verdict import TOLERANCE, NotProven, Verdict
@@ -118,7 +119,7 @@ class _Proof:
 
     def _begin(self, record: Record, where: str) -> None:
         line = stage_line(record, where) if record.get("why") == "start" else None
-        if line is None or line.cursor.sample or line.cursor.drawn_D.any() or line.cursor.owed_D.any():
+        if line is None or line.start_sample or any(line.drawn) or any(line.owed):
             raise NotProven(f"{where} is not the start of a run: a line is missing or was changed")
         self._check_shares(line, where)
         self.stages.append(line)
@@ -134,12 +135,9 @@ class _Proof:
     def _check_samples(self, record: Record, where: str) -> None:
         """The digest of what was trained on is that of what the stages call for."""
         assert self.replay is not None
-        verdict, iteration = self.verdict, record["iteration"]
-        try:
-            first, consumed = int(record["first_sample"]), int(record["consumed_samples"])
-            digest = int(record["digest"], 16)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{where} is no line of a ledger ({type(error).__name__}: {error})") from None
+        verdict, line = self.verdict, samples_line(record, where)
+        iteration, first, consumed = line.iteration, line.first_sample, line.consumed_samples
+        digest = int(line.digest, 16)
         if first != verdict.samples:
             raise NotProven(
                 f"{where} goes on from sample {first}, but the lines before end at {verdict.samples}: one is "
@@ -165,7 +163,7 @@ class _Proof:
     def _check_stage(self, line: StageLine, where: str, *, is_last: bool) -> None:
         assert self.replay is not None
         last = self.stages[-1]
-        start = line.cursor.sample
+        start = line.start_sample
         if start < self.replay.sample:
             raise NotProven(
                 f"{where} begins at sample {start}, before what was drawn already: stages were exchanged or "
@@ -190,8 +188,8 @@ class _Proof:
 
     def _check_update(self, line: StageLine, last: StageLine, where: str, *, is_last: bool) -> None:
         assert self.replay is not None
-        iteration, start = line.iteration, line.cursor.sample
-        if line.sources != last.sources:
+        iteration, start = line.iteration, line.start_sample
+        if line.source_set != last.source_set:
             raise NotProven(f"{where} has other sources than the stage before")
         record = self.records.mixing.get(iteration)
         if record is None:
@@ -206,7 +204,7 @@ class _Proof:
                 f"iteration {iteration}"
             )
         self.replay.go_to(start)
-        self._check_cursor(line.cursor, self.replay.cursor, where)
+        self._check_cursor(cursor_of(line), self.replay.cursor, where)
         if record is not None:
             self._updates.remove(iteration)
             check_record(record, line, last, self.replay.cursor)
@@ -216,12 +214,12 @@ class _Proof:
 
     def _change_sources(self, line: StageLine, last: StageLine, where: str) -> None:
         assert self.replay is not None
-        sources = line.sources
-        change = SourceChange.between(last.sources, sources.names, sources.fingerprints, sources.sizes)
+        sources = line.source_set
+        change = SourceChange.between(last.source_set, sources.names, sources.fingerprints, sources.sizes)
         cursor = change.cursor(self.replay.cursor)
         if change.after != sources:
             raise NotProven(f"{where}: the sources do not go on from those before (sizes or shuffle ids)")
-        self._check_cursor(line.cursor, cursor, where)
+        self._check_cursor(cursor_of(line), cursor, where)
         weights_D = np.array(line.weights)
         if np.abs(change.weights_D(last.weights, weights_D) - weights_D).max() > TOLERANCE:
             raise NotProven(f"{where}: sources that stayed did not keep the proportion of their weights")
@@ -273,7 +271,7 @@ class _Proof:
     def _compare_state(self, state: Record, where: str) -> None:
         assert self.replay is not None
         blend, consumed, drawn = state["mixing"]["blend"], state["consumed_samples"], state["drawn_samples"]
-        stages = [[line.cursor.sample, list(line.weights)] for line in self.stages]
+        stages = [[line.start_sample, line.weights] for line in self.stages]
         if blend["stages"] != stages:
             count = len(blend["stages"])
             what = f"it has {count}, the ledger {len(stages)}" if count != len(stages) else "they differ"
@@ -292,18 +290,18 @@ class _Proof:
                 f"{where}: the samples {drawn['first_sample']} to {consumed - 1} that were trained on are "
                 "not those that the stages call for"
             )
-        if blend["shuffle_ids"] != list(self.stages[-1].sources.shuffle_ids):
+        if blend["shuffle_ids"] != self.stages[-1].shuffle_ids:
             raise NotProven(f"{where}: its shuffle ids are not those of the ledger")
 
 
 def check_record(record: Record, line: StageLine, last: StageLine, cursor: Cursor) -> None:
     """An update's record agrees with its stage and with what was drawn before it."""
     expected: dict[str, list[Any]] = {
-        "sources": list(line.sources.names),
-        "old_weights": list(last.weights),
-        "new_weights": list(line.weights),
+        "sources": line.sources,
+        "old_weights": last.weights,
+        "new_weights": line.weights,
         "rows": cursor.drawn_D.tolist(),
-        "epochs": (cursor.drawn_D / np.array(line.sources.sizes)).tolist(),
+        "epochs": (cursor.drawn_D / np.array(line.sizes)).tolist(),
     }
     for name, value in expected.items():
         if record.get(name) != value:

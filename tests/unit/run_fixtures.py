@@ -16,9 +16,11 @@ from megatron_dynmix.data.source_set import SourceSet, fingerprint
 from megatron_dynmix.mixing.controller import ControllerState
 from megatron_dynmix.mixing.override import Override
 from megatron_dynmix.records.jsonl import JsonlWriter
-from megatron_dynmix.records.ledger import StageLine, begin_of, sample_hash, samples_line
+from megatron_dynmix.records.ledger import newest_stage, sample_hash
 from megatron_dynmix.records.mixing_update import update_record
+from megatron_dynmix.records.schema import SamplesLine, TrainingRecord
 from megatron_dynmix.training.mix_setup import Horizon, controller_of, for_strategy
+from megatron_dynmix.training.reweighting import begin_of
 from megatron_dynmix.training.source_change import SourceChange
 from megatron_dynmix.verify.records import RunRecords
 
@@ -72,7 +74,7 @@ class FakeRun:
 
     def _write_stage(self, why, iteration, changes=()) -> None:
         source_set = SourceSet.of(self.prints, self.blend.state_dict())
-        line = StageLine.of_last(
+        line = newest_stage(
             self.blend,
             source_set,
             self.settings,
@@ -100,13 +102,13 @@ class FakeRun:
 
     def _log(self) -> None:
         self.metrics[self.iteration] = self.consumed
-        line = samples_line(
+        line = SamplesLine(
             iteration=self.iteration,
             first_sample=self.first_sample,
             consumed_samples=self.consumed,
-            digest=self.digest,
+            digest=f"{self.digest:016x}",
         )
-        self.ledger.append(line)
+        self.ledger.append(line.to_json())
         self.first_sample, self.digest = self.consumed, 0
 
     def _reweight(self) -> None:
@@ -176,7 +178,7 @@ class FakeRun:
         return changes
 
     def records(self, *, state: dict[str, Any] | None = None) -> RunRecords:
-        plain = json.loads(json.dumps([line_json(line) for line in self.ledger]))
+        plain = json.loads(json.dumps(self.ledger))
         return RunRecords(
             ledger=plain,
             mixing=json.loads(json.dumps(self.mixing), object_hook=_int_keys),
@@ -192,7 +194,7 @@ class FakeRun:
         for name, lines in (
             ("ledger", self.ledger),
             ("mixing", self.mixing.values()),
-            ("metrics", [metrics_line(*pair) for pair in self.metrics.items()]),
+            ("metrics", [training_record(*pair) for pair in self.metrics.items()]),
         ):
             writer = JsonlWriter(folder / f"{name}.jsonl")
             for line in lines:
@@ -201,14 +203,24 @@ class FakeRun:
         return folder
 
 
-def metrics_line(iteration: int, consumed_samples: int) -> dict[str, int]:
-    """What is read of a log interval's record."""
-    return {"iteration": iteration, "consumed_samples": consumed_samples, "skipped_iterations": 0}
-
-
-def line_json(line: dict[str, Any]) -> dict[str, Any]:
-    """A line as it comes back from its file."""
-    return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in line.items()}
+def training_record(iteration: int, consumed_samples: int = 0, **changes: Any) -> TrainingRecord:
+    """What was seen in a log interval."""
+    record = TrainingRecord(
+        iteration=iteration,
+        consumed_samples=consumed_samples,
+        lm_loss=2.5,
+        source_loss={"chat": 2.0, "math": 3.0, "code": None},
+        lr=3.0e-3,
+        grad_norm=1.25,
+        global_batch_size=32,
+        seconds=0.5,
+        tokens_per_second=8192.0,
+        useful_token_share=0.75,
+        tokens={"chat": 1000, "math": 2000, "code": 0},
+        skipped_iterations=0,
+        aux_losses={"load_balancing_loss": 1.01},
+    )
+    return replace(record, **changes)
 
 
 def _int_keys(content: dict[str, Any]) -> dict[Any, Any]:

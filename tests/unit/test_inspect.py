@@ -35,8 +35,8 @@ from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.source_set import SourceSet
 from megatron_dynmix.data.sources import build_blend, build_rows
 from megatron_dynmix.data.tokenizer.base import Tokenizer
-from megatron_dynmix.records.ledger import StageLine, samples_line
-from tests.unit.run_fixtures import line_json
+from megatron_dynmix.records.ledger import newest_stage
+from megatron_dynmix.records.schema import SamplesLine
 
 START_D = np.array([0.75, 0.25])
 CONTROL = "a\x1b[31mred\x07 \u202eback\u2028\tend"
@@ -190,6 +190,13 @@ def test_flags_win_over_the_file(run_yaml: Path, capsys) -> None:
     assert " of 512 positions" in capsys.readouterr().out
 
 
+def samples(iteration: int, first_sample: int, consumed_samples: int) -> dict:
+    line = SamplesLine(
+        iteration=iteration, first_sample=first_sample, consumed_samples=consumed_samples, digest="0" * 16
+    )
+    return line.to_json()
+
+
 @pytest.fixture(name="run_dir")
 def run_dir_fixture(run_yaml: Path) -> Path:
     """The records of 6 iterations of that run, 8 rows each, with other weights from iteration 5 on."""
@@ -199,14 +206,14 @@ def run_dir_fixture(run_yaml: Path) -> Path:
     lines = []
 
     def stage(why: str, iteration: int) -> None:
-        line = StageLine.of_last(blend, sources, run.config.mixing, {}, why=why, iteration=iteration)
-        lines.append(line_json(line.to_json()))
+        line = newest_stage(blend, sources, run.config.mixing, {}, why=why, iteration=iteration)
+        lines.append(line.to_json())
 
     stage("start", 0)
-    lines.append(samples_line(iteration=4, first_sample=0, consumed_samples=32, digest=0))
+    lines.append(samples(4, 0, 32))
     blend.append_stage(32, np.array([0.125, 0.875]))
     stage("update", 4)
-    lines.append(samples_line(iteration=6, first_sample=32, consumed_samples=48, digest=0))
+    lines.append(samples(6, 32, 48))
     folder = run_yaml.parent / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(run.config))

@@ -7,7 +7,6 @@ import torch
 
 from megatron_dynmix.errors import StoppedOnRequest, TrainingStopped
 from megatron_dynmix.records.writer import EVENTS, recorded
-from megatron_dynmix.training.progress import Progress
 
 
 @pytest.fixture
@@ -28,12 +27,12 @@ def lines(run_dir):
 
 
 def test_a_run_that_is_stopped_and_gone_on_with_tells_its_story(tmp_path, rank):
-    progress = Progress(0, 0, torch.zeros(1))
-    with pytest.raises(StoppedOnRequest), recorded(tmp_path, progress, resumed=False, notes=[]):
-        progress.iteration = 7
+    done = [0]
+    with pytest.raises(StoppedOnRequest), recorded(tmp_path, lambda: done[0], resumed=False, notes=[]):
+        done[0] = 7
         raise StoppedOnRequest("saved")
-    with recorded(tmp_path, progress, resumed=True, notes=["optimizer.lr: 1 -> 2"]):
-        progress.iteration = 9
+    with recorded(tmp_path, lambda: done[0], resumed=True, notes=["optimizer.lr: 1 -> 2"]):
+        done[0] = 9
     assert lines(tmp_path) == [
         *(("start", 0, []), ("stopped", 7, ["saved"])),
         *(("resume", 7, ["optimizer.lr: 1 -> 2"]), ("finished", 9, [])),
@@ -44,7 +43,7 @@ def test_a_run_that_is_stopped_and_gone_on_with_tells_its_story(tmp_path, rank):
 def test_what_fails_is_told_and_not_hidden(tmp_path, rank, error):
     with (
         pytest.raises(type(error)),
-        recorded(tmp_path, Progress(3, 0, torch.zeros(1)), resumed=False, notes=[]),
+        recorded(tmp_path, lambda: 3, resumed=False, notes=[]),
     ):
         raise error
     assert lines(tmp_path)[-1] == ("failed", 3, [str(error)])
@@ -52,6 +51,6 @@ def test_what_fails_is_told_and_not_hidden(tmp_path, rank, error):
 
 def test_only_rank_0_writes(tmp_path, rank):
     rank(1)
-    with recorded(tmp_path, Progress(0, 0, torch.zeros(1)), resumed=False, notes=[]):
+    with recorded(tmp_path, lambda: 0, resumed=False, notes=[]):
         pass
     assert not (tmp_path / EVENTS).exists()

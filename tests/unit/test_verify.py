@@ -9,7 +9,6 @@ from run_fixtures import BATCH, fake_run
 
 from megatron_dynmix.cli import main
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.records.ledger import samples_line
 from megatron_dynmix.verify.records import read_run, stage_line
 from megatron_dynmix.verify.replay import Replay, SourceTally
 from megatron_dynmix.verify.verdict import verdict_text
@@ -349,8 +348,3 @@ def test_the_replay_holds_one_chunk_however_long_the_run():
     replay.go_to(10_000)
     assert len(replay._row_N) == line["chunk_size"]
     assert replay.cursor.drawn_D.sum() == replay.sample == 10_000
-
-
-def test_the_line_of_an_interval():
-    line = samples_line(iteration=3, first_sample=8, consumed_samples=24, digest=255)
-    assert line["digest"] == "00000000000000ff"

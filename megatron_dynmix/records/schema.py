@@ -1,0 +1,241 @@
+"""What a run puts on record: the one definition of every line of its files.
+
+A field is a key of the line. `from_json` refuses a line that is not as it is defined here; `salvaged` takes
+what can be read of it, for those who have to show a run that is damaged, old, or still being written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from megatron_dynmix.config.run_config import MixingConfig
+from megatron_dynmix.data.source_set import SourceSet
+
+AnyLine = TypeVar("AnyLine", bound="Line")
+Why = Literal["start", "update", "sources changed"]
+EventKind = Literal["start", "resume", "finished", "stopped", "failed"]
+
+
+class Line:
+    """A record that is one line of a file."""
+
+    iteration: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the line in JSON's own types, every float to the bit; NaN and infinities are strings."""
+        line: dict[str, Any] = plain(self)
+        return line
+
+    @classmethod
+    def from_json(cls: type[AnyLine], record: Mapping[str, Any]) -> AnyLine:
+        """Read a line back.
+
+        Raises:
+            ValueError: it has not the keys and values that `to_json` writes; the first such key is named.
+
+        """
+        line: AnyLine = _read(cls, record)
+        return line
+
+    @classmethod
+    def salvaged(cls: type[AnyLine], record: Mapping[str, Any]) -> AnyLine:
+        """Read what can be read of a line; the rest is NaN, None or empty."""
+        values, line = {}, cast(Any, cls)  # a type is hashable, whatever mypy thinks of type[AnyLine]
+        for name, kind in _kinds(line).items():
+            try:
+                values[name] = _read(kind, record[name])
+            except (KeyError, TypeError, ValueError, OverflowError):
+                values[name] = _nothing(kind)
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecord(Line):
+    """What was seen in a log interval: a line of `metrics.jsonl`. Losses are in nats per trained token."""
+
+    iteration: int
+    consumed_samples: int
+    lm_loss: float
+    source_loss: dict[str, float | None]
+    """None for a source that was not drawn."""
+    lr: float
+    grad_norm: float
+    global_batch_size: int
+    seconds: float
+    """Per iteration."""
+    tokens_per_second: float
+    useful_token_share: float
+    tokens: dict[str, int]
+    """Trained on since the start of the run."""
+    skipped_iterations: int
+    aux_losses: dict[str, float]
+    """By Megatron-LM's names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageLine(Line):
+    """What it takes to draw a stage again, and why it began: a line of `ledger.jsonl`."""
+
+    kind: Literal["stage"] = "stage"
+    why: Why
+    iteration: int
+    """Iterations done; for changed sources the first iteration that draws from them."""
+    start_sample: int
+    sources: list[str]
+    sizes: list[int]
+    weights: list[float]
+    seed: int
+    chunk_size: int
+    drawn: list[int]
+    """Rows of each source before the stage."""
+    owed: list[float]
+    """What rounding owes each source."""
+    fingerprints: list[str]
+    shuffle_ids: list[int]
+    mixing: dict[str, Any]
+    """The settings that the weights came from, as `MixingConfig.flat` gives them."""
+    resolved: dict[str, Any]
+    """What those say by file and by source."""
+    changes: list[str] = field(default_factory=list)
+    """What became of each source, where they changed."""
+    begin: dict[str, Any] = field(default_factory=dict)
+    """What the first weights of a run came from, see `begin_of`; empty for other stages."""
+
+    @property
+    def source_set(self) -> SourceSet:
+        """Its sources, with all that tells them from others."""
+        return SourceSet(
+            names=tuple(self.sources),
+            fingerprints=tuple(self.fingerprints),
+            sizes=tuple(self.sizes),
+            shuffle_ids=tuple(self.shuffle_ids),
+        )
+
+    @property
+    def settings(self) -> MixingConfig:
+        """`mixing` as a configuration.
+
+        Raises:
+            InputError: a setting that there is not.
+
+        """
+        return MixingConfig.from_flat(self.mixing)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the line in JSON's own types; `begin` only where there is one."""
+        return {name: value for name, value in super().to_json().items() if name != "begin" or value}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesLine(Line):
+    """What was trained on in a log interval: a line of `ledger.jsonl`."""
+
+    kind: Literal["samples"] = "samples"
+    iteration: int
+    first_sample: int
+    consumed_samples: int
+    digest: str
+    """Of the samples first_sample <= i < consumed_samples, see `DrawnSamples`; 16 hexadecimal digits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event(Line):
+    """A start or an end of the processes that train: a line of `events.jsonl`."""
+
+    iteration: int
+    event: EventKind
+    time: str
+    """UTC, as ISO 8601."""
+    version: str
+    ranks: int
+    notes: list[str]
+    """Changed settings, checkpoints that were not good; what a run ended with."""
+
+
+def plain(value: Any) -> Any:
+    """Return a value in JSON's own types."""
+    if is_dataclass(value):
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+@cache
+def _kinds(cls: Any) -> dict[str, Any]:
+    """Types of the fields of a dataclass."""
+    hints = get_type_hints(cls)
+    return {item.name: hints[item.name] for item in fields(cls)}
+
+
+@cache
+def _optional(cls: Any) -> set[str]:
+    """Names of the fields of a dataclass that have a default."""
+    return {
+        item.name
+        for item in fields(cls)
+        if item.default is not MISSING or item.default_factory is not MISSING
+    }
+
+
+def _read(kind: Any, value: Any) -> Any:
+    """Return a value of JSON as one of a field's type; TypeError or ValueError if it is none."""
+    if kind is float:
+        if type(value) in (float, int) or value in ("NaN", "Infinity", "-Infinity"):
+            return float(value)
+        raise ValueError(f"{value!r} is no number")
+    if kind is Any:
+        return value
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        assert len(parts) == 2 and parts[1] is NoneType, "a value, or None"
+        return None if value is None else _read(parts[0], value)
+    if origin is Literal and value not in parts:
+        raise ValueError(f"{value!r} is none of {', '.join(map(repr, parts))}")
+    if origin in (list, tuple) and isinstance(value, list | tuple):
+        return origin(_read(parts[0], item) for item in value)
+    if origin in (dict, Mapping) and isinstance(value, Mapping):
+        return {str(name): _read(parts[1], item) for name, item in value.items()}
+    if origin is np.ndarray:
+        return np.array(value, np.float64)
+    if hasattr(kind, "__dataclass_fields__") and isinstance(value, Mapping):
+        return kind(
+            **{
+                name: _read_key(part, value, name)
+                for name, part in _kinds(kind).items()
+                if name in value or name not in _optional(kind)
+            }
+        )
+    if origin is Literal or type(value) is kind:
+        return value
+    raise ValueError(f"{value!r} is no {getattr(origin or kind, '__name__', kind)}")
+
+
+def _read_key(kind: Any, record: Mapping[str, Any], name: str) -> Any:
+    try:
+        return _read(kind, record[name])
+    except KeyError:
+        raise ValueError(f"it has no {name!r}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _nothing(kind: Any) -> Any:
+    """Return what stands for a value of a type that cannot be read."""
+    origin = get_origin(kind)
+    if origin in (list, dict, tuple):
+        return origin()
+    return {float: math.nan, int: 0, str: "", Literal: ""}.get(origin or kind)
