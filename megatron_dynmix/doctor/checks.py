@@ -1,51 +1,54 @@
-"""What a check says.
-
-Checks of what is installed.
-
-Checks of GPUs, their driver and their network.
-
-Checks of what a job is told: ranks, the place to meet, time-outs; and of what a process may use.
-"""
+"""The table of checks: each looks at facts and says what it found, and what to do about what is not well."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from megatron_dynmix.doctor.machine import UNLIMITED, Machine, normalised
+from megatron_dynmix.config.host import Host, check_host
+from megatron_dynmix.doctor.facts import UNLIMITED, Facts, normalised
+from megatron_dynmix.errors import InputError
 
-Status = Literal["OK", "warning", "problem"]
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One line of the table."""
+    """One line of what `doctor` prints."""
 
-    name: str
-    status: Status
+    name: str = ""
+    """That of its check in the table."""
+    status: Literal["OK", "warning", "problem"]
     found: str
     remedy: str = ""
     """What to do about it; empty where all is well."""
 
 
-def good(name: str, found: str) -> Finding:
-    """Nothing to do."""
-    return Finding(name, "OK", found)
+def good(found: str) -> Finding:
+    """Return a finding with nothing to do."""
+    return Finding(status="OK", found=found)
 
 
-def warning(name: str, found: str, remedy: str) -> Finding:
-    """It runs, but not as well as it could, or not everywhere."""
-    return Finding(name, "warning", found, remedy)
+def warning(found: str, remedy: str) -> Finding:
+    """Return a finding of what runs, but not as well as it could, or not everywhere."""
+    return Finding(status="warning", found=found, remedy=remedy)
 
 
-def problem(name: str, found: str, remedy: str) -> Finding:
-    """It does not run, or not rightly."""
-    return Finding(name, "problem", found, remedy)
+def problem(found: str, remedy: str) -> Finding:
+    """Return a finding of what does not run, or not rightly."""
+    return Finding(status="problem", found=found, remedy=remedy)
 
+
+def findings_of(facts: Facts) -> list[Finding]:
+    """Carry out the checks of the table that apply."""
+    findings = [(name, check(facts)) for name, check in CHECKS]
+    return [dataclasses.replace(finding, name=name) for name, finding in findings if finding is not None]
+
+
+# ---- what is installed
 
 PYTHONS = ((3, 10), (3, 13))
 """Least and greatest that megatron-core 0.16.1 has wheels for."""
@@ -53,145 +56,113 @@ SHOWN = ("megatron-core", "torch", "numpy", "transformers", "tokenizers")
 TE = "transformer-engine"
 INSTALL_TE = (
     'pip install --no-build-isolation "transformer_engine[pytorch]>=2.9,<2.12", torch first, or use the '
+    "NGC PyTorch image"
 )
-INSTALL_TE += "NGC PyTorch image"
 FLASH = "flash-attn"
 
 
-def check_packages(machine: Machine) -> list[Finding]:
-    """Every check of this file, in the order of the table."""
-    return [
-        python(machine),
-        requirements(machine),
-        transformer_engine(machine),
-        apex(machine),
-        flash_attention(machine),
-    ]
-
-
-def python(machine: Machine) -> Finding:
-    """The versions that megatron-core 0.16.1 has wheels for."""
-    version = Version(machine.python).release[:2]
+def python(facts: Facts) -> Finding:
+    """Check for the versions that megatron-core 0.16.1 has wheels for."""
     least, greatest = PYTHONS
-    if least <= version <= greatest:
-        return good("Python", machine.python)
+    if least <= Version(facts.python).release[:2] <= greatest:
+        return good(facts.python)
     said = f"{'.'.join(map(str, least))} to {'.'.join(map(str, greatest))}"
-    return problem(
-        "Python", machine.python, f"megatron-core 0.16.1 has wheels for {said}: make a venv with one"
-    )
+    return problem(facts.python, f"megatron-core 0.16.1 has wheels for {said}: make a venv with one")
 
 
-def requirements(machine: Machine) -> Finding:
-    """Everything that this package itself asks for, in the versions that it asks for."""
-    name = "packages"
-    if not machine.requirements:
-        return problem(name, "megatron-dynmix is not installed, only found", "pip install -e . in its folder")
-    wanted = [Requirement(line) for line in machine.requirements]
+def packages(facts: Facts) -> Finding:
+    """Check everything that this package itself asks for, in the versions that it asks for."""
+    if not facts.requirements:
+        return problem("megatron-dynmix is not installed, only found", "pip install -e . in its folder")
     bad = [
-        f"{need.name} {machine.versions.get(normalised(need.name), 'is missing')} (needs {need.specifier})"
-        for need in wanted
+        f"{need.name} {facts.versions.get(normalised(need.name), 'is missing')} (needs {need.specifier})"
+        for need in map(Requirement, facts.requirements)
         if (need.marker is None or need.marker.evaluate({"extra": ""}))
-        and not _met(need, machine.versions.get(normalised(need.name)))
+        and not _met(need, facts.versions.get(normalised(need.name)))
     ]
     if bad:
-        return problem(
-            name, "; ".join(bad), "pip install -c constraints.txt -e . gives the versions of the tests"
-        )
-    shown = ", ".join(f"{each} {machine.versions[each]}" for each in SHOWN if each in machine.versions)
-    return good(name, shown)
+        return problem("; ".join(bad), "pip install -c constraints.txt -e . gives the versions of the tests")
+    return good(", ".join(f"{name} {facts.versions[name]}" for name in SHOWN if name in facts.versions))
 
 
 def _met(need: Requirement, version: str | None) -> bool:
     return version is not None and need.specifier.contains(version, prereleases=True)
 
 
-def transformer_engine(machine: Machine) -> Finding:
-    """Needed on GPUs to be fast, in the versions that megatron-core 0.16.1 was made for."""
-    name = "Transformer Engine"
-    version = machine.versions.get(TE)
-    if not machine.cuda_available:
-        return good(name, "not needed on a CPU" + (f" ({version} is installed)" if version else ""))
+def transformer_engine(facts: Facts) -> Finding:
+    """Check for what is needed on GPUs to be fast."""
+    version = facts.versions.get(TE)
+    if not facts.cuda_available:
+        return good("not needed on a CPU" + (f" ({version} is installed)" if version else ""))
     if version is None:
-        return warning(name, "not installed: plain torch layers, no grouped GEMM, no fusions", INSTALL_TE)
-    if error := machine.import_errors.get("transformer_engine"):
+        return warning("not installed: plain torch layers, no grouped GEMM, no fusions", INSTALL_TE)
+    if error := facts.import_errors.get("transformer_engine"):
         return problem(
-            name,
             f"{version} fails to import: {error}",
             "it was compiled for another torch or CUDA: remove it, and build it again against this torch",
         )
-    wanted = [Requirement(line) for line in machine.requirements if normalised(line).startswith(TE)]
+    wanted = [Requirement(line) for line in facts.requirements if normalised(line).startswith(TE)]
     if wanted and not _met(wanted[0], version):
-        return problem(name, f"{version} (megatron-core 0.16.1 needs {wanted[0].specifier})", INSTALL_TE)
-    return good(name, version)
+        return problem(f"{version} (megatron-core 0.16.1 needs {wanted[0].specifier})", INSTALL_TE)
+    return good(version)
 
 
-def apex(machine: Machine) -> Finding:
-    """NVIDIA's, or the package of the same name on the Python package index."""
-    if machine.apex == "namesake":
+def apex(facts: Facts) -> Finding:
+    """Tell NVIDIA's from the package of the same name on the Python package index."""
+    if facts.apex == "namesake":
         return problem(
-            "apex",
             "a package of the same name, not NVIDIA's: megatron-core takes it for NVIDIA's and fails",
             "pip uninstall apex; it is not needed (NVIDIA's is built from github.com/NVIDIA/apex)",
         )
-    return good("apex", "NVIDIA's" if machine.apex == "NVIDIA" else "not installed, not needed")
+    return good("NVIDIA's" if facts.apex == "NVIDIA" else "not installed, not needed")
 
 
-def flash_attention(machine: Machine) -> Finding:
-    """Only Transformer Engine uses it; it refuses versions that it does not know."""
-    version = machine.versions.get(FLASH)
+def flash_attention(facts: Facts) -> Finding:
+    """Check for what only Transformer Engine uses, which refuses versions that it does not know."""
+    version = facts.versions.get(FLASH)
     if version is None:
-        return good(FLASH, "not installed, not needed: Transformer Engine has attention of its own")
-    if error := machine.import_errors.get("flash_attn"):
-        return problem(
-            FLASH, f"{version} fails to import: {error}", f"pip uninstall {FLASH}; it is not needed"
-        )
-    if machine.flash_attention_range is None:
-        return good(FLASH, f"{version}, not used: only Transformer Engine would")
-    least, greatest = machine.flash_attention_range
+        return good("not installed, not needed: Transformer Engine has attention of its own")
+    if error := facts.import_errors.get("flash_attn"):
+        return problem(f"{version} fails to import: {error}", f"pip uninstall {FLASH}; it is not needed")
+    if facts.flash_attention_range is None:
+        return good(f"{version}, not used: only Transformer Engine would")
+    least, greatest = facts.flash_attention_range
     if not Version(least) <= Version(version) <= Version(greatest):
         return warning(
-            FLASH,
             f"{version}; this Transformer Engine takes {least} to {greatest} and will not use it",
             f"pip install --no-build-isolation {FLASH}=={greatest}, or uninstall it",
         )
-    return good(FLASH, version)
+    return good(version)
 
+
+# ---- GPUs and the network between them
 
 GIB = 2**30
 BUSY_SHARE = 0.9
 """Of a GPU's memory; with less of it free another process is using the GPU."""
 
 
-def check_devices(machine: Machine) -> list[Finding]:
-    """Every check of this file, in the order of the table."""
-    return [cuda(machine), gpus(machine), backends(machine), infiniband(machine)]
-
-
-def cuda(machine: Machine) -> Finding:
-    """Whether torch's CUDA and the driver's go together."""
-    name = "CUDA"
-    if machine.torch_cuda is None:
-        if machine.driver is None:
-            return good(name, "none: runs on the CPU, over gloo")
+def cuda(facts: Facts) -> Finding:
+    """Check that torch's CUDA and the driver's go together."""
+    if facts.torch_cuda is None:
+        if facts.driver is None:
+            return good("none: runs on the CPU, over gloo")
         return problem(
-            name,
-            f"there is a driver ({machine.driver}), but this torch is built for CPUs",
+            f"there is a driver ({facts.driver}), but this torch is built for CPUs",
             "install a CUDA build of torch (pytorch.org/get-started), then what is compiled against it",
         )
-    if machine.cuda_available:
-        return good(name, f"torch's {machine.torch_cuda}, the driver's {machine.driver_cuda or 'unknown'}")
-    if machine.driver is None and machine.driver_cuda is None:
-        return good(name, f"no driver, so torch's CUDA {machine.torch_cuda} is not used: runs on the CPU")
-    if machine.driver_cuda and _major(machine.driver_cuda) < _major(machine.torch_cuda):
+    if facts.cuda_available:
+        return good(f"torch's {facts.torch_cuda}, the driver's {facts.driver_cuda or 'unknown'}")
+    if facts.driver is None and facts.driver_cuda is None:
+        return good(f"no driver, so torch's CUDA {facts.torch_cuda} is not used: runs on the CPU")
+    if facts.driver_cuda and _major(facts.driver_cuda) < _major(facts.torch_cuda):
         return problem(
-            name,
-            f"torch is built for CUDA {machine.torch_cuda}, the driver ({machine.driver}) has "
-            f"{machine.driver_cuda}",
-            f"a newer driver, or a torch that is built for CUDA {_major(machine.driver_cuda)}",
+            f"torch is built for CUDA {facts.torch_cuda}, the driver ({facts.driver}) has "
+            f"{facts.driver_cuda}",
+            f"a newer driver, or a torch that is built for CUDA {_major(facts.driver_cuda)}",
         )
     return problem(
-        name,
-        f"torch cannot use the GPUs: {machine.cuda_error or 'no device is visible'}",
+        f"torch cannot use the GPUs: {facts.cuda_error or 'no device is visible'}",
         "look at nvidia-smi and CUDA_VISIBLE_DEVICES; in a container, start it with --gpus all",
     )
 
@@ -200,55 +171,52 @@ def _major(version: str) -> int:
     return Version(version).release[0]
 
 
-def gpus(machine: Machine) -> Finding:
-    """How many there are, that they are alike, and that nobody else is using them."""
-    name = "GPUs"
-    if not machine.gpus:
-        return good(name, "none")
-    kinds = sorted({gpu.name for gpu in machine.gpus})
-    memory = min(gpu.memory for gpu in machine.gpus) / GIB
-    found = f"{len(machine.gpus)} x {' and '.join(kinds)}, {memory:.0f} GiB"
+def gpus(facts: Facts) -> Finding:
+    """Check that they are alike, and that nobody else is using them."""
+    if not facts.gpus:
+        return good("none")
+    kinds = sorted({gpu.name for gpu in facts.gpus})
+    memory = min(gpu.memory for gpu in facts.gpus) / GIB
+    found = f"{len(facts.gpus)} x {' and '.join(kinds)}, {memory:.0f} GiB"
     if len(kinds) > 1:
-        return warning(name, found, "the slowest decides; choose with CUDA_VISIBLE_DEVICES")
-    busy = [str(index) for index, gpu in enumerate(machine.gpus) if gpu.free < BUSY_SHARE * gpu.memory]
+        return warning(found, "the slowest decides; choose with CUDA_VISIBLE_DEVICES")
+    busy = [str(index) for index, gpu in enumerate(facts.gpus) if gpu.free < BUSY_SHARE * gpu.memory]
     if busy:
-        least = min(gpu.free for gpu in machine.gpus) / GIB
+        least = min(gpu.free for gpu in facts.gpus) / GIB
         return warning(
-            name,
             f"{found}; other processes use number {', '.join(busy)}: {least:.0f} GiB are free",
             "nvidia-smi shows them; end them, or choose others with CUDA_VISIBLE_DEVICES",
         )
-    return good(name, found)
+    return good(found)
 
 
-def backends(machine: Machine) -> Finding:
-    """Gloo always, NCCL beside it on GPUs."""
-    name = "NCCL, gloo"
-    if not machine.gloo:
-        return problem(name, "this torch has no gloo", "install an official build of torch")
-    if not machine.cuda_available:
-        return good(name, "gloo")
-    if machine.nccl is None:
-        return problem(name, "this torch has no NCCL", "install an official CUDA build of torch")
-    return good(name, f"NCCL {machine.nccl}, gloo")
+def backends(facts: Facts) -> Finding:
+    """Check for gloo, and for NCCL beside it on GPUs."""
+    if not facts.gloo:
+        return problem("this torch has no gloo", "install an official build of torch")
+    if not facts.cuda_available:
+        return good("gloo")
+    if facts.nccl is None:
+        return problem("this torch has no NCCL", "install an official CUDA build of torch")
+    return good(f"NCCL {facts.nccl}, gloo")
 
 
-def infiniband(machine: Machine) -> Finding:
-    """Whether NCCL can use the adapters that are there."""
-    name = "InfiniBand"
-    if not machine.infiniband:
-        return good(name, "none: several nodes would talk over Ethernet")
-    found = ", ".join(machine.infiniband)
-    if machine.environment.get("NCCL_IB_DISABLE") == "1":
-        return warning(name, f"{found}, but NCCL_IB_DISABLE is 1", "unset NCCL_IB_DISABLE")
-    if machine.locked_memory != UNLIMITED:
+def infiniband(facts: Facts) -> Finding:
+    """Check that NCCL can use the adapters that are there."""
+    if not facts.infiniband:
+        return good("none: several nodes would talk over Ethernet")
+    found = ", ".join(facts.infiniband)
+    if facts.environment.get("NCCL_IB_DISABLE") == "1":
+        return warning(f"{found}, but NCCL_IB_DISABLE is 1", "unset NCCL_IB_DISABLE")
+    if facts.locked_memory != UNLIMITED:
         return warning(
-            name,
-            f"{found}, but only {machine.locked_memory / 2**10:.0f} KiB of memory may be locked",
+            f"{found}, but only {facts.locked_memory / 2**10:.0f} KiB of memory may be locked",
             "ulimit -l unlimited (Slurm: PropagateResourceLimitsExcept=MEMLOCK; Docker: --ulimit memlock=-1)",
         )
-    return good(name, found)
+    return good(found)
 
+
+# ---- what a job is told, and what a process may use
 
 TOGETHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 BELOW = (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
@@ -256,141 +224,270 @@ SAME = (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"))
 """Of one job that `srun` started: a rank of `torchrun` has a number of its own."""
 OLD_NAMES = ("NCCL_ASYNC_ERROR_HANDLING", "NCCL_BLOCKING_WAIT", "NCCL_DESYNC_DEBUG")
 OFF = ("0", "false", "no")
-INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-FILES = 4096
+OPEN_FILES = 4096
 SHARED_MEMORY = GIB
 
 
-def check_job(machine: Machine) -> list[Finding]:
-    """Every check of this file, in the order of the table."""
-    return [
-        ranks(machine),
-        meeting_place(machine),
-        interfaces(machine),
-        time_outs(machine),
-        open_files(machine),
-        shared_memory(machine),
-        address_space(machine),
-    ]
-
-
-def ranks(machine: Machine) -> Finding:
-    """Whether the variables of torchrun and Slurm agree with one another and with the GPUs."""
-    name, given = "ranks", machine.environment
-    numbers = _numbers(given)
-    if isinstance(numbers, Finding):
-        return numbers
-    in_job = [variable for variable in TOGETHER if variable in given]
-    missing = [variable for variable in TOGETHER if variable not in given]
-    if "RANK" in in_job and missing:
-        remedy = "start ranks with torchrun or srun, which set all four, or unset RANK"
-        return problem(name, f"{', '.join(in_job)} set, but not {', '.join(missing)}", remedy)
-    for rank, size in BELOW:
-        if rank in numbers and size in numbers and not 0 <= numbers[rank] < numbers[size]:
-            found = f"{rank} is {numbers[rank]}, but {size} is {numbers[size]}"
-            return problem(name, found, "unset both: they are left over from another job, or copied wrongly")
-    if "TORCHELASTIC_RUN_ID" not in given:
-        for ours, slurms in SAME:
-            if ours in numbers and slurms in numbers and numbers[ours] != numbers[slurms]:
-                found = f"{ours} is {numbers[ours]}, but {slurms} is {numbers[slurms]}"
-                return problem(name, found, f"unset {ours}: `train` takes it from Slurm")
-    local = numbers.get("LOCAL_WORLD_SIZE", 1)
-    if machine.gpus and local > len(machine.gpus):
-        found = f"{local} ranks on this node, but {len(machine.gpus)} GPUs"
-        return problem(name, found, "start as many ranks as there are GPUs (--nproc-per-node)")
-    if "RANK" not in given:
-        return good(name, "not in a job")
-    return good(name, f"rank {given['RANK']} of {given['WORLD_SIZE']}")
-
-
-def _numbers(given: Mapping[str, str]) -> dict[str, int] | Finding:
-    found = {}
+def ranks(facts: Facts) -> Finding:
+    """Check that the variables of torchrun and Slurm agree with one another and with the GPUs."""
+    given, numbers = facts.environment, {}
     for variable in {name for pair in (*BELOW, *SAME) for name in pair} & given.keys():
         if not given[variable].isdigit():
-            return problem("ranks", f"{variable} is {given[variable]!r}", f"set {variable} to a whole number")
-        found[variable] = int(given[variable])
-    return found
+            return problem(f"{variable} is {given[variable]!r}", f"set {variable} to a whole number")
+        numbers[variable] = int(given[variable])
+    missing = [variable for variable in TOGETHER if variable not in given]
+    if "RANK" in given and missing:
+        found = f"{', '.join(name for name in TOGETHER if name in given)} set, but not {', '.join(missing)}"
+        return problem(found, "start ranks with torchrun or srun, which set all four, or unset RANK")
+    for rank, size in BELOW:
+        if rank in numbers and size in numbers and numbers[rank] >= numbers[size]:
+            found = f"{rank} is {numbers[rank]}, but {size} is {numbers[size]}"
+            return problem(found, "unset both: they are left over from another job, or copied wrongly")
+    for ours, slurms in () if "TORCHELASTIC_RUN_ID" in given else SAME:
+        if ours in numbers and slurms in numbers and numbers[ours] != numbers[slurms]:
+            found = f"{ours} is {numbers[ours]}, but {slurms} is {numbers[slurms]}"
+            return problem(found, f"unset {ours}: `train` takes it from Slurm")
+    local = numbers.get("LOCAL_WORLD_SIZE", 1)
+    if facts.gpus and local > len(facts.gpus):
+        found = f"{local} ranks on this node, but {len(facts.gpus)} GPUs"
+        return problem(found, "start as many ranks as there are GPUs (--nproc-per-node)")
+    return good(f"rank {given['RANK']} of {given['WORLD_SIZE']}" if "RANK" in given else "not in a job")
 
 
-def meeting_place(machine: Machine) -> Finding:
-    """Whether ranks can find MASTER_ADDR, and listen on MASTER_PORT."""
-    name, given = "meeting place", machine.environment
-    address, port = given.get("MASTER_ADDR"), given.get("MASTER_PORT")
-    if address is not None and machine.addresses.get(address) is None:
+def meeting_place(facts: Facts) -> Finding:
+    """Check that ranks can find MASTER_ADDR, and listen on MASTER_PORT."""
+    address, port = facts.environment.get("MASTER_ADDR"), facts.environment.get("MASTER_PORT")
+    if address is not None and facts.addresses.get(address) is None:
         remedy = "give the first node's name as the others know it (scontrol show hostnames), or its address"
-        return problem(name, f"MASTER_ADDR is {address}, which has no address here", remedy)
+        return problem(f"MASTER_ADDR is {address}, which has no address here", remedy)
     if port is not None and not (port.isdigit() and 0 < int(port) < 65536):
-        return problem(name, f"MASTER_PORT is {port!r}", "give a number from 1 to 65535")
-    if machine.port_is_free is False:
+        return problem(f"MASTER_PORT is {port!r}", "give a number from 1 to 65535")
+    if facts.port_is_free is False:
         remedy = "choose another MASTER_PORT, or end what is left of the last job"
-        return problem(name, f"MASTER_PORT {port} is in use on this machine", remedy)
-    if machine.addresses.get(machine.hostname) is None:
+        return problem(f"MASTER_PORT {port} is in use on this machine", remedy)
+    if facts.addresses.get(facts.hostname) is None:
         return warning(
-            name,
-            f"this machine's own name, {machine.hostname}, has no address",
-            f"add a line '127.0.1.1 {machine.hostname}' to /etc/hosts, or set GLOO_SOCKET_IFNAME",
+            f"this machine's own name, {facts.hostname}, has no address",
+            f"add a line '127.0.1.1 {facts.hostname}' to /etc/hosts, or set GLOO_SOCKET_IFNAME",
         )
-    return good(name, f"{address}:{port}" if address else f"{machine.hostname} is known by name")
+    return good(f"{address}:{port}" if address else f"{facts.hostname} is known by name")
 
 
-def interfaces(machine: Machine) -> Finding:
-    """Whether the network interfaces that NCCL and gloo are told to use are there."""
-    for variable in INTERFACES:
-        wanted = machine.environment.get(variable)
-        if wanted is None or wanted.startswith("^"):
+def interfaces(facts: Facts) -> Finding:
+    """Check that the network interfaces that NCCL and gloo are told to use are there."""
+    for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        wanted = facts.environment.get(variable, "^")
+        if wanted.startswith("^"):
             continue
         exact = wanted.startswith("=") or variable.startswith("GLOO")
-        names = wanted.lstrip("=").split(",")
         missing = [
             one
-            for one in names
-            if not any(each == one if exact else each.startswith(one) for each in machine.interfaces)
+            for one in wanted.lstrip("=").split(",")
+            if not any(each == one if exact else each.startswith(one) for each in facts.interfaces)
         ]
         if missing:
             found = f"{variable} is {wanted}, but there is no {', '.join(missing)}"
-            return problem("interfaces", found, f"use one of {', '.join(machine.interfaces)}, or unset it")
-    return good("interfaces", ", ".join(machine.interfaces))
+            return problem(found, f"use one of {', '.join(facts.interfaces)}, or unset it")
+    return good(", ".join(facts.interfaces))
 
 
-def time_outs(machine: Machine) -> Finding:
-    """Whether a rank that hangs can be noticed."""
-    name, given = "time-outs", machine.environment
+def time_outs(facts: Facts) -> Finding:
+    """Check that a rank that hangs can be noticed."""
+    given = facts.environment
     if given.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "").lower() in OFF:
         return problem(
-            name,
             "TORCH_NCCL_ASYNC_ERROR_HANDLING is off: a job whose rank is lost hangs until it is cancelled",
             "unset TORCH_NCCL_ASYNC_ERROR_HANDLING",
         )
-    old = [variable for variable in OLD_NAMES if variable in given]
-    if old:
+    if old := [variable for variable in OLD_NAMES if variable in given]:
         remedy = f"set {', '.join(f'TORCH_{variable}' for variable in old)} instead, or nothing"
-        return warning(name, f"{', '.join(old)} set, which torch no longer goes by", remedy)
+        return warning(f"{', '.join(old)} set, which torch no longer goes by", remedy)
     if given.get("CUDA_LAUNCH_BLOCKING") == "1":
-        return warning(name, "CUDA_LAUNCH_BLOCKING is 1: every kernel is waited for", "unset it to train")
-    return good(name, "as torch has them; collectives wait distributed_timeout_minutes")
+        return warning("CUDA_LAUNCH_BLOCKING is 1: every kernel is waited for", "unset it to train")
+    return good("as torch has them; collectives wait distributed_timeout_minutes")
 
 
-def open_files(machine: Machine) -> Finding:
-    """Sources, workers, sockets and shards are all open files."""
-    if machine.open_files != UNLIMITED and machine.open_files < FILES:
-        found = f"{machine.open_files} may be open in a process"
-        return warning("open files", found, "ulimit -n 65536 (Docker: --ulimit nofile=65536)")
-    return good("open files", "unlimited" if machine.open_files == UNLIMITED else str(machine.open_files))
+def open_files(facts: Facts) -> Finding:
+    """Check the limit: sources, workers, sockets and shards are all open files."""
+    if facts.open_files != UNLIMITED and facts.open_files < OPEN_FILES:
+        found = f"{facts.open_files} may be open in a process"
+        return warning(found, "ulimit -n 65536 (Docker: --ulimit nofile=65536)")
+    return good("unlimited" if facts.open_files == UNLIMITED else str(facts.open_files))
 
 
-def shared_memory(machine: Machine) -> Finding:
-    """Data workers and NCCL hand tensors over in /dev/shm."""
-    found = f"{machine.shared_memory / GIB:.1f} GiB in /dev/shm"
-    if machine.shared_memory < SHARED_MEMORY:
+def shared_memory(facts: Facts) -> Finding:
+    """Check /dev/shm, where data workers and NCCL hand tensors over."""
+    found = f"{facts.shared_memory / GIB:.1f} GiB in /dev/shm"
+    if facts.shared_memory < SHARED_MEMORY:
         remedy = "in a container: --ipc=host or --shm-size=16g (Kubernetes: an emptyDir with medium Memory)"
-        return warning("shared memory", found, remedy)
-    return good("shared memory", found)
+        return warning(found, remedy)
+    return good(found)
 
 
-def address_space(machine: Machine) -> Finding:
-    """Memory-mapped sources and CUDA take far more addresses than memory."""
-    found = f"{machine.memory / GIB:.0f} GiB of memory"
-    if machine.address_space != UNLIMITED:
-        limit = f"{found}, and a limit of {machine.address_space / GIB:.0f} GiB on addresses"
-        return warning("memory", limit, "ulimit -v unlimited: it counts what is only mapped")
-    return good("memory", found)
+def address_space(facts: Facts) -> Finding:
+    """Check the limit: memory-mapped sources and CUDA take far more addresses than memory."""
+    found = f"{facts.memory / GIB:.0f} GiB of memory"
+    if facts.address_space != UNLIMITED:
+        limit = f"{found}, and a limit of {facts.address_space / GIB:.0f} GiB on addresses"
+        return warning(limit, "ulimit -v unlimited: it counts what is only mapped")
+    return good(found)
+
+
+# ---- the folder that all ranks share
+
+SKEW_SECONDS = 2.0
+"""Between this machine's clock and that of the file server."""
+SLOW_SECONDS = 5.0
+"""To write, flush and rename one small file."""
+LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "overlay", "tmpfs", "ramfs", "vfat", "apfs")
+NFS = "other nodes may see new files some seconds late; saves wait for that"
+NOTES = {"nfs": NFS, "nfs4": NFS, "lustre": "stripe the checkpoint folder wide (lfs setstripe -c -1)"}
+
+
+def shared_folder(facts: Facts) -> Finding | None:
+    """Say why no folder was tried."""
+    if facts.folder is not None:
+        return None
+    if facts.shared_dir is None:
+        return good("not tried: give --shared-dir DIR or RUN.yaml")
+    return problem(f"{facts.shared_dir} is no folder", "make it, or give another --shared-dir")
+
+
+def writing(facts: Facts) -> Finding | None:
+    """Check that a small file can be written, flushed and renamed, and how fast."""
+    if (folder := facts.folder) is None:
+        return None
+    if folder.error:
+        remedy = "another folder, or its permissions and quota (quota -s, lfs quota)"
+        return problem(f"{folder.path}: {folder.error}", remedy)
+    found = f"{folder.path}: a file is written, flushed and renamed in {folder.seconds * 1000:.0f} ms"
+    if folder.seconds > SLOW_SECONDS:
+        return warning(found, "the file server is overloaded or far away; try another one")
+    return good(found)
+
+
+def file_system(facts: Facts) -> Finding | None:
+    """Check that other nodes see the folder, as far as the kind of its file system tells."""
+    if (folder := facts.folder) is None:
+        return None
+    if folder.kind not in LOCAL:
+        return good(f"{folder.kind}{f': {NOTES[folder.kind]}' if folder.kind in NOTES else ''}")
+    if (nodes := _nodes(facts.environment)) > 1:
+        return problem(
+            f"{folder.path} is on {folder.kind}, which this node alone sees; the job has {nodes} nodes",
+            "put sources, prepared_dir and --run-dir on a file system that all nodes share",
+        )
+    return good(f"{folder.kind}, of this node only")
+
+
+def _nodes(environment: Mapping[str, str]) -> int:
+    """Nodes of the job that this process is in; 1 outside of one."""
+    for total, local in (("SLURM_JOB_NUM_NODES", None), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")):
+        if environment.get(total, "").isdigit():
+            each = environment.get(local, "") if local else "1"
+            if each.isdigit() and int(each):
+                return -(-int(environment[total]) // int(each))
+    return 1
+
+
+def space(facts: Facts) -> Finding | None:
+    """Check that two checkpoints fit: the newest is removed only when the next is whole."""
+    if (folder := facts.folder) is None:
+        return None
+    found = f"{folder.free / GIB:.0f} GiB are free"
+    if (checkpoint := facts.checkpoint_bytes) is None:
+        return good(found)
+    found += f", a checkpoint of this run is {checkpoint / GIB:.1f} GiB"
+    if folder.free < 2 * checkpoint:
+        return problem(found, "make room for two, or give a smaller checkpoint.keep_last")
+    return good(found)
+
+
+def clock(facts: Facts) -> Finding | None:
+    """Check that this machine and the file server agree on the time."""
+    if (folder := facts.folder) is None:
+        return None
+    if abs(folder.skew) > SKEW_SECONDS:
+        found = f"new files are {folder.skew:+.1f} s off this machine's clock"
+        return warning(found, "synchronize the clocks (chrony, ntpd): times in logs will not compare")
+    return good("agrees with the file system's")
+
+
+# ---- whether this machine can follow the settings of a run
+
+SHORT_MINUTES = 5.0
+
+
+def run_settings(facts: Facts) -> Finding | None:
+    """Check that this machine can follow every setting of the run."""
+    if facts.config is None:
+        return None
+    host = Host(
+        cuda=facts.cuda_available,
+        transformer_engine=TE in facts.versions,
+        deep_ep="deep-ep" in facts.versions,
+        wandb="wandb" in facts.versions,
+    )
+    try:
+        check_host(facts.config, host)
+    except InputError as error:
+        return problem(str(error), "or run it on a machine that has what is missing")
+    if facts.model_error:
+        return problem(facts.model_error, "plan RUN.yaml --world-size N says more")
+    return good("this machine can follow every setting")
+
+
+def run_time_out(facts: Facts) -> Finding | None:
+    """Check that a slow save is not taken for a lost rank."""
+    minutes = facts.config.parallel.distributed_timeout_minutes if facts.config else SHORT_MINUTES
+    if minutes >= SHORT_MINUTES:
+        return None
+    found = f"distributed_timeout_minutes is {minutes:g}: a slow save or start looks like a lost rank"
+    return warning(found, "leave it out (10), or give more for large models")
+
+
+def connections(facts: Facts) -> Finding | None:
+    """Check what lets kernels and sends overlap on GPUs."""
+    if facts.config is None or not facts.cuda_available:
+        return None
+    sizes = [facts.config.parallel.size(f"{name}_parallel_size") for name in ("tensor_model", "context")]
+    if max(sizes) == 1 or facts.environment.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        return None
+    return warning(
+        "CUDA_DEVICE_MAX_CONNECTIONS is not 1, with tensor or context parallelism",
+        "export CUDA_DEVICE_MAX_CONNECTIONS=1: on Hopper and older, sends and kernels overlap only so",
+    )
+
+
+Check = Callable[[Facts], Finding | None]
+"""What was found; None where the check does not apply."""
+
+CHECKS: tuple[tuple[str, Check], ...] = (
+    ("Python", python),
+    ("packages", packages),
+    ("Transformer Engine", transformer_engine),
+    ("apex", apex),
+    (FLASH, flash_attention),
+    ("CUDA", cuda),
+    ("GPUs", gpus),
+    ("NCCL, gloo", backends),
+    ("InfiniBand", infiniband),
+    ("ranks", ranks),
+    ("meeting place", meeting_place),
+    ("interfaces", interfaces),
+    ("time-outs", time_outs),
+    ("open files", open_files),
+    ("shared memory", shared_memory),
+    ("memory", address_space),
+    ("shared folder", shared_folder),
+    ("writing", writing),
+    ("file system", file_system),
+    ("space", space),
+    ("clock", clock),
+    ("RUN.yaml", run_settings),
+    ("run's time-out", run_time_out),
+    ("connections", connections),
+)
+"""In the order in which they are printed."""
+FOR_MEETING = ("ranks", "meeting place", "interfaces", "time-outs", "open files", "shared memory", "memory")
+"""With a problem in one of these the ranks would only wait for one another."""

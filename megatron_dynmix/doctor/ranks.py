@@ -11,14 +11,18 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import torch
+
+from megatron_dynmix import platform
 from megatron_dynmix.doctor.checks import Finding, good, problem
-from megatron_dynmix.doctor.machine import Machine
-from megatron_dynmix.doctor.storage import nearest_folder
+from megatron_dynmix.doctor.facts import Facts
+from megatron_dynmix.doctor.folder import nearest_folder
 from megatron_dynmix.files import sha256
 
 MEETING_SECONDS = 60
 SEEING_SECONDS = 10.0
 """Within which others see a file that one node wrote; NFS keeps what it read of a folder for some of them."""
+ALL, FOLDER = "all ranks", "shared folder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,27 +37,15 @@ class Rank:
     """Whether a file that rank 0 wrote is there; None if no folder is tried, or rank 0 cannot write."""
 
 
-def fingerprint(machine: Machine) -> str:
-    """Of everything that must be the same on all ranks: Python, packages, driver, kinds of GPU."""
-    versions = sorted(machine.versions.items())
-    kinds = sorted({gpu.name for gpu in machine.gpus})
-    text = repr((machine.python, versions, machine.torch_cuda, machine.driver, kinds))
-    return sha256(text)[:16]
+def fingerprint(facts: Facts) -> str:
+    """Return a digest of what must be the same on all ranks: Python, packages, driver, kinds of GPU."""
+    versions = sorted(facts.versions.items())
+    kinds = sorted({gpu.name for gpu in facts.gpus})
+    return sha256(repr((facts.python, versions, facts.torch_cuda, facts.driver, kinds)))
 
 
-def check_ranks(machine: Machine, findings: Sequence[Finding], folder: Path | None) -> list[Finding]:
-    """Join over gloo, as `train` would before anything else, and hear what the others found.
-
-    Args:
-        machine: of this rank.
-        findings: of this rank.
-        folder: that all ranks are to share, if there is one.
-
-    """
-    import torch
-
-    from megatron_dynmix import platform
-
+def check_ranks(facts: Facts, findings: Sequence[Finding]) -> list[Finding]:
+    """Join over gloo, as `train` would before anything else, and hear what the others found."""
     minutes = MEETING_SECONDS / 60
     try:
         torch.distributed.init_process_group(
@@ -63,26 +55,23 @@ def check_ranks(machine: Machine, findings: Sequence[Finding], folder: Path | No
             world_size=int(os.environ["WORLD_SIZE"]),
             timeout=timedelta(minutes=minutes),
         )
-        ranks = _told(machine, findings, folder)
+        ranks = _told(facts, findings)
         torch.distributed.destroy_process_group()
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        found = f"they did not meet in {MEETING_SECONDS} s: {reason}"
-        return [problem("all ranks", found, "look at MASTER_ADDR, and for a rank that never started")]
-    return [*others_findings(ranks), same_everywhere(ranks), *folder_is_shared(ranks, folder)]
+        found = f"they did not meet in {MEETING_SECONDS} s: {str(error).splitlines()[0]}"
+        return [_named(ALL, problem(found, "look at MASTER_ADDR, and for a rank that never started"))]
+    return [*others_findings(ranks), same_everywhere(ranks), *folder_is_shared(ranks, facts.shared_dir)]
 
 
-def _told(machine: Machine, findings: Sequence[Finding], folder: Path | None) -> list[Rank]:
-    """What every rank has to say, in their order; the folder is tried by a file of rank 0."""
-    import torch
-
+def _told(facts: Facts, findings: Sequence[Finding]) -> list[Rank]:
+    """Return what every rank has to say, in their order; the folder is tried by a file of rank 0."""
     is_first = torch.distributed.get_rank() == 0
-    written = [_write_mark(folder) if is_first and folder is not None else None]
+    written = [_write_mark(facts.shared_dir) if is_first and facts.shared_dir is not None else None]
     torch.distributed.broadcast_object_list(written, src=0)
     mark = written[0]
     rank = Rank(
-        host=machine.hostname,
-        fingerprint=fingerprint(machine),
+        host=facts.hostname,
+        fingerprint=fingerprint(facts),
         findings=tuple(finding for finding in findings if finding.status != "OK"),
         sees_folder=None if mark is None else _appears(mark),
     )
@@ -103,7 +92,7 @@ def _write_mark(folder: Path) -> Path | None:
 
 
 def _appears(path: Path) -> bool:
-    """Whether a file is there, or comes to be."""
+    """Return whether a file is there, or comes to be."""
     deadline = time.monotonic() + SEEING_SECONDS
     while not path.exists():
         if time.monotonic() > deadline:
@@ -113,7 +102,7 @@ def _appears(path: Path) -> bool:
 
 
 def others_findings(ranks: Sequence[Rank]) -> list[Finding]:
-    """What is not well on other machines than the first rank's, once for each of them."""
+    """Return what is not well on other machines than the first rank's, once for each of them."""
     found = {
         (rank.host, finding.name): finding
         for rank in ranks
@@ -127,27 +116,27 @@ def others_findings(ranks: Sequence[Rank]) -> list[Finding]:
 
 
 def same_everywhere(ranks: Sequence[Rank]) -> Finding:
-    """Whether all ranks have what the first one has."""
+    """Check that all ranks have what the first one has."""
     other = sorted({rank.host for rank in ranks if rank.fingerprint != ranks[0].fingerprint})
     if other:
         found = f"Python, packages, driver or GPUs of {', '.join(other)} are not those of {ranks[0].host}"
-        return problem(
-            "all ranks", found, "use one environment or container on all nodes; run doctor on each"
-        )
+        remedy = "use one environment or container on all nodes; run doctor on each"
+        return _named(ALL, problem(found, remedy))
     hosts = len({rank.host for rank in ranks})
-    return good("all ranks", f"{len(ranks)} on {hosts} machine{'s' * (hosts > 1)}, all alike")
+    return _named(ALL, good(f"{len(ranks)} on {hosts} machine{'s' * (hosts > 1)}, all alike"))
 
 
 def folder_is_shared(ranks: Sequence[Rank], folder: Path | None) -> list[Finding]:
-    """Whether every rank sees what the first one writes; nothing if that was not tried."""
+    """Check that every rank sees what the first one writes; nothing if that was not tried."""
     if ranks[0].sees_folder is None:
         return []
-    blind = sorted({rank.host for rank in ranks if not rank.sees_folder})
-    if blind:
-        found = (
-            f"{', '.join(blind)} did not see in {SEEING_SECONDS:.0f} s what {ranks[0].host} wrote in {folder}"
-        )
-        return [
-            problem("shared folder", found, "mount the same file system under the same name on all nodes")
-        ]
-    return [good("shared folder", f"all ranks see what the first one writes in {folder}")]
+    if blind := sorted({rank.host for rank in ranks if not rank.sees_folder}):
+        writer = f"what {ranks[0].host} wrote in {folder}"
+        found = f"{', '.join(blind)} did not see in {SEEING_SECONDS:.0f} s {writer}"
+        remedy = "mount the same file system under the same name on all nodes"
+        return [_named(FOLDER, problem(found, remedy))]
+    return [_named(FOLDER, good(f"all ranks see what the first one writes in {folder}"))]
+
+
+def _named(name: str, finding: Finding) -> Finding:
+    return dataclasses.replace(finding, name=name)

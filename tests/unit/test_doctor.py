@@ -6,17 +6,18 @@ import errno
 import io
 import os
 import socket
+from pathlib import Path
 
 import pytest
 from config_fixtures import good_settings, load, write
 
 from megatron_dynmix import platform
 from megatron_dynmix.cli import main
-from megatron_dynmix.commands.doctor import check_run, findings_text
-from megatron_dynmix.doctor import checks, storage
-from megatron_dynmix.doctor.machine import Gpu, Machine, _port_is_free, look, normalised
+from megatron_dynmix.commands.doctor import findings_text
+from megatron_dynmix.doctor import checks
+from megatron_dynmix.doctor.facts import Facts, Gpu, _port_is_free, look, normalised
+from megatron_dynmix.doctor.folder import Folder, try_folder
 from megatron_dynmix.doctor.ranks import Rank, fingerprint, folder_is_shared, others_findings, same_everywhere
-from megatron_dynmix.doctor.storage import Folder, try_folder
 from tests.distributed.ranks import run_ranks
 
 platform.start()
@@ -29,7 +30,7 @@ NEEDS = (
     'transformer-engine[pytorch]<2.12,>=2.9; extra == "te"',
 )
 VERSIONS = {"megatron-core": "0.16.1", "numpy": "2.4.6", "psutil": "7.0"}
-LAPTOP = Machine(requirements=NEEDS, versions=VERSIONS, addresses={"laptop": "127.0.1.1"})
+LAPTOP = Facts(requirements=NEEDS, versions=VERSIONS, addresses={"laptop": "127.0.1.1"})
 H100 = Gpu("NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB)
 NODE = dataclasses.replace(
     LAPTOP,
@@ -61,16 +62,16 @@ CASES = [
     (checks.python, NODE, {}, "OK", "3.11.0"),
     (checks.python, NODE, {"python": "3.14.1"}, "problem", "3.10 to 3.13"),
     (checks.python, NODE, {"python": "3.9.2"}, "problem", "3.9.2"),
-    (checks.requirements, LAPTOP, {}, "OK", "megatron-core 0.16.1"),
+    (checks.packages, LAPTOP, {}, "OK", "megatron-core 0.16.1"),
     (
-        checks.requirements,
+        checks.packages,
         LAPTOP,
         versions(LAPTOP, megatron_core="0.17.0"),
         "problem",
         "megatron-core 0.17.0",
     ),
-    (checks.requirements, LAPTOP, versions(LAPTOP, psutil=None), "problem", "psutil is missing"),
-    (checks.requirements, LAPTOP, {"requirements": ()}, "problem", "not installed"),
+    (checks.packages, LAPTOP, versions(LAPTOP, psutil=None), "problem", "psutil is missing"),
+    (checks.packages, LAPTOP, {"requirements": ()}, "problem", "not installed"),
     (checks.transformer_engine, LAPTOP, {}, "OK", "not needed on a CPU"),
     (checks.transformer_engine, NODE, {}, "OK", "2.10.0"),
     (checks.transformer_engine, NODE, versions(NODE, transformer_engine=None), "warning", "not installed"),
@@ -230,7 +231,11 @@ TWO_NODES = {"SLURM_JOB_NUM_NODES": "2"}
     ],
 )
 def test_a_check_of_a_folder(folder, environment, checkpoint, bad, says):
-    findings = storage.check_folder(dataclasses.replace(FOLDER, **folder), environment, checkpoint)
+    tried = dataclasses.replace(FOLDER, **folder)
+    facts = dataclasses.replace(LAPTOP, folder=tried, environment=environment, checkpoint_bytes=checkpoint)
+    names = ("writing", "file system", "space", "clock")
+    findings = [finding for finding in checks.findings_of(facts) if finding.name in names]
+    assert [finding.name for finding in findings] == list(names)
     assert {finding.name: finding.status for finding in findings if finding.status != "OK"} == bad
     assert says in " ".join(f"{finding.found} {finding.remedy}" for finding in findings)
 
@@ -265,7 +270,8 @@ def test_ranks_must_be_alike():
 
 
 def test_what_is_wrong_on_another_machine_is_told_once():
-    bad = checks.apex(dataclasses.replace(NODE, apex="namesake"))
+    findings = checks.findings_of(dataclasses.replace(NODE, apex="namesake"))
+    (bad,) = (finding for finding in findings if finding.status == "problem")
     ranks = [rank_of(host, findings=(bad,)) for host in ("node0", "node0", "node1", "node1")]
     (finding,) = others_findings(ranks)
     assert finding.name == "apex" and finding.found.endswith("(on node1)") and finding.remedy == bad.remedy
@@ -306,20 +312,45 @@ def test_ranks_meet_and_the_first_one_prints(tmp_path):
 
 def test_a_run_is_held_against_the_machine(tmp_path):
     settings = good_settings(tmp_path)
-    (finding,) = check_run(load(tmp_path, settings), LAPTOP)
-    assert finding.status == "OK"
+    facts = dataclasses.replace(LAPTOP, config=load(tmp_path, settings))
+    assert checks.run_settings(facts).status == "OK" and checks.run_time_out(facts) is None
     settings["model"]["moe_grouped_gemm"] = True
     settings["parallel"]["distributed_timeout_minutes"] = 1
-    first, second = check_run(load(tmp_path, settings), LAPTOP)
-    assert first.status == "problem" and "moe_grouped_gemm" in first.found
-    assert second.status == "warning" and "distributed_timeout_minutes is 1" in second.found
+    facts = dataclasses.replace(LAPTOP, config=load(tmp_path, settings))
+    found = checks.run_settings(facts)
+    assert found.status == "problem" and "moe_grouped_gemm" in found.found
+    found = checks.run_time_out(facts)
+    assert found.status == "warning" and "distributed_timeout_minutes is 1" in found.found
+
+
+def test_tensor_parallel_gpus_need_one_connection(tmp_path):
+    settings = good_settings(tmp_path)
+    settings["parallel"]["tensor_model_parallel_size"] = 2
+    config = load(tmp_path, settings)
+    assert checks.connections(dataclasses.replace(LAPTOP, config=config)) is None
+    assert checks.connections(dataclasses.replace(NODE, config=config)).status == "warning"
+    one = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    assert checks.connections(dataclasses.replace(NODE, config=config, environment=one)) is None
+
+
+def test_a_model_that_cannot_be_sized_is_a_problem_of_the_run(tmp_path):
+    config = load(tmp_path, good_settings(tmp_path))
+    finding = checks.run_settings(dataclasses.replace(LAPTOP, config=config, model_error="no such head"))
+    assert (finding.status, finding.found) == ("problem", "no such head")
 
 
 def test_the_text_has_every_remedy():
-    findings = [checks.apex(dataclasses.replace(NODE, apex="namesake")), checks.python(NODE)]
+    findings = checks.findings_of(dataclasses.replace(NODE, apex="namesake"))
     text = findings_text(findings)
     assert "PROBLEM  apex" in text and "-> pip uninstall apex" in text
-    assert text.endswith("2 checks: 1 problems, 0 warnings")
+    assert text.endswith(f"{len(findings)} checks: 1 problems, 0 warnings")
+
+
+def test_the_table_is_that_of_the_docs():
+    page = (Path(__file__).parents[2] / "docs/doctor.md").read_text()
+    for name, _ in checks.CHECKS:
+        assert name in page, name
+    assert set(checks.FOR_MEETING) <= {name for name, _ in checks.CHECKS}
 
 
 def test_this_machine_is_looked_at(monkeypatch, tmp_path, capsys):

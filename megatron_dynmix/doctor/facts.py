@@ -15,7 +15,12 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from megatron_dynmix.doctor.folder import Folder
+
+if TYPE_CHECKING:
+    from megatron_dynmix.config import RunConfig
 
 ApexKind = Literal["none", "NVIDIA", "namesake"]
 UNLIMITED = -1
@@ -36,7 +41,7 @@ class Gpu:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
+class Facts:
     """What was found; the defaults are those of a laptop on which all is well."""
 
     python: str = "3.11.0"
@@ -75,9 +80,19 @@ class Machine:
     shared_memory: int = 8 * 2**30
     """Bytes of /dev/shm."""
     memory: int = 16 * 2**30
+    shared_dir: Path | None = None
+    """The folder that all ranks are to share, if one was named or a run has one."""
+    folder: Folder | None = None
+    """What came of trying it; None where there is none."""
+    config: RunConfig | None = None
+    """Of the run that this machine is checked for, if there is one."""
+    checkpoint_bytes: int | None = None
+    """Of one checkpoint of the run."""
+    model_error: str = ""
+    """Why the run's model cannot be sized."""
 
 
-def look() -> Machine:
+def look() -> Facts:
     """Look at this machine; a few seconds, most of them to import torch."""
     import psutil
     import torch
@@ -87,7 +102,7 @@ def look() -> Machine:
     names = [socket.gethostname(), *filter(None, [environment.get("MASTER_ADDR")])]
     addresses = {name: _address(name) for name in names}
     shared = Path("/dev/shm")
-    return Machine(
+    return Facts(
         python=python_platform.python_version(),
         requirements=_requirements(),
         versions=_versions(),
