@@ -8,6 +8,7 @@ host with CUDA it changes nothing but one wrong flag where Transformer Engine is
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import warnings
 from dataclasses import dataclass
@@ -88,9 +89,20 @@ def _cuda() -> Platform:
 def _cpu() -> Platform:
     from megatron_dynmix.platform import cpu
 
+    _expect_no_cuda()  # before anything imports Megatron-Core or transformers: the line comes once, at import
     cpu.install()
     _correct_latent_attention()
     return Platform(device=torch.device("cpu"), backend="gloo", transformer_engine=False)
+
+
+def _expect_no_cuda() -> None:
+    """Drop the warning of torch's CUDA build that a host with a CUDA compiler has no device.
+
+    `torch.utils.cpp_extension` looks for a compiler when it is imported, and Megatron-Core imports it.
+    """
+    logging.getLogger("torch.utils.cpp_extension").addFilter(
+        lambda record: not record.getMessage().startswith("No CUDA runtime is found")
+    )
 
 
 def _correct_latent_attention() -> None:

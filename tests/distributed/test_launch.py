@@ -113,7 +113,7 @@ time.sleep(600)
 
 def test_ranks_end_with_a_launcher_that_is_killed(tmp_path):
     rank_text = """
-from megatron_dynmix.launch import end_with_launcher
+from megatron_dynmix.job.launch import end_with_launcher
 end_with_launcher()
 helper = subprocess.Popen(["sleep", "600"])
 pathlib.Path(sys.argv[1], rank).write_text(f"{os.getpid()} {helper.pid}")

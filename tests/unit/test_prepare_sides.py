@@ -311,10 +311,12 @@ def test_place_that_is_none_is_named(tmp_path: Path, tokenizer: Tokenizer, place
 
 def test_rows_nested_too_deeply_are_bad_rows(tmp_path: Path, tokenizer: Tokenizer) -> None:
     talk = '"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
-    rows = [f'{{{talk}, "tools": [{{"x": {"[" * depth}{"]" * depth}}}]}}' for depth in (850, 900, 950)]
+    rows = [
+        f'{{{talk}, "tools": [{{"x": {"[" * depth}{"]" * depth}}}]}}' for depth in (850, 900, 950, 100_000)
+    ]
     report = prepare(tmp_path, [f"{{{talk}}}", *rows], tokenizer, workers=1)
-    assert (report.examples, report.broken) == (1, 3)
-    assert any("nested too deeply" in line for line in report.first_broken)
+    assert (report.examples, report.broken) == (1, 4)
+    assert "nested too deeply" in report.first_broken[-1]  # Python 3.12 and later read the others
 
 
 def test_place_that_cannot_be_written_is_named(
