@@ -8,7 +8,6 @@ checkpoints/.iter_0000200.tmp/                   one that is not whole yet, or n
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,18 +28,15 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_dynmix.checkpoint.folder import (
-    CHECKSUMS,
     TRACKER,
-    checksum,
-    checksums_text,
-    files_of,
+    complete,
     folder_of,
     is_whole,
     newest_whole,
     saved_iterations,
     set_aside,
 )
-from megatron_dynmix.checkpoint.run_state import FORMAT_VERSION, RUN_STATE, read_run_state
+from megatron_dynmix.checkpoint.run_state import RunState, read_run_state
 from megatron_dynmix.checkpoint.shards import ShardWriter
 from megatron_dynmix.checkpoint.tensors import Tensors, fill
 from megatron_dynmix.errors import InputError
@@ -62,13 +58,11 @@ EXTRA_STATE = "._extra_state"
 class _Pending:
     """A checkpoint that is being written."""
 
-    iteration: int
-    run_state: str
+    state: RunState
     writer: ShardWriter
     request: AsyncRequest
     process: TemporalAsyncCaller
     """What writes this rank's shards."""
-    keep: int | None
 
 
 class Checkpointer:
@@ -91,23 +85,14 @@ class Checkpointer:
         self.newest: int | None = None
         """Iteration of the newest whole checkpoint that this run has written or read."""
         self.good: int | None = None
-        """What was `good` in the run state of the checkpoint that was read; see `Saving`."""
+        """`good` of the run state that was read."""
         self._pending: _Pending | None = None
 
-    def save(
-        self,
-        iteration: int,
-        run_state: dict[str, Any],
-        *,
-        keep: int | None = None,
-        before: Callable[[], None] | None = None,
-    ) -> None:
+    def save(self, state: RunState, *, before: Callable[[], None] | None = None) -> None:
         """Take the state as it is now and begin to write it; `finish` makes a checkpoint of it.
 
         Args:
-            iteration: iterations done.
-            run_state: plain JSON values, the same on every rank or given on rank 0 only.
-            keep: the newest whole checkpoint up to this iteration may not be deleted when this one is whole.
+            state: the run state. The newest whole checkpoint up to its `good` will not be deleted.
             before: what has to be on the disk before the checkpoint, or it is not written.
 
         Raises:
@@ -115,8 +100,7 @@ class Checkpointer:
 
         """
         assert self._pending is None, "one checkpoint after the other"
-        state = {"format_version": FORMAT_VERSION, "iteration": iteration, **run_state}
-        staging, process = self._staging(iteration), TemporalAsyncCaller()
+        staging, process = self._staging(state.iteration), TemporalAsyncCaller()
         try:
             with together():
                 if before is not None:
@@ -132,7 +116,7 @@ class Checkpointer:
         except RankFailure:
             self._abandon(process, staging)
             raise
-        self._pending = _Pending(iteration, json.dumps(state), writer, request, process, keep)
+        self._pending = _Pending(state, writer, request, process)
 
     def finish(self, *, wait: bool) -> int | None:
         """Make what is being written a checkpoint, if all ranks have written their part.
@@ -150,6 +134,7 @@ class Checkpointer:
         pending = self._pending
         if pending is None:
             return None
+        iteration = pending.state.iteration
         try:
             if not pending.process.is_current_async_call_done(blocking=wait):
                 return None
@@ -160,44 +145,40 @@ class Checkpointer:
                     self._complete(pending)
         except RankFailure:
             self._pending = None
-            self._abandon(pending.process, self._staging(pending.iteration))
+            self._abandon(pending.process, self._staging(iteration))
             raise
-        self._pending, self.newest = None, pending.iteration
-        return pending.iteration
+        self._pending, self.newest = None, iteration
+        return iteration
 
     def _complete(self, pending: _Pending) -> None:
-        """On rank 0: the files that are not shards, the folder's own name, the tracker; then old ones go."""
-        staging, final = self._staging(pending.iteration), folder_of(self.directory, pending.iteration)
-        write_atomically(staging / RUN_STATE, pending.run_state)
-        sums = dict(pending.writer.sums)
-        for name in set(files_of(staging)) - sums.keys():
-            sync(staging / name)
-            sums[name] = checksum(staging / name)
-        write_atomically(staging / CHECKSUMS, checksums_text(sums))
+        """Write all but the shards on rank 0, give the folder its name, set the tracker, delete old ones."""
+        iteration = pending.state.iteration
+        staging, final = self._staging(iteration), folder_of(self.directory, iteration)
+        complete(staging, pending.state, pending.writer.sums)
         # That iteration may have a folder: a damaged one, or one of a run that was set back before it.
         replaced = [set_aside(final)]
         staging.rename(final)
-        # Before the tracker comes to stand above them, or a later run might go on from one of them.
-        replaced += [set_aside(folder_of(self.directory, n)) for n in self._abandoned(pending.iteration)]
+        # Before the tracker comes to stand above them, or a later run might resume from one of them.
+        replaced += [set_aside(folder_of(self.directory, n)) for n in self._abandoned(iteration)]
         sync(self.directory)
-        write_atomically(self.directory / TRACKER, str(pending.iteration))
+        write_atomically(self.directory / TRACKER, str(iteration))
         for folder in replaced:
             shutil.rmtree(folder, ignore_errors=True)
-        self._thin_out(pending)
+        self._thin_out(pending.state)
 
     def _abandoned(self, iteration: int) -> list[int]:
-        """Checkpoints of a future that did not come: the run went on from one before them."""
+        """Return the checkpoints of a future that did not come: the run resumed from one before them."""
         if self.newest is None:
             return []
         return [n for n in saved_iterations(self.directory) if n > self.newest and n != iteration]
 
-    def _thin_out(self, pending: _Pending) -> None:
+    def _thin_out(self, state: RunState) -> None:
         """Delete old checkpoints; one that is not whole is not counted, and goes with those around it."""
         if self.keep_last is None:
             return
-        iterations = [n for n in saved_iterations(self.directory) if n <= pending.iteration]
+        iterations = [n for n in saved_iterations(self.directory) if n <= state.iteration]
         kept = [n for n in iterations if is_whole(folder_of(self.directory, n))][: self.keep_last]
-        protected = newest_whole(self.directory, pending.keep)
+        protected = newest_whole(self.directory, state.good)
         for old in iterations:
             if old >= min(kept, default=0) or old == protected:
                 continue
@@ -217,7 +198,7 @@ class Checkpointer:
         return self.directory / f".iter_{iteration:07d}.tmp"
 
     def point_at(self, limit: int) -> Path | None:
-        """Make the newest whole checkpoint up to an iteration the one that is resumed from; None without one.
+        """Make the newest whole checkpoint up to an iteration the one to resume from; None without one.
 
         Raises:
             RankFailure: on every rank, if the tracker cannot be written.
@@ -232,8 +213,8 @@ class Checkpointer:
         torch.distributed.broadcast_object_list(found, src=0)
         return None if found[0] is None else folder_of(self.directory, found[0])
 
-    def load(self, source: Path) -> dict[str, Any]:
-        """Restore model, optimizer and schedule from a checkpoint folder; returns its run state.
+    def load(self, source: Path) -> RunState:
+        """Restore model, optimizer and schedule from a checkpoint folder; return its run state.
 
         Raises:
             InputError: a checkpoint that does not fit the model or the optimizer.
@@ -244,7 +225,7 @@ class Checkpointer:
         self._load_chunks(loaded)
         load_optimizer_state(self.optimizer, loaded["optimizer"])
         self.scheduler.load_state_dict(loaded["opt_param_scheduler"])
-        self.newest, self.good = int(state["iteration"]), state.get("good")
+        self.newest, self.good = state.iteration, state.good
         return state
 
     def load_weights(self, source: Path) -> None:
@@ -282,7 +263,7 @@ class Checkpointer:
             assert not wrong, f"a checkpoint that fits has all weights and no others: {wrong}"
 
     def _chunks(self) -> list[tuple[str, GPTModel]]:
-        """The model's chunks under Megatron-LM's names: `model`, or `model0`, `model1`, ..."""
+        """Return the model's chunks under Megatron-LM's names: `model`, or `model0`, `model1`, ..."""
         if len(self.chunks) == 1:
             return [("model", unwrap(self.chunks[0]))]
         return [(f"model{stage}", unwrap(chunk)) for stage, chunk in enumerate(self.chunks)]

@@ -1,7 +1,6 @@
-"""Checksums of a checkpoint folder: `checksums.json`, the last of its files, names every other one.
+"""The folders of a run's checkpoints: their names, what makes one whole, and whether it still is.
 
-{"__0_0.distcp": [size in bytes, "blake3:..."], ...}
-
+`checksums.json`, the last file of a folder, names every other one: {"__0_0.distcp": [99, "blake3:..."], ...}
 BLAKE3, because it is seven times as fast as SHA-256 on a processor without instructions for that one, and a
 checkpoint is hashed while ranks wait.
 """
@@ -10,31 +9,51 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from blake3 import blake3
 
-from megatron_dynmix.checkpoint.run_state import Damaged, read_run_state
+from megatron_dynmix.checkpoint.run_state import RUN_STATE, Damaged, SavedModel, read_saved
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.files import sync, write_atomically
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
 BLOCK = 1 << 20
 
 Checksum = tuple[int, str]
-"""Size in bytes, and `blake3:` before the digest in hex."""
+"""Size in bytes, and the digest in hex after `blake3:`."""
+
+
+def folder_of(directory: Path, iteration: int) -> Path:
+    """Return the folder of one checkpoint among a run's."""
+    return directory / f"iter_{iteration:07d}"
+
+
+def saved_iterations(directory: Path) -> list[int]:
+    """Return the iterations that have a folder of their own among a run's checkpoints, the newest first."""
+    names = (path.name.removeprefix("iter_") for path in directory.glob("iter_*") if path.is_dir())
+    return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
+
+
+def set_aside(folder: Path) -> Path:
+    """Take a checkpoint's name away before its files: a crash leaves no half of it that looks whole."""
+    aside = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside)
+    return aside
 
 
 def files_of(folder: Path) -> list[str]:
-    """Every file of a checkpoint folder but `checksums.json` itself, in one order on every rank."""
+    """List every file of a checkpoint but `checksums.json` itself, in one order on every rank."""
     return sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
 
 
 def checksum(path: Path) -> Checksum:
     """Return size and digest of a file, read block by block."""
-    digest = blake3()
-    size = 0
+    digest, size = blake3(), 0
     with path.open("rb") as file:
         while block := file.read(BLOCK):
             digest.update(block)
@@ -42,13 +61,30 @@ def checksum(path: Path) -> Checksum:
     return size, f"blake3:{digest.hexdigest()}"
 
 
-def checksums_text(sums: dict[str, Checksum]) -> str:
-    """The content of `checksums.json`."""
+def checksums_text(sums: Mapping[str, Checksum]) -> str:
+    """Return the content of `checksums.json`."""
     return json.dumps(dict(sorted(sums.items())), indent=1)
 
 
+def complete(folder: Path, saved: SavedModel, sums: Mapping[str, Checksum]) -> None:
+    """Write what makes shards a whole checkpoint: what it knows beside its tensors, then the checksums.
+
+    Args:
+        folder: holds the shards.
+        saved: what it is to know.
+        sums: of the files that are on the disk already, and hashed.
+
+    """
+    write_atomically(folder / RUN_STATE, saved.text())
+    rest = {name: folder / name for name in files_of(folder) if name not in sums}
+    for path in rest.values():
+        sync(path)
+    own = {name: checksum(path) for name, path in rest.items()}
+    write_atomically(folder / CHECKSUMS, checksums_text({**sums, **own}))
+
+
 def read_checksums(folder: Path) -> dict[str, Checksum]:
-    """What the files of a checkpoint folder must be.
+    """Return what the files of a checkpoint must be.
 
     Raises:
         Damaged: the folder was not written to its end, or the list cannot be read.
@@ -67,27 +103,29 @@ def read_checksums(folder: Path) -> dict[str, Checksum]:
     return sums
 
 
-def check_sizes(folder: Path, sums: dict[str, Checksum]) -> None:
-    """See that every file is there, with its size: as quick as listing the folder.
+def check_whole(folder: Path) -> None:
+    """Check that every file is there, with its size: as quick as listing the folder.
 
     Raises:
-        Damaged: the first file that is not.
+        Damaged: the first file that is not, or a run state that cannot be read.
+        InputError: a checkpoint of another version.
 
     """
-    for name, (size, _) in sums.items():
+    for name, (size, _) in read_checksums(folder).items():
         try:
             found = (folder / name).stat().st_size
         except OSError as error:
             raise Damaged(f"{name}: expected {size} bytes, found no such file ({error.strerror})") from None
         if found != size:
             raise Damaged(f"{name}: expected {size} bytes, found {found}")
+    read_saved(folder)
 
 
-def check_contents(folder: Path, sums: dict[str, Checksum], names: Iterable[str]) -> None:
+def check_contents(folder: Path, sums: Mapping[str, Checksum], names: Iterable[str]) -> None:
     """Read files and compare them with their checksums.
 
     Args:
-        folder: a checkpoint folder.
+        folder: a checkpoint.
         sums: its checksums.
         names: the files to compare: a rank's share of them.
 
@@ -104,38 +142,17 @@ def check_contents(folder: Path, sums: dict[str, Checksum], names: Iterable[str]
             raise Damaged(f"{name}: expected {sums[name][1]}, found {found[1]}")
 
 
-def set_aside(folder: Path) -> Path:
-    """Take a checkpoint's name away before its files: a crash leaves no half of it that looks whole."""
-    aside = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if folder.exists():
-        folder.rename(aside)
-    return aside
-
-
-def folder_of(directory: Path, iteration: int) -> Path:
-    """The folder of one checkpoint among a run's."""
-    return directory / f"iter_{iteration:07d}"
-
-
-def saved_iterations(directory: Path) -> list[int]:
-    """Iterations that have a folder of their own among a run's checkpoints, the newest first."""
-    names = (path.name.removeprefix("iter_") for path in directory.glob("iter_*") if path.is_dir())
-    return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
-
-
 def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint folder has all its files, as far as their names and sizes tell."""
+    """Whether a checkpoint has all its files, as far as their names and sizes tell."""
     try:
-        check_sizes(folder, read_checksums(folder))
-        read_run_state(folder)
+        check_whole(folder)
     except (Damaged, InputError):
         return False
     return True
 
 
 def newest_whole(directory: Path, limit: int | None) -> int | None:
-    """Iteration of the newest whole checkpoint up to `limit`; None if there is none, or no limit is known."""
+    """Return the newest whole checkpoint up to `limit`; None if there is none, or no limit is known."""
     if limit is None:
         return None
     older = (n for n in saved_iterations(directory) if n <= limit)

@@ -15,12 +15,12 @@ import torch
 from megatron_dynmix.checkpoint.folder import (
     TRACKER,
     check_contents,
-    check_sizes,
+    check_whole,
     folder_of,
     read_checksums,
     saved_iterations,
 )
-from megatron_dynmix.checkpoint.run_state import Damaged, read_run_state
+from megatron_dynmix.checkpoint.run_state import Damaged
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.job.agreement import first_failure
 
@@ -70,8 +70,7 @@ def newest_good(directory: Path, damaged: Mapping[Path, str] | None = None) -> R
         try:
             if source in (damaged or {}):
                 raise Damaged((damaged or {})[source])
-            check_sizes(source, read_checksums(source))
-            read_run_state(source)
+            check_whole(source)
         except Damaged as damage:
             notes.append(f"{source} is damaged: {damage}")
             continue

@@ -1,23 +1,103 @@
-"""`run_state.json`: all of a run's state that is not a tensor."""
+"""`run_state.json`: what a checkpoint knows beside its tensors; only this file knows how it is written.
+
+Axes: D sources, H halves, L MoE layers, E experts. The rows of sums `[3, D]` are those of `SourceStats`.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_dynmix.data.dynamic_blend import BlendState
+from megatron_dynmix.data.source_set import Prints
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.mixing.controller import ControllerState
 
 RUN_STATE = "run_state.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class Damaged(Exception):
     """A file of a checkpoint is not what was written; the message names it, what is expected and found."""
 
 
-def read_run_state(source: Path) -> dict[str, Any]:
-    """The run state of a checkpoint folder.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MixState:
+    """The mix, and what the running interval has seen so far, summed over all ranks."""
+
+    blend: BlendState
+    controller: ControllerState
+    strategy: str
+    """Whose state the controller's is."""
+    overridden: bool
+    """Whether the operator has set the weights in force."""
+    interval_counts: NDArray[np.int64]
+    """`[L, H, D, E]`."""
+    interval_sums: NDArray[np.float64]
+    """`[3, D]`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LogIntervalState:
+    """What was seen since the last log line."""
+
+    sums: NDArray[np.float64]
+    """`[3, D]`."""
+    iterations: int
+    samples: int
+    seconds: float
+    skipped: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnState:
+    """The samples trained on since the last line of the ledger."""
+
+    first_sample: int
+    digest: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SavedModel:
+    """What every checkpoint says; of converted weights there is no more to say."""
+
+    iteration: int
+    """Iterations done."""
+    config: Mapping[str, Any]
+    """Settings by section: all of a run, or the model's alone of converted weights."""
+
+    def text(self) -> str:
+        """Return the content of the file; reading it gives the same bits back."""
+        return json.dumps({"format_version": FORMAT_VERSION, **vars(self)}, default=_plain)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RunState(SavedModel):
+    """All of a run's state that is not a tensor of model or optimizer."""
+
+    fingerprints: Prints
+    probes: Prints
+    """Held-out source -> checksums of its files."""
+    consumed_samples: int
+    tokens: tuple[float, ...]
+    """Tokens of each source trained on so far."""
+    skipped_in_row: int
+    """Batches just before that were not finite and changed nothing."""
+    mix: MixState
+    log_interval: LogIntervalState
+    drawn: DrawnState
+    good: int | None = None
+    """Iteration of the newest checkpoint from which an iteration was trained."""
+
+
+def read_saved(folder: Path) -> SavedModel:
+    """Read what a checkpoint says: a `RunState`, unless its weights were converted.
 
     Raises:
         Damaged: no run state that can be read.
@@ -25,19 +105,66 @@ def read_run_state(source: Path) -> dict[str, Any]:
 
     """
     try:
-        state = json.loads((source / RUN_STATE).read_text())
+        values = json.loads((folder / RUN_STATE).read_text())
     except (OSError, ValueError) as error:
         raise Damaged(f"{RUN_STATE} cannot be read ({error})") from None
-    if not isinstance(state, dict) or not isinstance(state.get("format_version"), int):
+    version = values.pop("format_version", None) if isinstance(values, dict) else None
+    if not isinstance(version, int):
         raise Damaged(f"{RUN_STATE} is no run state")
-    version = state["format_version"]
     if version != FORMAT_VERSION:
         age, remedy = "a newer", "update megatron-dynmix"
         if version < FORMAT_VERSION:
             age = "an older"
-            remedy = "go on with the version that began the run, or begin a run from its weights"
+            remedy = "resume with that version, or export the weights with it and begin a run from them"
         raise InputError(
-            f"{source} was written by {age} version (format {version}, this one reads {FORMAT_VERSION}); "
+            f"{folder} was written by {age} version (format {version}, this one reads {FORMAT_VERSION}); "
             f"{remedy}"
         )
-    return dict(state)
+    try:
+        return _saved(values)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Damaged(f"{RUN_STATE} is no run state ({type(error).__name__}: {error})") from None
+
+
+def read_run_state(folder: Path) -> RunState:
+    """Read the run state of a checkpoint.
+
+    Raises:
+        Damaged: no run state that can be read.
+        InputError: one of another version, or converted weights, which no run has trained.
+
+    """
+    saved = read_saved(folder)
+    if not isinstance(saved, RunState):
+        raise InputError(
+            f"{folder} holds converted weights, not the state of a run; begin a run from them: "
+            f"--pretrained-checkpoint {folder.parent}"
+        )
+    return saved
+
+
+def _saved(values: dict[str, Any]) -> SavedModel:
+    if "mix" not in values:
+        return SavedModel(**values)
+    mix, log_interval = values["mix"], values["log_interval"]
+    mix |= {
+        "blend": BlendState.from_json(mix["blend"]),
+        "controller": ControllerState.from_json(mix["controller"]),
+        "interval_counts": np.array(mix["interval_counts"], np.int64),
+        "interval_sums": np.array(mix["interval_sums"], np.float64),
+    }
+    log_interval |= {"sums": np.array(log_interval["sums"], np.float64)}
+    values |= {
+        "tokens": tuple(values["tokens"]),
+        "mix": MixState(**mix),
+        "log_interval": LogIntervalState(**log_interval),
+        "drawn": DrawnState(**values["drawn"]),
+    }
+    return RunState(**values)
+
+
+def _plain(part: Any) -> Any:
+    """Return an array, or a part of the state, as what JSON knows."""
+    if isinstance(part, np.ndarray):
+        return part.tolist()
+    return part.to_json() if hasattr(part, "to_json") else vars(part)

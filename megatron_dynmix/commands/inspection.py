@@ -17,7 +17,7 @@ from megatron_dynmix.data.blend import chunks_until, rows_of
 from megatron_dynmix.data.prepare.report import SourceReport, load_report
 from megatron_dynmix.data.row_text import Span, border, example_text, row_text
 from megatron_dynmix.data.rows import PackedRows
-from megatron_dynmix.data.source_set import SourceSet, fingerprint
+from megatron_dynmix.data.source_set import Prints, SourceSet, fingerprint
 from megatron_dynmix.data.sources import build_blend, build_rows, prepared_sources, source_files
 from megatron_dynmix.data.tokenizer.base import Tokenizer, load_tokenizer
 from megatron_dynmix.errors import InputError
@@ -207,14 +207,13 @@ class Inspection:
             raise InputError(f"there is no source {name!r}; there are {', '.join(names)}")
         return names.index(name)
 
-    def _prints(self) -> dict[str, list[str]]:
-        """What the sources hold now."""
-        prints: dict[str, list[str]] = identity(self.config, self.reports)["fingerprints"]
-        return prints
+    def _prints(self) -> Prints:
+        """Return what the sources hold now."""
+        return identity(self.config, self.reports).fingerprints
 
     def _first_stage(self, rows: list[PackedRows]) -> StageLine:
         blend = build_blend(self.config, rows, first_weights(self.config, rows))
-        sources = SourceSet.of(self._prints(), blend.state_dict())
+        sources = SourceSet.of(self._prints(), blend.state)
         return newest_stage(blend, sources, self.config.mixing, {}, why="start", iteration=0)
 
     def _recorded_stage(self, ledger: list[Record], sample: int, iteration: int) -> StageLine:

@@ -104,12 +104,12 @@ class Cell:
             return False
         state = read_run_state(restore_point.newest_good(directory).source)
         now = identity(self.config, reports)
-        if any(state[key] != now[key] for key in ("fingerprints", "probes")):
+        if (state.fingerprints, state.probes) != (now.fingerprints, now.probes):
             raise InputError(
                 f"{self.run_dir} holds a run on sources of other content, which new ones cannot be compared "
                 "with; give another --output, or remove it"
             )
-        return bool(state["iteration"] == self.config.training.train_iters)
+        return state.iteration == self.config.training.train_iters
 
     def is_evaluated(self) -> bool:
         """Whether its `evaluation.json` is of its last iteration."""

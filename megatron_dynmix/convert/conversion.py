@@ -10,7 +10,6 @@ DST/conversion.json                                     what it was made from
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,15 @@ import yaml
 
 from megatron_dynmix.checkpoint import restore_point
 from megatron_dynmix.checkpoint.folder import (
-    CHECKSUMS,
     TRACKER,
     check_contents,
-    check_sizes,
+    check_whole,
     checksum,
-    checksums_text,
-    files_of,
+    complete,
     folder_of,
     read_checksums,
 )
-from megatron_dynmix.checkpoint.run_state import FORMAT_VERSION, RUN_STATE, Damaged, read_run_state
+from megatron_dynmix.checkpoint.run_state import Damaged, SavedModel
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.config.presets import complete_model
 from megatron_dynmix.convert.export_hf import EMBEDDING, open_export
@@ -225,10 +222,7 @@ def _write_beside(
     keep_origin_of(folder, root, dtype=dtype)
     section = yaml.safe_dump({"model": dict(settings)}, sort_keys=False, allow_unicode=True)
     (root / MODEL_YAML).write_text(section, encoding="utf-8")
-    state = {"format_version": FORMAT_VERSION, "iteration": 0, "config": {"model": dict(settings)}}
-    write_atomically(target / RUN_STATE, json.dumps(state))
-    rest = {name: checksum(target / name) for name in files_of(target) if name not in sums}
-    write_atomically(target / CHECKSUMS, checksums_text({**sums, **rest}))
+    complete(target, SavedModel(iteration=0, config={"model": dict(settings)}), sums)
     write_atomically(root / TRACKER, "0")
 
 
@@ -241,8 +235,7 @@ def checkpoint_of(source: Path) -> Path:
     """
     if (source / ".metadata").is_file():
         try:
-            check_sizes(source, read_checksums(source))
-            read_run_state(source)
+            check_whole(source)
         except Damaged as damage:
             raise InputError(f"{source} is damaged: {damage}; give another checkpoint") from None
         return source

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_dynmix.checkpoint.folder import folder_of, set_aside
-from megatron_dynmix.checkpoint.run_state import read_run_state
+from megatron_dynmix.checkpoint.run_state import read_saved
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict
@@ -114,9 +114,9 @@ def open_export(
         InputError: the checkpoint is not what its settings say, or is no model that `transformers` has.
 
     """
-    state = read_run_state(checkpoint)
-    settings = state["config"]["model"]
-    origin = origin_of(state, checkpoint, hf_config)
+    config = read_saved(checkpoint).config
+    settings = config["model"]
+    origin = origin_of(config, checkpoint, hf_config)
     held = MegatronCheckpoint(checkpoint)
     names = _names_of(
         held, settings, origin, origin.fused_experts if fused_experts is None else fused_experts
@@ -197,7 +197,7 @@ def check_save_hf(config: RunConfig, run_dir: Path) -> None:
 
     """
     if config.checkpoint.save_hf is not None:
-        origin_of({"config": to_dict(config)}, folder_of(run_dir / "checkpoints", 0), None)
+        origin_of(to_dict(config), folder_of(run_dir / "checkpoints", 0), None)
 
 
 def keep_origin(config: RunConfig, checkpoints: Path) -> None:

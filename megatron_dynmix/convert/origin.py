@@ -54,11 +54,11 @@ class Origin:
         return json.dumps({**self.config, key: dtype}, indent=2, ensure_ascii=False) + "\n"
 
 
-def origin_of(state: Mapping[str, Any], checkpoint: Path, given: Path | None) -> Origin:
+def origin_of(config: Mapping[str, Any], checkpoint: Path, given: Path | None) -> Origin:
     """Find out what a checkpoint is of.
 
     Args:
-        state: its run state.
+        config: its configuration.
         checkpoint: its `iter_*` folder.
         given: a folder with a config.json that is to be taken; found out if None.
 
@@ -67,8 +67,8 @@ def origin_of(state: Mapping[str, Any], checkpoint: Path, given: Path | None) ->
             models computes what this model does.
 
     """
-    settings, data = state["config"]["model"], state["config"].get("data", {})
-    folder = given if given is not None else _folder(state["config"], checkpoint)
+    settings, data = config["model"], config.get("data", {})
+    folder = given if given is not None else _folder(config, checkpoint)
     tokenizer = _tokenizer_files(data.get("tokenizer"))
     if folder is None:
         config = {**hugging_face_config(settings), **_tokens(data, tokenizer)}

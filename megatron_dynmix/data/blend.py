@@ -12,9 +12,8 @@ the fraction of a row that rounding still owes it. Axes: D sources, N samples of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from megatron.core.datasets import helpers
@@ -102,11 +101,6 @@ class Cursor:
     def start(cls, num_sources: int) -> Cursor:
         """The cursor of a run that has drawn nothing."""
         return cls(0, np.zeros(num_sources, np.int64), np.zeros(num_sources))
-
-    @classmethod
-    def of_state(cls, state: Mapping[str, Any]) -> Cursor:
-        """The cursor at the chunk in use when `DynamicBlendedDataset.state_dict` was made."""
-        return cls(state["chunk_start"], np.array(state["drawn"], np.int64), np.array(state["owed"]))
 
 
 @dataclass(frozen=True)

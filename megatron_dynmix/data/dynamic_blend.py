@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,69 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from numpy.typing import NDArray
 
-from megatron_dynmix.data.blend import Chunk, Cursor, Stage, build_chunk, rows_of
+from megatron_dynmix.data.blend import Chunk, Cursor, Stage, advance, build_chunk, rows_of
 from megatron_dynmix.errors import InputError
 
 Draw = tuple[int, int, int]
 """dataset_id, row, and half: whether it is an even (0) or an odd one (1) of the rows drawn of its source."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlendState:
+    """Everything that a resumed blend needs, O(D + stages)."""
+
+    seed: int
+    chunk_size: int
+    sizes: tuple[int, ...]
+    shuffle_ids: tuple[int, ...]
+    stages: tuple[Stage, ...]
+    cursor: Cursor
+    """At the start of the chunk in use."""
+
+    def cursor_at(self, sample: int) -> Cursor:
+        """Return the cursor after the samples before `sample`, in the last stage from the chunk in use on."""
+        return advance(self.cursor, np.array(self.stages[-1].weights), self.chunk_size, sample)
+
+    def with_sources(
+        self, sizes: Sequence[int], shuffle_ids: Sequence[int], cursor: Cursor, weights_D: NDArray[np.float64]
+    ) -> BlendState:
+        """Return the state in which a stage of other sources has just begun at the cursor."""
+        return replace(
+            self,
+            sizes=tuple(sizes),
+            shuffle_ids=tuple(shuffle_ids),
+            stages=(*self.stages, Stage(cursor.sample, tuple(weights_D.tolist()))),
+            cursor=cursor,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it in JSON types; reading it gives the same bits back."""
+        return {
+            "seed": self.seed,
+            "chunk_size": self.chunk_size,
+            "sizes": self.sizes,
+            "shuffle_ids": self.shuffle_ids,
+            "stages": [[stage.start_sample, stage.weights] for stage in self.stages],
+            "chunk_start": self.cursor.sample,
+            "drawn": self.cursor.drawn_D.tolist(),
+            "owed": self.cursor.owed_D.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> BlendState:
+        """Read what `to_json` gave."""
+        return cls(
+            seed=record["seed"],
+            chunk_size=record["chunk_size"],
+            sizes=tuple(record["sizes"]),
+            shuffle_ids=tuple(record["shuffle_ids"]),
+            stages=tuple(Stage(start, tuple(weights)) for start, weights in record["stages"]),
+            cursor=Cursor(
+                record["chunk_start"],
+                np.array(record["drawn"], np.int64),
+                np.array(record["owed"], np.float64),
+            ),
+        )
 
 
 class DynamicBlendedDataset(BlendedDataset):
@@ -116,37 +175,37 @@ class DynamicBlendedDataset(BlendedDataset):
         """Rows of each source among the samples before `sample`."""
         return self.cursor_at(sample).drawn_D
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs, O(D + stages): plain numbers, exact."""
-        return {
-            "seed": self.seed,
-            "chunk_size": self.chunk_size,
-            "sizes": self.sizes_D.tolist(),
-            "shuffle_ids": self.shuffle_ids_D.tolist(),
-            "stages": [[stage.start_sample, list(stage.weights)] for stage in self.stages],
-            "chunk_start": self.chunk.start.sample,
-            "drawn": self.chunk.start.drawn_D.tolist(),
-            "owed": self.chunk.start.owed_D.tolist(),
-        }
+    @property
+    def state(self) -> BlendState:
+        """What a resumed run needs."""
+        return BlendState(
+            seed=self.seed,
+            chunk_size=self.chunk_size,
+            sizes=tuple(self.sizes_D.tolist()),
+            shuffle_ids=tuple(self.shuffle_ids_D.tolist()),
+            stages=tuple(self.stages),
+            cursor=self.chunk.start,
+        )
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`.
+    def resume(self, state: BlendState) -> None:
+        """Continue from a state.
 
         Raises:
-            InputError: if the sources have other sizes than they had, so the order could not be kept.
+            InputError: the sources have other sizes than they had, so the order could not be kept.
 
         """
-        if state["sizes"] != self.sizes_D.tolist() or state["seed"] != self.seed:
+        sizes = self.sizes_D.tolist()
+        if list(state.sizes) != sizes or state.seed != self.seed:
             raise InputError(
-                f"the checkpoint was written with seed {state['seed']} and sources of {state['sizes']} rows; "
-                f"now they are seed {self.seed} and {self.sizes_D.tolist()} rows. Resume with the same data, "
+                f"the checkpoint was written with seed {state.seed} and sources of {list(state.sizes)} rows; "
+                f"now they are seed {self.seed} and {sizes} rows. Resume with the same data, "
                 "seq_length and seed, or start a new run directory"
             )
-        self.chunk_size = state["chunk_size"]
-        self.shuffle_ids_D = np.array(state["shuffle_ids"], np.int64)
-        self.stages = [Stage(start, tuple(weights)) for start, weights in state["stages"]]
-        cursor = Cursor.of_state(state)
-        self._chunks = deque([build_chunk(cursor, np.array(self.stages[-1].weights), self.chunk_size)])
+        self.chunk_size = state.chunk_size
+        self.shuffle_ids_D = np.array(state.shuffle_ids, np.int64)
+        self.stages = list(state.stages)
+        weights_D = np.array(self.stages[-1].weights)
+        self._chunks = deque([build_chunk(state.cursor, weights_D, self.chunk_size)])
 
     def _begin_stage(self, cursor: Cursor, weights_D: NDArray[np.float64]) -> None:
         weights_D = np.asarray(weights_D, np.float64)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from megatron_dynmix.data.dynamic_blend import BlendState
 from megatron_dynmix.files import sha256
 
 Prints = Mapping[str, Sequence[str]]
@@ -30,11 +30,11 @@ class SourceSet:
     """What names the shuffles of each source's later epochs."""
 
     @classmethod
-    def of(cls, prints: Prints, blend_state: Mapping[str, Any]) -> SourceSet:
-        """Describe the sources of a blend."""
+    def of(cls, prints: Prints, blend: BlendState) -> SourceSet:
+        """Return the sources of a blend."""
         return cls(
             names=tuple(prints),
             fingerprints=tuple(map(fingerprint, prints.values())),
-            sizes=tuple(blend_state["sizes"]),
-            shuffle_ids=tuple(blend_state["shuffle_ids"]),
+            sizes=blend.sizes,
+            shuffle_ids=blend.shuffle_ids,
         )

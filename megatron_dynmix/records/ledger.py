@@ -63,15 +63,6 @@ class DrawnSamples:
             digest=f"{self.digest(device):016x}",
         )
 
-    def state_dict(self, device: torch.device) -> dict[str, Any]:
-        """Return plain values; every rank has to ask for them."""
-        return {"first_sample": self.first_sample, "digest": f"{self.digest(device):016x}"}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> DrawnSamples:
-        """Go on from `state`."""
-        return cls(state["first_sample"], int(state["digest"], 16))
-
 
 def sample_hash(
     sample_N: NDArray[np.int64], dataset_id_N: NDArray[np.int16], row_N: NDArray[np.int64]

@@ -6,10 +6,10 @@ Axes: D sources.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from megatron_dynmix.checkpoint.run_state import LogIntervalState
 from megatron_dynmix.training.step import SourceStats
 
 
@@ -42,23 +42,24 @@ class LogInterval:
         """Nothing seen yet."""
         return cls(SourceStats.zero(num_sources))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, exact."""
-        return {
-            "stats": self.stats.state_dict(),
-            "iterations": self.iterations,
-            "samples": self.samples,
-            "seconds": self.seconds,
-            "skipped": self.skipped,
-        }
+    @property
+    def state(self) -> LogIntervalState:
+        """What a resumed run needs."""
+        return LogIntervalState(
+            sums=self.stats.sums,
+            iterations=self.iterations,
+            samples=self.samples,
+            seconds=self.seconds,
+            skipped=self.skipped,
+        )
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> LogInterval:
-        """Go on from `state`."""
+    def resumed(cls, state: LogIntervalState) -> LogInterval:
+        """Continue from a state."""
         return cls(
-            SourceStats.from_state_dict(state["stats"]),
-            iterations=state["iterations"],
-            samples=state["samples"],
-            seconds=state["seconds"],
-            skipped=state["skipped"],
+            SourceStats.of(state.sums),
+            iterations=state.iterations,
+            samples=state.samples,
+            seconds=state.seconds,
+            skipped=state.skipped,
         )

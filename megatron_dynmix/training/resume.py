@@ -1,25 +1,28 @@
-"""Whether a run may go on from what its directory holds. Everything here reads JSON only."""
+"""Whether a run may resume from what its directory holds. Everything here reads JSON only."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_dynmix.checkpoint import restore_point
-from megatron_dynmix.checkpoint.run_state import read_run_state
+from megatron_dynmix.checkpoint.run_state import read_run_state, read_saved
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict
 from megatron_dynmix.config.presets import other_shape
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.data.prepare.report import SourceReport
+from megatron_dynmix.data.source_set import Prints
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.strategies.fixed import Fixed
 from megatron_dynmix.mixing.strategies.table import STRATEGIES
 from megatron_dynmix.training.source_change import differences as source_differences
 
 Resume = Literal["no", "must", "auto"]
+Settings = Mapping[str, Any]
 
 # Settings that decide the order of the rows; the state of the mix is that of one order.
 ORDER = (
@@ -34,28 +37,39 @@ ORDER = (
 LOADS = (("mixing", "load_tokens"), ("mixing", "load_mass"))
 
 
-def identity(config: RunConfig, reports: Sequence[SourceReport]) -> dict[str, Any]:
-    """What a checkpoint says of the run it belongs to: its configuration, and what its sources held."""
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What makes a run this one: its configuration, and what its sources hold."""
+
+    config: Settings
+    fingerprints: Prints
+    probes: Prints
+    """Held-out source -> checksums of its files."""
+
+
+def identity(config: RunConfig, reports: Sequence[SourceReport]) -> Identity:
+    """Return the identity of a run on sources that were prepared as reported: train first, then probes."""
     names = list(config.data.sources)
-    prints = {
-        name: [*(file.sha256 for file in report.inputs), *report.recipe.prints]
-        for name, report in zip(names, reports, strict=False)
-    }
-    probed = config.data.probed
-    probes = {
-        name: [file.sha256 for file in report.inputs]
-        for name, report in zip(probed, reports[len(names) :], strict=False)
-    }
-    return {"config": to_dict(config), "fingerprints": prints, "probes": probes}
+    return Identity(
+        config=to_dict(config),
+        fingerprints={
+            name: [*(file.sha256 for file in report.inputs), *report.recipe.prints]
+            for name, report in zip(names, reports, strict=False)
+        },
+        probes={
+            name: [file.sha256 for file in report.inputs]
+            for name, report in zip(config.data.probed, reports[len(names) :], strict=False)
+        },
+    )
 
 
 def has_checkpoint(run_dir: Path) -> bool:
-    """Whether a run directory holds a checkpoint to go on from."""
+    """Whether a run directory holds a checkpoint to resume from."""
     return restore_point.has_checkpoint(run_dir / "checkpoints")
 
 
 def begins(run_dir: Path, resume: Resume) -> bool:
-    """Whether a run begins, rather than going on from a checkpoint."""
+    """Whether a run begins, rather than resuming from a checkpoint."""
     return resume == "no" or not has_checkpoint(run_dir)
 
 
@@ -68,13 +82,11 @@ def check_run_dir(run_dir: Path, resume: Resume) -> None:
     """
     if resume == "must" and not has_checkpoint(run_dir):
         raise InputError(
-            f"--resume must, but {run_dir / 'checkpoints'} holds no checkpoint; check the path, or begin "
-            "anew with --resume auto"
+            f"--resume must, but {run_dir / 'checkpoints'} holds no checkpoint; check the path, or start a "
+            "new run with --resume auto"
         )
     if resume == "no" and (has_checkpoint(run_dir) or (run_dir / "metrics.jsonl").is_file()):
-        raise InputError(
-            f"{run_dir} holds a run already; give another --run-dir, or go on with it: --resume auto"
-        )
+        raise InputError(f"{run_dir} holds a run already; give another --run-dir, or --resume auto")
     for folder in (run_dir, run_dir / "checkpoints"):  # which may be a link to another disk
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -95,99 +107,96 @@ def check_resume(
     allow_source_change: bool = False,
     source: Path | None = None,
 ) -> list[str]:
-    """Refuse to go on with another model, other data or another order; list every other change.
+    """Refuse to resume with another model, other data or another order; list every other change.
 
-    Nothing is compared where the run does not go on from a checkpoint.
+    Nothing is compared where the run does not resume from a checkpoint.
 
     Args:
         config: the resolved configuration.
         reports: what the sources hold now.
         run_dir: the run's directory.
-        resume: whether to go on.
+        resume: `no`, `must` or `auto`.
         allow_source_change: whether sources may be others than those of the checkpoint.
         source: the checkpoint; the newest good one, as far as its files' sizes tell, if not given.
 
     Returns:
         Settings that differ from the checkpoint's, as `section.name: old -> new`. They are in force from
-        now on; the weights are not among them: the state of the mix goes on.
+        now on; the weights are not among them: the state of the mix continues.
 
     Raises:
-        InputError: a change that the run cannot go on with.
+        InputError: a change that the run cannot resume with.
 
     """
     if begins(run_dir, resume):
         return []
     source = source or restore_point.newest_good(run_dir / "checkpoints").source
     saved, now = read_run_state(source), identity(config, reports)
-    _check_shape(saved["config"]["model"], now["config"]["model"], source)
-    other_sources = source_differences(saved["fingerprints"], now["fingerprints"])
+    _check_shape(saved.config["model"], now.config["model"], source)
+    other_sources = source_differences(saved.fingerprints, now.fingerprints)
     if other_sources and not allow_source_change:
         raise InputError(
             f"the sources are not those that {source} was trained on: {'; '.join(other_sources)}. Resume "
-            "with what they were; or go on with what they are now: --allow-source-change; or start a new "
-            f"--run-dir with --pretrained-checkpoint {run_dir / 'checkpoints'}"
+            "with what they were; or with what they are now: --allow-source-change; or start a new --run-dir "
+            f"with --pretrained-checkpoint {run_dir / 'checkpoints'}"
         )
-    differences = {
+    changed = {
         f"{section}.{name}": (settings.get(name), new.get(name))
-        for section, new in now["config"].items()
-        for settings in [saved["config"].get(section, {})]
+        for section, new in now.config.items()
+        for settings in [saved.config.get(section, {})]
         for name in {**settings, **new}
         if settings.get(name) != new.get(name)
     }
     for section, name in (*ORDER, *LOADS):
-        change = differences.get(f"{section}.{name}")
-        # A checkpoint from before a setting existed does not know it; its blend still compares the sizes.
-        if change is not None and change[0] is not None:
+        if f"{section}.{name}" in changed:
+            before, after = changed[f"{section}.{name}"]
+            what = "the order of the rows" if (section, name) in ORDER else "what gate loads are"
             raise InputError(
-                f"{section}.{name} was {change[0]} when {source} was written and is {change[1]} now, which "
-                f"changes {'the order of the rows' if (section, name) in ORDER else 'what gate loads are'}; "
-                f"resume with {change[0]}"
+                f"{section}.{name} was {before} when {source} was written and is {after} now, which changes "
+                f"{what}; resume with {before}"
             )
-    _check_strategy(saved["config"]["mixing"], config.mixing, source)
-    weights = [
-        {name: entry.get("weight") for name, entry in settings["data"]["sources"].items()}
-        for settings in (saved["config"], now["config"])
-    ]
-    if weights[0] != weights[1] and weights[0].keys() == weights[1].keys():
+    _check_strategy(saved.config["mixing"], config.mixing, source)
+    before, after = changed.pop("data.sources", ({}, {}))  # paths may differ
+    if before.keys() == after.keys() and _each(before, "weight") != _each(after, "weight"):
         raise InputError(
-            "the initial weights of the sources changed, but a resumed run goes on with the weights it had; "
-            "give the old ones, or start a new --run-dir"
+            "the initial weights of the sources changed, but a resumed run keeps the weights it had; give "
+            "the old ones, or start a new --run-dir"
         )
-    before, after = differences.pop("data.sources", ({}, {}))  # paths may differ
-    for name in [name for name in after if name in before]:
-        caps = tuple(sources[name].get("max_epochs") for sources in (before, after))
-        if caps[0] != caps[1]:
-            differences[f"data.sources.{name}.max_epochs"] = caps
+    for name, cap in _each(after, "max_epochs").items():
+        if name in before and before[name].get("max_epochs") != cap:
+            changed[f"data.sources.{name}.max_epochs"] = (before[name].get("max_epochs"), cap)
     other_probes = [
         f"{name}: held-out rows of other content"
-        for name, probe in now["probes"].items()
-        if saved["probes"].get(name, probe) != probe
+        for name, probe in now.probes.items()
+        if saved.probes.get(name, probe) != probe
     ]
-    return (
-        other_sources + other_probes + [f"{name}: {old} -> {new}" for name, (old, new) in differences.items()]
-    )
+    settings = [f"{name}: {old} -> {new}" for name, (old, new) in changed.items()]
+    return [*other_sources, *other_probes, *settings]
 
 
-def _check_strategy(saved: Mapping[str, Any], mixing: MixingConfig, source: Path) -> None:
-    """A run may go on with another strategy or other options, if those have a say after the start."""
+def _each(sources: Settings, setting: str) -> dict[str, Any]:
+    """Return one setting of every source."""
+    return {name: settings.get(setting) for name, settings in sources.items()}
+
+
+def _check_strategy(saved: Settings, mixing: MixingConfig, source: Path) -> None:
+    """Refuse another strategy or other options that only have a say at the start of a run."""
     kind: Any = STRATEGIES.get(mixing.strategy)
     if kind is None or kind.updates or kind is Fixed:
         return
     before = saved["strategy"]
-    if before == mixing.strategy:
-        for name, value in mixing.options.items():
-            if saved.get(name, value) != value:
-                raise InputError(
-                    f"mixing.{name} was {saved[name]} when {source} was written and is {value} now, but "
-                    f"{before} chooses weights at the start of a run only: resume with {saved[name]}, or "
-                    "start a new --run-dir"
-                )
-    else:
+    if before != mixing.strategy:
         raise InputError(
             f"mixing.strategy was {before} when {source} was written; {mixing.strategy} chooses weights at "
             f"the start of a run only: resume with {before}, keep the weights with fixed, or start a new "
             "--run-dir"
         )
+    for name, value in mixing.options.items():
+        if saved.get(name, value) != value:
+            raise InputError(
+                f"mixing.{name} was {saved[name]} when {source} was written and is {value} now, but {before} "
+                f"chooses weights at the start of a run only: resume with {saved[name]}, or start a new "
+                "--run-dir"
+            )
 
 
 def check_pretrained(config: RunConfig) -> None:
@@ -200,12 +209,10 @@ def check_pretrained(config: RunConfig) -> None:
     if config.checkpoint.pretrained_checkpoint is not None:
         point = restore_point.newest_good(Path(config.checkpoint.pretrained_checkpoint))
         source = restore_point.exact(point)
-        saved = read_run_state(source)
-        _check_shape(saved["config"]["model"], to_dict(config)["model"], source)
+        _check_shape(read_saved(source).config["model"], to_dict(config)["model"], source)
 
 
-def _check_shape(saved: dict[str, Any], now: dict[str, Any], source: Path) -> None:
-    differing = other_shape(saved, now)
-    if differing:
+def _check_shape(saved: Settings, now: Settings, source: Path) -> None:
+    if differing := other_shape(saved, now):
         changes = ", ".join(f"{name} {saved.get(name)} (now {now.get(name)})" for name in differing)
         raise InputError(f"{source} holds another model: {changes}; give the model it was trained with")

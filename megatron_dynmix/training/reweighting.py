@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_dynmix.checkpoint.run_state import MixState
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
 from megatron_dynmix.files import parse_json
-from megatron_dynmix.mixing.controller import ControllerState, Decision, MixingController
+from megatron_dynmix.mixing.controller import Decision, MixingController
 from megatron_dynmix.mixing.override import Override, parse_override
 from megatron_dynmix.mixing.strategy import Remark, Signal
 from megatron_dynmix.moe.counter import reduce_counts
@@ -309,23 +310,23 @@ class Reweighting:
         self.run.platform.synchronize()
         seconds[phase] = time.perf_counter() - start
 
-    def state_dict(self) -> dict[str, Any]:
-        """Blend, controller, and what the running interval has seen so far, summed over all ranks."""
-        return {
-            "blend": self.blend.state_dict(),
-            "controller": self.controller.state.to_json(),
-            "strategy": self.mixing.strategy,
-            "overridden": self._overridden,
-            "interval_counts": self._interval_counts().tolist(),
-            "interval_stats": self._interval.state_dict(),
-        }
+    @property
+    def state(self) -> MixState:
+        """What a resumed run needs; every rank has to ask for it."""
+        return MixState(
+            blend=self.blend.state,
+            controller=self.controller.state,
+            strategy=self.mixing.strategy,
+            overridden=self._overridden,
+            interval_counts=self._interval_counts().numpy(),
+            interval_sums=self._interval.sums,
+        )
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; the interval's counts so far are added to what this run will count."""
-        self.blend.load_state_dict(state["blend"])
-        controller = ControllerState.from_json(state["controller"])
-        self.controller.resume(for_strategy(controller, state["strategy"], self.mixing.strategy))
-        self._overridden = state["overridden"]
-        self._interval = SourceStats.from_state_dict(state["interval_stats"])
-        counts = torch.tensor(state["interval_counts"], dtype=torch.int64)
+    def resume(self, state: MixState) -> None:
+        """Continue from a state; the interval's counts so far are added to what this run will count."""
+        self.blend.resume(state.blend)
+        self.controller.resume(for_strategy(state.controller, state.strategy, self.mixing.strategy))
+        self._overridden = state.overridden
+        self._interval = SourceStats.of(state.interval_sums)
+        counts = torch.from_numpy(state.interval_counts)
         self._carried_LHDE = counts.view_as(self._carried_LHDE)  # an empty list has no shape

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from megatron_dynmix import platform
 from megatron_dynmix.checkpoint import restore_point
 from megatron_dynmix.checkpoint.checkpointer import Checkpointer
+from megatron_dynmix.checkpoint.run_state import RunState
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.check import check_run, check_tokenizer
 from megatron_dynmix.config.host import Host, check_host
@@ -106,18 +106,18 @@ def restore(
     """
     if source is not None:
         state, changes = _carried(checkpointer.load(source), reweighting, prints)
-        reweighting.load_state_dict(state["mixing"])
+        reweighting.resume(state.mix)
         size = config.parallel.size
         tp, pp = size("tensor_model_parallel_size"), size("pipeline_model_parallel_size")
-        say(loading_line(state["iteration"], checkpointer.directory))
-        say(loaded_line(state["iteration"], checkpointer.directory, tp_size=tp, pp_size=pp))
+        say(loading_line(state.iteration, checkpointer.directory))
+        say(loaded_line(state.iteration, checkpointer.directory, tp_size=tp, pp_size=pp))
         for change in changes:
-            say(f"  from sample {state['consumed_samples']} on: {change}")
-        tokens_D = torch.tensor(state["tokens"], dtype=torch.float64)
+            say(f"  from sample {state.consumed_samples} on: {change}")
+        tokens_D = torch.tensor(state.tokens, dtype=torch.float64)
         return Start(
-            Progress(state["iteration"], state["consumed_samples"], tokens_D, state["skipped_in_row"]),
-            LogInterval.from_state_dict(state["log_interval"]),
-            DrawnSamples.from_state_dict(state["drawn_samples"]),
+            Progress(state.iteration, state.consumed_samples, tokens_D, state.skipped_in_row),
+            LogInterval.resumed(state.log_interval),
+            DrawnSamples(state.drawn.first_sample, carried=state.drawn.digest),
             changes,
         )
     if config.checkpoint.pretrained_checkpoint is not None:
@@ -135,13 +135,11 @@ def restore(
     )
 
 
-def _carried(
-    state: dict[str, Any], reweighting: Reweighting, prints: Prints
-) -> tuple[dict[str, Any], list[str]]:
-    """The state for the sources of now, and what was done to it; whether it may be was asked before."""
-    if not differences(state["fingerprints"], prints):
+def _carried(state: RunState, reweighting: Reweighting, prints: Prints) -> tuple[RunState, list[str]]:
+    """Return the state for the sources of now, and what was done to it; `check_resume` has allowed it."""
+    if not differences(state.fingerprints, prints):
         return state, []
-    before = SourceSet.of(state["fingerprints"], state["mixing"]["blend"])
+    before = SourceSet.of(state.fingerprints, state.mix.blend)
     change = SourceChange.between(
         before, list(prints), list(map(fingerprint, prints.values())), reweighting.blend.sizes_D.tolist()
     )
@@ -330,7 +328,7 @@ def build_trainer(
     )
     mine = identity(config, data.reports)
     say = _say if rank0 else _silent
-    start = restore(config, checkpointer, reweighting, mine["fingerprints"], say, source)
+    start = restore(config, checkpointer, reweighting, mine.fingerprints, say, source)
     iteration = start.progress.iteration
     live = LiveLine(tuple(config.data.sources), config.training.train_iters or 0, iteration, silent=not rank0)
     # A run that died before its first checkpoint begins again: its records are those of no state.

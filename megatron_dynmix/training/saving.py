@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_dynmix.checkpoint.checkpointer import Checkpointer
 from megatron_dynmix.checkpoint.folder import TRACKER, folder_of
+from megatron_dynmix.checkpoint.run_state import RunState
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.convert.export_hf import export
 from megatron_dynmix.errors import TrainingStopped
@@ -39,8 +40,7 @@ class Saving:
 
     def save(
         self,
-        iteration: int,
-        run_state: dict[str, Any],
+        state: RunState,
         *,
         last: bool,
         before: Callable[[], None] | None = None,
@@ -48,8 +48,7 @@ class Saving:
         """Write a checkpoint; beside the training that follows it, if the configuration asks for that.
 
         Args:
-            iteration: iterations done.
-            run_state: see `Checkpointer.save`.
+            state: the run state, on every rank.
             last: whether the run ends with it.
             before: see `Checkpointer.save`.
 
@@ -59,14 +58,13 @@ class Saving:
         """
         self.settle(wait=True)
         directory = self.checkpointer.directory
-        self.say(saving_line(iteration, directory, datetime.now()))
-        state = {**run_state, "good": self.good}
+        self.say(saving_line(state.iteration, directory, datetime.now()))
         try:
-            self.checkpointer.save(iteration, state, keep=self.good, before=before)
+            self.checkpointer.save(replace(state, good=self.good), before=before)
         except RankFailure as failure:
-            self._failed(iteration, failure, last=last)
+            self._failed(state.iteration, failure, last=last)
             return
-        self.newest = iteration
+        self.newest = state.iteration
         if last or not self.config.checkpoint.async_save:
             self.settle(wait=True, last=last)
 

@@ -1,25 +1,25 @@
-"""Going on with other data: the state of a run, carried over to a changed set of sources.
+"""Training on with other data: the state of a run, carried over to a changed set of sources.
 
-Pure: plain values and NumPy in and out. Axes: H halves, D sources, L MoE layers, E experts.
+Pure: plain values and NumPy in and out. Axes: D sources.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_dynmix.data.blend import Cursor, advance
+from megatron_dynmix.checkpoint.run_state import RunState
+from megatron_dynmix.data.blend import Cursor
 from megatron_dynmix.data.source_set import Prints, SourceSet
 from megatron_dynmix.mixing.controller import ControllerState
 
 
 def differences(before: Prints, after: Prints) -> list[str]:
-    """What changed from one set of sources to another, a clause each; empty if they are the same."""
+    """Say what changed from one set of sources to another, a clause each; nothing if they are the same."""
     removed, added = [n for n in before if n not in after], [n for n in after if n not in before]
     common = [name for name in after if name in before]
     changed = [name for name in common if list(before[name]) != list(after[name])]
@@ -68,27 +68,28 @@ class SourceChange:
         )
         return cls(before=before, after=after, old_index_D=old_index_D, unchanged_D=unchanged_D)
 
-    def by_name(self, values_D: Sequence[Any], new: Any) -> list[Any]:
-        """Values of the sources of the same name, `new` for new ones."""
-        return [copy.deepcopy(new) if old is None else values_D[old] for old in self.old_index_D]
+    @property
+    def kept_D(self) -> tuple[int | None, ...]:
+        """Which source of `before` each one is, if it is as it was."""
+        pairs = zip(self.old_index_D, self.unchanged_D, strict=True)
+        return tuple(old if unchanged else None for old, unchanged in pairs)
 
-    def if_unchanged(self, values_D: Sequence[Any], new: Any) -> list[Any]:
-        """Values of the sources that are as they were, `new` for all others."""
-        named = zip(self.by_name(values_D, new), self.unchanged_D, strict=True)
-        return [value if unchanged else copy.deepcopy(new) for value, unchanged in named]
+    def by_name(self, values: ArrayLike, *, axis: int = -1) -> NDArray[Any]:
+        """Return values of the sources of the same name, 0 for new ones."""
+        return _moved(values, self.old_index_D, axis)
+
+    def if_unchanged(self, values: ArrayLike, *, axis: int = -1) -> NDArray[Any]:
+        """Return values of the sources that are as they were, 0 for all others."""
+        return _moved(values, self.kept_D, axis)
 
     def cursor(self, cursor: Cursor) -> Cursor:
-        """Where the sources stand: unchanged ones where they stood, all others at their first row."""
-        return Cursor(
-            cursor.sample,
-            np.array(self.if_unchanged(cursor.drawn_D.tolist(), 0), np.int64),
-            np.array(self.if_unchanged(cursor.owed_D.tolist(), 0.0), np.float64),
-        )
+        """Return where the sources stand: unchanged ones where they stood, all others at their first row."""
+        return Cursor(cursor.sample, self.if_unchanged(cursor.drawn_D), self.if_unchanged(cursor.owed_D))
 
     def weights_D(self, old_D: Sequence[float], initial_D: NDArray[np.float64]) -> NDArray[np.float64]:
-        """New sources get their initial share; the others share the rest in the proportion they had."""
+        """Give new sources their initial share; the others share the rest in the proportion they had."""
         new_D = np.array([old is None for old in self.old_index_D])
-        kept_D = np.array(self.by_name(old_D, 0.0), np.float64)
+        kept_D = self.by_name(old_D)
         rest = 1 - initial_D[new_D].sum()
         if not kept_D.any() or rest <= 0:  # nothing has a share to keep, or there is none left for it
             return initial_D.copy()
@@ -96,7 +97,7 @@ class SourceChange:
         return np.asarray(weights_D / weights_D.sum())
 
     def describe(self, old_D: Sequence[float], weights_D: Sequence[float], cursor: Cursor) -> list[str]:
-        """What becomes of each source, a line each, for the log and the ledger."""
+        """Say what becomes of each source, a line each, for the log and the ledger."""
         lines = []
         for d, (name, size) in enumerate(zip(self.after.names, self.after.sizes, strict=True)):
             old = self.old_index_D[d]
@@ -116,56 +117,42 @@ class SourceChange:
 
     def carry_controller(self, state: ControllerState, weights_D: ArrayLike) -> ControllerState:
         """Return the mixing controller's state for the sources of `after`."""
-        pairs = zip(self.old_index_D, self.unchanged_D, strict=True)
-        kept_D = [old if unchanged else None for old, unchanged in pairs]
-        return state.with_sources(self.after.names, kept_D, weights_D)
+        return state.with_sources(self.after.names, self.kept_D, weights_D)
 
-    def carry(
-        self, state: Mapping[str, Any], initial_D: NDArray[np.float64]
-    ) -> tuple[dict[str, Any], list[str]]:
-        """The run state of a checkpoint for the sources of `after`, and what was done, line by line.
+    def carry(self, state: RunState, initial_D: NDArray[np.float64]) -> tuple[RunState, list[str]]:
+        """Return the state for the sources of `after`, and what was done, line by line.
 
         Losses and tokens of the log interval in hand go by name: those of removed sources leave with them.
 
         Args:
-            state: run state of the checkpoint; not changed.
+            state: run state of the checkpoint.
             initial_D: shares that the sources would begin a run with.
 
         """
-        mixing, blend = state["mixing"], state["mixing"]["blend"]
-        old_D = blend["stages"][-1][1]
-        saved = Cursor.of_state(blend)
-        stood = advance(saved, np.array(old_D), blend["chunk_size"], state["consumed_samples"])
-        cursor, weights_D = self.cursor(stood), self.weights_D(old_D, initial_D)
-        counts_LHDE = [
-            [self.if_unchanged(counts_DE, np.zeros_like(counts_DE[0]).tolist()) for counts_DE in counts_HDE]
-            for counts_HDE in mixing["interval_counts"]
-        ]
-        carried_blend = {
-            **blend,
-            "sizes": list(self.after.sizes),
-            "shuffle_ids": list(self.after.shuffle_ids),
-            "stages": [*blend["stages"], [cursor.sample, weights_D.tolist()]],
-            "chunk_start": cursor.sample,
-            "drawn": cursor.drawn_D.tolist(),
-            "owed": cursor.owed_D.tolist(),
-        }
-        log_interval = {
-            **state["log_interval"],
-            "stats": [self.by_name(sum_D, 0.0) for sum_D in state["log_interval"]["stats"]],
-        }
-        carried = {
-            **state,
-            "tokens": self.by_name(state["tokens"], 0.0),
-            "log_interval": log_interval,
-            "mixing": {
-                **mixing,
-                "blend": carried_blend,
-                "controller": self.carry_controller(
-                    ControllerState.from_json(mixing["controller"]), weights_D
-                ).to_json(),
-                "interval_counts": counts_LHDE,
-                "interval_stats": [self.if_unchanged(sum_D, 0.0) for sum_D in mixing["interval_stats"]],
-            },
-        }
+        mix, blend = state.mix, state.mix.blend
+        old_D = blend.stages[-1].weights
+        cursor = self.cursor(blend.cursor_at(state.consumed_samples))
+        weights_D = self.weights_D(old_D, initial_D)
+        carried = replace(
+            state,
+            tokens=tuple(self.by_name(state.tokens)),
+            log_interval=replace(state.log_interval, sums=self.by_name(state.log_interval.sums)),
+            mix=replace(
+                mix,
+                blend=blend.with_sources(self.after.sizes, self.after.shuffle_ids, cursor, weights_D),
+                controller=self.carry_controller(mix.controller, weights_D),
+                interval_counts=self.if_unchanged(mix.interval_counts, axis=-2),
+                interval_sums=self.if_unchanged(mix.interval_sums),
+            ),
+        )
         return carried, self.describe(old_D, weights_D.tolist(), cursor)
+
+
+def _moved(values: ArrayLike, old_index_D: Sequence[int | None], axis: int) -> NDArray[Any]:
+    """Return the values of the sources with these indices along an axis; 0 where there is none."""
+    array = np.moveaxis(np.asarray(values), axis, 0)
+    moved = np.zeros((len(old_index_D), *array.shape[1:]), array.dtype)
+    for new, old in enumerate(old_index_D):
+        if old is not None:
+            moved[new] = array[old]
+    return np.moveaxis(moved, 0, axis)

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker, track_moe_metrics
 from megatron.core.transformer.transformer_config import TransformerConfig
+from numpy.typing import NDArray
 
 from megatron_dynmix.data.loader import PADDING, MicroBatch
 from megatron_dynmix.moe.counter import GateLoadCounter
@@ -94,14 +96,15 @@ class SourceStats:
             self.tokens_D + other.tokens_D,
         )
 
-    def state_dict(self) -> list[list[float]]:
-        """Plain numbers, exact."""
-        return [sum_D.tolist() for sum_D in (self.loss_sum_D, self.trained_D, self.tokens_D)]
+    @property
+    def sums(self) -> NDArray[np.float64]:
+        """All of it, `[3, D]`, for the run state."""
+        return torch.stack([self.loss_sum_D, self.trained_D, self.tokens_D]).numpy()
 
     @classmethod
-    def from_state_dict(cls, state: list[list[float]]) -> SourceStats:
-        """Go on from `state`."""
-        return cls(*torch.tensor(state, dtype=torch.float64))
+    def of(cls, sums: NDArray[np.float64]) -> SourceStats:
+        """Return what `sums` holds."""
+        return cls(*torch.from_numpy(sums))
 
     @property
     def lm_loss(self) -> float:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from megatron.core import parallel_state
@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_dynmix.checkpoint.checkpointer import Checkpointer
 from megatron_dynmix.checkpoint.folder import folder_of
+from megatron_dynmix.checkpoint.run_state import DrawnState, RunState
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.data.loader import BlendLoader
@@ -39,6 +40,7 @@ from megatron_dynmix.records.logline import mixing_table, source_loss_line, trai
 from megatron_dynmix.records.schema import TrainingRecord, Why
 from megatron_dynmix.records.writer import MetricsWriter
 from megatron_dynmix.training.progress import LogInterval, Progress
+from megatron_dynmix.training.resume import Identity
 from megatron_dynmix.training.reweighting import MixingError, Reweighting
 from megatron_dynmix.training.saving import Saving
 from megatron_dynmix.training.step import (
@@ -66,7 +68,7 @@ class Trainer:
         reweighting: Reweighting,
         checkpointer: Checkpointer,
         writer: MetricsWriter | None,
-        identity: dict[str, Any],
+        identity: Identity,
         progress: Progress,
         interval: LogInterval,
         drawn: DrawnSamples,
@@ -247,7 +249,7 @@ class Trainer:
         if self.writer is None:
             return
         reweighting = self.reweighting
-        sources = SourceSet.of(self.identity["fingerprints"], reweighting.blend.state_dict())
+        sources = SourceSet.of(self.identity.fingerprints, reweighting.blend.state)
         line = newest_stage(
             reweighting.blend,
             sources,
@@ -285,22 +287,25 @@ class Trainer:
         if progress.iteration != self.saving.newest:
             # a checkpoint never knows more than the records
             flush = None if self.writer is None else self.writer.flush
-            self.saving.save(progress.iteration, self._state(), last=last, before=flush)
+            self.saving.save(self._state(), last=last, before=flush)
         elif last:
             self.saving.settle(wait=True, last=True)
         return folder_of(self.checkpointer.directory, progress.iteration)
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> RunState:
         progress = self.progress
-        return {
-            **self.identity,
-            "consumed_samples": progress.consumed_samples,
-            "tokens": progress.tokens_D.tolist(),
-            "skipped_in_row": progress.skipped_in_row,
-            "mixing": self.reweighting.state_dict(),
-            "log_interval": self._interval.state_dict(),
-            "drawn_samples": self._drawn.state_dict(self.run.platform.device),
-        }
+        return RunState(
+            **vars(self.identity),
+            iteration=progress.iteration,
+            consumed_samples=progress.consumed_samples,
+            tokens=tuple(progress.tokens_D.tolist()),
+            skipped_in_row=progress.skipped_in_row,
+            mix=self.reweighting.state,
+            log_interval=self._interval.state,
+            drawn=DrawnState(
+                first_sample=self._drawn.first_sample, digest=self._drawn.digest(self.run.platform.device)
+            ),
+        )
 
     def _stop_on_request(self) -> NoReturn:
         """Keep what was trained, and end so that whoever asked can start the run again."""

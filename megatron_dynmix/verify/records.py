@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmix.checkpoint.restore_point import has_checkpoint, newest_good
-from megatron_dynmix.checkpoint.run_state import read_run_state
+from megatron_dynmix.checkpoint.run_state import RunState, read_run_state
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.records.jsonl import read_lines, read_records
 from megatron_dynmix.records.schema import SamplesLine, StageLine, TrainingRecord
@@ -26,7 +26,7 @@ class RunRecords:
     consumed_samples: dict[int, int]
     """Of `metrics.jsonl`, by iteration."""
     skipped_iterations: int
-    state: Record | None
+    state: RunState | None
     """Run state of the newest checkpoint."""
     checkpoint: str
     """What to call it."""
@@ -63,7 +63,7 @@ def read_run(run_dir: Path) -> RunRecords:
     )
 
 
-def _newest_state(directory: Path) -> tuple[Record | None, str]:
+def _newest_state(directory: Path) -> tuple[RunState | None, str]:
     if not has_checkpoint(directory):
         return None, "there is no checkpoint"
     try:

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dynmix.data.blend import Cursor, advance
-from megatron_dynmix.errors import InputError
+from megatron_dynmix.checkpoint.run_state import RunState
+from megatron_dynmix.data.blend import Cursor, Stage
 from megatron_dynmix.mixing.weights import check_weights
 from megatron_dynmix.records.ledger import cursor_of
 from megatron_dynmix.records.schema import StageLine
@@ -250,47 +250,38 @@ class _Proof:
     def _check_checkpoint(self, *, before: int | None) -> None:
         """The newest checkpoint stands where the replay stands after its iteration."""
         state = self.records.state
-        if self._checkpoint_done or (
-            before is not None and state is not None and state["iteration"] >= before
-        ):
+        if self._checkpoint_done or (before is not None and state is not None and state.iteration >= before):
             return
         self._checkpoint_done = True
         assert state is not None
         where = self.records.checkpoint
         if self.replay is None:
             return
-        try:
-            self._compare_state(state, where)
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise InputError(
-                f"the run state of {where} is incomplete ({type(error).__name__}: {error})"
-            ) from None
+        self._compare_state(state, where)
         if before is None:  # it stands beyond the ledger: the digest it holds has proven the rest
-            self.verdict.samples, self.verdict.iteration = state["consumed_samples"], state["iteration"]
+            self.verdict.samples, self.verdict.iteration = state.consumed_samples, state.iteration
 
-    def _compare_state(self, state: Record, where: str) -> None:
+    def _compare_state(self, state: RunState, where: str) -> None:
         assert self.replay is not None
-        blend, consumed, drawn = state["mixing"]["blend"], state["consumed_samples"], state["drawn_samples"]
-        stages = [[line.start_sample, line.weights] for line in self.stages]
-        if blend["stages"] != stages:
-            count = len(blend["stages"])
+        blend, consumed, drawn = state.mix.blend, state.consumed_samples, state.drawn
+        stages = tuple(Stage(line.start_sample, tuple(line.weights)) for line in self.stages)
+        if blend.stages != stages:
+            count = len(blend.stages)
             what = f"it has {count}, the ledger {len(stages)}" if count != len(stages) else "they differ"
             raise NotProven(f"{where}: its stages are not those of the ledger: {what}")
-        if drawn["first_sample"] != self.verdict.samples or consumed < self.replay.sample:
+        if drawn.first_sample != self.verdict.samples or consumed < self.replay.sample:
             raise NotProven(
-                f"{where} stands at sample {consumed} and knows a ledger up to {drawn['first_sample']}, but "
+                f"{where} stands at sample {consumed} and knows a ledger up to {drawn.first_sample}, but "
                 f"it ends at {self.verdict.samples}: lines are missing"
             )
-        saved = Cursor.of_state(blend)
-        there = advance(saved, np.array(self.stages[-1].weights), blend["chunk_size"], consumed)
         self.replay.go_to(consumed)
-        self._check_cursor(there, self.replay.cursor, where)
-        if int(drawn["digest"], 16) != self.replay.digest:
+        self._check_cursor(blend.cursor_at(consumed), self.replay.cursor, where)
+        if drawn.digest != self.replay.digest:
             raise NotProven(
-                f"{where}: the samples {drawn['first_sample']} to {consumed - 1} that were trained on are "
+                f"{where}: the samples {drawn.first_sample} to {consumed - 1} that were trained on are "
                 "not those that the stages call for"
             )
-        if blend["shuffle_ids"] != self.stages[-1].shuffle_ids:
+        if blend.shuffle_ids != tuple(self.stages[-1].shuffle_ids):
             raise NotProven(f"{where}: its shuffle ids are not those of the ledger")
 
 

@@ -15,7 +15,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from megatron_dynmix.checkpoint import checkpointer, shards
+from megatron_dynmix.checkpoint import checkpointer, folder, shards
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.errors import InputError, TrainingStopped
 from megatron_dynmix.records.jsonl import read_records
@@ -38,7 +38,7 @@ def runs_in_turn(run_yaml, runs):
 def run(run_yaml, flags, run_dir, resume="no"):
     """One run; returns what it has written, and its last state."""
     trainer = training_run.train(load_config(run_yaml, flags), run_dir, resume=resume)
-    mixing = trainer.reweighting.state_dict()
+    blend = trainer.reweighting.blend.state.to_json()
     torch.distributed.barrier()
     metrics, updates = (read_records(run_dir / f"{name}.jsonl") for name in ("metrics", "mixing"))
     return {
@@ -47,7 +47,7 @@ def run(run_yaml, flags, run_dir, resume="no"):
         "rows": [record["rows"] for record in updates],
         "loads": [record["load"] for record in updates],
         "weights": [record["new_weights"] for record in updates],
-        "blend": mixing["blend"],
+        "blend": blend,
         "parameters": [
             hashlib.sha256(parameter.detach().float().numpy()).hexdigest()
             for chunk in trainer.run.chunks
@@ -90,7 +90,7 @@ def full_disk(what, *, rank, iteration):
             lambda self, request: request.async_fn_args[1][0][0],
         ),
         "records": (MetricsWriter, "flush", lambda self: f"iter_{last_record(self)['iteration']:07d}"),
-        "run_state.json": (checkpointer, "write_atomically", lambda path, text: path),
+        "run_state.json": (folder, "write_atomically", lambda path, text: path),
     }[what]
     return mock.patch.object(owner, name, full(getattr(owner, name), path_of))
 

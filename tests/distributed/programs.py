@@ -17,7 +17,7 @@ def train(run_yaml, flags, run_dir, resume="no", **options):
         "metrics": read_records(run_dir / "metrics.jsonl"),
         "mixing": read_records(run_dir / "mixing.jsonl"),
         "ledger": read_records(run_dir / "ledger.jsonl"),
-        "blend": trainer.loader.blend.state_dict(),
+        "blend": trainer.loader.blend.state.to_json(),
         "routers": {
             name: parameter.detach().float().numpy().copy()
             for chunk in trainer.run.chunks
@@ -55,8 +55,7 @@ def torch_world_size():
 def save_initial_weights(run_yaml, flags, run_dir):
     """Weights that every layout can start from."""
     trainer = build(run_yaml, flags, run_dir)
-    trainer.checkpointer.save(0, trainer.identity)
-    trainer.checkpointer.finish(wait=True)
+    trainer.save(last=True)
 
 
 def count_one_step(run_yaml, flags, run_dir):

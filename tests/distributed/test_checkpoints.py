@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -13,7 +14,7 @@ import pytest
 
 from megatron_dynmix.checkpoint.folder import CHECKSUMS, checksum, checksums_text, read_checksums
 from megatron_dynmix.checkpoint.restore_point import RestorePoint, newest_good
-from megatron_dynmix.checkpoint.run_state import read_run_state
+from megatron_dynmix.checkpoint.run_state import FORMAT_VERSION, read_run_state
 from tests.distributed import checkpoint_programs as programs
 from tests.distributed import fault_programs
 from tests.distributed.conftest import SMALL, quick_or_slow
@@ -246,8 +247,8 @@ def test_a_checkpoint_written_beside_the_training_is_the_state_it_was_asked_for(
             name: expected[name] for name in tensors
         }
         # what was known to be good at that moment depends on what was saved before
-        states = [{**read_run_state(folder), "config": None, "good": None} for folder in (mine, whole)]
-        assert states[0] == states[1]
+        states = [replace(read_run_state(folder), config={}, good=None) for folder in (mine, whole)]
+        assert states[0].text() == states[1].text()
 
 
 def damage(path, how):
@@ -261,7 +262,9 @@ def damage(path, how):
         case "remove":
             path.unlink()
         case "newer":  # by one who knows how: its checksum is right
-            path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 9'))
+            path.write_text(
+                path.read_text().replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 9')
+            )
             sums = {**read_checksums(path.parent), path.name: checksum(path)}
             (path.parent / CHECKSUMS).write_text(checksums_text(sums))
 
@@ -373,7 +376,7 @@ def test_a_run_that_breaks_at_once_is_set_back_before_where_it_went_on_from(sync
     """And when it has gone on from there, nothing of what it did before can be taken for its own."""
     copy = shutil.copytree(sync[0] / "all", tmp_path / "run")
     checkpoints = copy / "checkpoints"
-    assert [read_run_state(checkpoints / name)["good"] for name in folders(1, 2, 3, 4)[:4]] == [None, 1, 2, 3]
+    assert [read_run_state(checkpoints / name).good for name in folders(1, 2, 3, 4)[:4]] == [None, 1, 2, 3]
     longer = [*SHORT, "--train-iters", "6", "--save-interval", "6"]
     ends = run_ranks(2, fault_programs.train_with_nan, run_yaml, longer, copy, [5], 0, resume="must")
     assert f"trained well is {checkpoints}/iter_0000003, and --resume goes on from it" in ends[0][1]

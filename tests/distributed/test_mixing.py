@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
+from megatron_dynmix.checkpoint.run_state import read_run_state
 from megatron_dynmix.verify.verify import verify
 from tests.distributed import programs
 from tests.distributed.ranks import run_ranks
@@ -128,10 +129,10 @@ def test_a_rule_that_fails_keeps_the_last_weights_and_stops(run_yaml, start_from
     assert "the weights could not be updated after iteration 2" in message and "sum to" in message
     assert "iter_0000002, and --resume goes on from it" in message and "learning rate" not in message
     assert (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "2"
-    state = json.loads((tmp_path / "checkpoints/iter_0000002/run_state.json").read_text())["mixing"]
-    tokens_D = np.array(state["interval_stats"][2])
-    counted_D = np.array(state["interval_counts"]).sum(axis=(0, 1, 3))
-    layers, topk = len(state["interval_counts"]), 2
+    mix = read_run_state(tmp_path / "checkpoints/iter_0000002").mix
+    tokens_D = mix.interval_sums[2]
+    counted_D = mix.interval_counts.sum(axis=(0, 1, 3))
+    layers, topk = len(mix.interval_counts), 2
     assert (tokens_D > 0).all(), "the next update reads what this one could not use"
     np.testing.assert_array_equal(counted_D, tokens_D * layers * topk)
 

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 from blend_fixtures import sources
 
-from megatron_dynmix.checkpoint.run_state import FORMAT_VERSION
+from megatron_dynmix.checkpoint.run_state import DrawnState, LogIntervalState, MixState, RunState
 from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
 from megatron_dynmix.data.source_set import SourceSet, fingerprint
-from megatron_dynmix.mixing.controller import ControllerState
 from megatron_dynmix.mixing.override import Override
 from megatron_dynmix.records.jsonl import JsonlWriter
 from megatron_dynmix.records.ledger import newest_stage, sample_hash
@@ -73,7 +72,7 @@ class FakeRun:
         )
 
     def _write_stage(self, why, iteration, changes=()) -> None:
-        source_set = SourceSet.of(self.prints, self.blend.state_dict())
+        source_set = SourceSet.of(self.prints, self.blend.state)
         line = newest_stage(
             self.blend,
             source_set,
@@ -144,40 +143,45 @@ class FakeRun:
         self.controller.resume(for_strategy(state, before, settings.strategy))
         return self
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> RunState:
         """The run state of a checkpoint."""
-        state = {
-            "format_version": FORMAT_VERSION,
-            "iteration": self.iteration,
-            "consumed_samples": self.consumed,
-            "fingerprints": self.prints,
-            "tokens": [100.0 * (d + 1) for d in range(len(self.sizes))],
-            "mixing": {
-                "blend": self.blend.state_dict(),
-                "controller": self.controller.state.to_json(),
-                "interval_counts": [[[[d + 1] * 8 for d in range(len(self.sizes))]] * 2] * 2,
-                "interval_stats": [[float(d) for d in range(len(self.sizes))]] * 3,
-            },
-            "log_interval": {"stats": [[float(d) for d in range(len(self.sizes))]] * 3, "samples": 8},
-            "drawn_samples": {"first_sample": self.first_sample, "digest": f"{self.digest:016x}"},
-        }
-        return json.loads(json.dumps(state))
+        number_D = np.arange(len(self.sizes))
+        sums = np.tile(number_D.astype(np.float64), (3, 1))
+        return RunState(
+            iteration=self.iteration,
+            config={"mixing": self.settings.flat()},
+            fingerprints=self.prints,
+            probes={},
+            consumed_samples=self.consumed,
+            tokens=tuple(100.0 * (number_D + 1)),
+            skipped_in_row=0,
+            mix=MixState(
+                blend=self.blend.state,
+                controller=self.controller.state,
+                strategy=self.settings.strategy,
+                overridden=False,
+                interval_counts=np.ones((2, 2, len(self.sizes), 8), np.int64) * (number_D[:, None] + 1),
+                interval_sums=sums,
+            ),
+            log_interval=LogIntervalState(sums=sums, iterations=1, samples=8, seconds=0.5, skipped=0),
+            drawn=DrawnState(first_sample=self.first_sample, digest=self.digest),
+        )
 
     def change_sources(self, prints: Prints, sizes: tuple[int, ...], initial_D=None) -> list[str]:
         """Go on from here with other sources."""
         state = self.state()
-        before = SourceSet.of(state["fingerprints"], state["mixing"]["blend"])
+        before = SourceSet.of(state.fingerprints, state.mix.blend)
         change = SourceChange.between(before, list(prints), list(map(fingerprint, prints.values())), sizes)
         initial_D = np.full(len(sizes), 1 / len(sizes)) if initial_D is None else initial_D
         state, changes = change.carry(state, initial_D)
         self.prints, self.sizes = prints, sizes
         self._build(initial_D)
-        self.blend.load_state_dict(state["mixing"]["blend"])
-        self.controller.resume(ControllerState.from_json(state["mixing"]["controller"]))
+        self.blend.resume(state.mix.blend)
+        self.controller.resume(state.mix.controller)
         self._write_stage("sources changed", self.iteration + 1, changes)
         return changes
 
-    def records(self, *, state: dict[str, Any] | None = None) -> RunRecords:
+    def records(self, *, state: RunState | None = None) -> RunRecords:
         plain = json.loads(json.dumps(self.ledger))
         return RunRecords(
             ledger=plain,

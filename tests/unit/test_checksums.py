@@ -10,16 +10,17 @@ from megatron_dynmix.checkpoint.folder import (
     CHECKSUMS,
     TRACKER,
     check_contents,
-    check_sizes,
+    check_whole,
     checksum,
     checksums_text,
+    complete,
     files_of,
     folder_of,
     read_checksums,
     saved_iterations,
 )
 from megatron_dynmix.checkpoint.restore_point import exact, has_checkpoint, newest_good
-from megatron_dynmix.checkpoint.run_state import FORMAT_VERSION, RUN_STATE, Damaged
+from megatron_dynmix.checkpoint.run_state import RUN_STATE, Damaged, SavedModel
 from megatron_dynmix.errors import InputError
 
 
@@ -29,9 +30,7 @@ def make(directory, iteration, *, shard=b"shard"):
     folder.mkdir(parents=True)
     (folder / "__0_0.distcp").write_bytes(shard)
     (folder / ".metadata").write_bytes(b"metadata")
-    (folder / RUN_STATE).write_text(json.dumps({"format_version": FORMAT_VERSION, "iteration": iteration}))
-    sums = {name: checksum(folder / name) for name in files_of(folder)}
-    (folder / CHECKSUMS).write_text(checksums_text(sums))
+    complete(folder, SavedModel(iteration=iteration, config={}), {})
     return folder
 
 
@@ -54,7 +53,7 @@ def test_checksum_is_the_files_size_and_digest(tmp_path):
 def test_every_file_but_the_list_itself_is_listed(tmp_path):
     folder = make(tmp_path, 1)
     assert set(read_checksums(folder)) == {"__0_0.distcp", ".metadata", RUN_STATE}
-    check_sizes(folder, read_checksums(folder))
+    check_whole(folder)
     check_contents(folder, read_checksums(folder), read_checksums(folder))
 
 
@@ -68,7 +67,7 @@ def test_a_flipped_bit_is_found_by_content_alone(tmp_path):
     folder = make(tmp_path, 1)
     sums = read_checksums(folder)
     flip(folder / "__0_0.distcp")
-    check_sizes(folder, sums)
+    check_whole(folder)
     with pytest.raises(Damaged) as damage:
         check_contents(folder, sums, sums)
     expected, found = f"blake3:{blake3(b'shard').hexdigest()}", checksum(folder / "__0_0.distcp")[1]

@@ -149,7 +149,7 @@ def test_a_run_directory_that_holds_a_run_is_refused(capsys, tmp_path, run_yaml,
 def test_resume_must_needs_a_checkpoint(capsys, tmp_path, run_yaml):
     run = ["--run-dir", str(tmp_path / "run"), "--nproc-per-node", "2", "--resume", "must"]
     line = refused(capsys, "train", str(run_yaml), *run)
-    assert "holds no checkpoint; check the path, or begin anew with --resume auto" in line
+    assert "holds no checkpoint; check the path, or start a new run with --resume auto" in line
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from blend_fixtures import blend_of, sources
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dynmix.data.dynamic_blend import Draw, DynamicBlendedDataset
+from megatron_dynmix.data.dynamic_blend import BlendState, Draw, DynamicBlendedDataset
 from megatron_dynmix.errors import InputError
 
 SIZES = (11, 5, 30)
@@ -79,7 +79,7 @@ def test_I2_a_run_resumes_at_any_step_and_with_any_batch_size(before, after, chu
     expected = drawn_in_steps(whole, [], 300)
     stop = data.draw(st.sampled_from(before))
     assert drawn_in_steps(first, before, stop) == expected[:stop]
-    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    resumed.resume(BlendState.from_json(json.loads(json.dumps(first.state.to_json()))))
     draws = []
     for begin, end in pairwise(sorted({stop, *(cut for cut in after if cut > stop), 300})):
         resumed.advance_to(begin)
@@ -95,7 +95,7 @@ def test_a_stage_may_begin_beyond_the_chunks_that_a_rank_has_asked_for():
     for blended in (asked, whole):
         blended.append_stage(12, np.array([0.2, 0.3, 0.5]))
     assert asked.draws(12, 30) == whole.draws(12, 30)
-    assert asked.state_dict() == whole.state_dict()
+    assert asked.state.to_json() == whole.state.to_json()
 
 
 def test_stages_are_the_whole_history():
@@ -143,23 +143,23 @@ def test_I2_a_blend_resumes_bit_exactly(stop):
     whole, first, resumed = (blend_of(SIZES, (1, 2, 3), 24) for _ in range(3))
     expected = draw(whole, 0, 180)
     assert draw(first, 0, stop) == expected[:stop]
-    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    resumed.resume(BlendState.from_json(json.loads(json.dumps(first.state.to_json()))))
     assert draw(resumed, stop, 180) == expected[stop:]
-    assert resumed.state_dict() == whole.state_dict()
+    assert resumed.state.to_json() == whole.state.to_json()
 
 
 def test_the_chunk_size_of_the_checkpoint_stays():
     first, resumed = blend_of(SIZES, (1, 1, 1), 24), blend_of(SIZES, (1, 1, 1), 99)
-    resumed.load_state_dict(first.state_dict())
+    resumed.resume(first.state)
     assert resumed.chunk_size == 24 and len(resumed) == 24
 
 
 @pytest.mark.parametrize(("sizes", "seed"), [((11, 5, 31), 7), ((11, 5), 7), (SIZES, 8)])
 def test_other_data_or_seed_is_refused(sizes, seed):
-    state = blend_of(SIZES, (1, 1, 1), 12).state_dict()
+    state = blend_of(SIZES, (1, 1, 1), 12).state
     other = blend_of(sizes, (1,) * len(sizes), 12, seed=seed)
     with pytest.raises(InputError, match=r"seed 7 and sources of \[11, 5, 30\] rows.*same data"):
-        other.load_state_dict(state)
+        other.resume(state)
 
 
 def test_more_sources_than_a_dataset_id_can_name_are_refused():

@@ -202,7 +202,7 @@ def run_dir_fixture(run_yaml: Path) -> Path:
     """The records of 6 iterations of that run, 8 rows each, with other weights from iteration 5 on."""
     run = Inspection.of(run_yaml, [])
     blend = build_blend(run.config, build_rows(run.config, run.tokenizer, probe=False), START_D)
-    sources = SourceSet.of(run._prints(), blend.state_dict())
+    sources = SourceSet.of(run._prints(), blend.state)
     lines = []
 
     def stage(why: str, iteration: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from blend_fixtures import blend_of
 
-from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
+from megatron_dynmix.data.dynamic_blend import BlendState, DynamicBlendedDataset
 from megatron_dynmix.data.loader import BlendLoader
 
 SIZES = (11, 5, 30)
@@ -81,7 +81,7 @@ def test_weights_loaded_from_a_checkpoint_are_in_force_at_once():
     blended = blend()
     rank_loader = loader(blended, BATCH)
     rank_loader.step(0, 1)
-    blended.load_state_dict(json.loads(json.dumps(other.state_dict())))
+    blended.resume(BlendState.from_json(json.loads(json.dumps(other.state.to_json()))))
     (batch,) = rank_loader.step(BATCH, 1)
     assert batch["dataset_id"].tolist() == [2] * BATCH
 
@@ -91,7 +91,7 @@ def test_I2_a_run_resumes_in_the_middle_of_a_chunk():
     first_loader = loader(first, BATCH)
     expected = [first_loader.step(sample, 1)[0]["tokens"].tolist() for sample in (0, 8, 16)]
     resumed = blend()
-    resumed.load_state_dict(first.state_dict())
+    resumed.resume(first.state)
     expected.append(first_loader.step(24, 1)[0]["tokens"].tolist())
     assert loader(resumed, BATCH).step(24, 1)[0]["tokens"].tolist() == expected[-1]
 

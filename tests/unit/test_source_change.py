@@ -1,7 +1,5 @@
 """The state of a run, carried over to other sources. Axes: D sources."""
 
-import copy
-
 import numpy as np
 import pytest
 from run_fixtures import fake_run
@@ -52,7 +50,7 @@ def test_all_differences_are_listed(after, found):
 
 def change_to(run, prints, sizes):
     state = run.state()
-    before = SourceSet.of(state["fingerprints"], state["mixing"]["blend"])
+    before = SourceSet.of(state.fingerprints, state.mix.blend)
     return SourceChange.between(before, list(prints), list(map(fingerprint, prints.values())), sizes), state
 
 
@@ -64,27 +62,25 @@ def test_unchanged_sources_go_on_where_they_stood_and_others_begin():
     run = fake_run(10)
     stood = cursor_of(run)
     change, state = change_to(run, {"math": MATH, "law": LAW, "chat": CODE}, (11, 9, 55))
-    untouched = copy.deepcopy(state)
+    untouched = state.text()
     carried, lines = change.carry(state, np.array([0.25, 0.5, 0.25]))
-    assert state == untouched
-    blend = carried["mixing"]["blend"]
-    assert blend["drawn"] == [stood.drawn_D[1], 0, 0] and blend["owed"] == [stood.owed_D[1], 0.0, 0.0]
-    assert blend["sizes"] == [11, 9, 55] and blend["chunk_start"] == run.consumed
-    assert blend["shuffle_ids"] == [1, 3, 4]  # math keeps its shuffles, the others get new ones
-    assert blend["stages"][:-1] == state["mixing"]["blend"]["stages"]
-    weights = blend["stages"][-1][1]
-    chat, math, _ = state["mixing"]["controller"]["weights"]
-    assert weights == carried["mixing"]["controller"]["weights"] and sum(weights) == pytest.approx(
-        1, abs=1e-12
-    )
+    assert state.text() == untouched
+    blend, controller = carried.mix.blend, carried.mix.controller
+    assert blend.cursor.drawn_D.tolist() == [stood.drawn_D[1], 0, 0]
+    assert blend.cursor.owed_D.tolist() == [stood.owed_D[1], 0.0, 0.0]
+    assert blend.sizes == (11, 9, 55) and blend.cursor.sample == run.consumed
+    assert blend.shuffle_ids == (1, 3, 4)  # math keeps its shuffles, the others get new ones
+    assert blend.stages[:-1] == state.mix.blend.stages
+    weights = blend.stages[-1].weights
+    chat, math, _ = state.mix.controller.course.weights_D
+    assert weights == tuple(controller.course.weights_D) and sum(weights) == pytest.approx(1, abs=1e-12)
     assert weights == pytest.approx([0.5 * math / (chat + math), 0.5, 0.5 * chat / (chat + math)], abs=1e-12)
-    counts = carried["mixing"]["interval_counts"]
-    halves = [half for layer in counts for half in layer]
-    assert [[half[d][0] for d in range(3)] for half in halves] == [[2, 0, 0]] * 4
-    last = carried["mixing"]["controller"]["last_counts"]
-    assert last == [state["mixing"]["controller"]["last_counts"][1], None, None]
-    assert carried["tokens"] == [200.0, 0.0, 100.0]
-    assert carried["log_interval"]["stats"] == [[1.0, 0.0, 0.0]] * 3
+    assert carried.mix.interval_counts[..., 0].reshape(4, 3).tolist() == [[2, 0, 0]] * 4
+    assert carried.mix.interval_sums.tolist() == [[1.0, 0.0, 0.0]] * 3
+    math_counts, *others = controller.known.counts
+    assert math_counts is state.mix.controller.known.counts[1] and others == [None, None]
+    assert carried.tokens == (200.0, 0.0, 100.0)
+    assert carried.log_interval.sums.tolist() == [[1.0, 0.0, 0.0]] * 3
     assert lines[0].startswith("math: as it was, goes on after ") and "0.500000" in lines[1]
     assert lines[2].startswith("chat: changed, 40 -> 55 rows, from the first row on, weight ")
     assert lines[3] == "code: removed"
@@ -94,8 +90,8 @@ def test_the_place_is_that_of_the_resumed_sample_not_of_the_chunk():
     run = fake_run(10)  # the last chunk began at sample 72
     change, state = change_to(run, BEFORE, run.sizes)
     carried, _ = change.carry(state, np.full(3, 1 / 3))
-    assert carried["mixing"]["blend"]["drawn"] == cursor_of(run).drawn_D.tolist()
-    assert sum(carried["mixing"]["blend"]["drawn"]) == 80
+    drawn_D = carried.mix.blend.cursor.drawn_D
+    assert drawn_D.tolist() == cursor_of(run).drawn_D.tolist() and drawn_D.sum() == 80
 
 
 def test_I4_an_epoch_in_hand_is_finished_without_repeats():

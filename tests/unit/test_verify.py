@@ -155,16 +155,21 @@ def change_reach(records):
     records.ledger[samples(records)[2]]["consumed_samples"] += 8
 
 
+def change_state(records, **changes):
+    object.__setattr__(records, "state", replace(records.state, **changes))
+
+
 def change_saved_cursor(records):
-    records.state["mixing"]["blend"]["drawn"][0] += 1
+    records.state.mix.blend.cursor.drawn_D[0] += 1
 
 
 def change_saved_stages(records):
-    records.state["mixing"]["blend"]["stages"].pop()
+    blend = records.state.mix.blend
+    change_state(records, mix=replace(records.state.mix, blend=replace(blend, stages=blend.stages[:-1])))
 
 
 def change_saved_digest(records):
-    records.state["drawn_samples"]["digest"] = "0" * 15 + "1"
+    change_state(records, drawn=replace(records.state.drawn, digest=1))
 
 
 @pytest.mark.parametrize(
@@ -239,9 +244,9 @@ def test_the_update_in_hand_at_a_kill_may_be_missing(good):
 
 def test_a_checkpoint_behind_the_ledger_agrees():
     run = fake_run(7)
-    state = run.state()
+    state = copy.deepcopy(run.state())
     assert verify_records(run.train(9).records(state=state)).proven
-    state["mixing"]["blend"]["owed"][0] += 0.5
+    state.mix.blend.cursor.owed_D[0] += 0.5
     assert "iter_0000000: rows owed" in failure(run.records(state=state))
 
 
@@ -252,7 +257,7 @@ def test_a_checkpoint_beyond_the_ledger_proves_the_rest_by_its_digest(iterations
     without, verdict = verify_records(run.records()), verify_records(run.records(state=state))
     assert without.samples < run.consumed
     assert verdict.failure is None and verdict.samples == run.consumed
-    state["drawn_samples"]["digest"] = f"{int(state['drawn_samples']['digest'], 16) ^ 1:016x}"
+    state = replace(state, drawn=replace(state.drawn, digest=state.drawn.digest ^ 1))
     assert "are not those that the stages call for" in failure(run.records(state=state))
 
 
