@@ -6,6 +6,8 @@ a source, P samples of one source in one epoch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -95,7 +97,7 @@ class Replay:
         self.settle()
         self.stage = stage
 
-    def change_sources(self, stage: StageLine, cursor: Cursor, same_D: list[int | None]) -> None:
+    def change_sources(self, stage: StageLine, cursor: Cursor, same_D: Sequence[int | None]) -> None:
         """From here on draw from other sources.
 
         Args:

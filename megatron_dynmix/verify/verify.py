@@ -224,11 +224,7 @@ class _Proof:
         if np.abs(change.weights_D(last.weights, weights_D) - weights_D).max() > TOLERANCE:
             raise NotProven(f"{where}: sources that stayed did not keep the proportion of their weights")
         self._rule.change_sources(change, line)
-        same_D = [
-            old if unchanged else None
-            for old, unchanged in zip(change.old_index_D, change.unchanged_D, strict=True)
-        ]
-        self.replay.change_sources(line, cursor, same_D)
+        self.replay.change_sources(line, cursor, change.kept_D)
         self.verdict.notes.append(f"the sources changed at sample {cursor.sample}: {'; '.join(line.changes)}")
 
     def _check_cursor(self, recorded: Cursor, replayed: Cursor, where: str) -> None:
