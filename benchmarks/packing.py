@@ -34,7 +34,8 @@ from megatron_dynmix.data.prepare.prepare import prepare_source  # noqa: E402
 from megatron_dynmix.data.prepare.readers import raw_rows  # noqa: E402
 from megatron_dynmix.data.prepare.template import render  # noqa: E402
 from megatron_dynmix.data.rows import PackedRows  # noqa: E402
-from megatron_dynmix.data.tokenizer.base import Tokenizer, train_bpe  # noqa: E402
+from megatron_dynmix.data.tokenizer.base import Tokenizer  # noqa: E402
+from megatron_dynmix.data.tokenizer.fast import train_bpe  # noqa: E402
 
 SOURCES = ("chat", "general", "math", "code")
 TEMPLATE: Final = "vicuna"

@@ -174,7 +174,8 @@ def main() -> None:
 
     platform.start()
     from megatron_dynmix.data.prepare.template import Renderer
-    from megatron_dynmix.data.tokenizer.base import load_tokenizer, train_bpe
+    from megatron_dynmix.data.tokenizer.fast import train_bpe
+    from megatron_dynmix.data.tokenizer.load import load_tokenizer
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=float, default=8)

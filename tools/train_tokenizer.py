@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_dynmix.data.prepare.formats import read_conversations
 from megatron_dynmix.data.prepare.readers import find_inputs
-from megatron_dynmix.data.tokenizer.base import train_bpe
+from megatron_dynmix.data.tokenizer.fast import train_bpe
 from megatron_dynmix.errors import InputError
 
 

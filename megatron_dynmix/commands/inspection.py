@@ -19,7 +19,8 @@ from megatron_dynmix.data.row_text import Span, border, example_text, row_text
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.source_set import Prints, SourceSet, fingerprint
 from megatron_dynmix.data.sources import build_blend, build_rows, prepared_sources, source_files
-from megatron_dynmix.data.tokenizer.base import Tokenizer, load_tokenizer
+from megatron_dynmix.data.tokenizer.base import Tokenizer
+from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.records.jsonl import read_records
 from megatron_dynmix.records.ledger import cursor_of, newest_stage

@@ -21,7 +21,8 @@ from megatron_dynmix.config.run_config import HUB
 from megatron_dynmix.convert.import_hf import check_load_hf
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.sources import build_rows, prepared_sources
-from megatron_dynmix.data.tokenizer.base import Tokenizer, load_tokenizer
+from megatron_dynmix.data.tokenizer.base import Tokenizer
+from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.plan.parameters import transformer_here
 from megatron_dynmix.plan.plan import Plan, SourceWork

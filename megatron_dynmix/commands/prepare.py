@@ -58,7 +58,7 @@ def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix.data.prepare.readers import find_inputs
     from megatron_dynmix.data.prepare.report import load_report, probe_prefix
     from megatron_dynmix.data.rows import PackedRows
-    from megatron_dynmix.data.tokenizer.base import load_tokenizer
+    from megatron_dynmix.data.tokenizer.load import load_tokenizer
     from megatron_dynmix.training.start_report import packed_table, prepared_table
 
     if rest:
@@ -139,7 +139,7 @@ def _prepare_run(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix.config.check import check_data, check_tokenizer
     from megatron_dynmix.config.load import load_config
     from megatron_dynmix.data.sources import build_rows, prepare_sources, source_files
-    from megatron_dynmix.data.tokenizer.base import load_tokenizer
+    from megatron_dynmix.data.tokenizer.load import load_tokenizer
     from megatron_dynmix.training.mix_setup import initial_shares
     from megatron_dynmix.training.start_report import packed_table, prepared_table, share_table, shared_lines
 

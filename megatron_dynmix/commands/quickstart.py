@@ -218,7 +218,7 @@ def _train_tokenizer(files: Iterable[Path], output_dir: Path) -> None:
     # here, not above: they bring in transformers, which takes seconds and which generating text does not need
     from megatron_dynmix.data.prepare.conversation import parse_sharegpt
     from megatron_dynmix.data.prepare.template import render
-    from megatron_dynmix.data.tokenizer.base import train_bpe
+    from megatron_dynmix.data.tokenizer.fast import train_bpe
 
     bytes_only = train_bpe([], VOCAB_SIZE, output_dir)
     rows = (json.loads(line) for path in files for line in path.read_bytes().splitlines())

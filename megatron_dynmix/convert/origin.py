@@ -13,7 +13,7 @@ from megatron_dynmix.config.presets import has_tokenizer, other_shape
 from megatron_dynmix.config.run_config import ModelConfig
 from megatron_dynmix.convert.families import PREDICTION, prediction_layers
 from megatron_dynmix.convert.hf_folder import TEMPLATES, HuggingFaceFolder, carried_files, copy_files
-from megatron_dynmix.data.tokenizer.base import load_tokenizer
+from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import read_object
 

@@ -26,7 +26,7 @@ from megatron_dynmix.config.megatron import STAGE_SETTINGS
 from megatron_dynmix.config.run_config import ParallelConfig
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.sources import build_rows, prepare_sources
-from megatron_dynmix.data.tokenizer.base import load_tokenizer
+from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.errors import CommandFailed, InputError
 from megatron_dynmix.files import write_atomically
 from megatron_dynmix.model.optimizer import build_optimizer

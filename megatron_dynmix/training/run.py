@@ -35,7 +35,8 @@ from megatron_dynmix.data.prepare.report import SourceReport
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.source_set import Prints, SourceSet, fingerprint
 from megatron_dynmix.data.sources import build_blend, build_rows, prepare_sources
-from megatron_dynmix.data.tokenizer.base import Tokenizer, load_tokenizer
+from megatron_dynmix.data.tokenizer.base import Tokenizer
+from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.errors import TrainingStopped
 from megatron_dynmix.job.heartbeat import heartbeat_of_job
 from megatron_dynmix.job.signals import StopRequest

@@ -18,7 +18,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_dynmix.cli import main
-from megatron_dynmix.data.tokenizer.base import train_bpe
+from megatron_dynmix.data.tokenizer.fast import train_bpe
 
 HARNESS = importlib.util.find_spec("lm_eval")
 pytestmark = pytest.mark.skipif(HARNESS is None, reason="lm_eval is not installed")

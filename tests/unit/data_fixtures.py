@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from megatron_dynmix.data.prepare.prepare import SourceReport, prepare_source
-from megatron_dynmix.data.tokenizer.base import Tokenizer, load_tokenizer, train_bpe
+from megatron_dynmix.data.tokenizer.base import Tokenizer
+from megatron_dynmix.data.tokenizer.fast import train_bpe
+from megatron_dynmix.data.tokenizer.load import load_tokenizer
 
 TEXTS = [
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "

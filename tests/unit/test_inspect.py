@@ -291,7 +291,7 @@ def test_prefix(tmp_path: Path, tokenizer: Tokenizer, tokenizer_dir: Path, capsy
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path, tokenizer: Tokenizer, run_yaml: Path, capsys) -> None:
-    from megatron_dynmix.data.tokenizer.base import train_bpe
+    from megatron_dynmix.data.tokenizer.fast import train_bpe
 
     prepare(tmp_path, varied_rows(5), tokenizer)
     train_bpe(["something else"] * 9, 300, tmp_path / "other")

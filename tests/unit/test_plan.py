@@ -14,7 +14,7 @@ from data_fixtures import (  # noqa: F401
 
 from megatron_dynmix.cli import main
 from megatron_dynmix.config.load import load_config
-from megatron_dynmix.data.tokenizer.base import load_tokenizer
+from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.plan.layout import Layout, group_text
 from megatron_dynmix.plan.text import size_text
 from megatron_dynmix.training.run import read_data

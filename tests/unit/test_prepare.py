@@ -23,7 +23,8 @@ from megatron_dynmix.data.prepare import prepare as prepare_module
 from megatron_dynmix.data.prepare.conversation import Conversation, parse_sharegpt
 from megatron_dynmix.data.prepare.report import load_report
 from megatron_dynmix.data.prepare.template import Rendered, Renderer, render, token_mask
-from megatron_dynmix.data.tokenizer.base import FastTokenizer, Tokenizer
+from megatron_dynmix.data.tokenizer.base import Tokenizer
+from megatron_dynmix.data.tokenizer.fast import FastTokenizer
 from megatron_dynmix.errors import InputError
 
 ROWS = [

@@ -243,7 +243,6 @@ def test_unchanged_source_is_skipped_and_a_changed_one_is_not(
     with monkeypatch.context() as patch:
         patch.setattr(report.hashlib, "sha256", None)  # the bytes are not read again
         patch.setattr(prepare_module.Renderer, "fingerprint", "vicuna")
-        patch.setattr(type(tokenizer), "fingerprint", tokenizer.fingerprint)
         assert not again()
     print_before = load_report(prefix).fingerprint
     copy = tmp_path / "moved.jsonl"

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 from megatron_dynmix.data.prepare.conversation import Conversation, Turn, parse_sharegpt
 from megatron_dynmix.data.prepare.formats import parse_messages
 from megatron_dynmix.data.prepare.template import Rendered, Renderer, render, token_mask
-from megatron_dynmix.data.tokenizer.base import FastTokenizer, Tokenizer
+from megatron_dynmix.data.tokenizer.base import Tokenizer
+from megatron_dynmix.data.tokenizer.fast import FastTokenizer
 from megatron_dynmix.errors import InputError
 
 CHATML = (

@@ -18,7 +18,9 @@ from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_dynmix.data.tokenizer.base import FastTokenizer, Tokenizer, load_tokenizer, train_bpe
+from megatron_dynmix.data.tokenizer.base import Tokenizer
+from megatron_dynmix.data.tokenizer.fast import FastTokenizer, train_bpe
+from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.data.tokenizer.special import GUARD
 from megatron_dynmix.errors import InputError
 
@@ -41,7 +43,7 @@ def edited(source: Path, target: Path, **settings: object) -> Path:
 def test_trained_tokenizer_properties(tokenizer: Tokenizer) -> None:
     assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.eos, tokenizer.bos) == (1, 2, "</s>", "")
     assert 259 < tokenizer.vocab_size <= 400
-    assert tokenizer.has_chat_template
+    assert tokenizer.chat_template
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"], max_codepoint=GUARD - 1)))
@@ -108,7 +110,7 @@ def test_pad_falls_back_to_eos_and_template_may_be_missing(tokenizer_dir: Path, 
     (folder / "chat_template.jinja").unlink()
     plain = load_tokenizer(folder)
     assert plain.pad_id == plain.eos_id
-    assert not plain.has_chat_template
+    assert not plain.chat_template
 
 
 def test_loading_never_opens_a_socket(tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

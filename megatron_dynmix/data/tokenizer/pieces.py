@@ -9,7 +9,7 @@ import binascii
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from megatron_dynmix.data.tokenizer.base import Tokenizer, word_starts
-from megatron_dynmix.data.tokenizer.special import Piece, SpecialTokens
+from megatron_dynmix.data.tokenizer.base import Encoding, Tokenizer, word_starts
+from megatron_dynmix.data.tokenizer.special import SpecialTokens, join_pieces
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import sha256
 
@@ -26,47 +26,28 @@ from megatron_dynmix.files import sha256
 class PieceTokenizer(Tokenizer):
     """A tokenizer that encodes what is between special tokens by itself."""
 
-    def __init__(self, special: SpecialTokens, *, eos: str, bos: str, pad: str | None, digest: str) -> None:
-        self.special = special
-        self._eos, self._bos, self._pad, self._digest = eos, bos, pad, digest
+    def __init__(
+        self, special: SpecialTokens, *, vocab_size: int, eos: str, bos: str, pad: str | None, digest: str
+    ) -> None:
+        self.special, self.vocab_size = special, vocab_size
+        self.eos, self.bos, self.eos_id = eos, bos, special.ids[eos]
+        self.pad_id = self.eos_id if pad is None else special.ids[pad]
+        self.fingerprint = sha256(f"{type(self).__name__} {digest}")
 
-    @property
-    def eos_id(self) -> int:  # noqa: D102
-        return self.special.ids[self._eos]
-
-    @property
-    def eos(self) -> str:  # noqa: D102
-        return self._eos
-
-    @property
-    def bos(self) -> str:  # noqa: D102
-        return self._bos
-
-    @property
-    def pad_id(self) -> int:  # noqa: D102
-        return self.eos_id if self._pad is None else self.special.ids[self._pad]
-
-    @cached_property
-    def fingerprint(self) -> str:  # noqa: D102
-        return sha256(f"{type(self).__name__} {self._digest}")
-
-    def encode_batch(self, texts: Sequence[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:  # noqa: D102
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:  # noqa: D102
         return [self._encode(text) for text in texts]
 
-    def _encode(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _encode(self, text: str) -> Encoding:
         empty = np.empty(0, dtype=np.int64)
         ids, starts = [empty], [empty]
-        pieces = list(self.special.pieces(text))
-        while pieces:
-            if pieces[0].is_special:
-                piece = pieces.pop(0)
-                ids.append(np.array([self.special.ids[piece.text]]))
-                starts.append(np.array([piece.start]))
+        for is_special, run in groupby(self.special.pieces(text), key=lambda piece: piece.is_special):
+            pieces = list(run)
+            if is_special:
+                ids.append(np.array([self.special.ids[piece.text] for piece in pieces]))
+                starts.append(np.array([piece.start for piece in pieces]))
                 continue
             # literal special tokens are part of the words around them
-            count = next((n for n, piece in enumerate(pieces) if piece.is_special), len(pieces))
-            said, origin_C = _joined(pieces[:count])
-            del pieces[:count]
+            said, origin_C = join_pieces(pieces, [piece.text for piece in pieces])
             ids_T, offsets = self._encode_text(said)
             ids.append(ids_T)
             starts.append(origin_C[word_starts(said, offsets)])
@@ -75,19 +56,6 @@ class PieceTokenizer(Tokenizer):
     @abstractmethod
     def _encode_text(self, text: str) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
         """Return ids and half-open character ranges of a text without special tokens."""
-
-
-def _joined(pieces: Sequence[Piece]) -> tuple[str, NDArray[np.int64]]:
-    """Return the text of pieces, and where each character of it, and its end, stand in the guarded text."""
-    origins = [
-        np.full(len(piece.text), piece.start)
-        if piece.is_guard
-        else np.arange(piece.start, piece.start + len(piece.text))
-        for piece in pieces
-    ]
-    last = pieces[-1]
-    end = last.start + (1 if last.is_guard else len(last.text))
-    return "".join(piece.text for piece in pieces), np.concatenate([*origins, [end]])
 
 
 class SentencePieceTokenizer(PieceTokenizer):
@@ -110,15 +78,12 @@ class SentencePieceTokenizer(PieceTokenizer):
         control = {model.id_to_piece(i): i for i in range(model.vocab_size()) if model.is_control(i)}
         super().__init__(
             SpecialTokens(control),
+            vocab_size=model.vocab_size(),
             eos=model.id_to_piece(model.eos_id()),
             bos=model.id_to_piece(model.bos_id()) if model.bos_id() >= 0 else "",
             pad=model.id_to_piece(model.pad_id()) if model.pad_id() >= 0 else None,
             digest=sha256(content),
         )
-
-    @property
-    def vocab_size(self) -> int:  # noqa: D102
-        return int(self._model.vocab_size())
 
     def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
         texts: list[str] = []
@@ -165,15 +130,12 @@ class TiktokenTokenizer(PieceTokenizer):
         digest = sha256(content + json.dumps(settings, sort_keys=True).encode())
         super().__init__(
             special,
+            vocab_size=self._encoding.n_vocab,
             eos=settings["eos_token"],
             bos=settings.get("bos_token") or "",
             pad=settings.get("pad_token"),
             digest=digest,
         )
-
-    @property
-    def vocab_size(self) -> int:  # noqa: D102
-        return int(self._encoding.n_vocab)
 
     def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
         return str(self._encoding.decode([int(token) for token in ids]))

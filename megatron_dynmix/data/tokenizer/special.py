@@ -5,9 +5,12 @@ While a conversation is rendered, each literal special token in what people wrot
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_dynmix.errors import InputError
 
@@ -19,13 +22,13 @@ _MOST = TWIN - GUARD
 _PRIVATE = re.compile(f"[{chr(GUARD)}-{chr(0x10FFFF)}]")
 
 
-class Piece(NamedTuple):
-    """A part of a guarded text: where it starts there, what it says, and whether it is a special token."""
+class TextPiece(NamedTuple):
+    """A part of a guarded text: where it stands there, what it says, and whether it is a special token."""
 
     start: int
+    end: int
     text: str
-    is_special: bool
-    is_guard: bool
+    is_special: bool = False
 
 
 class SpecialTokens:
@@ -79,16 +82,30 @@ class SpecialTokens:
         """Return the text as people would read it: guards are what they stand for."""
         return _PRIVATE.sub(lambda match: self.texts[ord(match[0]) - GUARD], text)
 
-    def pieces(self, text: str) -> Iterator[Piece]:
+    def pieces(self, text: str) -> Iterator[TextPiece]:
         """Cut a guarded text at its special tokens and guards; nothing is left out."""
         end = 0
         for match in re.finditer(f"{self._pattern.pattern}|{_PRIVATE.pattern}", text):
             if match.start() > end:
-                yield Piece(end, text[end : match.start()], False, False)
+                yield TextPiece(end, match.start(), text[end : match.start()])
             end = match.end()
-            if _PRIVATE.match(match[0]):
-                yield Piece(match.start(), self.texts[ord(match[0]) - GUARD], False, True)
-            else:
-                yield Piece(match.start(), match[0], True, False)
+            is_guard = _PRIVATE.match(match[0]) is not None
+            said = self.texts[ord(match[0]) - GUARD] if is_guard else match[0]
+            yield TextPiece(match.start(), end, said, is_special=not is_guard)
         if end < len(text):
-            yield Piece(end, text[end:], False, False)
+            yield TextPiece(end, len(text), text[end:])
+
+
+def join_pieces(pieces: Sequence[TextPiece], texts: Sequence[str]) -> tuple[str, NDArray[np.int64]]:
+    """Join what is written for pieces that follow one another.
+
+    Returns:
+        The text, and where each of its characters, and its end, stand in the guarded text.
+
+    """
+    origins = [
+        # what takes more room than the guard that it is written for all stands where that does
+        np.minimum(np.arange(piece.start, piece.start + len(text)), piece.end - 1)
+        for piece, text in zip(pieces, texts, strict=True)
+    ]
+    return "".join(texts), np.concatenate([*origins, [pieces[-1].end]])
