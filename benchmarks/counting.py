@@ -31,6 +31,7 @@ HERE = platform.start()  # before anything that imports megatron.core
 
 from megatron_dynmix.config.load import load_config  # noqa: E402
 from megatron_dynmix.training import run  # noqa: E402
+from megatron_dynmix.training.setup import check_before_start, prepare_run  # noqa: E402
 from megatron_dynmix.training.trainer import Trainer  # noqa: E402
 
 TARGET = 1.01
@@ -93,10 +94,8 @@ def build_trainer(folder: Path, run_yaml: Path, seq_length: int, pairs: int) -> 
     # reading is part of the iteration here, not beside it
     flags += " --num-workers 0 --expert-model-parallel-size 1"
     config = load_config(run_yaml, flags.split())
-    tokenizer = run.check_before_start(config, world_size=1)
-    data = run.read_data(config, tokenizer)
     run.join_job(config)
-    return run.build_trainer(config, folder / f"run-{seq_length}", data, HERE, resume="no")
+    return run.build_trainer(prepare_run(check_before_start(config)), folder / f"run-{seq_length}")
 
 
 def measure(trainer: Trainer, pairs: int, warmup: int) -> Timings:

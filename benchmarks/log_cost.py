@@ -28,6 +28,7 @@ HERE = platform.start()  # before anything that imports megatron.core
 from megatron_dynmix.config.load import load_config  # noqa: E402
 from megatron_dynmix.job.signals import StopRequest  # noqa: E402
 from megatron_dynmix.training import run  # noqa: E402
+from megatron_dynmix.training.setup import check_before_start, prepare_run  # noqa: E402
 from megatron_dynmix.training.trainer import Trainer  # noqa: E402
 
 TARGET = 0.01
@@ -58,10 +59,8 @@ def build_trainer(folder: Path, iterations: int) -> Trainer:
         run_yaml,
         ["--train-iters", str(iterations), "--expert-model-parallel-size", "1", "--num-workers", "0"],
     )
-    tokenizer = run.check_before_start(config, world_size=1)
-    data = run.read_data(config, tokenizer)
     run.join_job(config)
-    return run.build_trainer(config, folder / "run", data, HERE, resume="no")
+    return run.build_trainer(prepare_run(check_before_start(config)), folder / "run")
 
 
 def measure(trainer: Trainer) -> tuple[Spent, float]:

@@ -37,6 +37,7 @@ from megatron_dynmix.config.load import load_config  # noqa: E402
 from megatron_dynmix.job.signals import StopRequest  # noqa: E402
 from megatron_dynmix.training import run  # noqa: E402
 from megatron_dynmix.training.batch import Batch, to_batch  # noqa: E402
+from megatron_dynmix.training.setup import check_before_start, prepare_run  # noqa: E402
 from megatron_dynmix.training.trainer import Trainer  # noqa: E402
 
 TARGET = 1.03
@@ -47,10 +48,8 @@ SETTLE = 4  # iterations in which an asynchronous save may end before the next o
 def build_trainer(run_yaml: Path, run_dir: Path, flags: list[str]) -> Trainer:
     """Build the trainer of this rank, as `train` does."""
     config = load_config(run_yaml, flags)
-    tokenizer = run.check_before_start(config, int(os.environ["WORLD_SIZE"]))
-    data = run.read_data(config, tokenizer)
     run.join_job(config)
-    return run.build_trainer(config, run_dir, data, HERE, resume="no")
+    return run.build_trainer(prepare_run(check_before_start(config)), run_dir)
 
 
 def seconds(function: Callable[[], Any]) -> float:

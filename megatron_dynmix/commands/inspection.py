@@ -1,33 +1,27 @@
-"""What a run trains on, to look at: an example, a packed row, or the global batch of an iteration."""
+"""What a run trains on, to look at: an example, a packed row, or the global batch of an iteration.
+
+Prepares nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.check import check_data
 from megatron_dynmix.config.load import load_config
-from megatron_dynmix.data.blend import chunks_until, rows_of
-from megatron_dynmix.data.prepare.report import SourceReport, load_report
+from megatron_dynmix.data.prepare.report import load_report
 from megatron_dynmix.data.row_text import Span, border, example_text, row_text
 from megatron_dynmix.data.rows import PackedRows
-from megatron_dynmix.data.source_set import Prints, SourceSet, fingerprint
 from megatron_dynmix.data.sources import build_blend, build_rows, prepared_sources, source_files
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.records.jsonl import read_records
-from megatron_dynmix.records.ledger import cursor_of, newest_stage
-from megatron_dynmix.records.schema import StageLine
-from megatron_dynmix.training.mix_setup import first_weights
-from megatron_dynmix.training.resume import identity
-from megatron_dynmix.verify.records import Record, stage_line
+from megatron_dynmix.training.mix_setup import Mix, resolve
 
 
 def inspect(
@@ -39,7 +33,7 @@ def inspect(
     row: str | None,
     batch: int | None,
 ) -> list[Span]:
-    """What the command line asks for.
+    """Return what the command line asks for.
 
     Args:
         target: the prefix of a prepared source, a RUN.yaml, or a run directory.
@@ -57,9 +51,14 @@ def inspect(
         if example is None or tokenizer is None or flags:
             raise InputError(
                 f"{target} is taken for the prefix of a prepared source: give --example N and --tokenizer "
-                "DIR with it; rows and batches belong to a RUN.yaml or a run directory"
+                "DIR with it; rows and batches belong to a RUN.yaml"
             )
         return inspect_prepared(target, _number(example, "--example"), tokenizer)
+    if batch is not None and target.is_dir():
+        raise InputError(
+            f"--batch {batch}: {target} is the directory of a run, whose weights may have changed; give a "
+            "RUN.yaml, for the batch that it would have with its first weights"
+        )
     run = Inspection.of(target, [*flags, *(["--tokenizer", str(tokenizer)] if tokenizer else [])])
     if batch is not None:
         return run.batch(batch)
@@ -83,7 +82,7 @@ def _number(text: str, flag: str) -> int:
 
 
 def inspect_prepared(prefix: Path, number: int, tokenizer_dir: Path) -> list[Span]:
-    """Example `number` (from 0) of a prepared source.
+    """Return example `number` (from 0) of a prepared source.
 
     Raises:
         InputError: not a prepared source, another tokenizer than it was prepared with, or no such example.
@@ -111,13 +110,10 @@ def _check_number(what: str, number: int, count: int, things: str) -> None:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The sources of a run that is to begin (RUN.yaml) or has begun (its directory). Prepares nothing."""
+    """The sources of a run, prepared with its tokenizer and template."""
 
     config: RunConfig
     tokenizer: Tokenizer
-    reports: list[SourceReport]
-    ledger: list[Record] | None
-    """Of a run that has begun."""
 
     @classmethod
     def of(cls, run: Path, flags: list[str]) -> Inspection:
@@ -127,24 +123,25 @@ class Inspection:
             InputError: it is neither, or its sources are not prepared with its tokenizer and template.
 
         """
-        ledger: list[Record] | None = None
         if run.is_dir():
-            if not (run / "config.yaml").is_file() or not (run / "ledger.jsonl").is_file():
+            if not (run / "config.yaml").is_file():
                 raise InputError(
-                    f"{run} is no run directory: it needs config.yaml and ledger.jsonl; give the --run-dir "
-                    "of a run, a RUN.yaml, or the prefix of a prepared source"
+                    f"{run} is no run directory: there is no config.yaml in it; give the --run-dir of a run, "
+                    "a RUN.yaml, or the prefix of a prepared source"
                 )
             if flags:
                 raise InputError(f"{' '.join(flags)}: a run directory has its settings; leave the flags out")
-            ledger = [*read_records(run / "ledger.jsonl")]
-        config = load_config(run if ledger is None else run / "config.yaml", flags)
+            run = run / "config.yaml"
+        config = load_config(run, flags)
         check_data(config)
         data = config.data
         tokenizer = load_tokenizer(data.tokenizer or "", trust_remote_code=data.trust_remote_code)
-        return cls(config, tokenizer, list(prepared_sources(config, tokenizer)), ledger)
+        for _ in prepared_sources(config, tokenizer):
+            pass  # refused here, if it is not prepared as it is to be
+        return cls(config, tokenizer)
 
     def example(self, name: str, number: int) -> list[Span]:
-        """Example `number` of a source, from 0.
+        """Return example `number` of a source, from 0.
 
         Raises:
             InputError: no such source or example.
@@ -155,7 +152,7 @@ class Inspection:
         return _example(f"source {name}", prefix, number, self.tokenizer)
 
     def row(self, name: str, number: int) -> list[Span]:
-        """Packed row `number` of a source, from 0.
+        """Return packed row `number` of a source, from 0.
 
         Raises:
             InputError: no such source or row.
@@ -166,37 +163,33 @@ class Inspection:
         return row_text(rows, number, self.tokenizer)
 
     def batch(self, iteration: int) -> list[Span]:
-        """The rows of the global batch of an iteration, from 1, in the order of their samples.
+        """Return the rows of the global batch of an iteration, from 1, in the order of their samples.
 
-        Of a run that has begun the recorded stages say which; of others the weights at the start, as if they
-        never changed.
+        The weights are those at the start, as if they never changed.
 
         Raises:
-            InputError: no such iteration, or the sources are not what they were then.
+            InputError: no such iteration, or no first weights.
 
         """
-        assert self.config.training.global_batch_size is not None, "checked with the configuration"
         if iteration < 1:
             raise InputError(f"iteration {iteration}: the first one is 1")
-        schedule = BatchSchedule.of(self.config.training)
-        rows = self._rows()
-        if self.ledger is None:
-            first = schedule.samples_after(iteration - 1)
-            last, stage = schedule.samples_after(iteration), self._first_stage(rows)
-        else:
-            first, last = _recorded_samples(self.ledger, schedule, iteration)
-            stage = self._recorded_stage(self.ledger, first, iteration)
+        schedule, rows = BatchSchedule.of(self.config.training), self._rows()
+        first, last = schedule.samples_after(iteration - 1), schedule.samples_after(iteration)
+        mix = Mix.of(self.config, resolve(self.config), rows)
+        blend = build_blend(self.config, rows, mix.first_D)
+        blend.advance_to(first)
+        names, drawn_D = list(self.config.data.sources), blend.drawn_D(first)
         weights = ", ".join(
-            f"{name} {weight:.4f}" for name, weight in zip(stage.sources, stage.weights, strict=True)
+            f"{name} {weight:.4f}" for name, weight in zip(names, mix.first_D.tolist(), strict=True)
         )
         spans = [
             border(f"iteration {iteration}: samples {first:,} to {last - 1:,}; shares of rows: {weights}")
         ]
-        for sample, (dataset_id, row, epoch) in enumerate(_draws(stage, first, last), start=first):
-            name = stage.sources[dataset_id]
-            there = rows[list(self.config.data.sources).index(name)]
-            spans.append(border(f"\n=== sample {sample:,}: source {name}, epoch {epoch}"))
-            spans += row_text(there, row, self.tokenizer)
+        for sample, (dataset_id, row, _) in enumerate(blend.draws(first, last), start=first):
+            epoch = drawn_D[dataset_id] // len(rows[dataset_id])
+            drawn_D[dataset_id] += 1
+            spans.append(border(f"\n=== sample {sample:,}: source {names[dataset_id]}, epoch {epoch}"))
+            spans += row_text(rows[dataset_id], row, self.tokenizer)
         return spans
 
     def _rows(self) -> list[PackedRows]:
@@ -207,63 +200,3 @@ class Inspection:
         if name not in names:
             raise InputError(f"there is no source {name!r}; there are {', '.join(names)}")
         return names.index(name)
-
-    def _prints(self) -> Prints:
-        """Return what the sources hold now."""
-        return identity(self.config, self.reports).fingerprints
-
-    def _first_stage(self, rows: list[PackedRows]) -> StageLine:
-        blend = build_blend(self.config, rows, first_weights(self.config, rows))
-        sources = SourceSet.of(self._prints(), blend.state)
-        return newest_stage(blend, sources, self.config.mixing, {}, why="start", iteration=0)
-
-    def _recorded_stage(self, ledger: list[Record], sample: int, iteration: int) -> StageLine:
-        """The stage that a sample was drawn in, if its sources still are what they were."""
-        lines = [
-            stage_line(record, f"ledger.jsonl:{number}")
-            for number, record in enumerate(ledger, start=1)
-            if record.get("kind") == "stage"
-        ]
-        stage = [line for line in lines if line.start_sample <= sample][-1]
-        now = {name: fingerprint(parts) for name, parts in self._prints().items()}
-        then = dict(zip(stage.sources, stage.fingerprints, strict=True))
-        changed = [name for name, content in then.items() if now.get(name) != content]
-        if changed:
-            raise InputError(
-                f"{', '.join(changed)} held other data when iteration {iteration} was trained; its rows can "
-                "only be shown with the sources it was trained on"
-            )
-        return stage
-
-
-def _draws(stage: StageLine, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-    """(dataset_id, row, epoch) of the global samples first <= i < last, all in one stage."""
-    sizes_D, shuffle_ids_D = np.array(stage.sizes), np.array(stage.shuffle_ids)
-    for chunk in chunks_until(cursor_of(stage), np.array(stage.weights), stage.chunk_size, last):
-        here = slice(max(first - chunk.start.sample, 0), max(last - chunk.start.sample, 0))
-        ids_N, ordinal_N = chunk.dataset_index_N[here], chunk.ordinal_N[here]
-        row_N = rows_of(ids_N, ordinal_N, sizes_D, shuffle_ids_D, stage.seed)
-        yield from zip(ids_N.tolist(), row_N.tolist(), (ordinal_N // sizes_D[ids_N]).tolist(), strict=True)
-
-
-def _recorded_samples(ledger: list[Record], schedule: BatchSchedule, iteration: int) -> tuple[int, int]:
-    """First sample of an iteration, and of the next: from the ledger's lines around it."""
-    known = {0: 0} | {
-        record["iteration"]: record["consumed_samples"]
-        for record in ledger
-        if record.get("kind") == "samples"
-    }
-    if iteration > max(known):
-        raise InputError(
-            f"iteration {iteration} is not on record: the run has come to {max(known)} in ledger.jsonl; give "
-            f"1 to {max(known)}"
-        )
-    before = max(there for there in known if there < iteration)
-    after = min(there for there in known if there >= iteration)
-    if schedule.samples_after(after - before, known[before]) != known[after]:
-        raise InputError(
-            f"the batch size was changed between iterations {before} and {after}, so it is not known which "
-            f"samples iteration {iteration} had; look at another iteration"
-        )
-    first = schedule.samples_after(iteration - 1 - before, known[before])
-    return first, schedule.samples_after(1, first)

@@ -28,7 +28,7 @@ from megatron_dynmix.plan.parameters import transformer_here
 from megatron_dynmix.plan.plan import Plan, SourceWork
 from megatron_dynmix.plan.proposals import nearest_world_sizes, propose
 from megatron_dynmix.plan.text import needs_line, plan_text, size_text
-from megatron_dynmix.training.mix_setup import check_mix, first_weights, initial_weights
+from megatron_dynmix.training.mix_setup import Mix, Resolved, check_mix, initial_weights
 from megatron_dynmix.training.resume import check_pretrained
 
 GIB = 2**30
@@ -115,7 +115,7 @@ def plan_of(config: RunConfig, world_size: int, host: Host) -> Plan:
     """
     notes: list[str] = []
     tokenizer = _tokenizer(config, notes)
-    mix_is_known = _check_mix(config, notes)
+    resolved = _check_mix(config, notes)
     _check_weights(config, notes)
     assert config.training.train_iters is not None, "checked before"
     return Plan.of(
@@ -123,7 +123,7 @@ def plan_of(config: RunConfig, world_size: int, host: Host) -> Plan:
         world_size,
         host,
         run_rows=BatchSchedule.of(config.training).samples_after(config.training.train_iters),
-        sources=_sources(config, tokenizer, mix_is_known=mix_is_known),
+        sources=_sources(config, tokenizer, resolved),
         notes=tuple(notes),
     )
 
@@ -144,16 +144,15 @@ def _tokenizer(config: RunConfig, notes: list[str]) -> Tokenizer | None:
     return tokenizer
 
 
-def _check_mix(config: RunConfig, notes: list[str]) -> bool:
-    """Check the strategy, if the files that it reads are here; returns whether they are."""
+def _check_mix(config: RunConfig, notes: list[str]) -> Resolved | None:
+    """Check the strategy and return what its settings say; None if a file that it reads is not here."""
     mixing = config.mixing
     for name in ("reference", "target", "weights_from", "embeddings"):
         path = getattr(mixing, name)
         if path is not None and not Path(path).exists():
             notes.append(f"mixing.{name} is {path}, which does not exist on this machine")
-            return False
-    check_mix(config, len(moe_layers(transformer_here(config))))
-    return True
+            return None
+    return check_mix(config, len(moe_layers(transformer_here(config))))
 
 
 def _check_weights(config: RunConfig, notes: list[str]) -> None:
@@ -172,7 +171,7 @@ def _check_weights(config: RunConfig, notes: list[str]) -> None:
 
 
 def _sources(
-    config: RunConfig, tokenizer: Tokenizer | None, *, mix_is_known: bool
+    config: RunConfig, tokenizer: Tokenizer | None, resolved: Resolved | None
 ) -> dict[str, SourceWork | str]:
     """What is known of each source, or why nothing is."""
     names = list(config.data.sources)
@@ -181,8 +180,8 @@ def _sources(
     rows = {name: _rows(config, name, tokenizer) for name in names}
     packed = [source for source in rows.values() if isinstance(source, PackedRows)]
     share_D: NDArray[np.float64]
-    if len(packed) == len(names) and mix_is_known:
-        share_D = first_weights(config, packed)
+    if len(packed) == len(names) and resolved is not None:
+        share_D = Mix.of(config, resolved, packed).first_D
     elif config.mixing.unit == "tokens":
         share_D = initial_weights(config)
     else:

@@ -17,7 +17,7 @@ from typing import Final
 
 import yaml
 
-from megatron_dynmix.commands.train import start_ranks
+from megatron_dynmix.commands.train import train
 from megatron_dynmix.errors import InputError
 
 # ruff: noqa: SIM905 (a list of words reads best as words)
@@ -275,7 +275,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     run_dir = arguments.run_dir
     check_run_dir(run_dir, "no")
     run_yaml = make_quickstart(run_dir / "data")
-    code = start_ranks(run_yaml, run_dir, 2, "no", [])
+    code = train(run_yaml, [], run_dir, world_size=2)
     if code == 0:
         print(
             f"\nDone. What to open:\n"

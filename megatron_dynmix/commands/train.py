@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,60 +53,47 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
         )
     if nproc is not None and nproc < 1:
         raise InputError(f"--nproc-per-node is {nproc}; it must be 1 or more")
-    run_yaml, run_dir, resume = arguments.run_yaml, arguments.run_dir, arguments.resume
-    allow_source_change = arguments.allow_source_change
-    if joined:
-        return train_here(run_yaml, run_dir, resume, rest, allow_source_change=allow_source_change)
-    return start_ranks(run_yaml, run_dir, nproc or 1, resume, rest, allow_source_change=allow_source_change)
+    return train(
+        *(arguments.run_yaml, rest, arguments.run_dir),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")) if joined else nproc or 1,
+        resume=arguments.resume,
+        allow_source_change=arguments.allow_source_change,
+    )
 
 
-def train_here(
-    run_yaml: Path, run_dir: Path, resume: Resume, flags: list[str], *, allow_source_change: bool
-) -> int:
-    """Train on this rank."""
-    from megatron_dynmix import platform
-
-    platform.start()
-    from megatron_dynmix.config.load import load_config
-    from megatron_dynmix.training import run
-
-    config = load_config(run_yaml, flags)
-    run.train(config, run_dir, resume=resume, allow_source_change=allow_source_change)
-    return 0
-
-
-def start_ranks(
+def train(
     run_yaml: Path,
+    flags: Sequence[str],
     run_dir: Path,
-    nproc: int,
-    resume: Resume,
-    flags: list[str],
     *,
+    world_size: int,
+    resume: Resume = "no",
     allow_source_change: bool = False,
 ) -> int:
-    """Check everything here, where it can be refused in one message, then start the ranks.
+    """Check everything here, where it can be refused in one message; then train, or start the ranks.
 
-    One rank trains in this process.
+    A rank of a started job trains, and so does this process if the job has one rank only.
     """
     from megatron_dynmix import platform
 
     platform.start()
+    from megatron_dynmix.config.check import check_run
     from megatron_dynmix.config.load import load_config
-    from megatron_dynmix.convert.export_hf import check_save_hf
-    from megatron_dynmix.job.launch import launch_ranks
-    from megatron_dynmix.training import run
-    from megatron_dynmix.training.resume import begins, check_resume, check_run_dir
 
     config = load_config(run_yaml, flags)
-    tokenizer = run.check_before_start(config, nproc, fresh=begins(run_dir, resume))
-    check_run_dir(run_dir, resume)
-    check_save_hf(config, run_dir)
-    data = run.read_data(config, tokenizer)
-    check_resume(config, data.reports, run_dir, resume, allow_source_change=allow_source_change)
-    if nproc == 1:
-        return train_here(run_yaml, run_dir, resume, flags, allow_source_change=allow_source_change)
-    command = [
-        *(sys.executable, "-m", "megatron_dynmix", "train", str(run_yaml), "--run-dir", str(run_dir)),
-        *("--resume", resume, *(["--allow-source-change"] if allow_source_change else []), *flags),
-    ]
-    return launch_ranks(command, nproc)
+    check_run(config, world_size)
+    from megatron_dynmix.training.setup import set_up
+
+    prepared = set_up(config, run_dir, resume=resume, allow_source_change=allow_source_change)
+    if world_size > 1 and "RANK" not in os.environ:
+        from megatron_dynmix.job.launch import launch_ranks
+
+        command = [
+            *(sys.executable, "-m", "megatron_dynmix", "train", str(run_yaml), "--run-dir", str(run_dir)),
+            *("--resume", resume, *(["--allow-source-change"] if allow_source_change else []), *flags),
+        ]
+        return launch_ranks(command, world_size)
+    from megatron_dynmix.training import run
+
+    run.train(prepared, run_dir, resume=resume, allow_source_change=allow_source_change)
+    return 0

@@ -10,16 +10,17 @@ from megatron_dynmix.compare.cell import Cell, Plan
 from megatron_dynmix.compare.grid import Variant
 from megatron_dynmix.compare.results import read_result, summarise
 from megatron_dynmix.compare.schedule import Task, run_tasks
+from megatron_dynmix.config.check import check_run
 from megatron_dynmix.config.load import to_dict
 from megatron_dynmix.data.prepare.report import SourceReport
+from megatron_dynmix.data.sources import Data
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import write_atomically
 from megatron_dynmix.report.charts import losses_svg, weights_svg
 from megatron_dynmix.report.pages import comparison_html, markdown
 from megatron_dynmix.report.tables import comparison_tables
-from megatron_dynmix.training import run
-from megatron_dynmix.training.mix_setup import first_weights
 from megatron_dynmix.training.resume import begins
+from megatron_dynmix.training.setup import check_before_start, prepare_run
 
 
 def compare(
@@ -74,7 +75,7 @@ def _check(cells: Sequence[Cell]) -> dict[str, list[SourceReport]]:
                 "no source has held-out rows to compare on; give some, as data.sources.NAME.probe"
             )
     reports: dict[str, list[SourceReport]] = {}
-    by_data: dict[str, run.Data] = {}
+    by_data: dict[str, Data] = {}
     for cell in cells:
         if cell.variant.name in reports:
             continue
@@ -82,10 +83,9 @@ def _check(cells: Sequence[Cell]) -> dict[str, list[SourceReport]]:
         same = [other for other in cells if other.variant.name == cell.variant.name]
         fresh = any(begins(other.run_dir, "auto") for other in same)
         try:
-            tokenizer = run.check_before_start(cell.config, cell.plan.nproc, fresh=fresh)
-            if data not in by_data:
-                by_data[data] = run.read_data(cell.config, tokenizer)
-            first_weights(cell.config, by_data[data].train)
+            check_run(cell.config, cell.plan.nproc)
+            checked = check_before_start(cell.config, fresh=fresh)
+            by_data[data] = prepare_run(checked, by_data.get(data)).data
         except InputError as error:
             raise InputError(f"variant {cell.variant.name}: {error}") from None
         reports[cell.variant.name] = by_data[data].reports

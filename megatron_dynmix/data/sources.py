@@ -26,6 +26,18 @@ from megatron_dynmix.errors import InputError
 
 
 @dataclass(frozen=True)
+class Data:
+    """What a run reads."""
+
+    tokenizer: Tokenizer
+    reports: list[SourceReport]
+    """What became of each input's examples when it was prepared: the sources', then their probes'."""
+    train: list[PackedRows]
+    probe: list[PackedRows]
+    """Held-out rows; empty in a run that measures none."""
+
+
+@dataclass(frozen=True)
 class SourceFile:
     """One input of a run: a source's training rows or its held-out rows."""
 
@@ -63,6 +75,24 @@ def source_files(config: RunConfig) -> Iterator[SourceFile]:
             yield SourceFile(name, True, Path(source.probe))
         elif config.data.probe:
             yield SourceFile(name, True, Path(source.path), is_held_out=True)
+
+
+def read_data(config: RunConfig, tokenizer: Tokenizer) -> Data:
+    """Prepare what is not prepared, and pack; both are kept on disk and found again.
+
+    Raises:
+        InputError: data that cannot be used.
+
+    """
+    mixing = config.mixing
+    measured = any(any(chosen.needs) for chosen in (mixing.chosen, *mixing.shadows))
+    probing = measured and mixing.signal == "probe"
+    return Data(
+        tokenizer=tokenizer,
+        reports=list(prepare_sources(config, tokenizer)),
+        train=build_rows(config, tokenizer, probe=False),
+        probe=build_rows(config, tokenizer, probe=True) if probing else [],
+    )
 
 
 def prepare_sources(

@@ -175,12 +175,8 @@ Resolved = Mapping[str, Any]
 examples, their `examples_per_row`, in the order of the sources."""
 
 
-def resolve(config: RunConfig, rows: Sequence[PackedRows] = ()) -> dict[str, Any]:
-    """What the settings of a run say by file and by source.
-
-    Args:
-        config: the resolved configuration.
-        rows: of each source; without them nothing is said of `examples_per_row`.
+def resolve(config: RunConfig) -> dict[str, Any]:
+    """Return what the settings of a run say by file and by source.
 
     Raises:
         InputError: a file that cannot be used.
@@ -191,7 +187,7 @@ def resolve(config: RunConfig, rows: Sequence[PackedRows] = ()) -> dict[str, Any
     caps = [source.max_epochs for source in sources.values()]
     if any(cap is not None for cap in caps):
         resolved["max_epochs"] = caps
-    return resolved | _of_rows(config, rows)
+    return resolved
 
 
 def _of_rows(config: RunConfig, rows: Sequence[PackedRows]) -> dict[str, Any]:
@@ -393,25 +389,29 @@ class Horizon:
         return max(int(left), rows(max(min(self.interval, self.train_iters - iteration), 0)))
 
 
-def check_mix(config: RunConfig, num_layers: int) -> None:
+def check_mix(config: RunConfig, num_layers: int) -> dict[str, Any]:
     """Refuse strategies, shadows and guardrails that cannot be made, before anything is prepared.
+
+    Returns:
+        What the settings say by file and by source, for `Mix.of`.
 
     Raises:
         InputError: what is wrong.
 
     """
-    names = list(config.data.sources)
-    resolved, some_D = resolve(config), np.ones(len(names), np.int64)
-    with refusing(config.mixing, sources=names):
-        controller = controller_of(config.mixing, resolved, names, some_D, normalise_weights(some_D))
-        for strategy in (controller.strategy, *controller.shadows.values()):
-            layers = getattr(strategy, "layers", None)
+    mixing, names = config.mixing, list(config.data.sources)
+    resolved = resolve(config)
+    with refusing(mixing, sources=names):
+        for chosen in (mixing.chosen, *mixing.shadows):
+            layers = getattr(strategy_of(chosen, resolved), "layers", None)
             if layers is not None:
                 select_layers(layers, num_layers)
+        guardrails_of(mixing, resolved, names, np.ones(len(names), np.int64)).check(len(names))
+    return resolved
 
 
 def initial_weights(config: RunConfig) -> NDArray[np.float64]:
-    """Shares of the sources as given, in the configured unit; uniform if none was."""
+    """Return the shares of the sources as given, in the configured unit; uniform if none was."""
     weights = {
         name: 1.0 if source.weight is None else source.weight for name, source in config.data.sources.items()
     }
@@ -419,31 +419,54 @@ def initial_weights(config: RunConfig) -> NDArray[np.float64]:
 
 
 def initial_shares(config: RunConfig, rows: Sequence[PackedRows]) -> NDArray[np.float64]:
-    """Shares of the rows that the sources are given; the strategy may choose others."""
+    """Return the shares of the rows that the sources are given; the strategy may choose others."""
     return in_rows(initial_weights(config), _of_rows(config, rows))
 
 
-def first_weights(config: RunConfig, rows: Sequence[PackedRows]) -> NDArray[np.float64]:
-    """The weights that a run begins with; refused if there are none, or if caps cannot feed the run.
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """What decides the weights of a run, made once, and the weights that it begins with."""
 
-    Args:
-        config: the resolved configuration.
-        rows: of each source.
+    settings: MixingConfig
+    resolved: Resolved
+    horizon: Horizon
+    controller: MixingController
+    """Started: its weights are the first ones."""
+    initial_D: NDArray[np.float64]
+    """Shares of the rows that the sources were given, before the strategy chose the first weights."""
+    first_D: NDArray[np.float64]
 
-    Raises:
-        InputError: what is wrong; for caps, how many rows are missing.
+    @classmethod
+    def of(cls, config: RunConfig, resolved: Resolved, rows: Sequence[PackedRows]) -> Mix:
+        """Make the controller of a run and ask it for the first weights.
 
-    """
-    names, resolved = list(config.data.sources), resolve(config, rows)
-    size_D = np.array([len(source) for source in rows], np.int64)
-    horizon = Horizon.of(config, resolved, size_D)
-    allowed = horizon.cap_D.sum()
-    if allowed < horizon.run_rows:
-        raise InputError(
-            f"max_epochs of the sources allows {int(allowed)} rows, but the run takes {horizon.run_rows}: "
-            f"{horizon.run_rows - int(allowed)} rows are missing; raise max_epochs, give more data, or use "
-            "fewer train_iters"
+        Args:
+            config: the resolved configuration.
+            resolved: what it says by file and by source, see `check_mix`.
+            rows: of each source.
+
+        Raises:
+            InputError: there are no such weights; or caps cannot feed the run: how many rows are missing.
+
+        """
+        names, resolved = list(config.data.sources), {**resolved, **_of_rows(config, rows)}
+        size_D = np.array([len(source) for source in rows], np.int64)
+        horizon, initial_D = Horizon.of(config, resolved, size_D), in_rows(initial_weights(config), resolved)
+        missing = horizon.run_rows - horizon.cap_D.sum()
+        if missing > 0:
+            raise InputError(
+                f"max_epochs of the sources allows {int(horizon.cap_D.sum())} rows, but the run takes "
+                f"{horizon.run_rows}: {int(missing)} rows are missing; raise max_epochs, give more data, or "
+                "use fewer train_iters"
+            )
+        with refusing(config.mixing, sources=names):
+            controller = controller_of(config.mixing, resolved, names, size_D, initial_D)
+            first = controller.start(horizon.signal(0, 0, np.zeros_like(size_D)))
+        return cls(
+            settings=config.mixing,
+            resolved=resolved,
+            horizon=horizon,
+            controller=controller,
+            initial_D=initial_D,
+            first_D=first.weights_D,
         )
-    with refusing(config.mixing, sources=names):
-        controller = controller_of(config.mixing, resolved, names, size_D, initial_shares(config, rows))
-        return controller.start(horizon.signal(0, 0, np.zeros(len(names), np.int64))).weights_D

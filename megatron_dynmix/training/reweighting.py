@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_dynmix.checkpoint.run_state import MixState
-from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
 from megatron_dynmix.files import parse_json
 from megatron_dynmix.mixing.controller import Decision, MixingController
@@ -27,6 +26,7 @@ from megatron_dynmix.moe.counter import reduce_counts
 from megatron_dynmix.records.mixing_update import KEPT, TOLD, update_record
 from megatron_dynmix.training.mix_setup import (
     Horizon,
+    Mix,
     Resolved,
     examples_per_row,
     for_strategy,
@@ -45,29 +45,10 @@ class BrokenOverride(Exception):
     """The operator's file cannot be used; the message says why."""
 
 
-def start_weights(controller: MixingController, signal: Signal, device: torch.device) -> NDArray[np.float64]:
-    """The weights that a run begins with, chosen on rank 0; the same bits on every rank.
-
-    Raises:
-        MixingError: on every rank, if there are none.
-
-    """
-    failure = None
-    weights_D = None
-    if torch.distributed.get_rank() == 0:
-        try:
-            weights_D = controller.start(signal).weights_D
-        except Exception as error:  # whatever it is, the other ranks are waiting to be told
-            failure = reason(error, controller.sources)
-    told_D = _told_by_rank_0(weights_D, len(controller.sources), failure, device)
-    assert told_D is not None, "there are always first weights"
-    return told_D
-
-
-def _told_by_rank_0(
+def told_by_rank_0(
     weights_D: NDArray[np.float64] | None, num_sources: int, failure: str | None, device: torch.device
 ) -> NDArray[np.float64] | None:
-    """Rank 0's weights, on every rank; None if it has none to tell, MixingError if it failed."""
+    """Return rank 0's weights on every rank; None if it has none to tell, MixingError if it failed."""
     said = torch.zeros(1 + num_sources, dtype=torch.float64, device=device)
     if failure is not None:
         said[0] = -1
@@ -120,30 +101,25 @@ class Reweighting:
 
     def __init__(
         self,
-        mixing: MixingConfig,
-        controller: MixingController,
+        mix: Mix,
         blend: DynamicBlendedDataset,
         run: PassRunner,
         probe: Probe | None,
         *,
-        horizon: Horizon,
-        resolved: Resolved,
-        initial_D: NDArray[np.float64],
         override_file: Path,
     ) -> None:
-        self.mixing = mixing
-        self.controller = controller
+        self.mixing = mix.settings
+        self.controller = mix.controller
+        self.horizon = mix.horizon
+        self.resolved = mix.resolved
+        self.initial_D = mix.initial_D
         self.blend = blend
         self.run = run
         self.probe = probe
-        self.horizon = horizon
-        self.resolved = resolved
-        self.initial_D = initial_D
-        """Shares that the sources were given, before the strategy chose the first weights."""
         self._override_file = override_file
         self._overridden = False
         self._carried_LHDE = torch.zeros_like(run.counter.counts_LHDE, device="cpu")
-        self._interval = SourceStats.zero(len(controller.sources))
+        self._interval = SourceStats.zero(len(mix.controller.sources))
 
     @property
     def counts_training(self) -> bool:
@@ -299,7 +275,7 @@ class Reweighting:
                 weights_D, notes = old_D, [Remark("override_unusable", f"{KEPT}: {broken}")]
             except Exception as error:  # whatever it is, the other ranks are waiting to be told
                 failure = reason(error, self.controller.sources)
-        new_D = _told_by_rank_0(weights_D, len(self.controller.sources), failure, self.run.platform.device)
+        new_D = told_by_rank_0(weights_D, len(self.controller.sources), failure, self.run.platform.device)
         return new_D, decision, override, notes
 
     @contextmanager

@@ -5,39 +5,28 @@ One rank of a run: join the job, build everything, train.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import (
     init_num_microbatches_calculator,
     unset_num_microbatches_calculator,
 )
-from numpy.typing import NDArray
 
 from megatron_dynmix import platform
 from megatron_dynmix.checkpoint import restore_point
 from megatron_dynmix.checkpoint.checkpointer import Checkpointer
 from megatron_dynmix.checkpoint.run_state import RunState
 from megatron_dynmix.config import RunConfig
-from megatron_dynmix.config.check import check_run, check_tokenizer
-from megatron_dynmix.config.host import Host, check_host
 from megatron_dynmix.config.megatron import micro_batch_group, moe_layers, transformer_config
-from megatron_dynmix.convert.export_hf import check_save_hf, keep_origin
-from megatron_dynmix.convert.import_hf import check_load_hf, load_hugging_face
+from megatron_dynmix.convert.export_hf import keep_origin
+from megatron_dynmix.convert.import_hf import load_hugging_face
 from megatron_dynmix.data.loader import BlendLoader
-from megatron_dynmix.data.prepare.report import SourceReport
-from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.source_set import Prints, SourceSet, fingerprint
-from megatron_dynmix.data.sources import build_blend, build_rows, prepare_sources
-from megatron_dynmix.data.tokenizer.base import Tokenizer
-from megatron_dynmix.data.tokenizer.load import load_tokenizer
-from megatron_dynmix.errors import TrainingStopped
+from megatron_dynmix.data.sources import build_blend
 from megatron_dynmix.job.heartbeat import heartbeat_of_job
 from megatron_dynmix.job.signals import StopRequest
 from megatron_dynmix.model.gpt import build_model
@@ -48,27 +37,12 @@ from megatron_dynmix.moe.router import attach_counter
 from megatron_dynmix.records.ledger import DrawnSamples
 from megatron_dynmix.records.live_line import LiveLine
 from megatron_dynmix.records.logline import loaded_line, loading_line
-from megatron_dynmix.records.writer import MetricsWriter, open_writer, recorded
-from megatron_dynmix.training.mix_setup import (
-    Horizon,
-    check_mix,
-    controller_of,
-    first_weights,
-    initial_shares,
-    resolve,
-)
+from megatron_dynmix.records.writer import open_writer, recorded
 from megatron_dynmix.training.probe import Probe
 from megatron_dynmix.training.progress import LogInterval, Progress
-from megatron_dynmix.training.resume import (
-    Resume,
-    begins,
-    check_pretrained,
-    check_resume,
-    check_run_dir,
-    has_checkpoint,
-    identity,
-)
-from megatron_dynmix.training.reweighting import MixingError, Reweighting, start_weights
+from megatron_dynmix.training.resume import Resume, check_resume, has_checkpoint, identity
+from megatron_dynmix.training.reweighting import Reweighting, told_by_rank_0
+from megatron_dynmix.training.setup import PreparedRun
 from megatron_dynmix.training.source_change import SourceChange, differences
 from megatron_dynmix.training.start_report import packed_table, prepared_table, report_start
 from megatron_dynmix.training.step import PassRunner
@@ -147,103 +121,45 @@ def _carried(state: RunState, reweighting: Reweighting, prints: Prints) -> tuple
     return change.carry(state, reweighting.blend.weights_D)
 
 
-@dataclass(frozen=True)
-class Data:
-    """What a run reads."""
-
-    reports: list[SourceReport]
-    """What became of each input's examples when it was prepared: the sources', then their probes'."""
-    train: list[PackedRows]
-    probe: list[PackedRows]
-
-    @property
-    def size_D(self) -> NDArray[np.int64]:
-        """Rows of each source."""
-        return np.array([len(rows) for rows in self.train], np.int64)
-
-
-def check_before_start(config: RunConfig, world_size: int, *, fresh: bool = True) -> Tokenizer:
-    """Everything that can be refused without a process group or a model; returns the tokenizer.
-
-    Args:
-        config: the resolved configuration.
-        world_size: ranks it is to run on.
-        fresh: whether the run begins, and so with weights of its own or of another; what it would have begun
-            with need not be there any more when it goes on.
-
-    Raises:
-        InputError: what is wrong.
-
-    """
-    check_host(config, _host())
-    check_run(config, world_size)
-    check_mix(config, len(moe_layers(transformer_config(config))))
-    tokenizer = load_tokenizer(config.data.tokenizer or "", trust_remote_code=config.data.trust_remote_code)
-    check_tokenizer(config, tokenizer.vocab_size)
-    if fresh:
-        check_load_hf(config)
-        check_pretrained(config)
-    return tokenizer
-
-
-def _host() -> Host:
-    here = platform.start()
-    return Host(
-        cuda=here.device.type == "cuda",
-        transformer_engine=here.transformer_engine,
-        deep_ep=importlib.util.find_spec("deep_ep") is not None,
-        wandb=importlib.util.find_spec("wandb") is not None,
-    )
-
-
 def train(
-    config: RunConfig, run_dir: Path, *, resume: Resume = "no", allow_source_change: bool = False
+    prepared: PreparedRun, run_dir: Path, *, resume: Resume = "no", allow_source_change: bool = False
 ) -> Trainer:
     """Train on this rank; every rank of the job calls it with the same arguments.
 
     Args:
-        config: the resolved configuration.
+        prepared: from `set_up`, with the arguments that follow.
         run_dir: where everything is written.
         resume: `no`, `must` or `auto`.
-        allow_source_change: whether a resumed run may go on with other sources than it had.
+        allow_source_change: whether a resumed run may have other sources than it had.
 
     Returns:
         The trainer after the last iteration.
 
     Raises:
-        InputError: refused before the job is joined.
         TrainingStopped: the run ended early; its last good state is kept.
         StoppedOnRequest: a signal asked for it; the state is kept.
 
     """
-    here = platform.start()
-    fresh = begins(run_dir, resume)
-    tokenizer = check_before_start(config, int(os.environ.get("WORLD_SIZE", "1")), fresh=fresh)
-    check_run_dir(run_dir, resume)
-    check_save_hf(config, run_dir)
-    # Before the ranks wait for one another: nothing can be refused after that, and preparing takes its time.
-    data = read_data(config, tokenizer)
-    changes = check_resume(config, data.reports, run_dir, resume, allow_source_change=allow_source_change)
+    config = prepared.config
     timeout_minutes = config.parallel.distributed_timeout_minutes
     with heartbeat_of_job(timeout_minutes) as heartbeat, StopRequest().listening() as stop:
         join_job(config, heartbeat.store)
         torch.distributed.barrier()
-        source: Path | None = None
-        notes: tuple[str, ...] = ()
+        source, notes, changes = None, [], []
         # Rank 0's eyes: a shared disk may show a new folder to some ranks later.
         resuming = [resume != "no" and has_checkpoint(run_dir)]
         torch.distributed.broadcast_object_list(resuming, src=0)
         if resuming[0]:
             point = restore_point.verified(run_dir / "checkpoints")
-            source, notes = point.source, point.notes
+            source, notes = point.source, list(point.notes)
             changes = check_resume(
-                *(config, data.reports, run_dir, resume),
+                *(config, prepared.data.reports, run_dir, resume),
                 allow_source_change=allow_source_change,
                 source=source,
             )
         if torch.distributed.get_rank() == 0:
-            report_start(config, data, tokenizer, run_dir, changes, notes)
-        trainer = build_trainer(config, run_dir, data, here, resume=resume, source=source)
+            report_start(prepared, run_dir, changes, notes)
+        trainer = build_trainer(prepared, run_dir, resume=resume, source=source)
         with recorded(
             run_dir,
             lambda: trainer.progress.iteration,
@@ -280,36 +196,11 @@ def join_job(config: RunConfig, store: torch.distributed.Store | None = None) ->
     )
 
 
-def read_data(config: RunConfig, tokenizer: Tokenizer) -> Data:
-    """Prepare what is not prepared, and pack; both are kept on disk and found again.
-
-    Raises:
-        InputError: data that cannot be used.
-
-    """
-    reports = list(prepare_sources(config, tokenizer))
-    mixing = config.mixing
-    measured = any(any(chosen.needs) for chosen in (mixing.chosen, *mixing.shadows))
-    probing = measured and mixing.signal == "probe"
-    data = Data(
-        reports=reports,
-        train=build_rows(config, tokenizer, probe=False),
-        probe=build_rows(config, tokenizer, probe=True) if probing else [],
-    )
-    first_weights(config, data.train)
-    return data
-
-
 def build_trainer(
-    config: RunConfig,
-    run_dir: Path,
-    data: Data,
-    here: platform.Platform,
-    *,
-    resume: Resume,
-    source: Path | None = None,
+    prepared: PreparedRun, run_dir: Path, *, resume: Resume = "no", source: Path | None = None
 ) -> Trainer:
-    """Model, optimizer, blend, probe and writers of this rank, at the state of the checkpoint `source`."""
+    """Build model, optimizer, blend, probe and writers of this rank, at the state of checkpoint `source`."""
+    config, data, here = prepared.config, prepared.data, platform.start()
     rank0 = torch.distributed.get_rank() == 0
     seed_iteration(config.training.seed, -1)  # of the time before the first iteration
     run = build_runner(config, len(data.train), here)
@@ -319,7 +210,7 @@ def build_trainer(
         "dp_rank": parallel_state.get_data_parallel_rank(),
         "dp_size": parallel_state.get_data_parallel_world_size(),
     }
-    reweighting = _build_reweighting(config, data, run, batching, run_dir)
+    reweighting = _build_reweighting(prepared, run, batching, run_dir)
     checkpointer = Checkpointer(
         directory=run_dir / "checkpoints",
         chunks=run.chunks,
@@ -334,6 +225,7 @@ def build_trainer(
     live = LiveLine(tuple(config.data.sources), config.training.train_iters or 0, iteration, silent=not rank0)
     # A run that died before its first checkpoint begins again: its records are those of no state.
     keep_until = None if resume == "no" else iteration if source else -1
+    tables = [prepared_table(data.reports), packed_table([*data.train, *data.probe])]
     trainer = Trainer(
         config=config,
         run=run,
@@ -347,7 +239,7 @@ def build_trainer(
         ),
         reweighting=reweighting,
         checkpointer=checkpointer,
-        writer=_writer(config, run_dir, data, keep_until) if rank0 else None,
+        writer=open_writer(config, run_dir, tables, resume_iteration=keep_until) if rank0 else None,
         identity=mine,
         progress=start.progress,
         interval=start.interval,
@@ -363,49 +255,24 @@ def build_trainer(
 
 
 def _build_reweighting(
-    config: RunConfig, data: Data, run: PassRunner, batching: dict[str, int], run_dir: Path
+    prepared: PreparedRun, run: PassRunner, batching: dict[str, int], run_dir: Path
 ) -> Reweighting:
-    """What changes the mix, the blend at its first weights, and the probe that is measured with.
-
-    Raises:
-        TrainingStopped: no first weights could be chosen.
-
-    """
-    mixing, resolved = config.mixing, resolve(config, data.train)
-    initial_D = initial_shares(config, data.train)
-    controller = controller_of(mixing, resolved, list(config.data.sources), data.size_D, initial_D)
-    horizon = Horizon.of(config, resolved, data.size_D)
-    try:
-        first_D = start_weights(
-            controller, horizon.signal(0, 0, np.zeros_like(data.size_D)), run.platform.device
-        )
-    except MixingError as error:
-        raise TrainingStopped(f"there are no weights to start with: {error}") from None
+    """Return what changes the mix, with the blend at its first weights and the probe."""
+    config, data, mix = prepared.config, prepared.data, prepared.mix
     probe = None
     if data.probe:
         probe = Probe(
             data.probe,
-            probe_tokens=mixing.probe_tokens,
+            probe_tokens=config.mixing.probe_tokens,
             seq_length=config.data.seq_length,
-            rotating=mixing.probe_rows == "rotating",
+            rotating=config.mixing.probe_rows == "rotating",
             **batching,
         )
-    return Reweighting(
-        mixing,
-        controller,
-        build_blend(config, data.train, first_D),
-        run,
-        probe,
-        horizon=horizon,
-        resolved=resolved,
-        initial_D=initial_D,
-        override_file=Path(mixing.override_file or run_dir / "override.json"),
-    )
-
-
-def _writer(config: RunConfig, run_dir: Path, data: Data, keep_until: int | None) -> MetricsWriter:
-    tables = [prepared_table(data.reports), packed_table([*data.train, *data.probe])]
-    return open_writer(config, run_dir, tables, resume_iteration=keep_until)
+    # A strategy of the user's own may choose others on each rank: those of rank 0 hold.
+    first_D = told_by_rank_0(mix.first_D, len(data.train), None, run.platform.device)
+    assert first_D is not None, "there are always first weights"
+    override_file = Path(config.mixing.override_file or run_dir / "override.json")
+    return Reweighting(mix, build_blend(config, data.train, first_D), run, probe, override_file=override_file)
 
 
 def build_runner(config: RunConfig, num_sources: int, here: platform.Platform) -> PassRunner:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,16 +20,12 @@ from megatron_dynmix.data.prepare.report import SourceReport, file_of
 from megatron_dynmix.data.row_text import excerpt, plain, row_text
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.sources import SourceFile, source_files
-from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.example_shares import example_shares
 from megatron_dynmix.plan.plan import Plan, SourceWork
 from megatron_dynmix.plan.text import epochs_table, memory_text, model_line, needs_line
 from megatron_dynmix.records.tables import table
-from megatron_dynmix.training.mix_setup import first_weights, initial_shares
-
-if TYPE_CHECKING:
-    from megatron_dynmix.training.run import Data
+from megatron_dynmix.training.setup import PreparedRun
 
 SHOWN_LINES = 10
 """Of a row, at the start of the log."""
@@ -38,25 +33,17 @@ NOTABLE_DROP = 0.1
 """Share of a source's examples whose loss deserves a line of its own."""
 
 
-def report_start(
-    config: RunConfig,
-    data: Data,
-    tokenizer: Tokenizer,
-    run_dir: Path,
-    changes: Sequence[str],
-    notes: Sequence[str] = (),
-) -> None:
+def report_start(prepared: PreparedRun, run_dir: Path, changes: Sequence[str], notes: Sequence[str]) -> None:
     """Print everything a user should see once, on one rank.
 
     Args:
-        config: the resolved configuration.
-        data: what the run reads.
-        tokenizer: what it was made with.
+        prepared: the run.
         run_dir: where everything is written.
         changes: settings that are not those of the checkpoint.
         notes: what was found wrong with checkpoints that are not used.
 
     """
+    config, data = prepared.config, prepared.data
     print(f"------------------------ arguments ------------------------\n{to_yaml(config).rstrip()}")
     print("-------------------- end of arguments ---------------------")
     print(prepared_table(data.reports))
@@ -65,13 +52,13 @@ def report_start(
     print()
     print(packed_table([*data.train, *data.probe]))
     print()
-    print(share_table(data.train, initial_shares(config, data.train)))
+    print(share_table(data.train, prepared.mix.initial_D))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    print(f"\n{overview(config, data, world_size)}")
+    print(f"\n{overview(prepared, world_size)}")
     for line in mix_warnings(config):
         print(line)
     print("\nthe beginning of a row, [[what is trained on]] and {{special tokens}} in brackets:")
-    print(excerpt(plain(row_text(data.train[0], 0, tokenizer)), SHOWN_LINES))
+    print(excerpt(plain(row_text(data.train[0], 0, data.tokenizer)), SHOWN_LINES))
     for note in notes:
         print(note)
     for change in changes:
@@ -80,8 +67,9 @@ def report_start(
     print(f"\ntraining on {ranks}; everything is written to {run_dir}:\n{written(config)}\n", flush=True)
 
 
-def overview(config: RunConfig, data: Data, world_size: int) -> str:
-    """Model, layout, epochs of each source and memory, as `plan` reckons them."""
+def overview(prepared: PreparedRun, world_size: int) -> str:
+    """Return model, layout, epochs of each source and memory, as `plan` estimates them."""
+    config = prepared.config
     sources = {
         source.name: SourceWork(
             name=source.name,
@@ -89,7 +77,7 @@ def overview(config: RunConfig, data: Data, world_size: int) -> str:
             useful_share=source.packing_report.useful_token_share,
             share=float(share),
         )
-        for source, share in zip(data.train, first_weights(config, data.train), strict=True)
+        for source, share in zip(prepared.data.train, prepared.mix.first_D, strict=True)
     }
     here = platform.start()
     host = Host(cuda=here.device.type == "cuda", transformer_engine=here.transformer_engine)

@@ -20,7 +20,6 @@ from megatron_dynmix.config.load import load_config
 from megatron_dynmix.errors import InputError, TrainingStopped
 from megatron_dynmix.records.jsonl import read_records
 from megatron_dynmix.records.writer import MetricsWriter
-from megatron_dynmix.training import run as training_run
 from tests.distributed import layouts, programs
 
 
@@ -37,7 +36,7 @@ def runs_in_turn(run_yaml, runs):
 
 def run(run_yaml, flags, run_dir, resume="no"):
     """One run; returns what it has written, and its last state."""
-    trainer = training_run.train(load_config(run_yaml, flags), run_dir, resume=resume)
+    trainer = programs.train_from(load_config(run_yaml, flags), run_dir, resume=resume)
     blend = trainer.reweighting.blend.state.to_json()
     torch.distributed.barrier()
     metrics, updates = (read_records(run_dir / f"{name}.jsonl") for name in ("metrics", "mixing"))

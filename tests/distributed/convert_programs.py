@@ -19,6 +19,7 @@ from megatron_dynmix.model.gpt import unwrap
 from megatron_dynmix.training import run as training_run
 from megatron_dynmix.training.batch import to_batch
 from megatron_dynmix.training.trainer import seed_iteration
+from tests.distributed import programs
 from tests.distributed.layouts import start_anew
 
 
@@ -80,7 +81,7 @@ def there_and_back(run_yaml, flags, run_dir, source, tokens_BS):
     def train(config_yaml, *more, resume):
         start_anew()
         config = load_config(config_yaml, [*flags, *more])
-        trainer = training_run.train(config, run_dir, resume=resume)
+        trainer = programs.train_from(config, run_dir, resume=resume)
         return _logits(trainer.run, [_batch(row_S[None]) for row_S in tokens_BS])
 
     begun = train(run_yaml, "--train-iters", "2", "--save-hf", "every", resume="no")
@@ -101,7 +102,7 @@ def there_and_back(run_yaml, flags, run_dir, source, tokens_BS):
 
 def trained(run_yaml, flags, run_dir, tokens_BS):
     """Of a whole run: this rank's part of the logits of its last state."""
-    trainer = training_run.train(load_config(run_yaml, flags), run_dir)
+    trainer = programs.train_from(load_config(run_yaml, flags), run_dir)
     return {"logits": _logits(trainer.run, [_batch(row_S[None]) for row_S in tokens_BS])}
 
 

@@ -8,7 +8,6 @@ from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.records import writer
-from megatron_dynmix.training import run as training_run
 from tests.distributed import programs
 
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
@@ -122,7 +121,7 @@ def prove(run_yaml, flags, run_dir, signal):
     def train(name, *more, resume="no"):
         start_anew()
         config = load_config(run_yaml, [*flags, *more])
-        trainer = training_run.train(config, run_dir / name, resume=resume)
+        trainer = programs.train_from(config, run_dir / name, resume=resume)
         torch.distributed.barrier()
         return _seen(trainer)
 

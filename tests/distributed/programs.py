@@ -6,12 +6,18 @@ from megatron_dynmix.config.load import load_config
 from megatron_dynmix.moe.counter import reduce_counts
 from megatron_dynmix.records.jsonl import read_records
 from megatron_dynmix.training import run as training_run
+from megatron_dynmix.training.setup import check_before_start, prepare_run, set_up
 from megatron_dynmix.training.trainer import TrainingStopped
 
 
-def train(run_yaml, flags, run_dir, resume="no", **options):
+def train_from(config, run_dir, **options):
+    """A whole run, set up and trained; returns its trainer."""
+    return training_run.train(set_up(config, run_dir, **options), run_dir, **options)
+
+
+def train(run_yaml, flags, run_dir, **options):
     """A whole run; returns what it wrote."""
-    trainer = training_run.train(load_config(run_yaml, flags), run_dir, resume=resume, **options)
+    trainer = train_from(load_config(run_yaml, flags), run_dir, **options)
     torch.distributed.barrier()
     return {
         "metrics": read_records(run_dir / "metrics.jsonl"),
@@ -39,17 +45,8 @@ def train_until_stopped(run_yaml, flags, run_dir):
 def build(run_yaml, flags, run_dir):
     """The trainer of a run that has not begun."""
     config = load_config(run_yaml, flags)
-    tokenizer = training_run.check_before_start(config, torch_world_size())
-    here = training_run.platform.start()
     training_run.join_job(config)
-    data = training_run.read_data(config, tokenizer)
-    return training_run.build_trainer(config, run_dir, data, here, resume="no")
-
-
-def torch_world_size():
-    import os
-
-    return int(os.environ["WORLD_SIZE"])
+    return training_run.build_trainer(prepare_run(check_before_start(config)), run_dir)
 
 
 def save_initial_weights(run_yaml, flags, run_dir):

@@ -14,6 +14,8 @@ from megatron_dynmix.compare.grid import (
     variants_from_text,
 )
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.training import setup
+from megatron_dynmix.training.setup import CheckedRun
 
 platform.start()
 from megatron_dynmix.compare import comparison  # noqa: E402
@@ -139,14 +141,25 @@ def cell(folder, name, seed=1, **mixing):
     return Cell(plan=plan, variant=Variant(name, ()), seed=seed, config=load(folder, content))
 
 
+def read_once(monkeypatch):
+    """Data of three sources, which may be read once; returns what is asked of `check_before_start`."""
+    asked, data = [], [SimpleNamespace(train=[range(20)] * 3, reports=["of all"])]
+
+    def check_before_start(config, *, fresh):
+        asked.append(fresh)
+        return CheckedRun(config, None, {})
+
+    monkeypatch.setattr(comparison, "check_run", lambda config, world_size: None)
+    monkeypatch.setattr(comparison, "check_before_start", check_before_start)
+    monkeypatch.setattr(setup, "read_data", lambda config, tokenizer: data.pop())
+    return asked
+
+
 @pytest.mark.filterwarnings("ignore:moe_ffn_hidden_size")
 def test_a_variant_without_first_weights_is_refused_before_any_cell_is_started(tmp_path, monkeypatch):
     """All variants have the same data, which are read for the first of them only."""
-    monkeypatch.setattr(comparison.run, "check_before_start", lambda config, nproc, *, fresh: None)
-    data = SimpleNamespace(train=[range(20)] * 3, reports=["of all"])
-    monkeypatch.setattr(comparison.run, "read_data", lambda config, tokenizer: data)
+    read_once(monkeypatch)
     cells = [cell(tmp_path, "even", strategy="uniform"), cell(tmp_path, "few", strategy="unimax")]
-    assert comparison._check(cells[:1]) == {"even": ["of all"]}
     with pytest.raises(InputError, match=r"variant few: mixing: the run draws 160 rows"):
         comparison._check(cells)
 
@@ -154,12 +167,7 @@ def test_a_variant_without_first_weights_is_refused_before_any_cell_is_started(t
 @pytest.mark.filterwarnings("ignore:moe_ffn_hidden_size")
 @pytest.mark.parametrize("begun", [0, 1, 2])
 def test_what_runs_begin_with_is_asked_of_a_variant_only_while_one_begins(begun, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        comparison.run, "check_before_start", lambda config, nproc, *, fresh: asked.append(fresh)
-    )
-    data = SimpleNamespace(train=[range(20)] * 3, reports=[])
-    monkeypatch.setattr(comparison.run, "read_data", lambda config, tokenizer: data)
+    asked = read_once(monkeypatch)
     cells = [cell(tmp_path, "even", seed, strategy="uniform") for seed in (1, 2)]
     for one in cells[:begun]:
         checkpoints = one.run_dir / "checkpoints"

@@ -1,5 +1,4 @@
 import io
-import json
 import os
 import sys
 from pathlib import Path
@@ -32,11 +31,8 @@ from megatron_dynmix.data.row_text import (
     show,
 )
 from megatron_dynmix.data.rows import PackedRows
-from megatron_dynmix.data.source_set import SourceSet
 from megatron_dynmix.data.sources import build_blend, build_rows
 from megatron_dynmix.data.tokenizer.base import Tokenizer
-from megatron_dynmix.records.ledger import newest_stage
-from megatron_dynmix.records.schema import SamplesLine
 
 START_D = np.array([0.75, 0.25])
 CONTROL = "a\x1b[31mred\x07 \u202eback\u2028\tend"
@@ -190,67 +186,58 @@ def test_flags_win_over_the_file(run_yaml: Path, capsys) -> None:
     assert " of 512 positions" in capsys.readouterr().out
 
 
-def samples(iteration: int, first_sample: int, consumed_samples: int) -> dict:
-    line = SamplesLine(
-        iteration=iteration, first_sample=first_sample, consumed_samples=consumed_samples, digest="0" * 16
-    )
-    return line.to_json()
+def test_a_batch_of_a_later_epoch_is_what_the_blend_draws(run_yaml: Path, capsys) -> None:
+    run = Inspection.of(run_yaml, [])
+    rows = build_rows(run.config, run.tokenizer, probe=False)
+    drawn = build_blend(run.config, rows, START_D).draws(0, 80)
+    epoch = [
+        sum(other == drawn[i][0] for other, *_ in drawn[:i]) // len(rows[drawn[i][0]]) for i in range(80)
+    ]
+    assert max(epoch) > 0
+    for iteration in (1, 5, 10):
+        capsys.readouterr()
+        assert inspect(run_yaml, "--batch", iteration) == 0
+        shown = capsys.readouterr().out
+        for sample in range(8 * iteration - 8, 8 * iteration):
+            dataset_id, row, _ = drawn[sample]
+            name = ("code", "math")[dataset_id]
+            assert (
+                f"=== sample {sample}: source {name}, epoch {epoch[sample]}\nrow {row} of source {name}: "
+                in shown
+            )
 
 
 @pytest.fixture(name="run_dir")
 def run_dir_fixture(run_yaml: Path) -> Path:
-    """The records of 6 iterations of that run, 8 rows each, with other weights from iteration 5 on."""
-    run = Inspection.of(run_yaml, [])
-    blend = build_blend(run.config, build_rows(run.config, run.tokenizer, probe=False), START_D)
-    sources = SourceSet.of(run._prints(), blend.state)
-    lines = []
-
-    def stage(why: str, iteration: int) -> None:
-        line = newest_stage(blend, sources, run.config.mixing, {}, why=why, iteration=iteration)
-        lines.append(line.to_json())
-
-    stage("start", 0)
-    lines.append(samples(4, 0, 32))
-    blend.append_stage(32, np.array([0.125, 0.875]))
-    stage("update", 4)
-    lines.append(samples(6, 32, 48))
+    """The directory of that run."""
     folder = run_yaml.parent / "run"
     folder.mkdir()
-    (folder / "config.yaml").write_text(to_yaml(run.config))
-    (folder / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "config.yaml").write_text(to_yaml(Inspection.of(run_yaml, []).config))
     return folder
 
 
-def test_a_batch_of_a_run_is_what_its_stages_drew(run_dir: Path, capsys) -> None:
-    run = Inspection.of(run_dir, [])
-    rows = build_rows(run.config, run.tokenizer, probe=False)
-    blend = build_blend(run.config, rows, START_D)
-    drawn = blend.draws(0, 32)
-    blend.append_stage(32, np.array([0.125, 0.875]))
-    drawn += blend.draws(32, 48)
-    for iteration in range(1, 7):
-        capsys.readouterr()
-        assert inspect(run_dir, "--batch", iteration) == 0
-        shown = capsys.readouterr().out
-        for sample in range(8 * iteration - 8, 8 * iteration):
-            name = ("code", "math")[drawn[sample][0]]
-            assert f"=== sample {sample}: source {name}, epoch " in shown
-            assert f"row {drawn[sample][1]} of source {name}: " in shown
-    assert "shares of rows: code 0.1250, math 0.8750" in shown
-    assert "epoch 1" in shown
+def test_examples_and_rows_of_a_run_directory_are_those_of_its_settings(
+    run_yaml: Path, run_dir: Path, capsys
+) -> None:
+    for what in (("--example", "code:3"), ("--row", "math:1")):
+        shown = []
+        for target in (run_yaml, run_dir):
+            capsys.readouterr()
+            assert inspect(target, *what) == 0
+            shown.append(capsys.readouterr().out)
+        assert shown[0] == shown[1] != ""
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--batch", "7"], "the run has come to 6"),
-        (["--batch", "0"], "the first one is 1"),
+        (["--batch", "7"], "whose weights may have changed; give a RUN.yaml"),
         (["--row", "code:9999"], "there is no row 9999 of source code"),
         (["--row", "cod:1"], "there are code, math"),
         (["--row", "3"], "it must be SOURCE:N"),
         (["--row", "code:-1"], "whole number"),
         (["--example", "math:40"], "it has 40 examples; give 0 to 39"),
-        (["--batch", "1", "--seq-length", "64"], "leave the flags out"),
+        (["--row", "code:1", "--seq-length", "64"], "leave the flags out"),
     ],
 )
 def test_what_a_run_does_not_have(run_dir: Path, arguments: list[str], named: str, capsys) -> None:
@@ -260,18 +247,9 @@ def test_what_a_run_does_not_have(run_dir: Path, arguments: list[str], named: st
     assert error.count("\n") == 1
 
 
-def test_a_batch_is_refused_when_its_sources_changed(run_dir: Path, capsys) -> None:
-    write_jsonl(run_dir.parent / "math.jsonl", varied_rows(40, 5))
-    assert main(["prepare", str(run_dir.parent / "RUN.yaml")]) == 0
-    assert inspect(run_dir, "--batch", 1) == 2
-    assert "math held other data" in capsys.readouterr().err
-
-
-def test_a_batch_size_that_changed_between_two_records_is_said(run_dir: Path, capsys) -> None:
-    path = run_dir / "config.yaml"
-    path.write_text(path.read_text().replace("global_batch_size: 8", "global_batch_size: 16"))
-    assert inspect(run_dir, "--batch", 3) == 2
-    assert "batch size was changed between iterations 0 and 4" in capsys.readouterr().err
+def test_there_is_no_iteration_zero(run_yaml: Path, capsys) -> None:
+    assert inspect(run_yaml, "--batch", 0) == 2
+    assert "the first one is 1" in capsys.readouterr().err
 
 
 def test_prefix(tmp_path: Path, tokenizer: Tokenizer, tokenizer_dir: Path, capsys) -> None:

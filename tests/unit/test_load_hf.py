@@ -16,7 +16,7 @@ from megatron_dynmix.job import launch
 platform.start()
 from megatron_dynmix.convert.export_hf import check_save_hf  # noqa: E402
 from megatron_dynmix.convert.import_hf import check_load_hf, folder_for, weights_of  # noqa: E402
-from megatron_dynmix.training import run  # noqa: E402
+from megatron_dynmix.training import setup  # noqa: E402
 
 
 @pytest.fixture(name="folder")
@@ -69,7 +69,7 @@ def test_a_bad_folder_ends_the_command_before_any_rank(tmp_path, folder, flags, 
     settings["parallel"] = {}
     shard = min(folder.glob("*.safetensors"))
     shard.unlink()
-    monkeypatch.setattr(run, "load_tokenizer", lambda *args, **options: SimpleNamespace(vocab_size=131))
+    monkeypatch.setattr(setup, "load_tokenizer", lambda *args, **options: SimpleNamespace(vocab_size=131))
     monkeypatch.setattr(launch, "launch_ranks", lambda *args: pytest.fail("ranks were started"))
     run_yaml = write(tmp_path, settings)
     assert main(["train", str(run_yaml), "--run-dir", str(tmp_path / "run"), *flags]) == 2

@@ -12,7 +12,7 @@ from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.controller import MixingController
 from megatron_dynmix.mixing.strategy import Proposal, Signal, SourceError
 from megatron_dynmix.records.mixing_update import update_record
-from megatron_dynmix.training.mix_setup import check_mix, first_weights, initial_shares, reason
+from megatron_dynmix.training.mix_setup import Mix, check_mix, initial_shares, reason
 from megatron_dynmix.training.start_report import mix_warnings
 
 pytestmark = pytest.mark.filterwarnings("ignore:moe_ffn_hidden_size")
@@ -47,7 +47,7 @@ def own(tmp_path, **options):
 
 def test_whatever_a_users_own_rule_does_wrong_is_one_message(tmp_path):
     with pytest.raises(InputError, match=r"^mixing: KeyError: 'maths'"):
-        first_weights(own(tmp_path), [range(20)] * 3)
+        Mix.of(own(tmp_path), {}, [range(20)] * 3)
     with pytest.raises(InputError, match="no licence"):
         check_mix(own(tmp_path, where="constructor"), 2)
 

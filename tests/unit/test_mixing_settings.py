@@ -16,7 +16,7 @@ from megatron_dynmix.config.settings import all_leaves, mixing_leaves
 from megatron_dynmix.config.strategies import RESOLVED, option_hints
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.strategies.table import STRATEGIES
-from megatron_dynmix.training.mix_setup import check_mix, first_weights
+from megatron_dynmix.training.mix_setup import Mix, check_mix
 
 pytestmark = pytest.mark.filterwarnings("ignore:moe_ffn_hidden_size")
 ROWS = [range(20)] * 3
@@ -135,9 +135,10 @@ def test_caps_that_cannot_feed_the_run_say_how_many_rows_are_missing(tmp_path):
         source["max_epochs"] = 2
     config = load(tmp_path, content)
     with pytest.raises(InputError, match=r"allows 120 rows, but the run takes 160: 40 rows are missing"):
-        first_weights(config, ROWS)
+        Mix.of(config, {"max_epochs": [2] * 3}, ROWS)
     del content["data"]["sources"]["math"]["max_epochs"]
-    assert first_weights(load(tmp_path, content), ROWS).sum() == pytest.approx(1)
+    mix = Mix.of(load(tmp_path, content), {"max_epochs": [2, None, 2]}, ROWS)
+    assert mix.first_D.sum() == pytest.approx(1)
 
 
 def answer(capsys, *argv):

@@ -14,10 +14,9 @@ from data_fixtures import (  # noqa: F401
 
 from megatron_dynmix.cli import main
 from megatron_dynmix.config.load import load_config
-from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.plan.layout import Layout, group_text
 from megatron_dynmix.plan.text import size_text
-from megatron_dynmix.training.run import read_data
+from megatron_dynmix.training.setup import check_before_start, prepare_run
 from megatron_dynmix.training.start_report import overview, written
 
 MIXTRAL = {
@@ -197,9 +196,9 @@ def test_sources_are_unknown_until_prepared_and_counted_then(local_run, capsys):
 
 def test_a_run_begins_with_the_numbers_of_its_plan(local_run, tmp_path, capsys):
     config = load_config(local_run, ["--train-iters", "20", "--save-interval", "5"])
-    data = read_data(config, load_tokenizer(config.data.tokenizer))
+    prepared = prepare_run(check_before_start(config))
     capsys.readouterr()
-    text = overview(config, data, 2)
+    text = overview(prepared, 2)
     plan = planned(capsys, local_run, "--world-size", 2)
     assert "layout   2 ranks = TP 1 x CP 1 x DP 2 x PP 1; experts: ETP 1 x EP 2" in text
     for name, source in plan["sources"].items():

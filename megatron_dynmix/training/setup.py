@@ -1,0 +1,106 @@
+"""What of a run needs neither a process group nor a model: checked, read and made once.
+
+`train` goes on from it; `compare` asks it of every variant before a cell is started.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_dynmix import platform
+from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.check import check_tokenizer
+from megatron_dynmix.config.host import Host, check_host
+from megatron_dynmix.config.megatron import moe_layers, transformer_config
+from megatron_dynmix.convert.export_hf import check_save_hf
+from megatron_dynmix.convert.import_hf import check_load_hf
+from megatron_dynmix.data.sources import Data, read_data
+from megatron_dynmix.data.tokenizer.base import Tokenizer
+from megatron_dynmix.data.tokenizer.load import load_tokenizer
+from megatron_dynmix.training.mix_setup import Mix, Resolved, check_mix
+from megatron_dynmix.training.resume import Resume, begins, check_pretrained, check_resume, check_run_dir
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A configuration that can run on this host, and what the checks have read."""
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    resolved: Resolved
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """What a run trains on, and what decides its weights."""
+
+    config: RunConfig
+    data: Data
+    mix: Mix
+
+
+def check_before_start(config: RunConfig, *, fresh: bool = True) -> CheckedRun:
+    """Refuse what can be refused without looking at any data.
+
+    Args:
+        config: one that `check_run` has passed.
+        fresh: whether the run begins, and so with weights of its own or of another; what it would have begun
+            with need not be there any more when it is resumed.
+
+    Raises:
+        InputError: what is wrong.
+
+    """
+    here = platform.start()
+    check_host(
+        config,
+        Host(
+            cuda=here.device.type == "cuda",
+            transformer_engine=here.transformer_engine,
+            deep_ep=importlib.util.find_spec("deep_ep") is not None,
+            wandb=importlib.util.find_spec("wandb") is not None,
+        ),
+    )
+    resolved = check_mix(config, len(moe_layers(transformer_config(config))))
+    tokenizer = load_tokenizer(config.data.tokenizer or "", trust_remote_code=config.data.trust_remote_code)
+    check_tokenizer(config, tokenizer.vocab_size)
+    if fresh:
+        check_load_hf(config)
+        check_pretrained(config)
+    return CheckedRun(config, tokenizer, resolved)
+
+
+def prepare_run(checked: CheckedRun, data: Data | None = None) -> PreparedRun:
+    """Prepare and pack the data, unless they are given, and make the mix.
+
+    Raises:
+        InputError: data that cannot be used, or a mix that cannot be drawn from them.
+
+    """
+    data = data or read_data(checked.config, checked.tokenizer)
+    return PreparedRun(checked.config, data, Mix.of(checked.config, checked.resolved, data.train))
+
+
+def set_up(
+    config: RunConfig, run_dir: Path, *, resume: Resume = "no", allow_source_change: bool = False
+) -> PreparedRun:
+    """Refuse all that `train` may refuse before ranks wait for one another, and prepare the run.
+
+    Args:
+        config: one that `check_run` has passed.
+        run_dir: where everything is to be written.
+        resume: `no`, `must` or `auto`.
+        allow_source_change: whether a resumed run may have other sources than it had.
+
+    Raises:
+        InputError: what is wrong.
+
+    """
+    checked = check_before_start(config, fresh=begins(run_dir, resume))
+    check_run_dir(run_dir, resume)
+    check_save_hf(config, run_dir)
+    prepared = prepare_run(checked)
+    check_resume(config, prepared.data.reports, run_dir, resume, allow_source_change=allow_source_change)
+    return prepared
