@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import time
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_dynmix.compare.cell import Cell
 from megatron_dynmix.errors import StoppedOnRequest
-from megatron_dynmix.job.launch import DEFAULTS, LIFELINE
+from megatron_dynmix.job.launch import Lifeline, end_session
 from megatron_dynmix.job.signals import handling
 
 POLL_SECONDS = 0.2
@@ -58,7 +57,7 @@ def run_tasks(tasks: Sequence[Task], jobs: int, say: Callable[[str], None]) -> d
     failures: dict[int, str] = {}
     waiting = [place for place, task in enumerate(tasks) if task.commands]
     running: dict[int, _Running] = {}
-    lifeline, held = os.pipe()  # cells end with us, even if we are killed: see `launch.end_with_launcher`
+    lifeline = Lifeline()
     try:
         with handling(_stop_all):
             while waiting or running:
@@ -84,8 +83,7 @@ def run_tasks(tasks: Sequence[Task], jobs: int, say: Callable[[str], None]) -> d
                 time.sleep(POLL_SECONDS)
     finally:
         _stop([current.process for current in running.values()])
-        os.close(lifeline)
-        os.close(held)
+        lifeline.close()
     return failures
 
 
@@ -93,20 +91,11 @@ def _done(tasks: Sequence[Task], waiting: Sequence[int], running: dict[int, _Run
     return f"{len(tasks) - len(waiting) - len(running)}/{len(tasks)}"
 
 
-def _start(task: Task, step: int, lifeline: int, started: float) -> _Running:
-    environment = {**DEFAULTS, **os.environ, LIFELINE: str(lifeline)}
+def _start(task: Task, step: int, lifeline: Lifeline, started: float) -> _Running:
     task.cell.run_dir.mkdir(parents=True, exist_ok=True)
     with task.cell.log.open("ab") as log:
         log_start = log.tell()
-        process = subprocess.Popen(
-            task.commands[step],
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # a terminal's Ctrl-C reaches us alone
-            pass_fds=[lifeline],
-        )
+        process = lifeline.start(task.commands[step], {}, log)
     return _Running(task, process, step, started, log_start)
 
 
@@ -121,7 +110,7 @@ def _reason(current: _Running, code: int) -> str:
     return f"{last.removeprefix('megatron-dynmix: ')} ({end}; {log})"
 
 
-def _stop_all() -> None:
+def _stop_all(number: int) -> None:
     """Turn a request to stop into an exception, so that the cells are asked too."""
     raise StoppedOnRequest(
         "stopped on request; unfinished cells have saved what they had, the same command goes on"
@@ -137,6 +126,4 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(deadline - time.monotonic(), 0))
         if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end_session(process)

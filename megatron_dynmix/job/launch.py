@@ -8,12 +8,12 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from types import FrameType
+from typing import IO
 
 from megatron_dynmix.errors import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_STOPPED, TrainingStopped
-from megatron_dynmix.job.signals import STOP_SIGNALS
+from megatron_dynmix.job.signals import handling
 
 LIFELINE = "MEGATRON_DYNMIX_LIFELINE"
 """Environment variable of a rank: a pipe that ends when its launcher does."""
@@ -28,56 +28,81 @@ DEFAULTS = {
 
 
 def launch_ranks(command: Sequence[str], nproc: int) -> int:
-    """Run `command` as `nproc` ranks that meet on this machine.
+    """Run `command` as `nproc` ranks that meet on this machine; return the exit code of them all.
 
     SIGTERM and SIGUSR1 are passed on to the ranks; an interrupt ends them. Nothing that they have started
     outlives this call.
 
-    Returns:
-        The exit code: 0, or that of ranks which all have had their say.
-
     Raises:
         TrainingStopped: a rank failed or was killed.
-        KeyboardInterrupt: after the ranks were ended.
 
     """
     from torch.distributed import TCPStore
 
     # Hosted here, not by rank 0: when that is gone it can still be asked. It finds a free port itself.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
-    lifeline, held = os.pipe()
     ranks: list[subprocess.Popen[bytes]] = []
+    passed: list[int] = []
+
+    def pass_on(number: int) -> None:
+        passed.append(number)
+        for process in ranks:
+            process.send_signal(number)  # not to helpers, which could not answer
+
+    lifeline = Lifeline()
     try:
-        with _passed_on(ranks) as passed:
+        with handling(pass_on):
             for rank in range(nproc):
-                environment = {
-                    **DEFAULTS,
-                    **os.environ,
-                    **_place(rank, nproc, store.port),
-                    LIFELINE: str(lifeline),
-                }
-                # a session of its own: a terminal's Ctrl-C reaches us alone, and its helpers can be ended
-                ranks.append(
-                    subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=[lifeline])
-                )
+                ranks.append(lifeline.start(command, _place(rank, nproc, store.port)))
             return _wait(ranks, passed)
     finally:
         for process in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        os.close(lifeline)
-        os.close(held)
+            end_session(process)
+        lifeline.close()
+
+
+class Lifeline:
+    """Starts processes that end when this one does, even if it is killed: see `end_with_launcher`."""
+
+    def __init__(self) -> None:
+        self._watched, self._held = os.pipe()
+
+    def start(
+        self, command: Sequence[str], environment: Mapping[str, str], log: IO[bytes] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start a process with more in its environment; with a log it has no terminal."""
+        return subprocess.Popen(
+            command,
+            env={**DEFAULTS, **os.environ, **environment, LIFELINE: str(self._watched)},
+            stdin=None if log is None else subprocess.DEVNULL,
+            stdout=log,
+            stderr=None if log is None else subprocess.STDOUT,
+            # a session of its own: a terminal's Ctrl-C reaches us alone, and its helpers can be ended
+            start_new_session=True,
+            pass_fds=[self._watched],
+        )
+
+    def close(self) -> None:
+        """End what is left of the processes."""
+        os.close(self._watched)
+        os.close(self._held)
+
+
+def end_session(process: subprocess.Popen[bytes]) -> None:
+    """End a process that a `Lifeline` started, and its helpers."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def end_with_launcher() -> None:
     """In a rank: end, helpers included, when the launcher does, even if it was killed."""
     if LIFELINE not in os.environ:
         return
-    lifeline = int(os.environ.pop(LIFELINE))
+    ends = int(os.environ.pop(LIFELINE))
 
     def watch() -> None:
-        os.read(lifeline, 1)  # nothing is ever written: it returns when the other end is gone
+        os.read(ends, 1)  # nothing is ever written: it returns when the other end is gone
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
@@ -93,29 +118,6 @@ def _place(rank: int, nproc: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-
-
-@contextlib.contextmanager
-def _passed_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Pass requests to stop on to the ranks; not to their helpers, which could not answer.
-
-    Yields:
-        The signals that were passed on so far.
-
-    """
-    passed: list[int] = []
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        passed.append(number)
-        for process in ranks:
-            process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
-    try:
-        yield passed
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], passed: Sequence[int]) -> int:

@@ -18,13 +18,13 @@ class StopRequest:
     asked = False
 
     def ask(self) -> None:
-        """What a signal does."""
+        """Ask it to stop: what a signal does."""
         self.asked = True
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
         """Take the signals as requests, and leave the handlers afterwards as they were."""
-        with handling(self.ask):
+        with handling(lambda _: self.ask()):
             for number in STOP_SIGNALS:
                 signal.siginterrupt(number, False)  # nothing that reads or writes need know of it
             yield self
@@ -32,14 +32,9 @@ class StopRequest:
 
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """Before training there is nothing to save: a signal ends what runs here.
+    """Raise `StoppedOnRequest` from wherever a signal comes: before training there is nothing to save."""
 
-    Raises:
-        StoppedOnRequest: from wherever the signal came.
-
-    """
-
-    def stop() -> None:
+    def stop(number: int) -> None:
         raise StoppedOnRequest("stopped on request, before training")
 
     with handling(stop):
@@ -47,11 +42,11 @@ def stopping_at_once() -> Iterator[None]:
 
 
 @contextmanager
-def handling(act: Callable[[], None]) -> Iterator[None]:
-    """Act when asked to stop, and leave the handlers afterwards as they were."""
+def handling(act: Callable[[int], None]) -> Iterator[None]:
+    """Act on the number of each stop signal, and leave the handlers afterwards as they were."""
 
     def handler(number: int, frame: FrameType | None) -> None:
-        act()
+        act(number)
 
     before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     try:
