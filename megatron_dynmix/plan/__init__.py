@@ -1,1 +1,1 @@
-"""What a run will be on so many ranks, reckoned without any of them: groups, memory, work, proposals."""
+"""What a run will be on so many ranks, estimated without any of them: groups, memory, work, proposals."""

@@ -35,7 +35,7 @@ class Layout:
 
     @classmethod
     def of(cls, config: RunConfig, world_size: int) -> Layout:
-        """The layout of a configuration, on ranks that it was checked for."""
+        """Return the layout of a configuration, on ranks that it was checked for."""
         size, given = config.parallel.size, config.parallel.megatron
         tp = size("tensor_model_parallel_size")
         return cls(
@@ -50,16 +50,16 @@ class Layout:
 
     @property
     def dp(self) -> int:
-        """Data-parallel size: replicas of the layers that are not experts, each with rows of its own."""
+        """Return the data-parallel size: replicas of all layers but experts, each with rows of its own."""
         return self.world_size // (self.tp * self.cp * self.pp)
 
     @property
     def expert_dp(self) -> int:
-        """Replicas of each expert."""
+        """Return the replicas of each expert."""
         return self.world_size // (self.etp * self.ep * self.pp)
 
     def groups(self) -> Iterator[tuple[str, list[list[int]]]]:
-        """Name and ranks of each kind of group, those of one rank included."""
+        """Yield name and ranks of each kind of group, those of one rank included."""
         dense = RankGenerator(tp=self.tp, ep=1, dp=self.dp, pp=self.pp, cp=self.cp, order=ORDER)
         experts = RankGenerator(tp=self.etp, ep=self.ep, dp=self.expert_dp, pp=self.pp, cp=1, order=ORDER)
         kinds = (
@@ -70,11 +70,11 @@ class Layout:
             yield name, generator.get_ranks(token)
 
     def as_json(self) -> dict[str, int]:
-        """All sizes by name."""
+        """Return all sizes by name."""
         return {**dataclasses.asdict(self), "dp": self.dp, "expert_dp": self.expert_dp}
 
     def describe(self) -> str:
-        """The sizes in one line."""
+        """Return the sizes in one line."""
         experts = f"; experts: ETP {self.etp} x EP {self.ep} x PP {self.pp} x expert DP {self.expert_dp}"
         interleaved = f" (interleaved, {self.virtual} chunks each)" if self.virtual > 1 else ""
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
@@ -82,7 +82,7 @@ class Layout:
 
 
 def group_text(groups: list[list[int]]) -> str:
-    """The first groups of a kind by their ranks: a run of them as `0-7`, equal steps as `0, 8, .. 24`."""
+    """Return the first groups of a kind by their ranks: a run as `0-7`, equal steps as `0, 8, .. 24`."""
     shown = "; ".join(_ranks_text(ranks) for ranks in groups[:SHOWN_GROUPS])
     return f"{shown}; ..." if len(groups) > SHOWN_GROUPS else shown
 
@@ -96,21 +96,16 @@ def _ranks_text(ranks: list[int]) -> str:
 
 
 def micro_batches(config: RunConfig, layout: Layout, batch_size: int | None = None) -> int:
-    """Micro-batches that each rank runs in a step of `batch_size` rows; of the full batch if not given."""
+    """Return the micro-batches of each rank in a step of `batch_size` rows; of the full batch by default."""
     rows = batch_size or config.training.global_batch_size
     assert rows is not None, "checked before"
     return rows // (config.training.micro_batch_size * layout.dp)
 
 
 def bubble_share(layout: Layout, count: int) -> float:
-    """Share of a step that a stage waits for others to begin and to end: (p - 1) / (v m + p - 1).
+    """Return the share of a step that a stage waits for others to begin and to end: (p - 1) / (v m + p - 1).
 
     From the ratio (p - 1) / (v m) of waiting to work in Narayanan et al. 2021 (arXiv 2104.04473, section
-    2.2), p stages, v chunks each and m micro-batches, all taken to be equally slow.
-
-    Args:
-        layout: which has p and v.
-        count: micro-batches of a step on each rank (m).
-
+    2.2), p stages, v chunks each and m micro-batches (`count`), all taken to be equally slow.
     """
     return (layout.pp - 1) / (layout.virtual * count + layout.pp - 1)

@@ -1,21 +1,19 @@
-"""Activations that a rank keeps for the backward pass, layer by layer: an estimate.
-
-Korthikanti et al. 2022 (arXiv 2205.05198, section 4) count what each part of a layer keeps: for a dense
-GPT layer with sequence parallelism 34 s b h / t bytes in 16 bits, and 5 a s^2 b / t more for attention
-that keeps its scores. Here the same count is made of what Megatron-Core 0.16.1 runs: grouped-query attention
-that keeps no scores, gated MLPs and routed experts. Of the T tokens of a micro-batch on a context-parallel
-rank, each of its t tensor-parallel ranks has T/t; with a router in balance it sends k T/t of them to
-experts and gets as many, `etp` times as many where experts are tensor-parallel themselves.
-
-Numbers are elements of `params_dtype` unless said otherwise.
-
-Memory of each rank, by pipeline stage: what the theoretical memory report of Megatron-LM sums, for MoE.
+"""Memory of each rank, by pipeline stage: what the theoretical memory report of Megatron-LM sums, for MoE.
 
 Model states are those of Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054, section 3.1) for Adam in mixed
 precision, with gradients summed in float32 as here: 2 bytes of parameters, 4 of gradients and 12 of
 optimizer (master weights, both moments), 18 a parameter; the distributed optimizer (ZeRO stage 1) divides
 the 12 by the replicas. In float32 there are no master weights: 4 + 4 + 8. Experts are divided over EP x ETP
 ranks and have replicas of their own.
+
+Activations that a rank keeps for the backward pass are estimated layer by layer. Korthikanti et al. 2022
+(arXiv 2205.05198, section 4) count what each part of a layer keeps: for a dense GPT layer with sequence
+parallelism 34 s b h / t bytes in 16 bits, and 5 a s^2 b / t more for attention that keeps its scores. Here
+the same count is made of what Megatron-Core 0.16.1 runs: grouped-query attention that keeps no scores, gated
+MLPs and routed experts. Of the T tokens of a micro-batch on a context-parallel rank, each of its t
+tensor-parallel ranks has T/t; with a router in balance it sends k T/t of them to experts and gets as many,
+`etp` times as many where experts are tensor-parallel themselves. Counts of activations are elements of
+`params_dtype` unless said otherwise.
 """
 
 from __future__ import annotations
@@ -38,6 +36,13 @@ from megatron_dynmix.plan.layout import Layout, micro_batches
 from megatron_dynmix.plan.parameters import Parameters, stage_layers, stage_parameters, transformer_here
 
 FP32 = 4
+MASTER, MOMENTS = 4, 8
+"""Bytes of the optimizer for each parameter, unless it is told other types."""
+PRECISION_AWARE = ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+OVERHEAD_BYTES = 2 * 2**30
+"""Of a GPU that no formula has: the CUDA context, NCCL's buffers, workspaces of the libraries."""
+FRAGMENTATION = 1.05
+"""Of what the allocator holds to what is in use, with room for rows of experts that get more than others."""
 LOSS_COPIES = 2
 """Logits in float32 that the loss holds at once: the softmax, which is kept, and its gradient."""
 
@@ -59,6 +64,84 @@ class Activations:
         return self.layers + max(self.working, self.logits)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """Bytes on each rank of a pipeline stage."""
+
+    stage: int
+    layers: int
+    parameters: Parameters
+    """How many, not bytes."""
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: Activations
+
+    @property
+    def total(self) -> int:
+        """What the formulas give."""
+        return self.weights + self.gradients + self.optimizer + self.activations.total
+
+    @property
+    def needed(self) -> int:
+        """What a GPU should have: the total, fragmentation and what the libraries hold."""
+        return int(self.total * FRAGMENTATION) + OVERHEAD_BYTES
+
+
+def memory_by_stage(config: RunConfig, layout: Layout, host: Host) -> list[StageMemory]:
+    """Return the memory of a rank of each pipeline stage, for a configuration that was checked.
+
+    Raises:
+        InputError: a model whose parameters are not known before it is built.
+
+    """
+    transformer = transformer_here(config)
+    return [_stage_memory(config, transformer, layout, host, stage) for stage in range(layout.pp)]
+
+
+def _stage_memory(
+    config: RunConfig, transformer: TransformerConfig, layout: Layout, host: Host, stage: int
+) -> StageMemory:
+    parameters = stage_parameters(config, transformer, stage)
+    weights = params_dtype(config).itemsize
+    gradients = FP32 if ddp_config(config).grad_reduce_in_fp32 else weights
+    return StageMemory(
+        stage=stage,
+        layers=sum(map(len, stage_layers(transformer, stage))),
+        parameters=parameters,
+        weights=weights * parameters.total,
+        gradients=gradients * parameters.total,
+        optimizer=_optimizer_bytes(config, layout, parameters),
+        activations=stage_activations(
+            *(config, transformer, layout, host), stage=stage, micro_batches=micro_batches(config, layout)
+        ),
+    )
+
+
+def _optimizer_bytes(config: RunConfig, layout: Layout, parameters: Parameters) -> int:
+    """Return the bytes of one rank; a distributed optimizer shards over data- and context-parallel ranks."""
+    each, replicas = bytes_per_parameter(config), layout.dp * layout.cp
+    if not config.parallel.use_distributed_optimizer:
+        return each * parameters.total
+    # Without expert parallelism Megatron-Core keeps experts in the same buffers as everything else.
+    of_experts = layout.expert_dp if layout.ep > 1 else replicas
+    return -(-each * parameters.dense // replicas) + -(-each * parameters.expert // of_experts)
+
+
+def bytes_per_parameter(config: RunConfig) -> int:
+    """Return the bytes of optimizer state for a parameter that is not sharded."""
+    if config.optimizer.megatron.get("use_precision_aware_optimizer"):
+        given = {**{name: torch.float32 for name in PRECISION_AWARE}, **config.optimizer.megatron}
+        kinds = [str(given[name]).removeprefix("torch.") for name in PRECISION_AWARE]
+        return sum(getattr(torch, kind).itemsize for kind in kinds)
+    return MOMENTS + (MASTER if config.training.bf16 else 0)
+
+
+def checkpoint_bytes(config: RunConfig, parameters: int) -> int:
+    """Return the size of a checkpoint: weights and optimizer state of every parameter, once."""
+    return parameters * (params_dtype(config).itemsize + bytes_per_parameter(config))
+
+
 def stage_activations(
     config: RunConfig,
     transformer: TransformerConfig,
@@ -68,17 +151,7 @@ def stage_activations(
     stage: int,
     micro_batches: int,
 ) -> Activations:
-    """Activations of one rank of a pipeline stage.
-
-    Args:
-        config: the resolved configuration.
-        transformer: what follows from it.
-        layout: of the ranks.
-        host: what they have; decides the kernels.
-        stage: 0-based.
-        micro_batches: that each rank runs in a step.
-
-    """
+    """Return the activations of one rank of a pipeline stage, with that many micro-batches a step."""
     layer = Layer(config, transformer, layout, host)
     chunks, routed = stage_layers(transformer, stage), set(moe_layers(transformer))
     in_flight = passes_in_flight(transformer, stage, micro_batches)
@@ -99,7 +172,7 @@ def stage_activations(
 
 
 def passes_in_flight(transformer: TransformerConfig, stage: int, micro_batches: int) -> int:
-    """Forward passes of chunks whose backward pass is still to come, at most.
+    """Return how many forward passes of chunks at most await their backward pass.
 
     1F1B begins with p - 1 - i passes on stage i before the first that goes back at once; the interleaved
     schedule with 2 (p - 1 - i) + (v - 1) g, g micro-batches to a group (Narayanan et al. 2021).
@@ -113,14 +186,9 @@ def passes_in_flight(transformer: TransformerConfig, stage: int, micro_batches: 
 
 
 def kept_of_layer(transformer: TransformerConfig, place: int, full: int, border: int) -> int:
-    """Bytes that a layer keeps under full recomputation, or `full` without it.
+    """Return the bytes that a layer keeps under full recomputation: all, its input (`border`) or nothing.
 
-    Args:
-        transformer: how much is recomputed.
-        place: of the layer in its stage or chunk, 0-based.
-        full: bytes of everything that the layer would keep.
-        border: bytes of its input.
-
+    `place` is that of the layer in its stage or chunk, from 0.
     """
     if transformer.recompute_granularity != "full":
         return full
@@ -160,20 +228,19 @@ class Layer:
         return 2 if self.host.cuda else 3
 
     def bytes_kept(self, *, is_moe: bool) -> int:
-        """Bytes in all, selective recomputation taken into account."""
-        again = self._again
+        """Return the bytes in all, selective recomputation taken into account."""
+        again, hidden = self._again, self.transformer.hidden_size
         norms = 2 * (self.norm_copies - ("layernorm" in again))
-        a_token = norms * self.transformer.hidden_size + self._attention(again)
-        router = 0
-        if is_moe:
-            a_token += self._moe(again)
-            router = 0 if "moe" in again else self._router_bytes()
-        elif "mlp" not in again:
-            a_token += self._mlp(self.transformer.ffn_hidden_size, weighted=False)
+        elements, extra_bytes = norms * hidden + self._attention(again), 0  # for each token
+        if is_moe and "moe" not in again:
+            elements += self._moe(again)
+            extra_bytes = self._router_bytes()
+        elif not is_moe and "mlp" not in again:
+            elements += self._mlp(self.transformer.ffn_hidden_size, weighted=False)
         if self.transformer.hidden_dropout:
-            router += 2 * self.transformer.hidden_size  # two masks, a byte each
+            extra_bytes += 2 * hidden  # two masks, a byte each
         here = self.tokens // self.layout.tp
-        return here * (self.element * a_token + router) + self.element * self._attention_extras(again)
+        return here * (self.element * elements + extra_bytes) + self.element * self._attention_extras(again)
 
     @property
     def _again(self) -> set[str]:
@@ -234,7 +301,7 @@ class Layer:
         if self._keeps_scores:
             heads = self.transformer.num_attention_heads // self.layout.tp
             return tables + heads * self.tokens * self.config.data.seq_length
-        # scaled_dot_product_attention makes numbers of a mask, anew in each layer, and keeps them
+        # scaled_dot_product_attention makes numbers of a mask, again in each layer, and keeps them
         return tables + self.tokens * self.config.data.seq_length
 
     @property
@@ -248,10 +315,7 @@ class Layer:
     def _mlp(self, width: int, *, weighted: bool) -> int:
         """Elements a token between the two linear layers of an MLP, and the input of the second.
 
-        Args:
-            width: of the second layer's input.
-            weighted: whether the output is multiplied by the router's weight, as an expert's is.
-
+        `width` is that of the second layer's input; an expert's output is weighted by the router.
         """
         gated = self.transformer.gated_linear_unit
         if self.transformer.bias_activation_fusion:
@@ -262,8 +326,6 @@ class Layer:
 
     def _moe(self, again: set[str]) -> int:
         """Elements a token: of those sent out, as many as the rank's experts get."""
-        if "moe" in again:
-            return 0
         transformer, elements = self.transformer, 0
         shared = transformer.moe_shared_expert_intermediate_size
         if shared and "shared_experts" not in again:
@@ -280,100 +342,3 @@ class Layer:
         own = {"fp32": 4, "fp64": 8}.get(str(self.transformer.moe_router_dtype), self.element)
         copy = self.transformer.hidden_size * own if own != self.element else 0
         return copy + 3 * own * int(self.transformer.num_moe_experts or 0)
-
-
-MASTER, MOMENTS = 4, 8
-"""Bytes of the optimizer for each parameter, unless it is told other types."""
-PRECISION_AWARE = ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
-OVERHEAD_BYTES = 2 * 2**30
-"""Of a GPU that no formula has: the CUDA context, NCCL's buffers, workspaces of the libraries."""
-FRAGMENTATION = 1.05
-"""Of what the allocator holds to what is in use, with room for rows of experts that get more than others."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageMemory:
-    """Bytes on each rank of a pipeline stage."""
-
-    stage: int
-    layers: int
-    parameters: Parameters
-    """How many, not bytes."""
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: Activations
-
-    @property
-    def total(self) -> int:
-        """What the formulas give."""
-        return self.weights + self.gradients + self.optimizer + self.activations.total
-
-    @property
-    def needed(self) -> int:
-        """What a GPU should have: the total, fragmentation and what the libraries hold."""
-        return int(self.total * FRAGMENTATION) + OVERHEAD_BYTES
-
-
-def memory_by_stage(config: RunConfig, layout: Layout, host: Host) -> list[StageMemory]:
-    """Memory of a rank of each pipeline stage, for a configuration that was checked.
-
-    Args:
-        config: the resolved configuration.
-        layout: of the ranks.
-        host: what they have.
-
-    Raises:
-        InputError: a model whose parameters are not known before it is built.
-
-    """
-    transformer = transformer_here(config)
-    return [_stage_memory(config, transformer, layout, host, stage) for stage in range(layout.pp)]
-
-
-def _stage_memory(
-    config: RunConfig, transformer: TransformerConfig, layout: Layout, host: Host, stage: int
-) -> StageMemory:
-    parameters = stage_parameters(config, transformer, stage)
-    weights, gradients = params_dtype(config).itemsize, FP32
-    if not ddp_config(config).grad_reduce_in_fp32:
-        gradients = weights
-    return StageMemory(
-        stage=stage,
-        layers=_layers_of(transformer, stage),
-        parameters=parameters,
-        weights=weights * parameters.total,
-        gradients=gradients * parameters.total,
-        optimizer=_optimizer_bytes(config, layout, parameters),
-        activations=stage_activations(
-            *(config, transformer, layout, host), stage=stage, micro_batches=micro_batches(config, layout)
-        ),
-    )
-
-
-def _layers_of(transformer: TransformerConfig, stage: int) -> int:
-    return sum(map(len, stage_layers(transformer, stage)))
-
-
-def _optimizer_bytes(config: RunConfig, layout: Layout, parameters: Parameters) -> int:
-    """Of one rank; the distributed optimizer shards over data- and context-parallel ranks."""
-    each, replicas = bytes_per_parameter(config), layout.dp * layout.cp
-    if not config.parallel.use_distributed_optimizer:
-        return each * parameters.total
-    # Without expert parallelism Megatron-Core keeps experts in the same buffers as everything else.
-    of_experts = layout.expert_dp if layout.ep > 1 else replicas
-    return -(-each * parameters.dense // replicas) + -(-each * parameters.expert // of_experts)
-
-
-def bytes_per_parameter(config: RunConfig) -> int:
-    """Bytes of optimizer state for a parameter that is not sharded."""
-    if config.optimizer.megatron.get("use_precision_aware_optimizer"):
-        given = {**{name: torch.float32 for name in PRECISION_AWARE}, **config.optimizer.megatron}
-        kinds = [str(given[name]).removeprefix("torch.") for name in PRECISION_AWARE]
-        return sum(getattr(torch, kind).itemsize for kind in kinds)
-    return MOMENTS + (MASTER if config.training.bf16 else 0)
-
-
-def checkpoint_bytes(config: RunConfig, parameters: int) -> int:
-    """Size of a checkpoint: weights and optimizer state of every parameter, once."""
-    return parameters * (params_dtype(config).itemsize + bytes_per_parameter(config))

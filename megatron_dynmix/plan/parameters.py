@@ -6,6 +6,7 @@ data-parallel ranks, `expert` parameters over the expert-data-parallel ones.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -36,12 +37,12 @@ class Parameters:
     expert: int
 
     def __add__(self, other: Parameters) -> Parameters:
-        """Sum part by part."""
+        """Add part by part."""
         return Parameters(self.dense + other.dense, self.expert + other.expert)
 
     @property
     def total(self) -> int:
-        """Both together."""
+        """Return both together."""
         return self.dense + self.expert
 
 
@@ -55,14 +56,14 @@ class Shards:
 
 
 def transformer_here(config: RunConfig) -> TransformerConfig:
-    """Megatron-Core's configuration, without ways to compute that this machine cannot even name to it."""
+    """Return Megatron-Core's configuration, without ways to compute that this machine cannot name to it."""
     here = platform.start()
     host = Host(cuda=here.device.type == "cuda", transformer_engine=here.transformer_engine)
     return transformer_config(without_unmet(config, host))
 
 
 def stage_layers(transformer: TransformerConfig, stage: int) -> list[list[int]]:
-    """0-based decoder layers of a pipeline stage, by virtual chunk: `[[0, 1], [4, 5]]`."""
+    """Return the decoder layers of a pipeline stage, from 0, by virtual chunk: `[[0, 1], [4, 5]]`."""
     chunks = transformer.virtual_pipeline_model_parallel_size
     found = []
     for chunk in range(chunks) if chunks else [None]:
@@ -73,26 +74,21 @@ def stage_layers(transformer: TransformerConfig, stage: int) -> list[list[int]]:
 
 
 def stage_parameters(config: RunConfig, transformer: TransformerConfig, stage: int) -> Parameters:
-    """Parameters of one rank of a pipeline stage.
-
-    Args:
-        config: the resolved configuration.
-        transformer: what follows from it.
-        stage: 0-based.
-
-    """
+    """Return the parameters of one rank of a pipeline stage, which are counted from 0."""
     refuse_unknown(transformer)
-    shards = _shards(transformer)
+    shards = Shards(
+        tp=transformer.tensor_model_parallel_size,
+        etp=int(transformer.expert_tensor_parallel_size or 1),
+        ep=transformer.expert_model_parallel_size,
+    )
     routed = set(moe_layers(transformer))
-    last = stage == transformer.pipeline_model_parallel_size - 1
-    layers = [layer for chunk in stage_layers(transformer, stage) for layer in chunk]
     total = Parameters(0, 0)
-    for layer in layers:
+    for layer in itertools.chain(*stage_layers(transformer, stage)):
         total += layer_parameters(config, transformer, shards, is_moe=layer in routed)
     words = padded_vocab_size(config) // shards.tp * transformer.hidden_size
     if stage == 0:
         total += Parameters(words, 0)
-    if last:
+    if stage == transformer.pipeline_model_parallel_size - 1:
         total += Parameters(_norm(transformer, transformer.hidden_size), 0)
         # Tied weights of a model on one stage are the embedding's; on several, the last has a copy.
         if config.model.untie_embeddings_and_output_weights or stage > 0:
@@ -101,11 +97,9 @@ def stage_parameters(config: RunConfig, transformer: TransformerConfig, stage: i
 
 
 def model_parameters(config: RunConfig, *, active: bool = False) -> int:
-    """Parameters of the model as it is published: no padding, nothing held twice.
+    """Return the parameters of the model as it is published: no padding, nothing held twice.
 
-    Args:
-        config: the resolved configuration, of any layout.
-        active: only those that a token meets: of the experts, those that it is routed to.
+    `active` are only those that a token meets: of the experts, those that it is routed to.
 
     Raises:
         InputError: a model whose parameters are not known here.
@@ -128,12 +122,7 @@ def model_parameters(config: RunConfig, *, active: bool = False) -> int:
 
 
 def refuse_unknown(transformer: TransformerConfig) -> None:
-    """Refuse to count what is not known.
-
-    Raises:
-        InputError: the setting.
-
-    """
+    """Refuse settings that give layers other parameters than are counted here."""
     for name in UNKNOWN:
         if getattr(transformer, name, None):
             raise InputError(
@@ -145,7 +134,7 @@ def refuse_unknown(transformer: TransformerConfig) -> None:
 def layer_parameters(
     config: RunConfig, transformer: TransformerConfig, shards: Shards, *, is_moe: bool
 ) -> Parameters:
-    """Parameters of one rank's part of a decoder layer."""
+    """Return the parameters of one rank's part of a decoder layer."""
     hidden = transformer.hidden_size
     dense = 2 * _norm(transformer, hidden) + _attention(config, transformer, shards.tp)
     if not is_moe:
@@ -157,14 +146,6 @@ def layer_parameters(
         dense += _mlp(transformer, shared, shards.tp) + hidden * bool(transformer.moe_shared_expert_gate)
     width = int(transformer.moe_ffn_hidden_size or transformer.ffn_hidden_size)
     return Parameters(dense, experts // shards.ep * _mlp(transformer, width, shards.etp))
-
-
-def _shards(transformer: TransformerConfig) -> Shards:
-    return Shards(
-        tp=transformer.tensor_model_parallel_size,
-        etp=int(transformer.expert_tensor_parallel_size or 1),
-        ep=transformer.expert_model_parallel_size,
-    )
 
 
 def _norm(transformer: TransformerConfig, width: int) -> int:
@@ -191,7 +172,7 @@ def _attention(config: RunConfig, transformer: TransformerConfig, tp: int) -> in
 
 
 def _latent_attention(transformer: MLATransformerConfig, tp: int) -> int:
-    """Queries, keys and values by way of latents; what makes these, each tensor-parallel rank has whole."""
+    """Count attention by way of latents, whose projections each tensor-parallel rank has whole."""
     hidden, heads = transformer.hidden_size, transformer.num_attention_heads
     latents = [transformer.kv_lora_rank, *([transformer.q_lora_rank] if transformer.q_lora_rank else [])]
     whole = hidden * (sum(latents) + transformer.qk_pos_emb_head_dim)
@@ -216,7 +197,7 @@ def _router(config: RunConfig, transformer: TransformerConfig, experts: int) -> 
 
 
 def _mlp(transformer: TransformerConfig, width: int, tp: int) -> int:
-    """Both linear layers of one MLP or expert: the first has two outputs where it is gated."""
+    """Count both linear layers of one MLP or expert: the first has two outputs where it is gated."""
     hidden = transformer.hidden_size
     first = width * (2 if transformer.gated_linear_unit else 1)
     total = (first + width) * hidden // tp

@@ -1,7 +1,4 @@
-"""How much a run does: tokens, weight updates, and what measuring for them costs.
-
-A run on so many ranks, reckoned: everything that `plan` and the start of a run say of it.
-"""
+"""What is known of a run on so many ranks before it starts: layout, memory, work and sources."""
 
 from __future__ import annotations
 
@@ -37,21 +34,16 @@ class MixingWork:
 
 
 def tokens_per_iteration(config: RunConfig) -> int:
-    """Positions of a full batch, padding included."""
+    """Return the positions of a full batch, padding included."""
     assert config.training.global_batch_size is not None, "checked before"
     return config.training.global_batch_size * config.data.seq_length
 
 
 def mixing_work(config: RunConfig, run_rows: int) -> MixingWork:
-    """Updates of the weights and their cost.
+    """Return the updates of the weights and their cost, for a run that trains on `run_rows`.
 
     A token's forward pass costs the same in a probe and in training; training adds a backward pass that
-    costs two, and one more forward pass under full recomputation. Selective recomputation is not reckoned.
-
-    Args:
-        config: the resolved configuration.
-        run_rows: rows that the run trains on.
-
+    costs two, and one more forward pass under full recomputation. Selective recomputation is not counted.
     """
     mixing, iterations = config.mixing, config.training.train_iters
     assert iterations is not None, "checked before"
@@ -62,13 +54,12 @@ def mixing_work(config: RunConfig, run_rows: int) -> MixingWork:
     transformer = transformer_here(config)
     passes = 1 + BACKWARD + (transformer.recompute_granularity == "full")
     probed, trained = updates * rows, passes * run_rows
-    experts = transformer.num_moe_experts or 1
-    sources = len(config.data.sources)
+    counts = len(config.data.sources) * len(moe_layers(transformer)) * (transformer.num_moe_experts or 1)
     return MixingWork(
         updates=updates,
         probe_tokens=rows * config.data.seq_length,
         compute_share=probed / (probed + trained),
-        count_bytes=COUNT_BYTES * HALVES * sources * len(moe_layers(transformer)) * experts,
+        count_bytes=COUNT_BYTES * HALVES * counts,
     )
 
 
@@ -112,15 +103,7 @@ class Plan:
         sources: Mapping[str, SourceWork | str],
         notes: tuple[str, ...] = (),
     ) -> Plan:
-        """Reckon a run that was checked.
-
-        Args:
-            config: the resolved configuration.
-            world_size: ranks.
-            host: what they have.
-            run_rows: rows that the run trains on.
-            sources: what is known of each.
-            notes: what could not be checked.
+        """Plan a run that was checked.
 
         Raises:
             InputError: a model whose parameters are not known before it is built.
@@ -140,25 +123,25 @@ class Plan:
 
     @property
     def largest(self) -> StageMemory:
-        """The stage that needs the most memory."""
+        """Return the stage that needs the most memory."""
         return max(self.memory, key=lambda stage: stage.total)
 
     @property
     def micro_batches(self) -> int:
-        """Of each rank in a step of the full batch."""
+        """Return those of each rank in a step of the full batch."""
         return micro_batches(self.config, self.layout)
 
     @property
     def bubble(self) -> float:
-        """Share of a step that pipeline stages wait."""
+        """Return the share of a step that pipeline stages wait."""
         return bubble_share(self.layout, self.micro_batches)
 
     def fits(self, gpu_bytes: int) -> bool:
-        """Whether the largest stage has room on such a GPU."""
+        """Return whether the largest stage has room on such a GPU."""
         return self.largest.needed <= gpu_bytes
 
     def as_json(self) -> dict[str, Any]:
-        """All of it in plain values: bytes, counts, shares."""
+        """Return all of it in plain values: bytes, counts, shares."""
         parameters = model_parameters(self.config)
         return {
             "layout": self.layout.as_json(),
@@ -183,7 +166,7 @@ class Plan:
         }
 
     def epochs(self, source: SourceWork) -> float:
-        """Times that the run draws each row of a source, if its share stays as it is."""
+        """Return how often the run draws each row of a source, if its share stays as it is."""
         return source.share * self.run_rows / source.rows
 
     def _source_json(self, source: SourceWork) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.host import Host
@@ -27,7 +28,7 @@ Check = Callable[[RunConfig, int], None]
 
 
 @dataclass(frozen=True)
-class Saving:
+class Economy:
     """A way to keep fewer activations."""
 
     flags: str
@@ -35,14 +36,14 @@ class Saving:
     """Settings of the model section."""
 
 
-SAVINGS = (
-    Saving("", {}),
-    Saving("--bias-activation-fusion", {"bias_activation_fusion": True}),
-    Saving(
+ECONOMIES = (
+    Economy("", {}),
+    Economy("--bias-activation-fusion", {"bias_activation_fusion": True}),
+    Economy(
         "--recompute-granularity selective --recompute-modules [moe]",
         {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
     ),
-    Saving(
+    Economy(
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         {
             **{"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
@@ -54,7 +55,7 @@ SAVINGS = (
 
 
 @dataclass(frozen=True)
-class Proposal:
+class Alternative:
     """A layout that passes every check."""
 
     layout: Layout
@@ -64,7 +65,7 @@ class Proposal:
     """Flags that it needs beside those of the layout."""
 
     def describe(self) -> str:
-        """Flags, memory and bubble in one line."""
+        """Return flags, memory and bubble in one line."""
         layout = self.layout
         sizes = {
             **{"tensor-model": layout.tp, "pipeline-model": layout.pp, "context": layout.cp},
@@ -81,38 +82,31 @@ class Proposal:
 
 def propose(
     config: RunConfig, world_size: int, host: Host, check: Check, gpu_bytes: int | None
-) -> list[Proposal]:
-    """The layout asked for with what makes it fit, then the best few others.
+) -> list[Alternative]:
+    """Return the layout asked for with what makes it fit, then the best few others.
 
-    Among the others: smallest TP, no CP, all-to-all inside a node, short bubbles.
-
-    Args:
-        config: what was asked for; batch, model and precision stay as they are.
-        world_size: ranks.
-        host: what they have.
-        check: what `train` refuses.
-        gpu_bytes: memory that they have; None: any will do.
-
+    Among the others: smallest TP, no CP, all-to-all inside a node, short bubbles. Batch, model and precision
+    stay as they are. Without `gpu_bytes` any memory will do.
     """
 
-    def proposal(candidate: RunConfig, saving: str) -> Proposal | None:
+    def proposal(candidate: RunConfig, saving: str) -> Alternative | None:
         try:
             check(candidate, world_size)
             layout = Layout.of(candidate, world_size)
             largest = max(memory_by_stage(candidate, layout, host), key=lambda stage: stage.total)
-        except InputError:  # it cannot run, or cannot be reckoned: what was asked for says which
+        except InputError:  # it cannot run, or cannot be sized: what was asked for says which
             return None
         if gpu_bytes is not None and largest.needed > gpu_bytes:
             return None
-        return Proposal(layout, largest, bubble_share(layout, micro_batches(candidate, layout)), saving)
+        return Alternative(layout, largest, bubble_share(layout, micro_batches(candidate, layout)), saving)
 
     found = []
-    for saving in SAVINGS:
+    for saving in ECONOMIES:
         if same := proposal(_with_model(config, saving.model), saving.flags):
             found.append(same)
             break
     others = sorted(_sizes(config, world_size), key=lambda sizes: _preference(config, world_size, sizes))
-    for saving in SAVINGS:
+    for saving in ECONOMIES:
         for sizes in others:
             if other := proposal(_with_layout(_with_model(config, saving.model), sizes), saving.flags):
                 if other not in found:
@@ -124,8 +118,7 @@ def propose(
     return found
 
 
-@dataclass(frozen=True)
-class _Sizes:
+class _Sizes(NamedTuple):
     tp: int
     pp: int
     cp: int
@@ -133,17 +126,14 @@ class _Sizes:
 
 
 def _sizes(config: RunConfig, world_size: int) -> Iterator[_Sizes]:
-    """All that divide the ranks, the layers and the experts."""
+    """Yield all that divide the ranks, the layers and the experts."""
     layers = int(config.model.megatron["num_layers"])
     experts = int(config.model.megatron.get("num_moe_experts") or 1)
     given = config.parallel.size("context_parallel_size")
     contexts = CONTEXT_SIZES if given > 1 or config.data.seq_length >= LONG_ROWS else (1,)
-    for tp in TENSOR_SIZES:
-        for pp in _divisors(layers):
-            for cp in contexts:
-                for ep in _divisors(experts):
-                    if world_size % (tp * pp * cp) == 0 and world_size % (ep * pp) == 0:
-                        yield _Sizes(tp, pp, cp, ep)
+    for tp, pp, cp, ep in itertools.product(TENSOR_SIZES, _divisors(layers), contexts, _divisors(experts)):
+        if world_size % (tp * pp * cp) == 0 and world_size % (ep * pp) == 0:
+            yield _Sizes(tp, pp, cp, ep)
 
 
 def _preference(config: RunConfig, world_size: int, sizes: _Sizes) -> tuple[Any, ...]:
@@ -160,10 +150,9 @@ def _with_model(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
 
 
 def _with_layout(config: RunConfig, sizes: _Sizes) -> RunConfig:
-    """The run in another layout; what only goes with the pipeline that it had is left out."""
-    parallel = dict(config.parallel.megatron)
-    same_pipeline = sizes.pp == config.parallel.size("pipeline_model_parallel_size")
-    parallel |= {
+    """Return the run in another layout, without what only goes with the pipeline that it had."""
+    parallel = {
+        **config.parallel.megatron,
         "tensor_model_parallel_size": sizes.tp,
         "pipeline_model_parallel_size": sizes.pp,
         "context_parallel_size": sizes.cp,
@@ -172,7 +161,7 @@ def _with_layout(config: RunConfig, sizes: _Sizes) -> RunConfig:
         "sequence_parallel": sizes.tp > 1,
     }
     model = dict(config.model.megatron)
-    if not same_pipeline:
+    if sizes.pp != config.parallel.size("pipeline_model_parallel_size"):
         for name in ("virtual_pipeline_model_parallel_size", "overlap_p2p_comm", "batch_p2p_comm"):
             parallel.pop(name, None)
         model = {name: value for name, value in model.items() if not name.startswith("num_layers_in_")}
@@ -184,7 +173,7 @@ def _with_layout(config: RunConfig, sizes: _Sizes) -> RunConfig:
 
 
 def nearest_world_sizes(config: RunConfig, world_size: int, check: Check) -> list[int]:
-    """Numbers of ranks that the layout asked for can run on: the next below and the next above, if any."""
+    """Return the next numbers of ranks below and above, if any, that the layout asked for can run on."""
     layout = Layout.of(config, world_size)
     step = math.lcm(layout.tp * layout.pp * layout.cp, layout.etp * layout.ep * layout.pp)
     multiples = range(step, 2 * max(world_size, step) + 1, step)

@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 def plan_text(plan: Plan) -> str:
-    """Everything, part by part."""
+    """Return everything, part by part."""
     parts = [
         "\n".join(
             [model_line(plan), f"layout   {plan.layout.describe()}", f"ranks    {host_text(plan.host)}"]
@@ -31,7 +31,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def model_line(plan: Plan) -> str:
-    """Parameters of the model, in all and for each token, and the size of a checkpoint."""
+    """Return the parameters of the model, in all and for each token, and the size of a checkpoint."""
     total, active = model_parameters(plan.config), model_parameters(plan.config, active=True)
     size, model = checkpoint_bytes(plan.config, total), plan.config.model
     name = model.preset or model.load_hf or "as given"
@@ -42,21 +42,19 @@ def model_line(plan: Plan) -> str:
 
 
 def host_text(host: Host) -> str:
-    """What the ranks have, in words."""
+    """Say what the ranks have."""
     if not host.cuda:
         return "on CPU, over gloo"
     return "CUDA with Transformer Engine" if host.transformer_engine else "CUDA without Transformer Engine"
 
 
 def memory_text(plan: Plan) -> str:
-    """A line for each pipeline stage; the largest is marked."""
+    """Return a line for each pipeline stage; the largest is marked."""
     header = ["stage", "layers", "parameters", "weights", "gradients", "optimizer", "activations", "total"]
+    several = len(plan.memory) > 1
     rows = [
         [
-            *(
-                f"{stage.stage}{' (largest)' * (stage is plan.largest and len(plan.memory) > 1)}",
-                stage.layers,
-            ),
+            *(f"{stage.stage}{' (largest)' * (stage is plan.largest and several)}", stage.layers),
             *(count(stage.parameters.total), size_text(stage.weights), size_text(stage.gradients)),
             *(size_text(stage.optimizer), size_text(stage.activations.total), size_text(stage.total)),
         ]
@@ -66,7 +64,7 @@ def memory_text(plan: Plan) -> str:
 
 
 def needs_line(stage: StageMemory, host: Host, gpu_bytes: int | None = None) -> str:
-    """What the largest stage needs, and whether a GPU has it."""
+    """Say what the largest stage needs, and whether a GPU has it."""
     if not host.cuda:
         return f"a rank needs about {size_text(stage.total)} of main memory"
     margin = f"{FRAGMENTATION - 1:.0%} and {size_text(OVERHEAD_BYTES)} for what no formula has"
@@ -91,11 +89,9 @@ def _groups(plan: Plan) -> str:
 
 def _steps(plan: Plan) -> str:
     training = plan.config.training
-    tokens = tokens_per_iteration(plan.config)
-    each = training.micro_batch_size
     lines = [
         f"step     {training.global_batch_size} rows = {plan.layout.dp} replicas x {plan.micro_batches} "
-        f"micro-batches x {each}; {tokens:,} tokens"
+        f"micro-batches x {training.micro_batch_size}; {tokens_per_iteration(plan.config):,} tokens"
     ]
     if plan.layout.pp > 1:
         lines.append(f"         pipeline stages wait {plan.bubble:.1%} of it")
@@ -105,7 +101,7 @@ def _steps(plan: Plan) -> str:
 
 
 def epochs_table(plan: Plan, sources: Sequence[SourceWork]) -> str:
-    """Rows and tokens of an epoch of each source, and the epochs that the run draws of it."""
+    """Return rows and tokens of an epoch of each source, and the epochs that the run draws of it."""
     header = ["source", "rows", "tokens an epoch", "useful", "start weight", "epochs in the run"]
     length = plan.config.data.seq_length
     rows = [
@@ -145,7 +141,7 @@ def _mixing(plan: Plan) -> str:
 
 
 def count(number: int) -> str:
-    """`46.70 B`, `1.31 M` or the number in full."""
+    """Return `46.70 B`, `1.31 M` or the number in full."""
     for unit, size in (("B", 10**9), ("M", 10**6)):
         if number >= size:
             return f"{number / size:.2f} {unit}"
@@ -153,7 +149,7 @@ def count(number: int) -> str:
 
 
 def size_text(size: int) -> str:
-    """Bytes as GiB, MiB or KiB."""
+    """Return bytes as GiB, MiB or KiB."""
     for unit, each in (("GiB", GIB), ("MiB", 2**20)):
         if size >= each:
             return f"{size / each:.1f} {unit}"

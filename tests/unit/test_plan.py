@@ -140,7 +140,7 @@ def test_what_is_proposed_passes_and_fits(flags, elsewhere, capsys):
         assert main(["plan", str(path), *map(str, flags), *proposal]) == 0, shlex.join(proposal)
 
 
-def test_a_model_that_cannot_be_reckoned_is_refused_for_its_layout_first(elsewhere, capsys):
+def test_a_model_that_cannot_be_sized_is_refused_for_its_layout_first(elsewhere, capsys):
     flags = ["--attention-output-gate", "--world-size", 64, "--expert-model-parallel-size"]
     assert "expert_model_parallel_size 3 does not divide" in refused(capsys, elsewhere(), *flags, 3)
     assert "attention_output_gate is True: the parameters of such" in refused(capsys, elsewhere(), *flags, 8)

@@ -54,7 +54,7 @@ KEPT = {
 }
 CPU = Host(cuda=False, transformer_engine=False)
 TOLERANCE = {"bf16": 0.1, "full recomputation": 0.05}
-"""Not reckoned with: float32 copies that norms of bf16 keep on a CPU, masks that recomputation keeps.
+"""Not counted: float32 copies that norms of bf16 keep on a CPU, masks that recomputation keeps.
 
 All others: 2%.
 """
@@ -154,7 +154,7 @@ LAYOUTS = {
 }
 
 
-def test_ranks_together_keep_what_is_reckoned_for_each(tmp_path):
+def test_ranks_together_keep_what_is_estimated_for_each(tmp_path):
     """On average over the ranks: a router that was never trained is not in balance."""
     configs = []
     for parallel in LAYOUTS.values():
@@ -165,11 +165,11 @@ def test_ranks_together_keep_what_is_reckoned_for_each(tmp_path):
     by_rank = run_ranks(WORLD, kept_together, configs)
     for config, name, *kept in zip(configs, LAYOUTS, *by_rank, strict=True):
         layout = Layout.of(config, WORLD)
-        reckoned = stage_activations(
+        estimate = stage_activations(
             *(config, transformer_config(config), layout, CPU), stage=0, micro_batches=1
         )
-        softmax = reckoned.logits // 12 * 4
-        assert sum(kept) / WORLD == pytest.approx(reckoned.layers + softmax, rel=0.02), name
+        softmax = estimate.logits // 12 * 4
+        assert sum(kept) / WORLD == pytest.approx(estimate.layers + softmax, rel=0.02), name
 
 
 GPU = Host(cuda=True, transformer_engine=True)

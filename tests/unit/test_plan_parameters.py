@@ -1,4 +1,4 @@
-"""Parameters are reckoned exactly: rank by rank those of a model that was built, in total those published."""
+"""Parameters are counted exactly: rank by rank those of a model that was built, in total those published."""
 
 import json
 from concurrent.futures import ProcessPoolExecutor
@@ -119,8 +119,8 @@ def test_each_rank_has_the_parameters_of_a_model_that_was_built(name, built, tmp
     transformer = transformer_config(config)
     for rank in range(CASES[name][0]):
         stage, dense, expert = built[name, rank]
-        reckoned = stage_parameters(config, transformer, stage)
-        assert (reckoned.dense, reckoned.expert) == (dense, expert), f"rank {rank}, stage {stage}"
+        counted = stage_parameters(config, transformer, stage)
+        assert (counted.dense, counted.expert) == (dense, expert), f"rank {rank}, stage {stage}"
 
 
 @pytest.mark.parametrize(
