@@ -1,12 +1,11 @@
-"""How the ranks of a job find one another.
+"""How the ranks of a job find one another, and who of them is missing when a collective fails.
 
 torchrun starts failed ranks again in the same store, where the last attempt has left its addresses: rank 0
-opens a new part of it for each attempt, and the others come until it has seen them there.
+opens a new part of it for each attempt, and the others come until it has seen them there. (torchrun's own
+TORCHELASTIC_RESTART_COUNT cannot name the attempt: it counts only what has failed on the rank's own host.)
 
-How the ranks of a job are: each says so once a second, and is asked when a collective has failed.
-
-A rank whose process is gone or frozen says nothing more; one that hangs in a computation or waits for another
-still does, but its iteration stays.
+Each rank then says once a second how it is. One whose process is gone or frozen says nothing more; one that
+hangs in a computation or waits for another still does, but its iteration stays.
 """
 
 from __future__ import annotations
@@ -28,18 +27,21 @@ from megatron_dynmix import platform
 from megatron_dynmix.errors import TrainingStopped
 
 POLL_SECONDS = 1.0
+BEAT_SECONDS = 1.0
+PATIENCE_SECONDS = 3.0
+"""A rank that has said nothing for so long is gone."""
+ANSWER_SECONDS = 15.0
+"""How long the store may take to answer everything; it does not say when its host has gone."""
 NAMED = 8
 """Ranks that one message names."""
 
+Answer = TypeVar("Answer")
+Ranks = dict[int, dict[str, Any]]
+"""What each rank said last."""
+
 
 def meet(timeout_minutes: float) -> torch.distributed.Store:
-    """Wait until every rank of the job is there.
-
-    Args:
-        timeout_minutes: how long.
-
-    Returns:
-        The part of the job's store that belongs to this attempt.
+    """Wait until every rank of the job is there; return the part of the store that belongs to this attempt.
 
     Raises:
         TrainingStopped: the store cannot be reached, or ranks are missing; the first to give up says which.
@@ -90,7 +92,7 @@ def _come(store: torch.distributed.Store, rank: int, deadline: float) -> torch.d
 
 
 def _absent(store: torch.distributed.Store, world_size: int, timeout_minutes: float) -> str:
-    """Which ranks have not come, on the first rank that asks."""
+    """Say which ranks have not come, on the first rank that asks."""
     missing = ["0"]
     with contextlib.suppress(torch.distributed.DistError):
         if store.check(["attempt"]):
@@ -135,24 +137,14 @@ def _wait_for_host(seconds: float) -> None:
 
 
 def store_address() -> str:
-    """Where the ranks meet."""
+    """Return where the ranks meet."""
     return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
 
 def shortened(names: Sequence[str]) -> str:
-    """Names in a row, no more than one can read."""
+    """Join names, no more than one can read."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
-
-
-BEAT_SECONDS = 1.0
-PATIENCE_SECONDS = 3.0
-"""A rank that has said nothing for so long is gone."""
-ANSWER_SECONDS = 15.0
-"""How long the store may take to answer everything; it does not say when its host has gone."""
-
-Answer = TypeVar("Answer")
-Ranks = dict[int, dict[str, Any]]
 
 
 @contextlib.contextmanager
@@ -204,12 +196,7 @@ class Heartbeat:
         _bounded(self._post)
 
     def explain(self) -> str:
-        """Who made a collective fail: one message of the whole job.
-
-        Returns:
-            The message, where this rank is the first to ask; otherwise nothing.
-
-        """
+        """Say who made a collective fail, if this rank is the first to ask: one message of the whole job."""
         self._fall_silent("waiting")
         found = _bounded(self._look)
         if found is None:
@@ -217,9 +204,7 @@ class Heartbeat:
                 f"{store_address()}, where the ranks meet, does not answer: its host or the network is gone"
             )
         first, before, after = found
-        if not first:
-            return ""
-        return describe(before, after, self._world_size)
+        return describe(before, after, self._world_size) if first else ""
 
     def _fall_silent(self, state: str) -> None:
         self._ended.set()
@@ -245,7 +230,7 @@ class Heartbeat:
         self._store.set(_key(self._rank), json.dumps(said))
 
     def _look(self) -> tuple[bool, Ranks, Ranks]:
-        """Whether this rank is the first to ask, and what was said before and after some patience."""
+        """Return whether this rank is the first to ask, and what was said before and after some patience."""
         self._post()
         if self._store.add("heartbeat/asked", 1) > 1:
             if self._rank == 0:
@@ -263,7 +248,7 @@ class Heartbeat:
 
 
 def describe(before: Ranks, after: Ranks, world_size: int) -> str:
-    """One message of what the ranks said, twice, some seconds apart."""
+    """Make one message of what the ranks said, twice, some seconds apart."""
     newest = max(said["iteration"] for said in after.values())
     silent = {
         rank: said
@@ -276,18 +261,21 @@ def describe(before: Ranks, after: Ranks, world_size: int) -> str:
         for rank, said in after.items()
         if said["iteration"] < newest and rank not in silent and rank not in failed
     }
-    parts = [f"{_names(failed)} failed with a message of {_own(failed)} own" if failed else ""]
-    parts += [f"{_names(silent)} {_is(silent)} gone or frozen" if silent else ""]
-    parts += [f"{_names(behind)} {_is(behind)} behind" if behind else ""]
-    text = "; ".join(part for part in parts if part)
-    return (
-        text
-        or f"all {world_size} ranks are there and in the same iteration: look at the network between them"
-    )
+    parts = []
+    for ranks, one, several in (
+        (failed, "failed with a message of its own", "failed with a message of their own"),
+        (silent, "is gone or frozen", "are gone or frozen"),
+        (behind, "is behind", "are behind"),
+    ):
+        if ranks:
+            parts.append(f"{_names(ranks)} {one if len(ranks) == 1 else several}")
+    if parts:
+        return "; ".join(parts)
+    return f"all {world_size} ranks are there and in the same iteration: look at the network between them"
 
 
 def _names(ranks: Ranks) -> str:
-    """Ranks with all that helps to find them, and no more than one can read."""
+    """Name ranks with all that helps to find them, and no more than one can read."""
     listed = [
         f"rank {rank} ({said['host']}, local rank {said['local_rank']}, pid {said['pid']}, "
         f"last heard in iteration {said['iteration']})"
@@ -296,20 +284,12 @@ def _names(ranks: Ranks) -> str:
     return shortened(listed)
 
 
-def _is(ranks: Ranks) -> str:
-    return "is" if len(ranks) == 1 else "are"
-
-
-def _own(ranks: Ranks) -> str:
-    return "its" if len(ranks) == 1 else "their"
-
-
 def _key(rank: int) -> str:
     return f"heartbeat/{rank}"
 
 
 def _bounded(ask: Callable[[], Answer]) -> Answer | None:
-    """The answer, or None if the store fails or is silent: a cut link makes it wait for ever."""
+    """Return the answer, or None if the store fails or is silent: a cut link makes it wait forever."""
     answers: list[Answer] = []
 
     def run() -> None:
@@ -325,7 +305,7 @@ def _bounded(ask: Callable[[], Answer]) -> Answer | None:
 
 
 def _is_of_another_rank(error: BaseException) -> bool:
-    """Whether an error, or one that led to it, says that ranks could not talk to one another."""
+    """Return whether an error, or one that led to it, says that ranks could not talk to one another."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, torch.distributed.DistError) or "/gloo/" in str(seen):
