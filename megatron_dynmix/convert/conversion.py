@@ -44,7 +44,7 @@ from megatron_dynmix.convert.tensors import (
     main_type,
     total_size,
 )
-from megatron_dynmix.convert.to_hugging_face import size_in_bytes
+from megatron_dynmix.convert.to_hugging_face import size_in_bytes, write_weights
 from megatron_dynmix.convert.to_megatron import write_checkpoint
 from megatron_dynmix.convert.verdict import Verdict, compare_values
 from megatron_dynmix.convert.weight_map import WeightMap
@@ -64,7 +64,7 @@ def hf_to_megatron(
     verify: bool,
     say: Callable[[str], None],
 ) -> Verdict:
-    """Make a checkpoint that runs can start from of a Hugging Face folder.
+    """Make of a Hugging Face folder a checkpoint that runs can start from.
 
     Args:
         source: a Hugging Face folder.
@@ -89,19 +89,20 @@ def hf_to_megatron(
     total = total_size(wanted)
     settings = complete_model({"preset": None, **folder.settings})
     plan = {"source": {str(source.resolve()): fingerprint(source)}, "dtype": dtype, "padding": padded}
-    with Staging(destination, plan, say) as staging, staging.on_full_disk():
+    with Staging(destination, plan, say) as staging:
         staging.check_space(total + sum(path.stat().st_size for path in carried_files(source).values()))
         target = folder_of(staging.folder, 0)
         with Progress("writing", total) as progress:
-            sums = write_checkpoint(
-                wanted,
-                _reading_order(folder, names),
-                staging,
-                target.name,
-                checksum=checksum,
-                advance=progress.advance,
-            )
+            order = _reading_order(folder, names)
+            sums = write_checkpoint(wanted, order, staging, target.name, advance=progress.advance)
         _write_beside(target, folder, settings, dtype, sums)
+        groups = logits = None
+        if verify:
+            written = MegatronCheckpoint(target)
+            with Progress("comparing", total) as progress:
+                groups = compare_values(read, AsHuggingFace(written, names), names, progress.advance)
+            rounded = dtype not in (None, "float32") and {*folder.dtypes.values()} != {*read.dtypes.values()}
+            logits = compare_logits(source, read, written, model_of(settings), rounded=rounded)
         verdict = Verdict(
             folder=staging.folder,
             read=len(folder.shapes),
@@ -110,16 +111,9 @@ def hf_to_megatron(
             computed=folder.computed,
             predicting=folder.predicting,
             padding=f"{padded - vocab} rows of zeros added to {vocab}" if padded > vocab else "none",
+            groups=groups,
+            logits=logits,
         )
-        if verify:
-            written = MegatronCheckpoint(target)
-            with Progress("comparing", total) as progress:
-                groups = compare_values(read, AsHuggingFace(written, names), names, progress.advance)
-            rounded = dtype not in (None, "float32") and set(folder.dtypes.values()) != {
-                getattr(torch, dtype)
-            }
-            logits = compare_logits(source, read, written, model_of(settings), rounded=rounded)
-            verdict = dataclasses.replace(verdict, groups=groups, logits=logits)
         return _completed(staging, verdict)
 
 
@@ -134,17 +128,10 @@ def megatron_to_hf(
     verify: bool,
     say: Callable[[str], None],
 ) -> Verdict:
-    """Make a Hugging Face folder of a checkpoint.
+    """Make of a checkpoint a Hugging Face folder.
 
-    Args:
-        source: a run, its checkpoints folder, an `iter_*` folder or a converted folder.
-        destination: a folder that is not there yet, or is empty.
-        dtype: type of the weights, by its name in torch; theirs if None.
-        max_shard_size: of one file, such as `5GB`.
-        fused_experts: whether a layer's experts are one tensor; as in their origin if None.
-        hf_config: a folder with the model's config.json; found out if None.
-        verify: read back what was written, and compare values and logits.
-        say: prints a line.
+    `source` is a run, its checkpoints folder, an `iter_*` folder or a converted folder. What `fused_experts`
+    and `hf_config` do not say is as in the model's origin. The rest is as in `hf_to_megatron`.
 
     Raises:
         InputError: the source, the destination or the disk is not fit for it.
@@ -162,16 +149,24 @@ def megatron_to_hf(
         "dtype": dtype,
         "layout": [max_shard_bytes, origin.fused_experts if fused_experts is None else fused_experts],
     }
-    with Staging(destination, plan, say) as staging, staging.on_full_disk():
+    with Staging(destination, plan, say) as staging:
         staging.check_space(total + sum(path.stat().st_size for path in origin.files.values()))
         with Progress("writing", total) as progress:
-            export.write(
+            write_weights(
+                wanted,
                 staging.folder,
                 max_shard_bytes=max_shard_bytes,
                 finished=staging.finished,
                 finish=staging.record,
                 advance=progress.advance,
             )
+        export.write_beside(staging.folder)
+        groups = logits = None
+        if verify:
+            written = HuggingFaceFolder(staging.folder)
+            with Progress("comparing", total) as progress:
+                groups = compare_values(wanted, written, names, progress.advance)
+            logits = compare_logits(staging.folder, written, export.held, model_of(export.settings))
         rows, vocab = names.megatron_shapes[EMBEDDING][0], export.settings["vocab_size"]
         verdict = Verdict(
             folder=staging.folder,
@@ -180,13 +175,9 @@ def megatron_to_hf(
             dtype=main_type(wanted),
             padding=f"{rows - vocab} rows taken off {rows}" if rows > vocab else "none",
             notes=origin.notes,
+            groups=groups,
+            logits=logits,
         )
-        if verify:
-            written = HuggingFaceFolder(staging.folder)
-            with Progress("comparing", total) as progress:
-                groups = compare_values(wanted, written, names, progress.advance)
-            logits = compare_logits(staging.folder, written, export.held, model_of(export.settings))
-            verdict = dataclasses.replace(verdict, groups=groups, logits=logits)
         return _completed(staging, verdict)
 
 

@@ -8,7 +8,7 @@ RUN/hugging_face/iter_0000100/      a model that transformers opens
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict
 from megatron_dynmix.convert.families import weight_map
-from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, copy_files
+from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, copy_files, some
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.origin import CONFIG, CONVERSION, CONVERTED, Origin, keep_origin_of, origin_of
 from megatron_dynmix.convert.staging import partial_of
@@ -34,7 +34,6 @@ from megatron_dynmix.job.agreement import RankFailure, together
 
 EMBEDDING = "embedding.word_embeddings.weight"
 SHARD_BYTES = size_in_bytes("5GB")
-SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -54,45 +53,10 @@ class Export:
         """The weights under their Hugging Face names."""
         return AsHuggingFace(self.held, self.names)
 
-    def write(
-        self,
-        folder: Path,
-        *,
-        max_shard_bytes: int,
-        rank: int = 0,
-        world: int = 1,
-        finished: Container[str] = (),
-        finish: Callable[[str], None] = lambda file: None,
-        advance: Callable[[int], object] = lambda nbytes: None,
-    ) -> None:
-        """Write one rank's share of the folder: weights, and on the first rank what goes beside them.
-
-        Args:
-            folder: a folder that all ranks see.
-            max_shard_bytes: of one file of weights.
-            rank: number of this process among those that write the folder.
-            world: how many they are.
-            finished: names of weight files that need not be written again.
-            finish: called with the name of each weight file that was written.
-            advance: told of bytes that were written, or were there already.
-
-        Raises:
-            OSError: the disk is full, or fails.
-
-        """
-        write_weights(
-            self.weights,
-            folder,
-            max_shard_bytes=max_shard_bytes,
-            rank=rank,
-            world=world,
-            finished=finished,
-            finish=finish,
-            advance=advance,
-        )
-        if rank == 0:
-            copy_files(self.origin.files, folder)
-            (folder / CONFIG).write_text(self.origin.config_text(main_type(self.weights)), encoding="utf-8")
+    def write_beside(self, folder: Path) -> None:
+        """Write all of the folder but the weights."""
+        copy_files(self.origin.files, folder)
+        (folder / CONFIG).write_text(self.origin.config_text(main_type(self.weights)), encoding="utf-8")
 
 
 def open_export(
@@ -136,10 +100,9 @@ def _names_of(
         ("has more than the model:", held.shapes.keys() - names.megatron_shapes.keys()),
     ):
         if absent:
-            more = f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
             raise InputError(
-                f"{held.folder} {kind} {', '.join(sorted(absent)[:SHOWN])}{more}; it is not a checkpoint of "
-                f"the {origin.config['model_type']} model that its settings describe"
+                f"{held.folder} {kind} {some(absent)}; it is not a checkpoint of the "
+                f"{origin.config['model_type']} model that its settings describe"
             )
     for name, shape in names.megatron_shapes.items():
         if held.shapes[name] != shape:
@@ -172,7 +135,8 @@ def export(checkpoint: Path, destination: Path) -> None:
                     shutil.rmtree(leftover, ignore_errors=True)
                 staging.mkdir(parents=True)
         with together():
-            opened.write(
+            write_weights(
+                opened.weights,
                 staging,
                 max_shard_bytes=SHARD_BYTES,
                 rank=rank,
@@ -181,6 +145,7 @@ def export(checkpoint: Path, destination: Path) -> None:
             )
         with together():
             if rank == 0:
+                opened.write_beside(staging)
                 replaced = set_aside(destination)
                 name_folder(staging, destination)
                 shutil.rmtree(replaced, ignore_errors=True)

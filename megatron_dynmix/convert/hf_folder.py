@@ -52,20 +52,21 @@ class HuggingFaceFolder:
         except InputError as error:
             raise InputError(f"{path / 'config.json'}: {error}") from None
         self.files = _weight_files(path)
-        self.shapes: Mapping[str, Shape]
-        self.dtypes: Mapping[str, torch.dtype]
-        self.file_of: Mapping[str, Path]
-        self.computed: tuple[str, ...]
-        """Tensors in which nothing was learnt; they are not read."""
-        self.predicting: tuple[str, ...]
+        self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.file_of: dict[str, Path] = {}
+        self.computed: tuple[str, ...] = ()
+        """Tensors in which nothing was learned; they are not read."""
+        self.predicting: tuple[str, ...] = ()
         """Tensors of layers for multi-token prediction; they are no part of the model, and not read."""
-        self._read_headers()
+        for file, named in self.files.items():
+            self._read_header(file, named)
         self.fused_experts = any(name.endswith("experts.gate_up_proj") for name in self.shapes)
         self._open: tuple[Path, Any] | None = None
         self._check_against_config()
 
     def weight_map(self, padded_vocab: int | None = None) -> WeightMap:
-        """Where the numbers of this folder are in a checkpoint with so many rows of the embedding."""
+        """Say where the numbers of this folder are in a checkpoint with so many rows of the embedding."""
         return weight_map(
             self.settings, self.config, fused_experts=self.fused_experts, padded_vocab=padded_vocab
         )
@@ -79,44 +80,34 @@ class HuggingFaceFolder:
         part: torch.Tensor = opened[1].get_slice(name)[box(offset, shape)]
         return part
 
-    def _read_headers(self) -> None:
-        shapes: dict[str, Shape] = {}
-        dtypes: dict[str, torch.dtype] = {}
-        file_of: dict[str, Path] = {}
-        computed, predicting = [], []
-        beside = prediction_layers(self.config)
-        for path, named in self.files.items():
-            header = _read_header(path)
-            for name, (dtype, shape) in header.items():
-                if name in file_of:
-                    raise InputError(
-                        f"{name} is in both {file_of[name].name} and {path.name} of {self.path}; fetch "
-                        "it again"
-                    )
-                file_of[name] = path
-                if name.endswith(COMPUTED):
-                    computed.append(name)
-                    continue
-                if name.startswith(beside):
-                    predicting.append(name)
-                    continue
-                if dtype not in DTYPES:
-                    raise InputError(
-                        f"{name} in {path} is of type {dtype}; weights are taken as {', '.join(DTYPES)}: a "
-                        "quantised model cannot be trained, take the one that it was made from"
-                    )
-                shapes[name], dtypes[name] = shape, DTYPES[dtype]
-            if named is not None and (absent := named - header.keys()):
+    def _read_header(self, path: Path, named: set[str] | None) -> None:
+        """Take over the tensors of one file; `named` are those that an index says it holds."""
+        header = _header_of(path)
+        for name, (dtype, shape) in header.items():
+            if name in self.file_of:
+                other = self.file_of[name].name
+                raise InputError(f"{name} is in both {other} and {path.name} of {self.path}; fetch it again")
+            self.file_of[name] = path
+            if name.endswith(COMPUTED):
+                self.computed += (name,)
+            elif name.startswith(prediction_layers(self.config)):
+                self.predicting += (name,)
+            elif dtype not in DTYPES:
                 raise InputError(
-                    f"{self.path / INDEX} says that {_some(absent)} is in {path.name}, and it is not; fetch "
-                    "both again"
+                    f"{name} in {path} is of type {dtype}; weights are taken as {', '.join(DTYPES)}: a "
+                    "quantised model cannot be trained, take the one that it was made from"
                 )
-            if named is not None and (extra := header.keys() - named):
-                raise InputError(
-                    f"{path} holds {_some(extra)}, which {INDEX} does not name there; fetch both again"
-                )
-        self.shapes, self.dtypes, self.file_of = shapes, dtypes, file_of
-        self.computed, self.predicting = tuple(computed), tuple(predicting)
+            else:
+                self.shapes[name], self.dtypes[name] = shape, DTYPES[dtype]
+        if named is not None and (absent := named - header.keys()):
+            raise InputError(
+                f"{self.path / INDEX} says that {some(absent)} is in {path.name}, and it is not; fetch "
+                "both again"
+            )
+        if named is not None and (extra := header.keys() - named):
+            raise InputError(
+                f"{path} holds {some(extra)}, which {INDEX} does not name there; fetch both again"
+            )
 
     def _check_against_config(self) -> None:
         """Refuse tensors that are too many, too few, or of another shape than the configuration says."""
@@ -129,10 +120,10 @@ class HuggingFaceFolder:
                     f"{list(shape)}; they are not of one model"
                 )
         if missing := expected.hf_shapes.keys() - self.shapes.keys():
-            raise InputError(f"{self.path} holds no {_some(missing)}, which the model of {config} has")
+            raise InputError(f"{self.path} holds no {some(missing)}, which the model of {config} has")
         if unused := self.shapes.keys() - expected.hf_shapes.keys():
             raise InputError(
-                f"{self.path} holds {_some(unused)}, which the model of {config} has not, and which would be "
+                f"{self.path} holds {some(unused)}, which the model of {config} has not, and which would be "
                 f"lost; correct config.json (num_hidden_layers and {PREDICTION} count layers, and with "
                 "tie_word_embeddings there is no lm_head), or take the tensors out"
             )
@@ -147,7 +138,7 @@ class HuggingFaceFolder:
 
 
 def carried_files(folder: Path) -> dict[str, Path]:
-    """Name -> file that goes with a folder's weights: configuration, tokenizer, chat templates, code."""
+    """Return by name the files that go with a folder's weights: configuration, tokenizer, templates, code."""
     return {
         str(path.relative_to(folder)): path
         for path in (*sorted(folder.iterdir()), *sorted((folder / TEMPLATES).glob("*")))
@@ -167,7 +158,7 @@ def copy_files(files: Mapping[str, Path], folder: Path) -> None:
 
 
 def _existing(path: Path) -> Path:
-    """The folder, if it can be that of a whole model."""
+    """Return the folder, if it can be that of a whole model."""
     if not path.is_dir():
         raise InputError(f"{path} is no folder; give that of a Hugging Face model, with its config.json")
     if not (path / "config.json").is_file():
@@ -181,7 +172,7 @@ def _existing(path: Path) -> Path:
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """File of weights -> the tensors that the index says are there; None without an index."""
+    """Return the files of weights, each with the tensors that the index says are there; None without one."""
     if (folder / INDEX).is_file():
         named = read_object(folder / INDEX, "fetch it again").get("weight_map")
         if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
@@ -199,7 +190,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
             )
         if missing:
             raise InputError(
-                f"{folder} has not {_some(missing)}, of the {len(files)} files that its index names; fetch "
+                f"{folder} has not {some(missing)}, of the {len(files)} files that its index names; fetch "
                 "what is missing"
             )
         return files
@@ -207,15 +198,15 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
         return {folder / SINGLE: None}
     if pickled := sorted(path.name for pattern in PICKLED for path in folder.glob(pattern)):
         raise InputError(
-            f"{folder} has its weights as pickle ({_some(pickled)}), which can run code when it is read; "
+            f"{folder} has its weights as pickle ({some(pickled)}), which can run code when it is read; "
             "make safetensors of them where that can do no harm, with transformers: "
             "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR), and give that folder"
         )
     raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}; fetch the weights")
 
 
-def _read_header(path: Path) -> dict[str, tuple[str, Shape]]:
-    """Tensor -> its type, as safetensors names it, and shape."""
+def _header_of(path: Path) -> dict[str, tuple[str, Shape]]:
+    """Return the tensors of a file: name -> type, as safetensors names it, and shape."""
     with path.open("rb") as file:
         if file.read(len(LFS)) == LFS:
             raise InputError(f"{path} is a pointer of Git LFS and holds no weights; run `git lfs pull` there")
@@ -230,7 +221,8 @@ def _read_header(path: Path) -> dict[str, tuple[str, Shape]]:
         ) from None
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """Return the first of many names, and how many more there are."""
     every = sorted(names)
     rest = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
     return ", ".join(every[:SHOWN]) + rest

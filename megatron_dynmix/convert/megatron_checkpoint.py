@@ -1,7 +1,7 @@
 """The weights in a Megatron checkpoint (`torch_dist`), read box by box whatever layout wrote them.
 
 Such a folder holds each tensor in chunks; a chunk is a small archive of `torch.save` inside a file. Of a
-chunk only the bytes from a box's first number to its last are read.
+chunk only the bytes from a box's first number to its last are read. Axes: C chunks, N axes of the tensor.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_dynmix.convert.tensors import box
 from megatron_dynmix.convert.weight_map import Shape
@@ -88,7 +89,7 @@ class MegatronCheckpoint:
         return whole
 
     def _read_chunk(self, index: MetadataIndex, size: Shape, offset: Shape, shape: Shape) -> torch.Tensor:
-        """A box of one chunk."""
+        """Read a box of one chunk."""
         path = self.folder / self._places[index].relative_path
         try:
             with path.open("rb", buffering=0) as file:
@@ -131,15 +132,10 @@ def _read_metadata(folder: Path) -> Metadata:
 def _outline(file: io.FileIO, place: Any) -> _Outline:
     if getattr(place, "transform_descriptors", None):
         raise ValueError(f"it is compressed ({', '.join(place.transform_descriptors)})")
-    archive = _Slice(file, place.offset, place.length)
+    archive: Any = _create_file_view(file, place.offset, place.length)
     tensor = torch.load(archive, map_location="meta", weights_only=True)  # numbers stay on the disk
-    begin = tensor.untyped_storage()._checkpoint_offset
-    return _Outline(
-        tuple(tensor.shape),
-        tensor.stride(),
-        tensor.dtype,
-        place.offset + begin + tensor.itemsize * tensor.storage_offset(),
-    )
+    begin = tensor.untyped_storage()._checkpoint_offset + tensor.itemsize * tensor.storage_offset()
+    return _Outline(tuple(tensor.shape), tensor.stride(), tensor.dtype, place.offset + begin)
 
 
 def _fill(file: io.FileIO, numbers: torch.Tensor) -> None:
@@ -150,36 +146,3 @@ def _fill(file: io.FileIO, numbers: torch.Tensor) -> None:
         if not count:
             raise EOFError("it ends too early")
         view = view[count:]
-
-
-class _Slice(io.RawIOBase):
-    """A part of a file, as a file."""
-
-    def __init__(self, file: io.FileIO, offset: int, length: int) -> None:
-        super().__init__()
-        self._file, self._offset, self._length = file, offset, length
-        self._at = 0
-
-    def readable(self) -> bool:
-        """As of every file that is read."""
-        return True
-
-    def seekable(self) -> bool:
-        """An archive is read from its end."""
-        return True
-
-    def tell(self) -> int:
-        """Where in the part the next byte is read."""
-        return self._at
-
-    def seek(self, to: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a byte of the part."""
-        self._at = to + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        """Read as much as fits, without going beyond the part."""
-        view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
-        count = os.preadv(self._file.fileno(), [view], self._offset + self._at)
-        self._at += count
-        return count

@@ -13,7 +13,6 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -65,8 +64,19 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let other processes resume in the folder."""
+        """Let other processes resume in the folder; say in one message that the disk is full, if it is.
+
+        Raises:
+            InputError: what was done in the folder met a full disk.
+
+        """
         self._lock.close()
+        if isinstance(value, OSError) and value.errno in FULL:
+            free = shutil.disk_usage(self.folder).free / GIGABYTE
+            raise InputError(
+                f"the disk is full: {free:.2f} GB are left on {self.final.parent}. What is done lies in "
+                f"{self.folder}; make room and give the same command again, and it resumes from there"
+            ) from value
 
     def record(self, name: str, facts: Any = None) -> None:
         """Note that a file is whole: a conversion that resumes does not write it again.
@@ -99,25 +109,6 @@ class Staging:
                 f"{self.final} does not fit: {missing / GIGABYTE:.2f} GB are needed and "
                 f"{free / GIGABYTE:.2f} GB are free on {self.final.parent}; make room there"
             )
-
-    @contextmanager
-    def on_full_disk(self) -> Iterator[None]:
-        """Say in one message that the disk is full.
-
-        Raises:
-            InputError: something inside met a full disk.
-
-        """
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-            free = shutil.disk_usage(self.folder).free / GIGABYTE
-            raise InputError(
-                f"the disk is full: {free:.2f} GB are left on {self.final.parent}. What is done lies in "
-                f"{self.folder}; make room and give the same command again, and it resumes from there"
-            ) from error
 
     def complete(self) -> None:
         """Give the folder its name.

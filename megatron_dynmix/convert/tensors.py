@@ -1,7 +1,4 @@
-"""The tensors of one world, read as if they were those of the other; held is only what was asked for.
-
-Tensors cut into boxes small enough to be read and written one at a time.
-"""
+"""The tensors of one world, read as if they were those of the other; held is only what was asked for."""
 
 from __future__ import annotations
 
@@ -11,10 +8,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.convert.weight_map import Block, Shape, Side, WeightMap
+
+BOX_BYTES = 16 << 20
+"""Small enough that a tensor-parallel rank which wants a slice reads little beside it, and for `malloc` to
+give the same memory again and again; large enough that what surrounds the numbers does not count."""
 
 
 class InMemory:
@@ -30,20 +32,30 @@ class InMemory:
         return self.tensors[name][box(offset, shape)]
 
 
+class Cast:
+    """Tensors whose numbers are of another type than they are held in."""
+
+    def __init__(self, held: Tensors, dtype: torch.dtype) -> None:
+        self._held = held
+        self.shapes = held.shapes
+        self.dtypes: Mapping[str, torch.dtype] = dict.fromkeys(held.shapes, dtype)
+
+    def read(self, name: str, offset: Shape, shape: Shape) -> torch.Tensor:
+        """Read a box, and cast it."""
+        return self._held.read(name, offset, shape).to(self.dtypes[name])
+
+
 class _Seen:
-    """What is common to both directions: boxes of the wanted side assembled from blocks of the held one."""
+    """Tensors of one side of a map, each box of them assembled from blocks of the side that is held."""
 
     def __init__(self, held: Tensors, wanted: Side, holding: Side) -> None:
         self._held = held
         self._wanted = wanted
         self._holding = holding
         self.shapes = wanted.shapes
-        self.dtypes = {name: held.dtypes[self._source(name)] for name in wanted.shapes}
-
-    def _source(self, name: str) -> str:
-        """A held tensor that has a part in a wanted one; all of them have one type in a model's folder."""
-        blocks = next(iter(self._wanted.index[name].values()))
-        return self._holding.place(blocks[0])[0]
+        # all held tensors that have a part in a wanted one are of one type
+        first = {name: next(iter(places.values()))[0] for name, places in wanted.index.items()}
+        self.dtypes = {name: held.dtypes[holding.place(first[name])[0]] for name in wanted.shapes}
 
     def read(self, name: str, offset: Shape, shape: Shape) -> torch.Tensor:
         """Assemble a box of a tensor; rows that pad the vocabulary are zeros.
@@ -65,7 +77,7 @@ class _Seen:
         return result
 
     def _read_block(self, block: Block, offset: Shape, shape: Shape) -> tuple[Shape, Shape, torch.Tensor]:
-        """The block's part in a box: where in the box it begins, its size there, its numbers."""
+        """Return where in a box the block's part of it begins, the size of that part, and its numbers."""
         _, start = self._wanted.place(block)
         size = (1,) * (len(start) - len(block.shape)) + block.shape
         low = tuple(map(max, start, offset))
@@ -95,16 +107,6 @@ class AsHuggingFace(_Seen):
         super().__init__(megatron, weight_map.hf, weight_map.megatron)
 
 
-def box(offset: Shape, shape: Shape) -> tuple[slice, ...]:
-    """The index of a box in a tensor."""
-    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-
-
-BOX_BYTES = 16 << 20
-"""Small enough that a tensor-parallel rank which wants a slice reads little beside it, and for `malloc` to
-give the same memory again and again; large enough that what surrounds the numbers does not count."""
-
-
 @dataclass(frozen=True)
 class Box:
     """A box of a tensor."""
@@ -115,11 +117,12 @@ class Box:
     nbytes: int
 
 
-def boxes_of(name: str, shape: Shape, itemsize: int) -> Iterator[Box]:
+def boxes_of(tensors: Tensors, name: str) -> Iterator[Box]:
     """Cut a tensor into boxes of at most `BOX_BYTES`, in the order of its numbers; a row is never cut.
 
     All axes but the last two are taken one by one, the last but one in runs of rows.
     """
+    shape, itemsize = tensors.shapes[name], tensors.dtypes[name].itemsize
     leading, rows = shape[:-2], shape[-2:-1] or shape
     last = shape[-1:] if len(shape) > 1 else ()
     row_bytes = itemsize * math.prod(last)
@@ -131,17 +134,15 @@ def boxes_of(name: str, shape: Shape, itemsize: int) -> Iterator[Box]:
             yield Box(name, (*place, first, *(0 for _ in last)), box_shape, count * row_bytes)
 
 
-class Cast:
-    """Tensors whose numbers are of another type than they are held in."""
+def box(offset: Shape, shape: Shape) -> tuple[slice, ...]:
+    """Return the index of a box in a tensor."""
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
-    def __init__(self, held: Tensors, dtype: torch.dtype) -> None:
-        self._held = held
-        self.shapes = held.shapes
-        self.dtypes: Mapping[str, torch.dtype] = dict.fromkeys(held.shapes, dtype)
 
-    def read(self, name: str, offset: Shape, shape: Shape) -> torch.Tensor:
-        """Read a box, and cast it."""
-        return self._held.read(name, offset, shape).to(self.dtypes[name])
+def read_bytes(tensors: Tensors, part: Box) -> np.ndarray:
+    """Read a box as its bytes, in C order."""
+    numbers = tensors.read(part.name, part.offset, part.shape).contiguous()
+    return numbers.flatten().view(torch.uint8).numpy()
 
 
 def size_of(tensors: Tensors, name: str) -> int:

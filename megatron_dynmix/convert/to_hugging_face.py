@@ -16,7 +16,7 @@ import torch
 
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.convert.hf_folder import DTYPES, INDEX, SINGLE
-from megatron_dynmix.convert.tensors import boxes_of, size_of, total_size
+from megatron_dynmix.convert.tensors import boxes_of, read_bytes, size_of, total_size
 from megatron_dynmix.errors import InputError
 
 HEADER_ALIGNMENT = 8
@@ -121,7 +121,6 @@ def write_shard(tensors: Tensors, names: list[str], path: Path, advance: Callabl
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in ordered:
-            for box in boxes_of(name, tensors.shapes[name], tensors.dtypes[name].itemsize):
-                numbers = tensors.read(name, box.offset, box.shape).contiguous()
-                file.write(memoryview(numbers.flatten().view(torch.uint8).numpy()))
+            for box in boxes_of(tensors, name):
+                file.write(read_bytes(tensors, box).data)
                 advance(box.nbytes)

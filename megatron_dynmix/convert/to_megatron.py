@@ -11,7 +11,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from megatron_dynmix.checkpoint.folder import Checksum, checksum
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.convert.staging import Staging
 from megatron_dynmix.convert.tensors import Box, boxes_of
@@ -39,7 +39,6 @@ HASHING_THREADS = min(2, os.cpu_count() or 1)
 PARTS_AHEAD = HASHING_THREADS + 1
 """Parts that may wait for their checksums: they are read from memory then, not from the disk."""
 
-Checksum = tuple[int, str]
 Advance = Callable[[int], object]
 
 
@@ -49,21 +48,16 @@ def write_checkpoint(
     staging: Staging,
     name: str,
     *,
-    checksum: Callable[[Path], Checksum],
     advance: Advance,
 ) -> dict[str, Checksum]:
-    """Write the shards and the list of them into a folder of the staging; parts that are there stay.
+    """Write the shards and the list of them; parts that are there stay. Return each shard's checksum by name.
 
     Args:
         tensors: the whole model under its Megatron names.
         order: sorts the boxes, so that what they are made from is read from front to back.
         staging: where.
         name: the checkpoint's folder in it.
-        checksum: of a file that was just written.
         advance: told of bytes that were written, or were there already.
-
-    Returns:
-        File of the folder -> its checksum.
 
     Raises:
         OSError: the disk is full, or fails.
@@ -83,7 +77,7 @@ def write_checkpoint(
                 advance(sum(box.nbytes for box in part))
                 continue
             results = _write(writer, plan, planner)
-            waiting.append(pool.submit(_finish_part, staging, file, results, checksum))
+            waiting.append(pool.submit(_finish_part, staging, file, results))
             while len(waiting) > PARTS_AHEAD:
                 waiting.popleft().result()
         for future in waiting:
@@ -96,7 +90,7 @@ def write_checkpoint(
 
 
 class _Reading(DefaultSavePlanner):
-    """Reads what an item is made of when it is its turn to be written."""
+    """Reads what an item is made of when its turn to be written comes."""
 
     def __init__(self, tensors: Tensors, advance: Advance) -> None:
         super().__init__()
@@ -111,15 +105,8 @@ class _Reading(DefaultSavePlanner):
 
 
 def _parts(tensors: Tensors, order: Callable[[Box], Any]) -> list[list[Box]]:
-    """Boxes in their order, as many together as make a part."""
-    boxes = sorted(
-        (
-            box
-            for name, shape in tensors.shapes.items()
-            for box in boxes_of(name, shape, tensors.dtypes[name].itemsize)
-        ),
-        key=order,
-    )
+    """Return the boxes in their order, as many together as make a part."""
+    boxes = sorted((box for name in tensors.shapes for box in boxes_of(tensors, name)), key=order)
     parts: list[list[Box]] = [[]]
     size = 0
     for box in boxes:
@@ -132,18 +119,17 @@ def _parts(tensors: Tensors, order: Callable[[Box], Any]) -> list[list[Box]]:
 
 
 def _item(tensors: Tensors, box: Box) -> WriteItem:
-    chunk = ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape))
-    return WriteItem(
-        MetadataIndex(box.name, box.offset),
-        WriteItemType.SHARD,
-        tensor_data=TensorWriteData(
-            chunk, TensorProperties(dtype=tensors.dtypes[box.name]), torch.Size(tensors.shapes[box.name])
-        ),
-    )
+    properties, size = TensorProperties(dtype=tensors.dtypes[box.name]), torch.Size(tensors.shapes[box.name])
+    data = TensorWriteData(_chunk(box), properties, size)
+    return WriteItem(MetadataIndex(box.name, box.offset), WriteItemType.SHARD, tensor_data=data)
+
+
+def _chunk(box: Box) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape))
 
 
 def _write(writer: FileSystemWriter, plan: SavePlan, planner: _Reading) -> list[WriteResult]:
-    """One file; without the checksums of zip, which cost as much as the writing: the file has its own."""
+    """Write one file, without the checksums of zip: they cost as much as the writing, and it has its own."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:
@@ -152,10 +138,8 @@ def _write(writer: FileSystemWriter, plan: SavePlan, planner: _Reading) -> list[
         set_crc32_options(before)
 
 
-def _finish_part(
-    staging: Staging, file: str, results: Sequence[WriteResult], checksum: Callable[[Path], Checksum]
-) -> None:
-    """Runs in a thread: checksum of a part while it is in memory, then its line in the journal."""
+def _finish_part(staging: Staging, file: str, results: Sequence[WriteResult]) -> None:
+    """Take the checksum of a part while it is in memory, then write its line in the journal; in a thread."""
     items = [
         (
             *(result.index.fqn, list(result.index.offset or ())),
@@ -167,7 +151,7 @@ def _finish_part(
 
 
 def _results(facts: dict[str, Any]) -> list[WriteResult]:
-    """What a finished part's line in the journal says, as its writer said it."""
+    """Return what a finished part's line in the journal says, as its writer said it."""
     return [
         WriteResult(MetadataIndex(name, offset), length, _StorageInfo(path, start, length))
         for name, offset, path, start, length in facts["items"]
@@ -180,7 +164,7 @@ def _write_list(
     """Write `.metadata`: the tensors, and where their boxes are."""
     chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in tensors.shapes}
     for box in boxes:
-        chunks[box.name].append(ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape)))
+        chunks[box.name].append(_chunk(box))
     listed = {
         name: TensorStorageMetadata(
             TensorProperties(dtype=tensors.dtypes[name]), torch.Size(shape), chunks[name]

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.convert.logits import LogitsVerdict
-from megatron_dynmix.convert.tensors import Box, boxes_of, size_of
+from megatron_dynmix.convert.tensors import boxes_of, read_bytes, size_of
 from megatron_dynmix.convert.weight_map import WeightMap
 from megatron_dynmix.files import sha256
 
@@ -51,9 +50,9 @@ class Verdict:
     dtype: str
     """Type of most of the numbers that were written."""
     computed: tuple[str, ...] = ()
-    """Tensors that are left out, because nothing in them was learnt."""
+    """Tensors that are left out, because nothing in them was learned."""
     predicting: tuple[str, ...] = ()
-    """Tensors of layers for multi-token prediction: learnt, but no part of the model, and not converted."""
+    """Tensors of layers for multi-token prediction: learned, but no part of the model, and not converted."""
     padding: str = "none"
     """What became of the rows that pad the vocabulary."""
     groups: list[GroupVerdict] | None = None
@@ -109,21 +108,15 @@ class _Compared(NamedTuple):
 
 
 def _compare(pool: Executor, read: Tensors, written: Tensors, name: str) -> _Compared:
-    """CRC-32 of a tensor's bytes on either side, in C order, and whether they are equal bit for bit."""
+    """Compare a tensor as bytes, so that NaN equals itself; return its CRC-32 on either side too."""
     sums, equal = (0, 0), True
-    for box in boxes_of(name, written.shapes[name], written.dtypes[name].itemsize):
-        reading = pool.submit(_bytes, read, box)
-        two = _bytes(written, box)
+    for box in boxes_of(written, name):
+        reading = pool.submit(read_bytes, read, box)
+        two = read_bytes(written, box)
         one = reading.result()
         equal = equal and np.array_equal(one, two)
         sums = zlib.crc32(one.data, sums[0]), zlib.crc32(two.data, sums[1])
     return _Compared(*sums, equal)
-
-
-def _bytes(tensors: Tensors, box: Box) -> np.ndarray:
-    """A box as bytes: numbers that are no numbers are equal to themselves then."""
-    numbers = tensors.read(box.name, box.offset, box.shape).contiguous()
-    return numbers.flatten().view(torch.uint8).numpy()
 
 
 def _combined(sums: dict[str, int]) -> str:

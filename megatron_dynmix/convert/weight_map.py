@@ -11,10 +11,10 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from typing import Any
 
 Shape = tuple[int, ...]
-Index = dict[str, dict[Shape, list["Block"]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,53 +31,73 @@ class Block:
     megatron_offset: Shape
     shape: Shape
 
-    @property
-    def hf_shape(self) -> Shape:
-        """Size of the box in the Hugging Face tensor, all axes."""
-        return (1,) * (len(self.hf_offset) - len(self.shape)) + self.shape
 
-    @property
-    def megatron_shape(self) -> Shape:
-        """Size of the box in the Megatron tensor, all axes."""
-        return (1,) * (len(self.megatron_offset) - len(self.shape)) + self.shape
-
-
-@dataclass(frozen=True)
 class Side:
     """One of the two worlds as a map sees it: its tensors, and which blocks each is made of."""
 
-    shapes: Mapping[str, Shape]
-    """Name -> shape, padding included."""
-    padded: Mapping[str, int]
-    """Name -> rows that hold something; the rows after them are padding, in no block, and read as zeros."""
-    index: Index
-    """Name -> (leading axes of a block -> the blocks there)."""
-    is_hf: bool
+    def __init__(
+        self, shapes: Mapping[str, Shape], blocks: Iterable[Block], *, is_hf: bool, padded: Mapping[str, int]
+    ) -> None:
+        self.shapes = shapes
+        """Name -> shape, padding included."""
+        self.padded = padded
+        """Name -> rows that hold something; those after them are padding, in no block, and read as zeros."""
+        self.is_hf = is_hf
+        self.index: dict[str, dict[Shape, list[Block]]] = {}
+        """Name -> (leading axes of a block -> the blocks there)."""
+        for block in blocks:
+            name, start = self.place(block)
+            leading = start[: len(start) - len(block.shape)]
+            self.index.setdefault(name, {}).setdefault(leading, []).append(block)
 
     def place(self, block: Block) -> tuple[str, Shape]:
-        """Tensor of this side that holds the block, and where in it the block begins."""
+        """Return the tensor of this side that holds the block, and where in it the block begins."""
         return (block.hf, block.hf_offset) if self.is_hf else (block.megatron, block.megatron_offset)
 
     def leading(self, name: str) -> int:
-        """How many of a tensor's first axes only number its blocks; 0 for most."""
+        """Return how many of a tensor's first axes only number its blocks; 0 for most."""
         return len(next(iter(self.index[name])))
 
     def blocks_in(self, name: str, offset: Shape, shape: Shape) -> Iterator[Block]:
-        """Blocks that have a part in a box of a tensor, without looking at those of other layers."""
+        """Yield the blocks that have a part in a box of a tensor; those of other layers are not looked at."""
         count = self.leading(name)
-        ranges = [
+        ranges = (
             range(start, start + size) for start, size in zip(offset[:count], shape[:count], strict=True)
-        ]
+        )
         for place in itertools.product(*ranges):
             for block in self.index[name].get(place, ()):
-                starts = self.place(block)[1][count:]
-                if all(
-                    begin < start + size and start < begin + length
-                    for begin, length, start, size in zip(
-                        starts, block.shape, offset[count:], shape[count:], strict=True
-                    )
-                ):
+                if _meet(self.place(block)[1][count:], block.shape, offset[count:], shape[count:]):
                     yield block
+
+    def assert_covered(self) -> None:
+        """See that blocks fill each tensor, without overlap: a number left out would be random later."""
+        assert self.index.keys() == self.shapes.keys(), (
+            f"blocks and shapes: {self.index.keys() ^ self.shapes.keys()}"
+        )
+        for name, places in self.index.items():
+            shape = (self.padded.get(name, self.shapes[name][0]), *self.shapes[name][1:])
+            count = self.leading(name)
+            every = set(itertools.product(*map(range, shape[:count])))
+            assert places.keys() == every, f"{name} {shape}: no block at {sorted(every ^ places.keys())[:3]}"
+            for blocks in places.values():
+                boxes = [(self.place(block)[1][count:], block.shape) for block in blocks]
+                _assert_filled(name, shape[count:], boxes)
+
+
+def _meet(offset: Shape, shape: Shape, other_offset: Shape, other_shape: Shape) -> bool:
+    """Whether two boxes have a number in common."""
+    both = zip(offset, shape, other_offset, other_shape, strict=True)
+    return all(start < there + size and there < start + length for start, length, there, size in both)
+
+
+def _assert_filled(name: str, shape: Shape, boxes: list[tuple[Shape, Shape]]) -> None:
+    for offset, size in boxes:
+        inside = all(o >= 0 and o + s <= n for o, s, n in zip(offset, size, shape, strict=True))
+        assert inside, f"{name} {shape}: block {size} at {offset} sticks out"
+    volume = sum(math.prod(size) for _, size in boxes)
+    assert volume == math.prod(shape), f"{name} {shape}: its blocks hold {volume} numbers"
+    for one, other in itertools.combinations(boxes, 2):
+        assert not _meet(*one, *other), f"{name} {shape}: blocks at {one[0]} and {other[0]} overlap"
 
 
 @dataclass(frozen=True)
@@ -91,66 +111,30 @@ class WeightMap:
     """Megatron tensor -> its kind for a verdict: attention, router, experts, norms, embedding, ..."""
     padded: Mapping[str, int] = field(default_factory=dict)
     """Megatron tensor -> its rows that hold something; those after them pad the vocabulary."""
-    hf: Side = field(init=False, repr=False, compare=False)
-    megatron: Side = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        hf, megatron = _index(self.blocks)
-        object.__setattr__(self, "hf", Side(self.hf_shapes, {}, hf, is_hf=True))
-        object.__setattr__(self, "megatron", Side(self.megatron_shapes, self.padded, megatron, is_hf=False))
-        _assert_covered(self.hf)
-        _assert_covered(self.megatron)
+        self.hf.assert_covered()
+        self.megatron.assert_covered()
         assert self.groups.keys() == self.megatron_shapes.keys(), "every tensor has one group"
 
+    @cached_property
+    def hf(self) -> Side:
+        """The Hugging Face tensors."""
+        return Side(self.hf_shapes, self.blocks, is_hf=True, padded={})
+
+    @cached_property
+    def megatron(self) -> Side:
+        """The Megatron tensors."""
+        return Side(self.megatron_shapes, self.blocks, is_hf=False, padded=self.padded)
+
     def group_of(self, name: str) -> str:
-        """Kind of a tensor of either world."""
-        if name in self.groups:
-            return self.groups[name]
-        blocks = next(iter(self.hf.index[name].values()))
-        return self.groups[blocks[0].megatron]
+        """Return the kind of a Hugging Face tensor."""
+        return self.groups[next(iter(self.hf.index[name].values()))[0].megatron]
 
     @property
     def parameters(self) -> int:
         """Numbers of the model, padding left out."""
         return sum(math.prod(shape) for shape in self.hf_shapes.values())
-
-
-def _index(blocks: tuple[Block, ...]) -> tuple[Index, Index]:
-    hf: Index = {}
-    megatron: Index = {}
-    for block in blocks:
-        for index, name, offset in (
-            (hf, block.hf, block.hf_offset),
-            (megatron, block.megatron, block.megatron_offset),
-        ):
-            leading = offset[: len(offset) - len(block.shape)]
-            index.setdefault(name, {}).setdefault(leading, []).append(block)
-    return hf, megatron
-
-
-def _assert_covered(side: Side) -> None:
-    """That the blocks of each tensor fill it, without overlap: a number left out would be random later."""
-    assert side.index.keys() == side.shapes.keys(), (
-        f"blocks and shapes: {side.index.keys() ^ side.shapes.keys()}"
-    )
-    for name, places in side.index.items():
-        shape = (side.padded.get(name, side.shapes[name][0]), *side.shapes[name][1:])
-        count = side.leading(name)
-        every = set(itertools.product(*(range(size) for size in shape[:count])))
-        assert places.keys() == every, f"{name} {shape}: no block at {sorted(every ^ places.keys())[:3]}"
-        for blocks in places.values():
-            _assert_filled(name, shape[count:], [(side.place(b)[1][count:], b.shape) for b in blocks])
-
-
-def _assert_filled(name: str, shape: Shape, boxes: list[tuple[Shape, Shape]]) -> None:
-    for offset, size in boxes:
-        inside = all(o >= 0 and o + s <= n for o, s, n in zip(offset, size, shape, strict=True))
-        assert inside, f"{name} {shape}: block {size} at {offset} sticks out"
-    volume = sum(math.prod(size) for _, size in boxes)
-    assert volume == math.prod(shape), f"{name} {shape}: its blocks hold {volume} numbers"
-    for (a, a_size), (b, b_size) in itertools.combinations(boxes, 2):
-        apart = any(i + m <= j or j + n <= i for i, m, j, n in zip(a, a_size, b, b_size, strict=True))
-        assert apart, f"{name} {shape}: blocks at {a} and {b} overlap"
 
 
 Sizes = Mapping[str, int]

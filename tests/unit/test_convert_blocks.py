@@ -28,8 +28,7 @@ def changed(number, **changes):
 
 def test_what_it_says_of_its_tensors():
     assert GOOD.parameters == 24
-    assert GOOD.group_of("w") == GOOD.group_of("c") == "mlp"
-    assert BLOCKS[3].hf_shape == (2, 3) and BLOCKS[3].megatron_shape == (1, 2, 3)
+    assert GOOD.group_of("c") == "mlp"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
 from megatron_dynmix.convert.logits import choose_layers, compare_logits, fixed_tokens, one_rank
 from megatron_dynmix.convert.origin import model_of
 from megatron_dynmix.convert.tensors import AsMegatron, InMemory
-from megatron_dynmix.convert.weight_map import Block
+from megatron_dynmix.convert.weight_map import Block, Side
 from megatron_dynmix.errors import EXIT_FAILED
 
 GIB = 2**30
@@ -78,12 +78,8 @@ class Lenient:
     """A map whose blocks need not cover each number once."""
 
     def __init__(self, names, blocks):
-        index = {}
-        for block in blocks:
-            leading = block.megatron_offset[: len(block.megatron_offset) - len(block.shape)]
-            index.setdefault(block.megatron, {}).setdefault(leading, []).append(block)
         self.hf = names.hf
-        self.megatron = dataclasses.replace(names.megatron, index=index)
+        self.megatron = Side(names.megatron_shapes, blocks, is_hf=False, padded=names.padded)
 
 
 def lenient(change):
