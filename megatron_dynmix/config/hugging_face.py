@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from megatron_dynmix.config import deepseek, llama_moe
 from megatron_dynmix.config.run_config import ModelConfig
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.files import read_object
 
 Values = Mapping[str, Any]
 
@@ -184,6 +186,20 @@ SIZES = {
     "moe_shared_expert_intermediate_size",
 }
 """Settings that are whole numbers, 1 or more."""
+
+
+def read_config(path: Path, remedy: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a config.json holds, and the `model` section that it means.
+
+    Raises:
+        InputError: a file that cannot be read, with the remedy; a model that we do not have.
+
+    """
+    config = read_object(path, remedy)
+    try:
+        return config, model_settings(config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def model_settings(config: Values) -> dict[str, Any]:

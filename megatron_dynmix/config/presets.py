@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmix.config.hugging_face import model_settings
+from megatron_dynmix.config.hugging_face import read_config
 from megatron_dynmix.config.run_config import ModelConfig
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.files import read_object
 
 COMMON: dict[str, Any] = {
     "normalization": "RMSNorm",
@@ -254,11 +253,7 @@ def read_shape(folder: Path) -> dict[str, Any]:
     if path is None:
         what = "holds no config.json" if folder.is_dir() else "is no folder"
         raise InputError(f"{folder} {what}; give the folder of a Hugging Face model, or of a converted one")
-    config = read_object(path, "fetch the model again")
-    try:
-        return dict(model_settings(config))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    return read_config(path, "fetch the model again")[1]
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -193,9 +193,10 @@ def _reading_order(folder: HuggingFaceFolder, names: WeightMap) -> Callable[[Box
     """Sort boxes by where in the folder their first numbers are; those of padding alone come last."""
 
     def place(box: Box) -> Any:
-        block = next(names.megatron.blocks_in(box.name, box.offset, box.shape), None)
-        if block is None:
+        part = next(names.megatron.parts_in(box.name, box.offset, box.shape), None)
+        if part is None:
             return (1, "", box.name, box.offset)
+        block = part.block
         return (0, folder.file_of[block.hf].name, block.hf, block.hf_offset, box.offset)
 
     return place

@@ -10,6 +10,8 @@ from megatron_dynmix.convert.weight_map import Layout, QueryKeyValue, Rule, Weig
 from megatron_dynmix.errors import InputError
 
 Rules = tuple[Rule, ...]
+UNTIED = "untie_embeddings_and_output_weights"
+BIASED = "moe_router_enable_expert_bias"
 
 COMPUTED = (".rotary_emb.inv_freq",)
 """Ends of the names of tensors that old folders hold though nothing in them was learned."""
@@ -62,13 +64,7 @@ def shared_experts(name: str, when: str | None = None) -> Rules:
 OUTSIDE: Rules = (
     Rule("model.embed_tokens.weight", "embedding.word_embeddings.weight", "V H", "embedding"),
     Rule("model.norm.weight", "decoder.final_layernorm.weight", "H", "norms"),
-    Rule(
-        "lm_head.weight",
-        "output_layer.weight",
-        "V H",
-        "output",
-        when="untie_embeddings_and_output_weights",
-    ),
+    Rule("lm_head.weight", "output_layer.weight", "V H", "output", when=UNTIED),
 )
 QUERY, KEY, VALUE = (f"self_attn.{part}_proj" for part in "qkv")
 ATTENTION_RULES: Rules = (
@@ -143,13 +139,7 @@ LLAMA_MOE = Family(
         MOE_NORM,
         router("mlp.gate.gate_network.0.weight"),
         Rule("mlp.gate.gate_network.2.weight", "mlp.router.output_weight", "E E", "router"),
-        Rule(
-            "mlp.gate.weight_noise.weight",
-            "mlp.router.noise_weight",
-            "E H",
-            "router",
-            when="router_noise",
-        ),
+        Rule("mlp.gate.weight_noise.weight", "mlp.router.noise_weight", "E H", "router", when="router_noise"),
     ),
     separate=experts(*(f"mlp.calculator.experts.weight_{part}.{{e}}" for part in ("gate", "up", "down"))),
 )
@@ -175,13 +165,7 @@ DEEPSEEK = Family(
     moe=(
         MOE_NORM,
         ROUTER,
-        Rule(
-            "mlp.gate.e_score_correction_bias",
-            "mlp.router.expert_bias",
-            "E",
-            "router",
-            when="moe_router_enable_expert_bias",
-        ),
+        Rule("mlp.gate.e_score_correction_bias", "mlp.router.expert_bias", "E", "router", when=BIASED),
         *shared_experts("shared_experts", when="moe_shared_expert_intermediate_size"),
     ),
     separate=SEPARATE,

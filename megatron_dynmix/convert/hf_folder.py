@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_dynmix.config.hugging_face import model_settings
+from megatron_dynmix.config.hugging_face import read_config
 from megatron_dynmix.convert.families import COMPUTED, PREDICTION, prediction_layers, weight_map
 from megatron_dynmix.convert.tensors import box
 from megatron_dynmix.convert.weight_map import Shape, WeightMap
@@ -46,11 +46,7 @@ class HuggingFaceFolder:
 
         """
         self.path = path
-        self.config = read_object(_existing(path) / "config.json", "fetch it again")
-        try:
-            self.settings = model_settings(self.config)
-        except InputError as error:
-            raise InputError(f"{path / 'config.json'}: {error}") from None
+        self.config, self.settings = read_config(_existing(path) / "config.json", "fetch it again")
         self.files = _weight_files(path)
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}

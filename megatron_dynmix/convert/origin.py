@@ -8,14 +8,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmix.config.hugging_face import hugging_face_config, model_settings
+from megatron_dynmix.config.hugging_face import hugging_face_config, read_config
 from megatron_dynmix.config.presets import has_tokenizer, other_shape
 from megatron_dynmix.config.run_config import ModelConfig
 from megatron_dynmix.convert.families import PREDICTION, prediction_layers
 from megatron_dynmix.convert.hf_folder import TEMPLATES, HuggingFaceFolder, carried_files, copy_files
 from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.files import read_object
 
 CONFIG = "config.json"
 CONVERTED = "hugging_face"
@@ -49,7 +48,7 @@ class Origin:
     """What a reader must know."""
 
     def config_text(self, dtype: str) -> str:
-        """config.json for weights of a type, under the key that the origin has for it."""
+        """Return config.json for weights of a type, under the key that the origin has for it."""
         key = next((key for key in TYPE_KEYS if key in self.config), TYPE_KEYS[-1])
         return json.dumps({**self.config, key: dtype}, indent=2, ensure_ascii=False) + "\n"
 
@@ -71,13 +70,13 @@ def origin_of(config: Mapping[str, Any], checkpoint: Path, given: Path | None) -
     folder = given if given is not None else _folder(config, checkpoint)
     tokenizer = _tokenizer_files(data.get("tokenizer"))
     if folder is None:
-        config = {**hugging_face_config(settings), **_tokens(data, tokenizer)}
-        return Origin(config, tokenizer, fused_experts=False, notes=() if tokenizer else (NO_TOKENIZER,))
-    config = read_object(folder / CONFIG, "give a folder with a config.json")
-    try:
-        theirs = {**model_settings(config)}
-    except InputError as error:
-        raise InputError(f"{folder / CONFIG}: {error}") from None
+        config = hugging_face_config(settings)
+        if not tokenizer:
+            return Origin(config, {}, fused_experts=False, notes=(NO_TOKENIZER,))
+        remote = bool(data.get("trust_remote_code", False))
+        eos_id = load_tokenizer(data["tokenizer"], trust_remote_code=remote).eos_id
+        return Origin({**config, "eos_token_id": eos_id}, tokenizer, fused_experts=False)
+    config, theirs = read_config(folder / CONFIG, "give a folder with a config.json")
     if differing := other_shape(theirs, settings):
         changes = ", ".join(f"{name} {settings.get(name)} (there {theirs.get(name)})" for name in differing)
         raise InputError(
@@ -96,13 +95,9 @@ def origin_of(config: Mapping[str, Any], checkpoint: Path, given: Path | None) -
 
 
 def keep_origin_of(folder: HuggingFaceFolder, root: Path, *, dtype: str | None) -> None:
-    """Keep beside a checkpoint what its folder holds beside weights, and how that folder was laid out.
+    """Keep in `root`, the parent of `iter_*`, what a folder holds beside weights, and how it was laid out.
 
-    Args:
-        folder: where the weights came from.
-        root: the parent of `iter_*`.
-        dtype: type that the weights were cast to, by its name in torch; None if they were not.
-
+    `dtype` is the type that the weights were cast to, by its name in torch; None if they were not.
     """
     copy_files(carried_files(folder.path), root / CONVERTED)
     origin = {"source": str(folder.path.resolve()), "fused_experts": folder.fused_experts, "dtype": dtype}
@@ -110,7 +105,7 @@ def keep_origin_of(folder: HuggingFaceFolder, root: Path, *, dtype: str | None) 
 
 
 def model_of(settings: Mapping[str, Any]) -> ModelConfig:
-    """The `model` section from one mapping: our fields, and those of `TransformerConfig` beside them."""
+    """Make the `model` section of one mapping: our fields, and those of `TransformerConfig` beside them."""
     own = {field.name for field in fields(ModelConfig)} - {"megatron"}
     return ModelConfig(
         **{name: value for name, value in settings.items() if name in own},
@@ -119,7 +114,7 @@ def model_of(settings: Mapping[str, Any]) -> ModelConfig:
 
 
 def _folder(config: Mapping[str, Any], checkpoint: Path) -> Path | None:
-    """The folder that a checkpoint came from, if it came from one."""
+    """Return the folder that a checkpoint came from, if it came from one."""
     beside = checkpoint.parent / CONVERTED
     if (beside / CONFIG).is_file():
         return beside
@@ -136,7 +131,7 @@ def _folder(config: Mapping[str, Any], checkpoint: Path) -> Path | None:
 
 
 def _changed(theirs: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json must say otherwise than its origin, because training was with other settings."""
+    """Return what config.json must say otherwise than its origin, as training was with other settings."""
     after = {name: settings.get(name, value) for name, value in theirs.items()}
     if after == theirs:
         return {}
@@ -145,7 +140,7 @@ def _changed(theirs: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
 
 
 def _fused(folder: Path) -> bool:
-    """How the origin writes its experts: its weights say it, or the conversion that read them."""
+    """Whether a layer's experts are one tensor, by the weights or by the conversion that read them."""
     path = folder.parent / CONVERSION
     if path.is_file():
         try:
@@ -158,20 +153,12 @@ def _fused(folder: Path) -> bool:
     return any(folder.glob("*.safetensors")) and HuggingFaceFolder(folder).fused_experts
 
 
-def _tokens(data: Mapping[str, Any], tokenizer: Mapping[str, Path]) -> dict[str, int]:
-    """What config.json says of the tokenizer: without the end of a text, `generate` would not stop."""
-    if not tokenizer:
-        return {}
-    remote = bool(data.get("trust_remote_code", False))
-    return {"eos_token_id": load_tokenizer(data["tokenizer"], trust_remote_code=remote).eos_id}
-
-
 def _is_tokenizer(name: str) -> bool:
     return name.startswith(TOKENIZER)
 
 
 def _tokenizer_files(path: str | None) -> dict[str, Path]:
-    """The files of a run's tokenizer, if it is a folder."""
+    """Return the files of a run's tokenizer, if it is a folder."""
     if path is None or not has_tokenizer(Path(path)):
         return {}
     return {name: file for name, file in carried_files(Path(path)).items() if _is_tokenizer(name)}

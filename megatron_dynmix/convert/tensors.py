@@ -7,12 +7,13 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import sub
 
 import numpy as np
 import torch
 
 from megatron_dynmix.checkpoint.tensors import Tensors
-from megatron_dynmix.convert.weight_map import Block, Shape, Side, WeightMap
+from megatron_dynmix.convert.weight_map import Shape, Side, WeightMap
 
 BOX_BYTES = 16 << 20
 """Small enough that a tensor-parallel rank which wants a slice reads little beside it, and for `malloc` to
@@ -63,34 +64,18 @@ class _Seen:
         A box inside one block is what was read, without a copy.
         """
         dtype = self.dtypes[name]
-        blocks = list(self._wanted.blocks_in(name, offset, shape))
-        if len(blocks) == 1:
-            place, part, tensor = self._read_block(blocks[0], offset, shape)
-            if part == shape:
-                return tensor.to(dtype)
         real = self._wanted.padded.get(name)
         padded = real is not None and offset[0] + shape[0] > real
-        result = torch.zeros(shape, dtype=dtype) if padded else torch.empty(shape, dtype=dtype)
-        for block in blocks:
-            place, part, tensor = self._read_block(block, offset, shape)
-            result[box(place, part)] = tensor
+        result = torch.zeros(shape, dtype=dtype) if padded else None
+        for part in self._wanted.parts_in(name, offset, shape):
+            _, start, size = self._wanted.box_of(part)
+            tensor = self._held.read(*self._holding.box_of(part)).reshape(size)
+            if size == shape:
+                return tensor.to(dtype)
+            result = torch.empty(shape, dtype=dtype) if result is None else result
+            result[box(tuple(map(sub, start, offset)), size)] = tensor
+        assert result is not None, "blocks and padding fill a tensor"
         return result
-
-    def _read_block(self, block: Block, offset: Shape, shape: Shape) -> tuple[Shape, Shape, torch.Tensor]:
-        """Return where in a box the block's part of it begins, the size of that part, and its numbers."""
-        _, start = self._wanted.place(block)
-        size = (1,) * (len(start) - len(block.shape)) + block.shape
-        low = tuple(map(max, start, offset))
-        high = tuple(min(s + n, o + m) for s, n, o, m in zip(start, size, offset, shape, strict=True))
-        part = tuple(h - a for h, a in zip(high, low, strict=True))
-        source, source_start = self._holding.place(block)
-        inner = len(block.shape)
-        shift = tuple(a - s for a, s in zip(low, start, strict=True))[len(start) - inner :]
-        leading = len(source_start) - inner
-        source_offset = (*source_start[:leading], *map(sum, zip(source_start[leading:], shift, strict=True)))
-        source_shape = (1,) * leading + part[len(part) - inner :]
-        tensor = self._held.read(source, source_offset, source_shape).reshape(part)
-        return tuple(a - o for a, o in zip(low, offset, strict=True)), part, tensor
 
 
 class AsMegatron(_Seen):

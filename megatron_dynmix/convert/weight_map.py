@@ -12,7 +12,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
-from typing import Any
+from operator import add, lt, sub
+from typing import Any, NamedTuple
 
 Shape = tuple[int, ...]
 
@@ -29,6 +30,14 @@ class Block:
     hf_offset: Shape
     megatron: str
     megatron_offset: Shape
+    shape: Shape
+
+
+class Part(NamedTuple):
+    """A box within a block, in the axes of its `shape`."""
+
+    block: Block
+    offset: Shape
     shape: Shape
 
 
@@ -58,16 +67,25 @@ class Side:
         """Return how many of a tensor's first axes only number its blocks; 0 for most."""
         return len(next(iter(self.index[name])))
 
-    def blocks_in(self, name: str, offset: Shape, shape: Shape) -> Iterator[Block]:
-        """Yield the blocks that have a part in a box of a tensor; those of other layers are not looked at."""
+    def parts_in(self, name: str, offset: Shape, shape: Shape) -> Iterator[Part]:
+        """Yield the parts of blocks in a box of a tensor, without looking at the blocks of other layers."""
         count = self.leading(name)
         ranges = (
             range(start, start + size) for start, size in zip(offset[:count], shape[:count], strict=True)
         )
         for place in itertools.product(*ranges):
             for block in self.index[name].get(place, ()):
-                if _meet(self.place(block)[1][count:], block.shape, offset[count:], shape[count:]):
-                    yield block
+                start = self.place(block)[1][count:]
+                low, high = _common(start, block.shape, offset[count:], shape[count:])
+                if all(map(lt, low, high)):
+                    yield Part(block, tuple(map(sub, low, start)), tuple(map(sub, high, low)))
+
+    def box_of(self, part: Part) -> tuple[str, Shape, Shape]:
+        """Return the tensor of this side that holds a part of a block, and the box that it is there."""
+        name, start = self.place(part.block)
+        leading = len(start) - len(part.shape)
+        offset = (*start[:leading], *map(add, start[leading:], part.offset))
+        return name, offset, (1,) * leading + part.shape
 
     def assert_covered(self) -> None:
         """See that blocks fill each tensor, without overlap: a number left out would be random later."""
@@ -84,10 +102,10 @@ class Side:
                 _assert_filled(name, shape[count:], boxes)
 
 
-def _meet(offset: Shape, shape: Shape, other_offset: Shape, other_shape: Shape) -> bool:
-    """Whether two boxes have a number in common."""
-    both = zip(offset, shape, other_offset, other_shape, strict=True)
-    return all(start < there + size and there < start + length for start, length, there, size in both)
+def _common(offset: Shape, shape: Shape, other_offset: Shape, other_shape: Shape) -> tuple[Shape, Shape]:
+    """Return where what two boxes have in common begins and ends; not after it begins if that is nothing."""
+    ends = map(min, map(add, offset, shape), map(add, other_offset, other_shape))
+    return tuple(map(max, offset, other_offset)), tuple(ends)
 
 
 def _assert_filled(name: str, shape: Shape, boxes: list[tuple[Shape, Shape]]) -> None:
@@ -97,7 +115,8 @@ def _assert_filled(name: str, shape: Shape, boxes: list[tuple[Shape, Shape]]) ->
     volume = sum(math.prod(size) for _, size in boxes)
     assert volume == math.prod(shape), f"{name} {shape}: its blocks hold {volume} numbers"
     for one, other in itertools.combinations(boxes, 2):
-        assert not _meet(*one, *other), f"{name} {shape}: blocks at {one[0]} and {other[0]} overlap"
+        meet = all(map(lt, *_common(*one, *other)))
+        assert not meet, f"{name} {shape}: blocks at {one[0]} and {other[0]} overlap"
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def test_what_it_says_of_its_tensors():
     ],
 )
 def test_blocks_that_meet_a_box(offset, shape, names):
-    assert [block.hf for block in GOOD.megatron.blocks_in("w", offset, shape)] == list(names)
+    assert [part.block.hf for part in GOOD.megatron.parts_in("w", offset, shape)] == list(names)
 
 
 def test_rows_that_pad_the_vocabulary_are_in_no_block():
@@ -54,7 +54,7 @@ def test_rows_that_pad_the_vocabulary_are_in_no_block():
         padded={"w": 3},
     )
     assert padded.parameters == 6
-    assert not list(padded.megatron.blocks_in("w", (3, 0), (2, 2)))
+    assert not list(padded.megatron.parts_in("w", (3, 0), (2, 2)))
     with pytest.raises(AssertionError, match="its blocks hold 6 numbers"):
         dataclasses.replace(padded, padded={})
 
