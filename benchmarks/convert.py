@@ -142,7 +142,7 @@ def copy(source: Path, destination: Path) -> None:
 def measure(
     name: str, source: Path, convert: Callable[[Path], object], scratch: Path, rounds: int
 ) -> list[object]:
-    """A row of the table: copy and conversion in turn; the last conversion stays, under `name`."""
+    """Return a row of the table: copy and convert in turn; the last conversion stays, under `name`."""
     size = sum(path.stat().st_size for path in source.iterdir() if path.is_file()) / GIGABYTE
     copies, conversions = [], []
     with peak_memory() as peak:

@@ -81,7 +81,7 @@ def _yarn(rope: Values) -> dict[str, Any]:
     for name in sorted(
         given.keys() - known - {name for name, value in HARMLESS.items() if given.get(name) == value}
     ):
-        raise InputError(f"rope_scaling says {name} {given[name]!r}, which Megatron-Core has not")
+        raise InputError(f"rope_scaling says {name} {given[name]!r}, which Megatron-Core does not have")
     for ours in ("rotary_scaling_factor", "original_max_position_embeddings"):
         if not isinstance(settings[ours], int | float):
             raise InputError(

@@ -234,7 +234,7 @@ def checkpoint_of(source: Path) -> Path:
     for directory in (source, source / "checkpoints"):
         if restore_point.has_checkpoint(directory):
             return restore_point.exact(restore_point.newest_good(directory))
-    what = "holds no checkpoint" if source.is_dir() else "is no folder"
+    what = "holds no checkpoint" if source.is_dir() else "is not a folder"
     raise InputError(
         f"{source} {what}; give a run, its checkpoints folder, one iter_* folder or what hf-to-megatron made"
     )

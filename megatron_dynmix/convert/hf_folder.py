@@ -42,7 +42,7 @@ class HuggingFaceFolder:
 
         Raises:
             InputError: no folder, no configuration or one of a model that we cannot run, weights that are
-                pickled, quantised, incomplete, damaged, or not those of the configuration.
+                pickled, quantized, incomplete, damaged, or not those of the configuration.
 
         """
         self.path = path
@@ -91,7 +91,7 @@ class HuggingFaceFolder:
             elif dtype not in DTYPES:
                 raise InputError(
                     f"{name} in {path} is of type {dtype}; weights are taken as {', '.join(DTYPES)}: a "
-                    "quantised model cannot be trained, take the one that it was made from"
+                    "quantized model cannot be trained, take the one that it was made from"
                 )
             else:
                 self.shapes[name], self.dtypes[name] = shape, DTYPES[dtype]
@@ -119,7 +119,7 @@ class HuggingFaceFolder:
             raise InputError(f"{self.path} holds no {some(missing)}, which the model of {config} has")
         if unused := self.shapes.keys() - expected.hf_shapes.keys():
             raise InputError(
-                f"{self.path} holds {some(unused)}, which the model of {config} has not, and which would be "
+                f"{self.path} holds {some(unused)}, which the model of {config} does not have; they would be "
                 f"lost; correct config.json (num_hidden_layers and {PREDICTION} count layers, and with "
                 "tie_word_embeddings there is no lm_head), or take the tensors out"
             )
@@ -156,12 +156,12 @@ def copy_files(files: Mapping[str, Path], folder: Path) -> None:
 def _existing(path: Path) -> Path:
     """Return the folder, if it can be that of a whole model."""
     if not path.is_dir():
-        raise InputError(f"{path} is no folder; give that of a Hugging Face model, with its config.json")
+        raise InputError(f"{path} is not a folder; give that of a Hugging Face model, with its config.json")
     if not (path / "config.json").is_file():
         raise InputError(f"{path} holds no config.json; give the folder of a Hugging Face model")
     if (path / ADAPTER).is_file():
         raise InputError(
-            f"{path} holds an adapter ({ADAPTER}), which transformers would add to the weights and this "
+            f"{path} holds an adapter ({ADAPTER}), which transformers would add to the weights, and this would "
             "not; merge it into the model first (merge_and_unload of peft), or take it out of the folder"
         )
     return path
@@ -176,7 +176,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
         files: dict[Path, set[str] | None] = {}
         for name, file in sorted(named.items(), key=lambda item: (item[1], item[0])):
             if Path(file).name != file:
-                raise InputError(f"{folder / INDEX} names {file!r}, which is no file of this folder")
+                raise InputError(f"{folder / INDEX} names {file!r}, which is not a file of this folder")
             files.setdefault(folder / file, set()).add(name)  # type: ignore[union-attr]
         missing = {path.name for path in files if not path.is_file()}
         if (folder / SINGLE).is_file() and folder / SINGLE not in files:
@@ -186,7 +186,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
             )
         if missing:
             raise InputError(
-                f"{folder} has not {some(missing)}, of the {len(files)} files that its index names; fetch "
+                f"{folder} is missing {some(missing)} of the {len(files)} files that its index names; fetch "
                 "what is missing"
             )
         return files
@@ -212,8 +212,8 @@ def _header_of(path: Path) -> dict[str, tuple[str, Shape]]:
             return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"{path} is not whole, or no safetensors file ({error}; {path.stat().st_size} bytes); fetch it "
-            "again"
+            f"{path} is not whole, or not a safetensors file ({error}; {path.stat().st_size} bytes); "
+            "fetch it again"
         ) from None
 
 

@@ -122,7 +122,7 @@ def _read_metadata(folder: Path) -> Metadata:
     try:
         return FileSystemReader(folder).read_metadata()
     except FileNotFoundError:
-        raise InputError(f"{folder} is no Megatron checkpoint: there is no .metadata in it") from None
+        raise InputError(f"{folder} is not a Megatron checkpoint: there is no .metadata in it") from None
     except (OSError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(
             f"{folder / '.metadata'} cannot be read ({error}); take another checkpoint"

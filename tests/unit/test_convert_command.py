@@ -278,8 +278,8 @@ def test_what_cannot_be_converted_is_one_message(converted, source, tmp_path, ca
     assert "must be 1 or more" in refused(
         capsys, "hf-to-megatron", source, out, "--make-vocab-size-divisible-by", "0"
     )
-    assert "is no folder" in refused(capsys, "hf-to-megatron", tmp_path / "none", out)
-    assert "is no folder" in refused(capsys, "megatron-to-hf", tmp_path / "none", out)
+    assert "is not a folder" in refused(capsys, "hf-to-megatron", tmp_path / "none", out)
+    assert "is not a folder" in refused(capsys, "megatron-to-hf", tmp_path / "none", out)
     assert "holds no checkpoint" in refused(capsys, "megatron-to-hf", source, out)
     assert "cannot be read" in refused(capsys, "megatron-to-hf", converted, out, "--max-shard-size", "big")
     other = tiny_folder("olmoe")

@@ -177,7 +177,7 @@ def outside_of_the_folder(folder):
 BAD = {
     "pickled": (pickled, r"pickle \(pytorch_model.bin\).*save_pretrained"),
     "no weights": (no_weights, "neither model.safetensors nor"),
-    "missing shard": (missing_shard, r"has not model-000.*\d+ files that its index names"),
+    "missing shard": (missing_shard, r"is missing model-000.*\d+ files that its index names"),
     "truncated": (truncated, r"model-000.*not whole.*bytes\); fetch it again"),
     "truncated header": (truncated_header, "not whole"),
     "empty": (empty, "not whole"),
@@ -186,19 +186,19 @@ BAD = {
     "held but not named": (held_but_not_named, "holds model.extra, which .* does not name"),
     "in two files": (in_two_files, f"{EMBEDDING} is in both model-000.* and model-000"),
     "a tensor missing": (no_such_tensor, f"holds no {ROUTER}, which the model of"),
-    "a tensor too many": (one_too_many, "holds model.extra, which the model .* has not"),
+    "a tensor too many": (one_too_many, "holds model.extra, which the model .* does not have"),
     "other shape": (other_shape, rf"{ROUTER} is \[5, 30\] in .*model-000.*config.json says \[6, 30\]"),
-    "int8": (eight_bit, f"{ROUTER} in .* is of type I8.*quantised"),
-    "fp8": (float8, f"{ROUTER} in .* is of type F8_E4M3.*quantised"),
+    "int8": (eight_bit, f"{ROUTER} in .* is of type I8.*quantized"),
+    "fp8": (float8, f"{ROUTER} in .* is of type F8_E4M3.*quantized"),
     "two types": (
         two_types,
         "torch.bfloat16 and .*layers.1.*torch.float32.*parts of decoder.layers.mlp.router",
     ),
     "tied, with an output layer": (
         tied_with_an_output_layer,
-        "holds lm_head.weight.*has not.*tie_word_embeddings",
+        "holds lm_head.weight.*does not have.*tie_word_embeddings",
     ),
-    "outside of the folder": (outside_of_the_folder, "no file of this folder"),
+    "outside of the folder": (outside_of_the_folder, "not a file of this folder"),
     "one file beside an index": (
         one_file_beside_an_index,
         "holds model.safetensors, which its .*index.json does not name",
@@ -238,7 +238,7 @@ def test_bad_folders_are_refused_in_one_message(name, folder, tmp_path, capsys):
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         HuggingFaceFolder(tmp_path / "nowhere")
 
 

@@ -73,5 +73,5 @@ def test_a_bad_folder_ends_the_command_before_any_rank(tmp_path, folder, flags, 
     monkeypatch.setattr(launch, "launch_ranks", lambda *args: pytest.fail("ranks were started"))
     run_yaml = write(tmp_path, settings)
     assert main(["train", str(run_yaml), "--run-dir", str(tmp_path / "run"), *flags]) == 2
-    assert f"hf has not {shard.name}, of the" in capsys.readouterr().err
+    assert f"hf is missing {shard.name} of the" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
