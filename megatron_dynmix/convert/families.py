@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dynmix.convert.weight_map import Layout, QueryKeyValue, Rule, WeightMap, moe_layers
+from megatron_dynmix.convert.weight_map import QueryKeyValue, Rule, WeightMap, lay_out, moe_layers
 from megatron_dynmix.errors import InputError
 
 Rules = tuple[Rule, ...]
@@ -233,10 +233,10 @@ def weight_map(
         raise InputError(
             f"{hf_config['model_type']} has no layout with all experts in one tensor; write a tensor for each"
         )
-    layout = Layout(settings)
-    layout.add(OUTSIDE)
+    settings = {UNTIED: True, **settings}
     moe = (*family.moe, *(family.fused if fused_experts else family.separate))
-    for index, is_moe in enumerate(moe_layers(settings)):
+    rules: list[tuple[int | None, Rule]] = [(None, rule) for rule in OUTSIDE]
+    for layer, is_moe in enumerate(moe_layers(settings)):
         assert is_moe or family.dense, f"a dense layer in {hf_config['model_type']}"
-        layout.add((*family.layer, *(moe if is_moe else family.dense)), index)
-    return layout.weight_map(padded_vocab)
+        rules += [(layer, rule) for rule in (*family.layer, *(moe if is_moe else family.dense))]
+    return lay_out(settings, rules, padded_vocab)

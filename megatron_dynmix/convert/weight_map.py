@@ -1,7 +1,7 @@
 """Which numbers of a Hugging Face model are which numbers of a Megatron checkpoint: boxes that both hold.
 
 Every tensor of either world is laid out with boxes that are copied as they are, so one description serves
-both directions and any slice. Rules name the tensors of a layer, and `Layout` makes a model's blocks of them.
+both directions and any slice. Rules name the tensors of a layer; `lay_out` makes a model's blocks of them.
 Axes: L layers, E experts, H hidden, F the experts' inner width.
 """
 
@@ -297,55 +297,46 @@ def layers_one_by_one(settings: Mapping[str, Any]) -> bool:
     return not isinstance(frequency, int) or frequency > 1
 
 
-class Layout:
-    """Gathers the blocks of a model from rules."""
+def lay_out(
+    settings: Mapping[str, Any], rules: Iterable[tuple[int | None, Rule]], padded_vocab: int | None
+) -> WeightMap:
+    """Make the map of a model.
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        self._settings = {"untie_embeddings_and_output_weights": True, **settings}
-        self._sizes = sizes_of(settings)
-        self._hf_shapes: dict[str, Shape] = {}
-        self._megatron_shapes: dict[str, Shape] = {}
-        self._groups: dict[str, str] = {}
-        self._blocks: list[Block] = []
+    Args:
+        settings: the `model` section, flat.
+        rules: each with the layer it is for, or None outside of all layers.
+        padded_vocab: rows of the tensors of `VOCABULARY` in the checkpoint; one for each token if None.
 
-    def add(self, rules: Iterable[Rule], layer: int | None = None) -> None:
-        """Add the tensors of a layer, or those outside of all layers."""
+    """
+    sizes, stacked = sizes_of(settings), not layers_one_by_one(settings)
+    hf_shapes: dict[str, Shape] = {}
+    megatron_shapes: dict[str, Shape] = {}
+    groups: dict[str, str] = {}
+    blocks: list[Block] = []
+    for layer, rule in rules:
+        if (rule.when and not settings.get(rule.when)) or (rule.unless and settings.get(rule.unless)):
+            continue
+        prefix, megatron = "", rule.megatron
         place: Shape = ()
         axes: Shape = ()
-        hf = megatron = ""
         if layer is not None:
-            hf, megatron = f"model.layers.{layer}.", f"decoder.layers.{layer}."
-            if not layers_one_by_one(self._settings):
-                place, axes, megatron = (layer,), (self._sizes["L"],), "decoder.layers."
-        given = self._settings.get
-        for rule in rules:
-            if (rule.when and not given(rule.when)) or (rule.unless and given(rule.unless)):
-                continue
-            self._add(rule, hf, megatron + rule.megatron, place, axes)
-
-    def _add(self, rule: Rule, prefix: str, megatron: str, place: Shape, axes: Shape) -> None:
-        experts = [(e,) for e in range(self._sizes["E"])] if rule.each_expert else [()]
-        axes = (*axes, self._sizes["E"]) if rule.each_expert else axes
-        self._megatron_shapes[megatron] = (*axes, *rule.megatron_shape(self._sizes))
-        self._groups[megatron] = rule.group
-        pieces = rule.pieces(self._sizes)
+            prefix = f"model.layers.{layer}."
+            megatron = "decoder.layers." + ("" if stacked else f"{layer}.") + megatron
+            place, axes = ((layer,), (sizes["L"],)) if stacked else ((), ())
+        experts = [(e,) for e in range(sizes["E"])] if rule.each_expert else [()]
+        axes += (sizes["E"],) if rule.each_expert else ()
+        megatron_shapes[megatron] = (*axes, *rule.megatron_shape(sizes))
+        groups[megatron] = rule.group
+        pieces = rule.pieces(sizes)
         for expert in experts:
             for piece in pieces:
                 name = prefix + (piece.hf.format(e=expert[0]) if expert else piece.hf)
-                self._hf_shapes[name] = piece.hf_shape
+                hf_shapes[name] = piece.hf_shape
                 offset = (*place, *expert, *piece.megatron_offset)
-                self._blocks.append(Block(name, piece.hf_offset, megatron, offset, piece.shape))
-
-    def weight_map(self, padded_vocab: int | None) -> WeightMap:
-        """Return the finished map; the tensors of `VOCABULARY` have `padded_vocab` rows."""
-        vocab = self._sizes["V"]
-        assert padded_vocab is None or padded_vocab >= vocab, f"{padded_vocab} rows for {vocab} tokens"
-        padded = {name: vocab for name in VOCABULARY if name in self._groups}
-        shapes = {name: (padded_vocab or vocab, *self._megatron_shapes[name][1:]) for name in padded}
-        return WeightMap(
-            hf_shapes=self._hf_shapes,
-            megatron_shapes={**self._megatron_shapes, **shapes},
-            blocks=tuple(self._blocks),
-            groups=self._groups,
-            padded=padded,
-        )
+                blocks.append(Block(name, piece.hf_offset, megatron, offset, piece.shape))
+    vocab = sizes["V"]
+    assert padded_vocab is None or padded_vocab >= vocab, f"{padded_vocab} rows for {vocab} tokens"
+    padded = {name: vocab for name in VOCABULARY if name in groups}
+    for name in padded:
+        megatron_shapes[name] = (padded_vocab or vocab, *megatron_shapes[name][1:])
+    return WeightMap(hf_shapes, megatron_shapes, tuple(blocks), groups, padded)
