@@ -22,7 +22,6 @@ from megatron_dynmix.checkpoint.folder import (
     TRACKER,
     check_contents,
     check_whole,
-    checksum,
     complete,
     folder_of,
     read_checksums,

@@ -76,7 +76,7 @@ class LogitsVerdict:
     """What a comparison of logits says."""
 
     passed: bool
-    """False if the models differ. True if they were not compared: then `why_not` says why."""
+    """False if the models differ, True also if they were not compared."""
     why_not: str | None = None
     """Why they were not compared, or cannot be the same; None if the numbers below tell."""
     layers: tuple[int, ...] = ()
@@ -96,14 +96,9 @@ class LogitsVerdict:
     rounded: bool = False
     """Whether the reference was given the rounded weights too."""
 
-    @property
-    def compared(self) -> bool:
-        """Whether logits were compared at all."""
-        return self.max_difference is not None
-
     def describe(self) -> str:
         """Return one line for people."""
-        if not self.compared:
+        if self.why_not is not None:
             return f"logits not compared: {self.why_not}" if self.passed else f"FAILED: {self.why_not}"
         which = "all" if len(self.layers) == self.num_layers else ", ".join(map(str, self.layers)) + " of the"
         return (
@@ -132,12 +127,11 @@ def compare_logits(
     Args:
         hf_folder: the Hugging Face model; none of its own code is run.
         weights: the tensors of that folder.
-        rounded: whether they are not as the folder has them, but rounded to another type; the reference is
-            then given these, and reads nothing by itself.
         checkpoint: the tensors of the Megatron checkpoint.
         model: what the checkpoint is a model of.
-        limit: parameters of a model that is run as a whole; a larger one is represented by its first, its
-            middle and its last layer, with embedding and output layer.
+        rounded: whether `weights` are rounded to another type than the folder has; the reference is then
+            given these, and reads nothing by itself.
+        limit: parameters of a model that is run as a whole; see `choose_layers`.
         memory: bytes that may be used; what is free if not given.
 
     """
@@ -175,14 +169,10 @@ def compare_logits(
 
 
 def choose_layers(shapes: Mapping[str, tuple[int, ...]], *, limit: int, memory: int) -> tuple[int, ...]:
-    """Return the numbers, from 0, of the layers that are run; none if there is no memory for even one.
+    """Return the numbers, from 0, of the layers that are run, always with embedding and output layer.
 
-    Args:
-        shapes: of the Hugging Face tensors, by name.
-        limit: parameters of a model that is run as a whole; of a larger one the first, the middle and the
-            last layer are, or fewer of those if there is no memory for them.
-        memory: bytes that are free.
-
+    They are all layers of a model of up to `limit` parameters, else the first, the middle and the last; fewer
+    of those if so many bytes of memory do not hold them; none if they do not even hold one.
     """
     fixed, layer_L = 0, dict[int, int]()
     for name, shape in shapes.items():

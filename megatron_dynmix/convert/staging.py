@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -79,10 +80,7 @@ class Staging:
             ) from value
 
     def record(self, name: str, facts: Any = None) -> None:
-        """Note that a file is whole: a conversion that resumes does not write it again.
-
-        Threads may call it at the same time.
-        """
+        """Note that a file is whole: it is not written again. Threads may call it at the same time."""
         sync(self.folder / name)
         with self._one_line_at_a_time, (self.folder / FINISHED).open("a", encoding="utf-8") as file:
             self.finished[name] = facts
@@ -139,7 +137,9 @@ class Staging:
 
     def _finished(self, plan: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
         """Return what is done of this plan; without it, empty the folder and write the plan down."""
-        before = _read_plan(self.folder / PLAN)
+        before: dict[str, Any] | None = None
+        with contextlib.suppress(OSError, ValueError, TypeError):  # none, or one that a crash cut short
+            before = dict(json.loads((self.folder / PLAN).read_text(encoding="utf-8")))
         if before != plan:
             differing = sorted(key for key in plan if before is not None and before.get(key) != plan[key])
             if differing:
@@ -179,16 +179,7 @@ def fingerprint(folder: Path) -> dict[str, list[int]]:
 
 def _is_taken(final: Path) -> bool:
     """Whether a folder cannot be given this name; a link never can, wherever it leads."""
-    if final.is_symlink() or not final.exists():
-        return final.is_symlink()
-    return not final.is_dir() or any(final.iterdir())
-
-
-def _read_plan(path: Path) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
+    return final.is_symlink() or (final.exists() and (not final.is_dir() or any(final.iterdir())))
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[str, int, Any]]:

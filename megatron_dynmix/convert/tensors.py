@@ -20,19 +20,6 @@ BOX_BYTES = 16 << 20
 give the same memory again and again; large enough that what surrounds the numbers does not count."""
 
 
-class InMemory:
-    """Tensors that are in memory already."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self.tensors = tensors
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-
-    def read(self, name: str, offset: Shape, shape: Shape) -> torch.Tensor:
-        """Read a box as a view."""
-        return self.tensors[name][box(offset, shape)]
-
-
 class Cast:
     """Tensors whose numbers are of another type than they are held in."""
 

@@ -16,11 +16,11 @@ from megatron_dynmix.cli import main
 from megatron_dynmix.config.presets import read_shape
 from megatron_dynmix.convert.conversion import hf_to_megatron
 from megatron_dynmix.convert.families import weight_map
-from megatron_dynmix.convert.tensors import AsMegatron, InMemory
+from megatron_dynmix.convert.tensors import AsMegatron
 from tests.distributed import convert_programs
 from tests.distributed.layouts import ETP1, PP2, TP2, ep
 from tests.distributed.ranks import run_ranks
-from tests.unit.convert_fixtures import tiny_folder
+from tests.unit.convert_fixtures import InMemory, tiny_folder
 
 EVEN = {"num_key_value_heads": 2}
 """Megatron-Core wants a KV group, or several, for each tensor-parallel rank."""

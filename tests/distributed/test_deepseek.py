@@ -13,12 +13,13 @@ from megatron_dynmix.config.presets import read_shape
 from megatron_dynmix.convert.families import weight_map
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
-from megatron_dynmix.convert.tensors import AsMegatron, InMemory
+from megatron_dynmix.convert.tensors import AsMegatron
 from tests.deepseek_models import COMMON, MODELS, tiny_model
 from tests.distributed import convert_programs, programs
 from tests.distributed.conftest import SMALL
 from tests.distributed.layouts import PP2, TP2, ep, full
 from tests.distributed.ranks import run_ranks
+from tests.unit.convert_fixtures import InMemory
 
 VOCAB = COMMON["vocab_size"]
 CORRECTION = "e_score_correction_bias"

@@ -9,11 +9,12 @@ from safetensors.torch import load_file
 from megatron_dynmix.config.hugging_face import model_settings
 from megatron_dynmix.convert.families import weight_map
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
-from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, InMemory
+from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron
 from tests.distributed import convert_programs, programs
 from tests.distributed.layouts import PP2, TP2, ep, full
 from tests.distributed.ranks import run_ranks
 from tests.llama_moe_reference import LlamaMoE, save_folder, small_config
+from tests.unit.convert_fixtures import InMemory
 
 CONFIG = small_config()
 QUIET = small_config(gate_add_noise=False)

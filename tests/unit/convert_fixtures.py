@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+
+from megatron_dynmix.convert.tensors import box
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 ODD = {
@@ -45,6 +48,19 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 MIXED = {"num_hidden_layers": 3, "mlp_only_layers": [0]}
 """Qwen with a dense layer before the MoE layers."""
+
+
+class InMemory:
+    """Tensors that are in memory already."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+
+    def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        """Read a box as a view."""
+        return self.tensors[name][box(offset, shape)]
 
 
 def tiny_config(family: str, **changes: Any) -> transformers.PretrainedConfig:

@@ -6,12 +6,13 @@ import math
 import convert_fixtures as tiny
 import pytest
 import torch
+from convert_fixtures import InMemory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dynmix.convert import families
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
-from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, InMemory, box
+from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, box
 from megatron_dynmix.errors import InputError
 
 PADDED = 256

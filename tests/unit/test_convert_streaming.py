@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from convert_fixtures import InMemory
 from safetensors.torch import load_file
 
 from megatron_dynmix.checkpoint.folder import check_contents
@@ -16,7 +17,7 @@ from megatron_dynmix.convert.families import weight_map
 from megatron_dynmix.convert.hf_folder import INDEX
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.staging import Staging, partial_of
-from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, Box, Cast, InMemory, boxes_of
+from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, Box, Cast, boxes_of
 from megatron_dynmix.convert.to_hugging_face import shards_of, size_in_bytes, write_weights
 from megatron_dynmix.convert.to_megatron import write_checkpoint
 from megatron_dynmix.convert.verdict import compare_values

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from config_fixtures import good_settings, load
+from convert_fixtures import InMemory
 from safetensors.torch import load_file, save_file
 
 from megatron_dynmix.cli import main
@@ -13,7 +14,7 @@ from megatron_dynmix.config.load import load_config, to_yaml
 from megatron_dynmix.config.megatron import transformer_config
 from megatron_dynmix.config.presets import COMMON
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
-from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, InMemory
+from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron
 from megatron_dynmix.errors import InputError
 from tests.deepseek_models import DEEPSEEK_V2_LITE, DEEPSEEK_V3, MODELS, YARN, tiny_model
 

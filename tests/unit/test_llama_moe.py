@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from config_fixtures import good_settings, load
+from convert_fixtures import InMemory
 
 from megatron_dynmix.config.check import check_run
 from megatron_dynmix.config.hugging_face import flat_settings, hugging_face_config, model_settings
@@ -14,7 +15,7 @@ from megatron_dynmix.config.load import load_config
 from megatron_dynmix.config.megatron import optimizer_config
 from megatron_dynmix.config.presets import COMMON, PRESETS
 from megatron_dynmix.convert.families import weight_map
-from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, InMemory
+from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron
 from megatron_dynmix.data.prepare.jinja import compiled
 from megatron_dynmix.errors import InputError
 from tests.llama_moe_reference import LlamaMoE, small_config
