@@ -146,7 +146,7 @@ def megatron_to_hf(
     plan = {
         "source": {str(checkpoint.resolve()): fingerprint(checkpoint)},
         "dtype": dtype,
-        "layout": [max_shard_bytes, origin.fused_experts if fused_experts is None else fused_experts],
+        "layout": [max_shard_bytes, origin.fused_experts],
     }
     with Staging(destination, plan, say) as staging:
         staging.check_space(total + sum(path.stat().st_size for path in origin.files.values()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Export:
     settings: Mapping[str, Any]
     """The `model` section, flat."""
     origin: Origin
-    """What goes beside the weights."""
+    """What goes beside the weights, with the layout of experts that is written."""
     held: Tensors
     """The weights under their Megatron names, in the type that is written."""
     names: WeightMap
@@ -82,19 +82,16 @@ def open_export(
     settings = config["model"]
     origin = origin_of(config, checkpoint, hf_config)
     held = MegatronCheckpoint(checkpoint)
-    names = _names_of(
-        held, settings, origin, origin.fused_experts if fused_experts is None else fused_experts
-    )
+    if fused_experts is not None:
+        origin = replace(origin, fused_experts=fused_experts)
+    names = _names_of(held, settings, origin)
     return Export(settings, origin, held if dtype is None else Cast(held, getattr(torch, dtype)), names)
 
 
-def _names_of(
-    held: MegatronCheckpoint, settings: Mapping[str, Any], origin: Origin, fused: bool
-) -> WeightMap:
+def _names_of(held: MegatronCheckpoint, settings: Mapping[str, Any], origin: Origin) -> WeightMap:
     """Return the map between the two worlds, once the checkpoint is known to be of that model."""
-    rows = held.shapes.get(EMBEDDING, (0,))[0]
-    padded_vocab = max(rows, settings["vocab_size"])
-    names = weight_map(settings, origin.config, fused_experts=fused, padded_vocab=padded_vocab)
+    rows = max(settings["vocab_size"], *held.shapes.get(EMBEDDING, (0,))[:1])
+    names = weight_map(settings, origin.config, fused_experts=origin.fused_experts, padded_vocab=rows)
     for kind, absent in (
         ("has no", names.megatron_shapes.keys() - held.shapes.keys()),
         ("has more than the model:", held.shapes.keys() - names.megatron_shapes.keys()),
@@ -155,12 +152,7 @@ def export(checkpoint: Path, destination: Path) -> None:
 
 
 def check_save_hf(config: RunConfig, run_dir: Path) -> None:
-    """Refuse to write Hugging Face folders of a model that no family of theirs is.
-
-    Raises:
-        InputError: what is wrong.
-
-    """
+    """Refuse, as `InputError`, to write Hugging Face folders of a model that no family of theirs is."""
     if config.checkpoint.save_hf is not None:
         origin_of(to_dict(config), folder_of(run_dir / "checkpoints", 0), None)
 

@@ -42,12 +42,7 @@ def weights_of(source: HuggingFaceFolder, config: RunConfig) -> AsMegatron:
 
 
 def check_load_hf(config: RunConfig) -> None:
-    """Refuse a Hugging Face folder that a fresh run cannot start from.
-
-    Raises:
-        InputError: what is wrong.
-
-    """
+    """Refuse, as `InputError`, a Hugging Face folder that a fresh run cannot start from."""
     if config.model.load_hf is None:
         return
     if config.checkpoint.pretrained_checkpoint is not None:

@@ -54,12 +54,9 @@ class Origin:
 
 
 def origin_of(config: Mapping[str, Any], checkpoint: Path, given: Path | None) -> Origin:
-    """Find out what a checkpoint is of.
+    """Find out what a checkpoint, an `iter_*` folder with its run's configuration, is of.
 
-    Args:
-        config: its configuration.
-        checkpoint: its `iter_*` folder.
-        given: a folder with a config.json that is to be taken; found out if None.
+    The folder with a config.json that is `given` is taken, or else the one that the model came from.
 
     Raises:
         InputError: the folder it came from is gone or is of another model, or no family of Hugging Face
@@ -70,13 +67,13 @@ def origin_of(config: Mapping[str, Any], checkpoint: Path, given: Path | None) -
     folder = given if given is not None else _folder(config, checkpoint)
     tokenizer = _tokenizer_files(data.get("tokenizer"))
     if folder is None:
-        config = hugging_face_config(settings)
+        written = hugging_face_config(settings)
         if not tokenizer:
-            return Origin(config, {}, fused_experts=False, notes=(NO_TOKENIZER,))
+            return Origin(written, {}, fused_experts=False, notes=(NO_TOKENIZER,))
         remote = bool(data.get("trust_remote_code", False))
         eos_id = load_tokenizer(data["tokenizer"], trust_remote_code=remote).eos_id
-        return Origin({**config, "eos_token_id": eos_id}, tokenizer, fused_experts=False)
-    config, theirs = read_config(folder / CONFIG, "give a folder with a config.json")
+        return Origin({**written, "eos_token_id": eos_id}, tokenizer, fused_experts=False)
+    written, theirs = read_config(folder / CONFIG, "give a folder with a config.json")
     if differing := other_shape(theirs, settings):
         changes = ", ".join(f"{name} {settings.get(name)} (there {theirs.get(name)})" for name in differing)
         raise InputError(
@@ -88,10 +85,10 @@ def origin_of(config: Mapping[str, Any], checkpoint: Path, given: Path | None) -
     if tokenizer:
         files = {name: path for name, path in files.items() if not _is_tokenizer(name)} | tokenizer
     notes = [] if any(map(_is_tokenizer, files)) else [NO_TOKENIZER]
-    if prediction_layers(config):
-        notes.append(NO_PREDICTION.format(count=config[PREDICTION]))
-        config = {**config, PREDICTION: 0}
-    return Origin({**config, **_changed(theirs, settings)}, files, _fused(folder), tuple(notes))
+    if prediction_layers(written):
+        notes.append(NO_PREDICTION.format(count=written[PREDICTION]))
+        written[PREDICTION] = 0
+    return Origin({**written, **_changed(theirs, settings)}, files, _fused(folder), tuple(notes))
 
 
 def keep_origin_of(folder: HuggingFaceFolder, root: Path, *, dtype: str | None) -> None:

@@ -135,6 +135,21 @@ def test_hf_to_megatron_to_hf_is_bit_equal_in_parts(model, tmp_path):
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir()), "staging is left"
 
 
+def test_what_several_ranks_write_is_what_one_writes(model, tmp_path):
+    shares = []
+    for world in (1, 3):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        for rank in range(world):
+            files = []
+            write_weights(model, folder, max_shard_bytes=20_000, rank=rank, world=world, finish=files.append)
+            shares.append(len(files))
+    one, several = ({path.name: path.read_bytes() for path in (tmp_path / n).iterdir()} for n in "13")
+    assert one == several and INDEX in one
+    assert shares[0] == sum(shares[1:]) == len(one) - 1
+    assert all(shares), "every rank has some to write"
+
+
 def test_checksums_are_those_of_the_files(model, tmp_path):
     with Staging(tmp_path / "out", {}, ignore) as place:
         sums = write_megatron(model, place)
