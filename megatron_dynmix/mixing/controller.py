@@ -9,7 +9,7 @@ Axes: D sources.
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -239,60 +239,6 @@ def _check_state(state: Mapping[str, Any], strategy: Strategy) -> None:
             f"strategy {strategy.name} wants to remember {state!r}, which JSON does not give back as it is; "
             "use text keys, lists, finite numbers and text"
         )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class MixingUpdate:
-    """The record of one weight update, one line of ``mixing.jsonl``.
-
-    Attributes:
-        iteration: iterations done when the update was made.
-        consumed_samples: rows drawn up to then, all sources.
-        sources: D names, in the order of every per-source list here.
-        old_weights, new_weights: D shares before and after.
-        delta: D scores, or None if the strategy scores nothing.
-        load: D rows of normalised gate loads, or None.
-        distance: D x D distances, or None.
-        tokens, rows, epochs: D totals since the start of the run.
-        seconds: wall time per phase (signal, reduce, update, rebuild).
-        note: what a reader must know about this update, or None.
-        events: what guardrails and the operator's override did to the strategy's proposal.
-        override: the operator's word in force, or None.
-        shadow: weights that each strategy which only watches would have.
-        loss: D mean losses in nats as the strategy saw them, or None.
-        delta_error: D standard errors of delta, or None.
-
-    """
-
-    iteration: int
-    consumed_samples: int
-    sources: tuple[str, ...]
-    old_weights: ArrayLike
-    new_weights: ArrayLike
-    delta: ArrayLike | None
-    load: ArrayLike | None
-    distance: ArrayLike | None
-    tokens: ArrayLike
-    rows: ArrayLike
-    epochs: ArrayLike
-    seconds: Mapping[str, float]
-    note: str | None = None
-    events: tuple[str, ...] = ()
-    override: Mapping[str, Any] | None = None
-    shadow: Mapping[str, ArrayLike] = field(default_factory=dict)
-    loss: ArrayLike | None = None
-    delta_error: ArrayLike | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers, ready for ``json.dumps``; floats survive the round trip bit for bit."""
-        record: dict[str, Any] = {}
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if isinstance(value, Mapping):
-                record[entry.name] = {name: _plain(part) for name, part in value.items()}
-            else:
-                record[entry.name] = _plain(value)
-        return record
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -593,8 +539,3 @@ def _pauses(override: Override | None) -> tuple[Remark, ...]:
     if override is None or not override.pause:
         return ()
     return (Remark("override", f"override: {', '.join(override.pause)} paused"),)
-
-
-def _plain(values: ArrayLike | None) -> Any:
-    """Nested lists of Python numbers, or None."""
-    return None if values is None else np.asarray(values).tolist()

@@ -7,18 +7,18 @@ The same numbers under the same names for Weights & Biases; the extra `wandb`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.records.heatmap import distance_image, gate_load_image
-from megatron_dynmix.records.schema import TrainingRecord
+from megatron_dynmix.records.schema import MixingUpdate, TrainingRecord
 
 CHARTS = {
     "weights": r"dynmix/weight/.*",
@@ -56,41 +56,51 @@ def megatron_scalars(record: TrainingRecord) -> dict[str, float]:
     }
 
 
-def mixing_scalars(update: Mapping[str, Any]) -> dict[str, float]:
-    """Scalars of one weight update (see `MetricsWriter.mixing`); what it holds as None has none."""
-    sources = update["sources"]
-    tokens_D = np.asarray(update["tokens"], dtype=np.float64)
-    per_source = {
-        "weight": update["new_weights"],
-        "delta": update["delta"],
-        "token-share": tokens_D / tokens_D.sum() if tokens_D.any() else None,
-        "epochs": update["epochs"],
-        "probe-lm-loss": update["probe_loss"],
-        "delta-error": update["delta_error"],
-        "example-weight": update.get("example_weights"),
-        **{f"shadow/{label}": weights for label, weights in update["shadow"].items()},
+def mixing_scalars(update: MixingUpdate) -> dict[str, float]:
+    """Return the scalars of one weight update; what it holds as None has none."""
+    total = sum(update.tokens)
+    per_source: dict[str, Sequence[float | None] | None] = {
+        "weight": update.new_weights,
+        "delta": update.delta,
+        "token-share": [tokens / total for tokens in update.tokens] if total else None,
+        "epochs": update.epochs,
+        "probe-lm-loss": update.probe_loss,
+        "delta-error": update.delta_error,
+        "example-weight": update.example_weights,
+        **{f"shadow/{label}": weights for label, weights in update.shadow.items()},
     }
     scalars = {
         f"dynmix/{name}/{source}": value
         for name, values_D in per_source.items()
         if values_D is not None
-        for source, value in zip(sources, values_D, strict=True)
+        for source, value in zip(update.sources, values_D, strict=True)
     }
-    expert_load = update.get("expert_load") or []
     return _known(
         {
             **scalars,
-            "dynmix/entropy": update["entropy"],
-            "dynmix/kl-step": update["kl_step"],
-            **{f"dynmix/seconds/{part}": value for part, value in update["seconds"].items()},
-            **{f"dynmix/expert-load/layer-{layer}": load for layer, load in enumerate(expert_load)},
+            "dynmix/entropy": update.entropy,
+            "dynmix/kl-step": update.kl_step,
+            **{f"dynmix/seconds/{part}": value for part, value in update.seconds.items()},
+            **{
+                f"dynmix/expert-load/layer-{layer}": load
+                for layer, load in enumerate(update.expert_load or [])
+            },
         }
     )
 
 
-def _known(scalars: Mapping[str, Any]) -> dict[str, float]:
-    # float() also reads the "NaN" of a record that comes back from a JSONL file
-    return {tag: float(value) for tag, value in scalars.items() if value is not None}
+def mixing_images(update: MixingUpdate) -> dict[str, NDArray[np.uint8]]:
+    """Return the heat maps of one weight update, `[H, W, 3]`; what it holds as None has none."""
+    images = {}
+    if update.load is not None:
+        images["dynmix/gate-load"] = gate_load_image(update.load, update.sources)
+    if update.distance is not None:
+        images["dynmix/distance"] = distance_image(update.distance, update.sources)
+    return images
+
+
+def _known(scalars: Mapping[str, float | None]) -> dict[str, float]:
+    return {tag: value for tag, value in scalars.items() if value is not None}
 
 
 class TensorBoardWriter:
@@ -117,20 +127,17 @@ class TensorBoardWriter:
         scalars = {f"{tag} vs samples": value for tag, value in megatron_scalars(record).items()}
         self._scalars(scalars, record.consumed_samples)
 
-    def mixing(self, update: Mapping[str, Any]) -> None:
-        """Write one weight update (see `MetricsWriter.mixing`); what it holds as None gets no point."""
-        iteration, sources = update["iteration"], update["sources"]
-        self._scalars(mixing_scalars(update), iteration)
-        if update["load"] is not None:
-            self._image("dynmix/gate-load", gate_load_image(update["load"], sources), iteration)
-        if update["distance"] is not None:
-            self._image("dynmix/distance", distance_image(update["distance"], sources), iteration)
-        if update["note"] is not None:
-            self._writer.add_text("dynmix/note", update["note"], iteration)
-        if update["events"]:
-            self._writer.add_text(
-                "dynmix/events", "\n".join(f"- {line}" for line in update["events"]), iteration
-            )
+    def mixing(self, update: MixingUpdate) -> None:
+        """Write one weight update; what it holds as None gets no point."""
+        self._scalars(mixing_scalars(update), update.iteration)
+        for tag, image_HWC in mixing_images(update).items():
+            self._writer.add_image(tag, image_HWC, update.iteration, dataformats="HWC")
+        if update.notes:
+            text = "; ".join(note.text for note in update.notes)
+            self._writer.add_text("dynmix/note", text, update.iteration)
+        if update.events:
+            text = "\n".join(f"- {event.text}" for event in update.events)
+            self._writer.add_text("dynmix/events", text, update.iteration)
 
     def text(self, tag: str, markdown: str) -> None:
         """Write a text that belongs to the whole run, such as the resolved configuration."""
@@ -152,9 +159,6 @@ class TensorBoardWriter:
     def _scalars(self, scalars: Mapping[str, float], step: int) -> None:
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, step)
-
-    def _image(self, tag: str, image_HWC: npt.NDArray[np.uint8], step: int) -> None:
-        self._writer.add_image(tag, image_HWC, step, dataformats="HWC")
 
 
 class WeightsAndBiasesWriter:
@@ -188,15 +192,10 @@ class WeightsAndBiasesWriter:
         """Write one training record."""
         self._log(record.iteration, training_scalars(record))
 
-    def mixing(self, update: Mapping[str, Any]) -> None:
-        """Write one weight update (see `MetricsWriter.mixing`)."""
-        images = {}
-        if update["load"] is not None:
-            images["dynmix/gate-load"] = gate_load_image(update["load"], update["sources"])
-        if update["distance"] is not None:
-            images["dynmix/distance"] = distance_image(update["distance"], update["sources"])
-        drawn = {tag: self._wandb.Image(image) for tag, image in images.items()}
-        self._log(update["iteration"], {**mixing_scalars(update), **drawn})
+    def mixing(self, update: MixingUpdate) -> None:
+        """Write one weight update."""
+        drawn = {tag: self._wandb.Image(image_HWC) for tag, image_HWC in mixing_images(update).items()}
+        self._log(update.iteration, {**mixing_scalars(update), **drawn})
 
     def text(self, tag: str, markdown: str) -> None:
         """Keep a text that belongs to the whole run."""

@@ -4,13 +4,13 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_dynmix.errors import InputError, TrainingStopped
 from megatron_dynmix.files import write_atomically
-from megatron_dynmix.records.schema import AnyLine, Line, plain
+from megatron_dynmix.records.schema import AnyLine, Line
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +48,9 @@ class JsonlWriter:
         self._path = path
         self._file = path.open("a", encoding="utf-8", newline="\n")
 
-    def write(self, record: Line | Mapping[str, Any]) -> None:
+    def write(self, record: Line) -> None:
         """Append one record."""
-        content = record.to_json() if isinstance(record, Line) else plain(record)
-        line = json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
+        line = json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False) + "\n"
         with naming(self._path):
             self._file.write(line)
             self._file.flush()

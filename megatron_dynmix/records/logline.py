@@ -4,12 +4,14 @@ Pure functions: they return the text and print nothing. `now` is the time to sta
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from megatron_dynmix.records.schema import TrainingRecord
+from megatron_dynmix.records.schema import MixingUpdate, TrainingRecord
+
+STAND_STILL = ("kept", "override_unusable", "override_not_followed")
+"""Kinds of notes on weights that are not what strategy or operator would have them be."""
 
 
 def training_line(record: TrainingRecord, train_iters: int, now: datetime) -> str:
@@ -69,39 +71,41 @@ def loaded_line(iteration: int, directory: Path, *, tp_size: int, pp_size: int) 
     )
 
 
-def mixing_table(update: Mapping[str, Any]) -> str:
-    """A plain table of one weight update (the update of `MetricsWriter.mixing`), one line per source.
+def mixing_table(update: MixingUpdate) -> str:
+    """Return a plain table of one weight update, one line per source.
 
     Columns: weight before, after and the change between them; delta ("-" where the strategy has none);
     tokens drawn and epochs seen so far. Below them the weights that shadows would have, what guardrails and
     the operator did, and a note. ASCII but for the sources' names: any log can hold it.
     """
-    names, old, new, tokens, epochs = (
-        update[key] for key in ("sources", "old_weights", "new_weights", "tokens", "epochs")
-    )
-    deltas = [math.nan] * len(names) if update["delta"] is None else update["delta"]
+    names = update.sources
+    deltas = [math.nan] * len(names) if update.delta is None else update.delta
     rows = [("source", "old weight", "", "new weight", "change", "delta", "tokens", "epochs")]
-    for name, before, after, delta, seen, epoch in zip(names, old, new, deltas, tokens, epochs, strict=True):
+    for name, before, after, delta, seen, epoch in zip(
+        names, update.old_weights, update.new_weights, deltas, update.tokens, update.epochs, strict=True
+    ):
         score = "-" if math.isnan(delta) else f"{delta:.4f}"
         weights = (f"{before:.4f}", "->", f"{after:.4f}", f"{after - before:+.4f}")
         rows.append((name, *weights, score, f"{seen:,}", f"{epoch:.2f}"))
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    iteration, samples = update["iteration"], update["consumed_samples"]
+    iteration, samples = update.iteration, update.consumed_samples
     lines = [f" weight update at iteration {iteration:8d} | consumed samples: {samples:12d} |"]
     for name, *cells in rows:
         aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
         lines.append("  " + "  ".join([name.ljust(widths[0]), *aligned]))
-    if update.get("example_weights") is not None:  # the weights above are shares of the rows
-        pairs = zip(names, update["example_weights"], strict=True)
-        lines.append(f"  shares of examples: {', '.join(f'{name} {share:.4f}' for name, share in pairs)}")
-    for label, weights in update["shadow"].items():
-        shares = ", ".join(f"{name} {weight:.4f}" for name, weight in zip(names, weights, strict=True))
-        lines.append(f"  shadow {label}: {shares}")
-    lines += [f"  event: {event}" for event in update["events"]]
-    if update["note"] is not None:
-        stands_still = update["note"].startswith("weights kept") or "override not followed" in update["note"]
-        lines.append(f"  {'WARNING' if stands_still else 'note'}: {update['note']}")
+    if update.example_weights is not None:  # the weights above are shares of the rows
+        lines.append(f"  shares of examples: {_shares(names, update.example_weights)}")
+    lines += [f"  shadow {label}: {_shares(names, weights)}" for label, weights in update.shadow.items()]
+    lines += [f"  event: {event.text}" for event in update.events]
+    if update.notes:
+        stands_still = any(note.kind in STAND_STILL for note in update.notes)
+        text = "; ".join(note.text for note in update.notes)
+        lines.append(f"  {'WARNING' if stands_still else 'note'}: {text}")
     return "\n".join(lines)
+
+
+def _shares(names: Sequence[str], weights: Sequence[float]) -> str:
+    return ", ".join(f"{name} {weight:.4f}" for name, weight in zip(names, weights, strict=True))
 
 
 def _stamp(now: datetime) -> str:

@@ -1,26 +1,24 @@
-"""What was measured for an update, as `mixing.jsonl` keeps it: enough to ask every strategy again.
+"""The record of a weight update, made from what was decided, and the signal made from it again.
 
 Axes: H halves, D sources, L MoE layers of the model, E experts; C layers that some strategy reads.
-
-The record of one weight update: a line of `mixing.jsonl`, from which `verify` asks the strategies again.
-
-Axes: D sources, L MoE layers that a strategy chose, E experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dynmix.mixing.controller import Decision, MixingController, MixingUpdate
+from megatron_dynmix.mixing.controller import Decision, MixingController
 from megatron_dynmix.mixing.example_shares import example_shares
 from megatron_dynmix.mixing.gate_loads import select_layers
 from megatron_dynmix.mixing.override import Override
 from megatron_dynmix.mixing.strategy import Remark, Signal, Strategy
 from megatron_dynmix.mixing.weights import entropy, kl_divergence
+from megatron_dynmix.records.schema import Measured, MixingUpdate
 
 TOLD = ("train_iters", "interval_rows", "run_rows")
 """Parts of a signal that only its own record tells, 0 where it does not; the others stand in the ledger."""
@@ -35,58 +33,55 @@ def layers_read(strategies: Iterable[Strategy], num_layers: int) -> list[int]:
     return sorted(read)
 
 
-def measured_to_json(signal: Signal, strategies: Iterable[Strategy]) -> dict[str, Any]:
-    """Plain values of a signal as the strategies saw it, last known values filled in.
+def measured(signal: Signal, strategies: Iterable[Strategy]) -> tuple[Measured, dict[str, NDArray[Any]]]:
+    """Return what is kept of a signal as the strategies saw it, last known values filled in, and its counts.
 
-    Counts that are the sum of their halves are not written beside them.
+    Counts that are the sum of their halves are not kept beside them.
     """
-    record: dict[str, Any] = {name: getattr(signal, name) for name in TOLD}
-    if signal.loss_D is not None:
-        record["loss"] = signal.loss_D.tolist()
-    counts_DLE = signal.counts_DLE
-    if counts_DLE is None or not (layers := layers_read(strategies, counts_DLE.shape[1])):
-        return record
-    record |= {"num_layers": counts_DLE.shape[1], "layers": layers}
-    halves_HDLE = signal.half_counts_HDLE
-    if halves_HDLE is not None:
-        record["half_counts"] = halves_HDLE[:, :, layers].tolist()
-    if halves_HDLE is None or not np.array_equal(halves_HDLE.sum(axis=0), counts_DLE):
-        record["counts"] = counts_DLE[:, layers].tolist()
-    return record
+    counts_DLE, halves_HDLE = signal.counts_DLE, signal.half_counts_HDLE
+    num_layers = 0 if counts_DLE is None else counts_DLE.shape[1]
+    layers = layers_read(strategies, num_layers) if num_layers else []
+    counts: dict[str, NDArray[Any]] = {}
+    if counts_DLE is not None and layers:
+        if halves_HDLE is not None:
+            counts["half_counts"] = halves_HDLE[:, :, layers]
+        if halves_HDLE is None or not np.array_equal(halves_HDLE.sum(axis=0), counts_DLE):
+            counts["counts"] = counts_DLE[:, layers]
+    told = {name: getattr(signal, name) for name in TOLD}
+    return Measured(**told, num_layers=num_layers, layers=layers), counts
 
 
-def measured_from_json(record: Mapping[str, Any], **told: Any) -> Signal:
-    """The signal again; layers that nobody reads are 0.
+def signal_of(update: MixingUpdate, **told: Any) -> Signal:
+    """Return the signal of an update again; layers that nobody reads are 0.
 
     Args:
-        record: what `measured_to_json` wrote.
+        update: with its arrays.
         told: parts of the signal that the ledger tells.
 
     Raises:
-        KeyError, TypeError, ValueError: a record that was not written so.
+        ValueError: counts that are not as `measured` gives them.
 
     """
-    told = {**told, **{name: int(record[name]) for name in TOLD if name in record}}
-    if "loss" in record:
-        told["loss_D"] = np.array(record["loss"], np.float64)
-    if "half_counts" in record:
-        told["half_counts_HDLE"] = _all_layers(np.array(record["half_counts"]), record, axis=2)
+    signal = update.signal
+    assert signal is not None, "asked of updates with a signal"
+    told |= {name: getattr(signal, name) for name in TOLD}
+    if update.loss is not None:
+        told["loss_D"] = np.array(update.loss, np.float64)
+    halves_HDCE, counts_DCE = update.counts.get("half_counts"), update.counts.get("counts")
+    if halves_HDCE is not None:
+        told["half_counts_HDLE"] = _all_layers(halves_HDCE, signal)
         told["counts_DLE"] = told["half_counts_HDLE"].sum(axis=0)
-    if "counts" in record:
-        told["counts_DLE"] = _all_layers(np.array(record["counts"]), record, axis=1)
+    if counts_DCE is not None:
+        told["counts_DLE"] = _all_layers(counts_DCE, signal)
     return Signal(**told)
 
 
-def _all_layers(counts_C: np.ndarray, record: Mapping[str, Any], *, axis: int) -> np.ndarray:
-    shape = list(counts_C.shape)
-    shape[axis] = int(record["num_layers"])
-    counts_L = np.zeros(shape, counts_C.dtype)
-    counts_L.swapaxes(0, axis)[record["layers"]] = counts_C.swapaxes(0, axis)
+def _all_layers(counts_C: NDArray[Any], signal: Measured) -> NDArray[Any]:
+    """Counts `[..., C, E]` of the layers that are read as `[..., L, E]`."""
+    *others, _, num_experts = counts_C.shape
+    counts_L = np.zeros((*others, signal.num_layers, num_experts), counts_C.dtype)
+    counts_L[..., signal.layers, :] = counts_C
     return counts_L
-
-
-KEPT = "weights kept"
-"""How the note of an update begins that had to leave the weights as they were."""
 
 
 def update_record(
@@ -105,8 +100,8 @@ def update_record(
     notes: Sequence[Remark] = (),
     probe_loss: list[float | None] | None = None,
     examples_per_row_D: NDArray[np.float64] | None = None,
-) -> dict[str, Any]:
-    """Plain values of an update.
+) -> MixingUpdate:
+    """Return the record of an update.
 
     Args:
         controller: after the update.
@@ -125,50 +120,64 @@ def update_record(
         examples_per_row_D: of each source, where the strategy's weights are shares of examples.
 
     """
-    proposal = decision.proposal if decision else None
-    notes = [*notes, *(decision.notes if decision else ())]
-    loss_D = decision.signal.loss_D if decision else None
     record = MixingUpdate(
         iteration=iteration,
         consumed_samples=consumed_samples,
-        sources=controller.sources,
-        old_weights=old_D,
-        new_weights=new_D,
-        delta=proposal.delta_D if proposal else None,
-        load=_by_layer(proposal.load_DE, decision) if proposal and decision else None,
-        distance=proposal.distance_DD if proposal else None,
-        tokens=tokens_D,
-        rows=rows_D,
-        epochs=rows_D / size_D,
-        seconds=seconds,
-        note="; ".join(note.text for note in notes) or None,
-        events=tuple(event.text for event in decision.events) if decision else (),
-        override=None if override is None else {"weights": override.weights, "pause": override.pause},
-        shadow={name: shadow.weights_D for name, shadow in decision.shadow.items()} if decision else {},
-        loss=loss_D,
-        delta_error=proposal.delta_error_D if proposal else None,
-    ).to_json()
-    asked = [controller.strategy, *controller.shadows.values()]
-    return {
-        **record,
-        "signal": decision
-        and measured_to_json(decision.signal, [strategy for strategy in asked if strategy.updates]),
-        "example_weights": None
+        sources=list(controller.sources),
+        old_weights=old_D.tolist(),
+        new_weights=new_D.tolist(),
+        delta=None,
+        load=None,
+        distance=None,
+        tokens=tokens_D.tolist(),
+        rows=rows_D.tolist(),
+        epochs=(rows_D / size_D).tolist(),
+        seconds=dict(seconds),
+        notes=list(notes),
+        events=[],
+        override=override,
+        shadow={},
+        loss=None,
+        delta_error=None,
+        signal=None,
+        example_weights=examples_per_row_D
         if examples_per_row_D is None
         else example_shares(new_D, examples_per_row_D).tolist(),
-        "expert_load": busiest_expert(decision, old_D),
-        "probe_loss": probe_loss,
-        "entropy": entropy(new_D),
-        "kl_step": kl_divergence(new_D, old_D),
-    }
+        expert_load=None,
+        probe_loss=probe_loss,
+        entropy=entropy(new_D),
+        kl_step=kl_divergence(new_D, old_D),
+    )
+    return record if decision is None else _with_decision(record, controller, decision)
 
 
-def busiest_expert(decision: Decision | None, weights_D: NDArray[np.float64]) -> list[float] | None:
+def _with_decision(record: MixingUpdate, controller: MixingController, decision: Decision) -> MixingUpdate:
+    proposal, loss_D = decision.proposal, decision.signal.loss_D
+    error_D = proposal.delta_error_D
+    asked = [controller.strategy, *controller.shadows.values()]
+    signal, counts = measured(decision.signal, [strategy for strategy in asked if strategy.updates])
+    return replace(
+        record,
+        delta=proposal.delta_D.tolist(),
+        load=_by_layer(proposal.load_DE, decision),
+        distance=proposal.distance_DD,
+        notes=[*record.notes, *decision.notes],
+        events=list(decision.events),
+        shadow={name: shadow.weights_D.tolist() for name, shadow in decision.shadow.items()},
+        loss=None if loss_D is None else loss_D.tolist(),
+        delta_error=None if error_D is None else error_D.tolist(),
+        signal=signal,
+        counts=counts,
+        expert_load=busiest_expert(decision.signal, np.array(record.old_weights)),
+    )
+
+
+def busiest_expert(signal: Signal, weights_D: NDArray[np.float64]) -> list[float] | None:
     """Load of the busiest expert over the mean one, by MoE layer, of the mix in force; None if not measured.
 
     1 is an even load. Sources are weighted as they are drawn: a probe reads equally much of each.
     """
-    counts_DLE = None if decision is None else decision.signal.counts_DLE
+    counts_DLE = signal.counts_DLE
     if counts_DLE is None or not counts_DLE.any():
         return None
     total_DL1 = counts_DLE.sum(axis=2, keepdims=True)

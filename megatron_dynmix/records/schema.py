@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.data.source_set import SourceSet
+from megatron_dynmix.mixing.override import Override
+from megatron_dynmix.mixing.strategy import Remark
 
 AnyLine = TypeVar("AnyLine", bound="Line")
 Why = Literal["start", "update", "sources changed"]
@@ -77,6 +80,103 @@ class TrainingRecord(Line):
     skipped_iterations: int
     aux_losses: dict[str, float]
     """By Megatron-LM's names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What strategies were told for an update, beside counts, losses and what the ledger says."""
+
+    train_iters: int
+    interval_rows: int
+    run_rows: int
+    num_layers: int
+    """MoE layers of the model; 0 where no counts were measured."""
+    layers: list[int]
+    """Those that some strategy reads, and whose counts are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Where in `signals.bin` the arrays of an update are."""
+
+    offset: int
+    size: int
+    """Bytes."""
+    digest: str
+    """SHA-256."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MixingUpdate(Line):
+    """A weight update: a line of `mixing.jsonl`, and a block of `signals.bin` for its large arrays.
+
+    Axes: H halves, D sources, L MoE layers, E experts; C layers that some strategy reads.
+    """
+
+    iteration: int
+    """Iterations done when it was made."""
+    consumed_samples: int
+    sources: list[str]
+    """D names, in the order of every list here."""
+    old_weights: list[float]
+    """Shares of the rows before."""
+    new_weights: list[float]
+    delta: list[float] | None
+    """Scores; None if no strategy was asked."""
+    load: NDArray[np.float64] | None
+    """Gate loads, `[D, E]` of one layer or `[D, L, E]` of those that the strategy reads."""
+    distance: NDArray[np.float64] | None
+    """`[D, D]`."""
+    tokens: list[int]
+    """Trained on since the start of the run, as rows and epochs are counted from there."""
+    rows: list[int]
+    epochs: list[float]
+    seconds: dict[str, float]
+    """Wall time of each phase: signal, reduce, update, rebuild."""
+    notes: list[Remark]
+    """What a reader must know about this update."""
+    events: list[Remark]
+    """What guardrails and the operator's override did to the strategy's proposal."""
+    override: Override | None
+    """The operator's word in force."""
+    shadow: dict[str, list[float]]
+    """Weights that each strategy which only watches would have."""
+    loss: list[float] | None
+    """Mean losses in nats as the strategies saw them; NaN for a source that was never measured."""
+    delta_error: list[float] | None
+    """Standard errors of delta."""
+    signal: Measured | None
+    """None if no strategy was asked."""
+    block: Block | None = None
+    """Where the arrays are that the line does not hold."""
+    example_weights: list[float] | None
+    """With `unit: examples`, the weights as shares of the examples."""
+    expert_load: list[float] | None
+    """Busiest expert over the mean one, by MoE layer, of the mix in force."""
+    probe_loss: list[float | None] | None
+    """Mean losses in nats on held-out rows; None for a source without a trained token."""
+    entropy: float
+    """Of the new weights, in nats."""
+    kl_step: float
+    """KL divergence of the new weights from the old, in nats."""
+    counts: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """Routed tokens: `half_counts` `[H, D, C, E]`, and `counts` `[D, C, E]` unless they are its sum."""
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What is kept outside the line."""
+        large = {} if self.load is None or self.load.ndim < 3 else {"load": self.load}
+        return {**self.counts, **large}
+
+    def with_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> MixingUpdate:
+        """Return the update with what is kept outside its line."""
+        counts = {name: array for name, array in arrays.items() if name != "load"}
+        return replace(self, counts=counts, load=arrays.get("load", self.load))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the line in JSON's own types, without its arrays."""
+        line = {item.name: plain(getattr(self, item.name)) for item in fields(self) if item.name != "counts"}
+        return line if "load" not in self.arrays else {**line, "load": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +336,14 @@ def _read_key(kind: Any, record: Mapping[str, Any], name: str) -> Any:
 def _nothing(kind: Any) -> Any:
     """Return what stands for a value of a type that cannot be read."""
     origin = get_origin(kind)
-    if origin in (list, dict, tuple):
-        return origin()
-    return {float: math.nan, int: 0, str: "", Literal: ""}.get(origin or kind)
+    empty: dict[Any, Any] = {
+        float: math.nan,
+        int: 0,
+        str: "",
+        Literal: "",
+        list: [],
+        tuple: (),
+        dict: {},
+        Mapping: {},
+    }
+    return empty.get(origin or kind)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import platform as machine
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -26,28 +27,19 @@ from megatron_dynmix.errors import InputError, StoppedOnRequest, TrainingStopped
 from megatron_dynmix.files import write_atomically
 from megatron_dynmix.records.dashboards import TensorBoardWriter, WeightsAndBiasesWriter
 from megatron_dynmix.records.jsonl import JsonlWriter, naming, read_lines
-from megatron_dynmix.records.schema import Event, EventKind, SamplesLine, StageLine, TrainingRecord
-
-MIXING_KEYS = frozenset(
-    {
-        *(
-            "iteration",
-            "consumed_samples",
-            "sources",
-            "old_weights",
-            "new_weights",
-            "delta",
-            "load",
-            "distance",
-        ),
-        *("tokens", "rows", "epochs", "probe_loss", "entropy", "kl_step", "note", "seconds"),
-        *("events", "override", "shadow", "loss", "delta_error", "signal"),
-    }
+from megatron_dynmix.records.schema import (
+    Event,
+    EventKind,
+    MixingUpdate,
+    SamplesLine,
+    StageLine,
+    TrainingRecord,
 )
+from megatron_dynmix.records.signals import SIGNALS, SignalWriter
 
 
 class MetricsWriter:
-    """Writes `metrics.jsonl`, `mixing.jsonl`, `ledger.jsonl` and `tensorboard/` in `run_dir`.
+    """Writes `metrics.jsonl`, `mixing.jsonl`, `signals.bin`, `ledger.jsonl` and `tensorboard/` in `run_dir`.
 
     Call it on one rank only. `resume_iteration` is the iteration of the checkpoint that the run goes on
     from (-1: it begins again), and what was recorded after it is taken off; an update made at the very
@@ -59,18 +51,17 @@ class MetricsWriter:
     def __init__(
         self,
         run_dir: Path,
-        sources: Sequence[str],
         *,
         resume_iteration: int | None,
         wandb_project: str | None = None,
         wandb_exp_name: str | None = None,
     ):
-        self._sources = list(sources)
         metrics, mixing, ledger = (run_dir / f"{name}.jsonl" for name in ("metrics", "mixing", "ledger"))
         if resume_iteration is None:
-            _refuse_records(metrics, mixing, ledger)
+            _refuse_records(metrics, mixing, ledger, run_dir / SIGNALS)
         self._metrics = JsonlWriter(metrics, keep_until=resume_iteration)
         self._mixing = JsonlWriter(mixing, keep_until=resume_iteration)
+        self._signals = SignalWriter(run_dir / SIGNALS, read_lines(mixing, MixingUpdate))
         self._ledger = JsonlWriter(ledger, keep_until=resume_iteration)
         purge_step = None if resume_iteration is None else resume_iteration + 1
         self._events = run_dir / "tensorboard"
@@ -92,19 +83,10 @@ class MetricsWriter:
             for board in self._boards:
                 board.training(record)
 
-    def mixing(self, update: Mapping[str, Any]) -> None:
-        """Write the record of one weight update.
-
-        Keys: iteration, consumed_samples, sources, old_weights, new_weights, delta (or None), load (D x E
-        or D x L x E, or None), distance (D x D, or None), tokens, rows, epochs (per source, so far),
-        probe_loss (per source, or None), entropy of the new weights and kl_step from the old to them (nats),
-        note (or None), events (a line each), override (or None), shadow {label: weights}, loss and
-        delta_error (per source, or None), signal (what was measured, or None), seconds {signal, reduce,
-        update, rebuild}. The weights are shares of the rows; example_weights, where they are there, those of
-        the examples; expert_load, where loads were measured, the busiest expert's over the mean by MoE layer.
-        """
-        assert update.keys() >= MIXING_KEYS, f"missing: {sorted(MIXING_KEYS - update.keys())}"
-        assert list(update["sources"]) == self._sources, f"{update['sources']} are not {self._sources}"
+    def mixing(self, update: MixingUpdate) -> None:
+        """Write the record of one weight update."""
+        if update.arrays:
+            update = replace(update, block=self._signals.append(update.arrays))
         self._mixing.write(update)
         with naming(self._events):
             for board in self._boards:
@@ -128,13 +110,13 @@ class MetricsWriter:
 
     def flush(self) -> None:
         """Hand everything to the disk."""
-        for writer in (self._metrics, self._mixing, self._ledger, *self._boards):
+        for writer in (self._metrics, self._signals, self._mixing, self._ledger, *self._boards):
             with naming(self._events):  # the others name themselves
                 writer.flush()
 
     def close(self) -> None:
         """Hand everything to the disk and close the files."""
-        for writer in (self._metrics, self._mixing, self._ledger, *self._boards):
+        for writer in (self._metrics, self._signals, self._mixing, self._ledger, *self._boards):
             with naming(self._events):
                 writer.close()
 
@@ -168,7 +150,6 @@ def open_writer(
     write_atomically(run_dir / "config.yaml", to_yaml(config))
     writer = MetricsWriter(
         run_dir,
-        tuple(config.data.sources),
         resume_iteration=resume_iteration,
         wandb_project=config.logging.wandb_project,
         wandb_exp_name=config.logging.wandb_exp_name,

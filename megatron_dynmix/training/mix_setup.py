@@ -35,6 +35,7 @@ from megatron_dynmix.mixing.strategies.table import build_strategy
 from megatron_dynmix.mixing.strategy import Signal, SourceError, Strategy
 from megatron_dynmix.mixing.weights import normalise_weights
 from megatron_dynmix.records.jsonl import read_records
+from megatron_dynmix.records.schema import MixingUpdate
 
 if TYPE_CHECKING:
     from megatron_dynmix.data.rows import PackedRows
@@ -94,10 +95,11 @@ def last_weights(run_dir: Path, sources: Sequence[str]) -> list[float]:
             f"{path} holds no weight update, so the run ended with the weights it began with; give those as "
             "weights of data.sources, with strategy fixed"
         )
+    last = MixingUpdate.salvaged(records[-1])
     try:
-        weights = dict(zip(records[-1]["sources"], records[-1]["new_weights"], strict=True))
+        weights = dict(zip(last.sources, last.new_weights, strict=True))
         return normalise_weights(_by_source(path, weights, sources), sources).tolist()
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: its last weights cannot be used: {error}") from None

@@ -23,7 +23,8 @@ from megatron_dynmix.mixing.controller import Decision, MixingController
 from megatron_dynmix.mixing.override import Override, parse_override
 from megatron_dynmix.mixing.strategy import Remark, Signal
 from megatron_dynmix.moe.counter import reduce_counts
-from megatron_dynmix.records.mixing_update import KEPT, TOLD, update_record
+from megatron_dynmix.records.mixing_update import TOLD, update_record
+from megatron_dynmix.records.schema import MixingUpdate
 from megatron_dynmix.training.mix_setup import (
     Horizon,
     Mix,
@@ -145,7 +146,7 @@ class Reweighting:
         """
         return iteration % self.mixing.interval == 0
 
-    def update(self, iteration: int, consumed_samples: int, tokens_D: torch.Tensor) -> dict[str, Any] | None:
+    def update(self, iteration: int, consumed_samples: int, tokens_D: torch.Tensor) -> MixingUpdate | None:
         """Measure, decide on rank 0, tell everybody, append the stage.
 
         Args:
@@ -154,8 +155,8 @@ class Reweighting:
             tokens_D: tokens of each source trained on so far.
 
         Returns:
-            The record of the update, on rank 0; an empty one on the others. None if there was none: nothing
-            changes the weights, and the stage goes on.
+            The record of the update; only that of rank 0 tells how it was decided. None if there was none:
+            nothing changes the weights, and the stage goes on.
 
         Raises:
             MixingError: on every rank, if the signal or the new weights cannot be used.
@@ -183,8 +184,6 @@ class Reweighting:
             return None
         with self._timed(seconds, "rebuild"):
             self.blend.append_stage(consumed_samples, new_D)
-        if torch.distributed.get_rank() != 0:
-            return {}
         return update_record(
             self.controller,
             decision,
@@ -272,7 +271,7 @@ class Reweighting:
                         notes = [*notes, Remark("override_not_followed", text)]
                     weights_D, self._overridden = decision.weights_D, override is not None
             except BrokenOverride as broken:
-                weights_D, notes = old_D, [Remark("override_unusable", f"{KEPT}: {broken}")]
+                weights_D, notes = old_D, [Remark("override_unusable", f"weights kept: {broken}")]
             except Exception as error:  # whatever it is, the other ranks are waiting to be told
                 failure = reason(error, self.controller.sources)
         new_D = told_by_rank_0(weights_D, len(self.controller.sources), failure, self.run.platform.device)

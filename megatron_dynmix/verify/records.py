@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from megatron_dynmix.checkpoint.restore_point import has_checkpoint, newest_good
 from megatron_dynmix.checkpoint.run_state import RunState, read_run_state
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.records.jsonl import read_lines, read_records
-from megatron_dynmix.records.schema import SamplesLine, StageLine, TrainingRecord
+from megatron_dynmix.records.schema import MixingUpdate, SamplesLine, StageLine, TrainingRecord
+from megatron_dynmix.records.signals import SIGNALS, with_signal
+from megatron_dynmix.verify.verdict import NotProven
 
 Record = Mapping[str, Any]
 
@@ -23,6 +26,8 @@ class RunRecords:
     ledger: list[Record]
     mixing: dict[int, Record]
     """By iteration."""
+    with_arrays: Callable[[MixingUpdate], MixingUpdate]
+    """Adds what was measured, see `with_signal`."""
     consumed_samples: dict[int, int]
     """Of `metrics.jsonl`, by iteration."""
     skipped_iterations: int
@@ -40,7 +45,7 @@ def read_run(run_dir: Path) -> RunRecords:
 
     """
     files = {name: run_dir / f"{name}.jsonl" for name in ("ledger", "mixing", "metrics")}
-    missing = [path.name for path in files.values() if not path.is_file()]
+    missing = [path.name for path in (*files.values(), run_dir / SIGNALS) if not path.is_file()]
     if missing:
         raise InputError(
             f"{run_dir} is no whole run directory: {', '.join(missing)} "
@@ -56,6 +61,7 @@ def read_run(run_dir: Path) -> RunRecords:
     return RunRecords(
         ledger=list(ledger),
         mixing={record["iteration"]: record for record in mixing},
+        with_arrays=partial(with_signal, path=run_dir / SIGNALS),
         consumed_samples={record.iteration: record.consumed_samples for record in metrics},
         skipped_iterations=sum(record.skipped_iterations for record in metrics),
         state=state,
@@ -91,6 +97,26 @@ def stage_line(record: Record, where: str) -> StageLine:
     except ValueError as error:
         raise InputError(f"{where} is no line of a ledger ({error})") from None
     return line
+
+
+def mixing_update(record: Record) -> MixingUpdate:
+    """Read the record of an update.
+
+    Raises:
+        InputError: it was written before records had kinds and signals a file of their own.
+        NotProven: it is none.
+
+    """
+    where = f"mixing.jsonl, iteration {record['iteration']}"
+    if "note" in record:
+        raise InputError(
+            f"{where}: an earlier version wrote this run, with its signals in this file; only that version "
+            "can verify it"
+        )
+    try:
+        return MixingUpdate.from_json(record)
+    except ValueError as error:
+        raise NotProven(f"{where} is no record of an update: {error}") from None
 
 
 def samples_line(record: Record, where: str) -> SamplesLine:

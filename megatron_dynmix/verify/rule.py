@@ -5,20 +5,17 @@ Axes: D sources.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from megatron_dynmix.config.strategies import is_own
 from megatron_dynmix.mixing.controller import ControllerState, Decision, MixingController
-from megatron_dynmix.mixing.override import Override
 from megatron_dynmix.mixing.strategy import Signal
-from megatron_dynmix.records.mixing_update import KEPT, measured_from_json, update_record
-from megatron_dynmix.records.schema import StageLine
+from megatron_dynmix.records.mixing_update import TOLD, signal_of, update_record
+from megatron_dynmix.records.schema import MixingUpdate, StageLine
 from megatron_dynmix.training.mix_setup import controller_of, for_strategy
 from megatron_dynmix.training.source_change import SourceChange
-from megatron_dynmix.verify.records import Record
 from megatron_dynmix.verify.verdict import TOLERANCE, NotProven
 
 COMPARED = ("distance", "delta", "delta_error", "new_weights", "load")
@@ -51,8 +48,8 @@ class RuleReplay:
             return
         try:
             controller = self._controller(start, start.begin["weights"])
-            told = _signal(start, start.begin)
-            decision = controller.start(told)
+            ahead: dict[str, Any] = {name: int(start.begin[name]) for name in TOLD if name in start.begin}
+            decision = controller.start(Signal(**_told(start), **ahead))
         except (KeyError, TypeError, ValueError) as error:
             raise NotProven(f"{where}: the first weights cannot be chosen again: {error}") from None
         if not np.abs(decision.weights_D - np.array(start.weights)).max() <= TOLERANCE:
@@ -62,11 +59,11 @@ class RuleReplay:
             )
         self._state = controller.state
 
-    def check(self, record: Record, line: StageLine, last: StageLine) -> bool:
-        """Ask for an update again; returns whether it could be.
+    def check(self, update: MixingUpdate, line: StageLine, last: StageLine) -> bool:
+        """Ask for an update again; return whether it could be.
 
         Args:
-            record: of `mixing.jsonl`.
+            update: with its arrays.
             line: the stage that it began.
             last: the stage before.
 
@@ -75,8 +72,9 @@ class RuleReplay:
 
         """
         where = f"mixing.jsonl, iteration {line.iteration}"
-        if record.get("signal") is None:
-            if list(line.weights) != list(last.weights) or not str(record.get("note")).startswith(KEPT):
+        if update.signal is None:
+            unusable = any(note.kind == "override_unusable" for note in update.notes)
+            if line.weights != last.weights or not unusable:
                 raise NotProven(
                     f"{where}: the weights changed, but nothing is recorded that they could follow from"
                 )
@@ -86,10 +84,10 @@ class RuleReplay:
             self._state = None  # nothing that follows is known from the start on
             return False
         try:
-            decision, controller = self._decide(record, line, last)
+            decision, controller = self._decide(update, line, last)
         except (KeyError, TypeError, ValueError) as error:
             raise NotProven(f"{where}: the update cannot be made again: {error}") from None
-        self._compare(record, decision, controller, line, where)
+        self._compare(update, decision, controller, line, where)
         self._state, self._line = controller.state, line
         return True
 
@@ -120,19 +118,19 @@ class RuleReplay:
             without=own,
         )
 
-    def _decide(self, record: Record, line: StageLine, last: StageLine) -> tuple[Decision, MixingController]:
+    def _decide(
+        self, update: MixingUpdate, line: StageLine, last: StageLine
+    ) -> tuple[Decision, MixingController]:
         assert self._state is not None
         controller = self._controller(line, last.weights)
         state = for_strategy(self._state, self._line.settings.strategy, line.settings.strategy)
         controller.resume(state.at(last.weights))
-        said = record.get("override")
-        override = None if said is None else Override(weights=said["weights"], pause=tuple(said["pause"]))
-        signal = _signal(line, record["signal"])
-        return controller.update(signal, override), controller
+        signal = signal_of(update, **_told(line))
+        return controller.update(signal, update.override), controller
 
     def _compare(
         self,
-        record: Record,
+        update: MixingUpdate,
         decision: Decision,
         controller: MixingController,
         line: StageLine,
@@ -152,28 +150,26 @@ class RuleReplay:
             size_D=size_D,
             seconds={},
         )
-        replayed = {name: again[name] for name in COMPARED}
-        recorded = {name: record.get(name) for name in COMPARED}
-        for label, weights in again["shadow"].items():
-            replayed[f"shadow {label}"] = weights
-            recorded[f"shadow {label}"] = record.get("shadow", {}).get(label)
-        for name, value in replayed.items():
-            if not _equal(recorded[name], value):
+        compared = {name: (getattr(update, name), getattr(again, name)) for name in COMPARED}
+        compared |= {
+            f"shadow {label}": (update.shadow.get(label), weights) for label, weights in again.shadow.items()
+        }
+        for name, (recorded, replayed) in compared.items():
+            if not _equal(recorded, replayed):
                 raise NotProven(f"{where}: {name} does not follow from the recorded signal and old weights")
-        if list(record.get("events", ())) != again["events"]:
-            raise NotProven(
-                f"{where}: events are {record.get('events')}; guardrails and override do {again['events']}"
-            )
+        if update.events != again.events:
+            recorded, replayed = ([event.text for event in each.events] for each in (update, again))
+            raise NotProven(f"{where}: events are {recorded}; guardrails and override do {replayed}")
 
 
-def _signal(line: StageLine, told: Mapping[str, Any]) -> Signal:
-    return measured_from_json(
-        told,
-        iteration=line.iteration,
-        size_D=np.array(line.sizes, np.int64),
-        drawn_D=np.array(line.drawn, np.int64),
-        seed=line.seed,
-    )
+def _told(line: StageLine) -> dict[str, Any]:
+    """What the ledger tells of a signal."""
+    return {
+        "iteration": line.iteration,
+        "size_D": np.array(line.sizes, np.int64),
+        "drawn_D": np.array(line.drawn, np.int64),
+        "seed": line.seed,
+    }
 
 
 def _equal(recorded: Any, replayed: Any) -> bool:

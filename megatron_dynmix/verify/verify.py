@@ -20,9 +20,16 @@ from megatron_dynmix.checkpoint.run_state import RunState
 from megatron_dynmix.data.blend import Cursor, Stage
 from megatron_dynmix.mixing.weights import check_weights
 from megatron_dynmix.records.ledger import cursor_of
-from megatron_dynmix.records.schema import StageLine
+from megatron_dynmix.records.schema import MixingUpdate, StageLine
 from megatron_dynmix.training.source_change import SourceChange
-from megatron_dynmix.verify.records import Record, RunRecords, read_run, samples_line, stage_line
+from megatron_dynmix.verify.records import (
+    Record,
+    RunRecords,
+    mixing_update,
+    read_run,
+    samples_line,
+    stage_line,
+)
 from megatron_dynmix.verify.replay import Replay
 from megatron_dynmix.verify.rule import RuleReplay
 from megatron_dynmix.verify.verdict import TOLERANCE, NotProven, Verdict
@@ -192,23 +199,28 @@ class _Proof:
         if line.source_set != last.source_set:
             raise NotProven(f"{where} has other sources than the stage before")
         record = self.records.mixing.get(iteration)
-        if record is None:
+        update = None if record is None else mixing_update(record)
+        if update is None:
             if not is_last or any(update > iteration for update in self._updates):
                 raise NotProven(f"{where}: mixing.jsonl has no update after iteration {iteration}")
             self.verdict.notes.append(
                 f"the update after iteration {iteration} is not in mixing.jsonl: not proven"
             )
-        elif record.get("consumed_samples") != start or start != self._expected_sample(iteration, start):
+        elif update.consumed_samples != start or start != self._expected_sample(iteration, start):
             raise NotProven(
                 f"{where} begins at sample {start}; mixing.jsonl or metrics.jsonl say another one for "
                 f"iteration {iteration}"
             )
         self.replay.go_to(start)
         self._check_cursor(cursor_of(line), self.replay.cursor, where)
-        if record is not None:
+        if update is not None:
             self._updates.remove(iteration)
-            check_record(record, line, last, self.replay.cursor)
-            if self._rule.check(record, line, last):
+            check_update(update, line, last, self.replay.cursor)
+            try:
+                update = self.records.with_arrays(update)
+            except InputError as error:
+                raise NotProven(f"the update cannot be made again: {error}") from None
+            if self._rule.check(update, line, last):
                 self.verdict.updates += 1
         self.replay.begin_stage(line)
 
@@ -281,8 +293,8 @@ class _Proof:
             raise NotProven(f"{where}: its shuffle ids are not those of the ledger")
 
 
-def check_record(record: Record, line: StageLine, last: StageLine, cursor: Cursor) -> None:
-    """An update's record agrees with its stage and with what was drawn before it."""
+def check_update(update: MixingUpdate, line: StageLine, last: StageLine, cursor: Cursor) -> None:
+    """Refuse an update that does not agree with its stage and with what was drawn before it."""
     expected: dict[str, list[Any]] = {
         "sources": line.sources,
         "old_weights": last.weights,
@@ -291,8 +303,8 @@ def check_record(record: Record, line: StageLine, last: StageLine, cursor: Curso
         "epochs": (cursor.drawn_D / np.array(line.sizes)).tolist(),
     }
     for name, value in expected.items():
-        if record.get(name) != value:
+        if (recorded := getattr(update, name)) != value:
             raise NotProven(
-                f"mixing.jsonl, iteration {line.iteration}: {name} is {record.get(name)}; the ledger and its "
-                f"replay say {value}"
+                f"mixing.jsonl, iteration {line.iteration}: {name} is {recorded}; the ledger and its replay "
+                f"say {value}"
             )

@@ -19,6 +19,7 @@ from megatron_dynmix.checkpoint import checkpointer, folder, shards
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.errors import InputError, TrainingStopped
 from megatron_dynmix.records.jsonl import read_records
+from megatron_dynmix.records.schema import plain
 from megatron_dynmix.records.writer import MetricsWriter
 from tests.distributed import layouts, programs
 
@@ -39,13 +40,13 @@ def run(run_yaml, flags, run_dir, resume="no"):
     trainer = programs.train_from(load_config(run_yaml, flags), run_dir, resume=resume)
     blend = trainer.reweighting.blend.state.to_json()
     torch.distributed.barrier()
-    metrics, updates = (read_records(run_dir / f"{name}.jsonl") for name in ("metrics", "mixing"))
+    metrics, updates = read_records(run_dir / "metrics.jsonl"), programs.updates_of(run_dir)
     return {
         "losses": [record["lm_loss"] for record in metrics],
         "tokens": [record["tokens"] for record in metrics],
-        "rows": [record["rows"] for record in updates],
-        "loads": [record["load"] for record in updates],
-        "weights": [record["new_weights"] for record in updates],
+        "rows": [update.rows for update in updates],
+        "loads": [plain(update.load) for update in updates],
+        "weights": [update.new_weights for update in updates],
         "blend": blend,
         "parameters": [
             hashlib.sha256(parameter.detach().float().numpy()).hexdigest()

@@ -8,6 +8,7 @@ from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
 
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.records import writer
+from megatron_dynmix.records.schema import plain
 from tests.distributed import programs
 
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
@@ -95,10 +96,10 @@ class Recorder:
         self.metrics, self.updates = [], []
 
     def training(self, record):
-        self.metrics.append(record)
+        self.metrics.append(plain(vars(record)))
 
     def mixing(self, record):
-        self.updates.append(record)
+        self.updates.append(plain(vars(record)))
 
     def __getattr__(self, name):
         return lambda *args, **kwargs: None

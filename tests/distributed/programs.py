@@ -4,7 +4,9 @@ import torch
 
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.moe.counter import reduce_counts
-from megatron_dynmix.records.jsonl import read_records
+from megatron_dynmix.records.jsonl import read_lines, read_records
+from megatron_dynmix.records.schema import MixingUpdate, plain
+from megatron_dynmix.records.signals import SIGNALS, with_signal
 from megatron_dynmix.training import run as training_run
 from megatron_dynmix.training.setup import check_before_start, prepare_run, set_up
 from megatron_dynmix.training.trainer import TrainingStopped
@@ -21,7 +23,7 @@ def train(run_yaml, flags, run_dir, **options):
     torch.distributed.barrier()
     return {
         "metrics": read_records(run_dir / "metrics.jsonl"),
-        "mixing": read_records(run_dir / "mixing.jsonl"),
+        "mixing": [plain(vars(update)) for update in updates_of(run_dir)],
         "ledger": read_records(run_dir / "ledger.jsonl"),
         "blend": trainer.loader.blend.state.to_json(),
         "routers": {
@@ -31,6 +33,12 @@ def train(run_yaml, flags, run_dir, **options):
             if name.endswith("router.weight")
         },
     }
+
+
+def updates_of(run_dir):
+    """The updates on record, with their arrays."""
+    updates = read_lines(run_dir / "mixing.jsonl", MixingUpdate)
+    return [with_signal(update, run_dir / SIGNALS) for update in updates]
 
 
 def train_until_stopped(run_yaml, flags, run_dir):

@@ -36,7 +36,7 @@ def test_I2_a_loss_strategy_resumes_inside_an_interval_bit_for_bit(run_yaml, sta
     parts = run_ranks(2, programs.train, run_yaml, flags, tmp_path / "parts", resume="must")[0]
     # the first part was told of fewer iterations and rows, and that is on record
     assert without_clock(parts["mixing"])[1]["loss"] == without_clock(whole["mixing"])[1]["loss"]
-    for key in ("new_weights", "loss", "shadow", "load", "events", "note", "rows"):
+    for key in ("new_weights", "loss", "shadow", "load", "events", "notes", "rows"):
         assert [r[key] for r in parts["mixing"]] == [r[key] for r in whole["mixing"]], key
     assert [r["lm_loss"] for r in parts["metrics"]] == [r["lm_loss"] for r in whole["metrics"]]
     assert parts["blend"] == whole["blend"]
@@ -66,8 +66,9 @@ def test_an_operator_pauses_a_source_and_the_run_is_proven(run_yaml, start_from,
     even, paused = 1 / len(sources), records[2]["new_weights"]
     assert paused[1] == 0 and paused[0] == pytest.approx(1 / (len(sources) - 1))
     assert records[4]["rows"][1] == records[8]["rows"][1] == records[2]["rows"][1]
-    assert records[2]["events"] == [f"override: {sources[1]} paused"]
-    assert records[6]["note"].startswith("weights kept: ") and "nobody" in records[6]["note"]
+    assert records[2]["events"] == [{"kind": "override", "text": f"override: {sources[1]} paused"}]
+    [note] = records[6]["notes"]
+    assert note["kind"] == "override_unusable" and "nobody" in note["text"]
     assert records[6]["new_weights"] == paused
     assert records[8]["new_weights"] == pytest.approx([even] * len(sources))
     assert proven(tmp_path / "run").updates == 4
@@ -93,7 +94,7 @@ def test_a_source_is_not_drawn_beyond_its_epochs(capped_yaml, start_from, tmp_pa
     assert 0 < cap < 12 * 8 / len(result["blend"]["sizes"]), "the cap must bite"
     assert max(drawn) <= cap and drawn[-1] == drawn[-2]
     assert weights[-1][0] < 1 / 12 and weights[-1][1:] == pytest.approx(weights[-1][1])
-    assert any("max_epochs" in event for record in result["mixing"] for event in record["events"])
+    assert any(event["kind"] == "max_epochs" for record in result["mixing"] for event in record["events"])
     proven(tmp_path / "run")
 
 
@@ -107,7 +108,8 @@ def test_a_pause_that_the_caps_do_not_allow_is_not_followed_and_ends_no_run(
     result = run_ranks(2, programs.train, capped_yaml, flags, tmp_path / "run")[0]
     for record in result["mixing"]:
         assert record["override"] is None and min(record["new_weights"][1:]) > 0
-        assert "override not followed: max_epochs leaves" in record["note"]
+        [note] = [note for note in record["notes"] if note["kind"] == "override_not_followed"]
+        assert "max_epochs leaves" in note["text"]
     assert proven(tmp_path / "run").updates == len(result["mixing"]) > 0
 
 

@@ -1,6 +1,7 @@
 """A run's records without a model: blend, controller and ledger as a run writes them, on random loads."""
 
 import json
+import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
 from megatron_dynmix.data.source_set import SourceSet, fingerprint
+from megatron_dynmix.files import sha256
 from megatron_dynmix.mixing.override import Override
-from megatron_dynmix.records.jsonl import JsonlWriter
 from megatron_dynmix.records.ledger import newest_stage, sample_hash
 from megatron_dynmix.records.mixing_update import update_record
-from megatron_dynmix.records.schema import SamplesLine, TrainingRecord
+from megatron_dynmix.records.schema import Block, MixingUpdate, SamplesLine, TrainingRecord
+from megatron_dynmix.records.signals import SIGNALS, packed, with_signal
 from megatron_dynmix.training.mix_setup import Horizon, controller_of, for_strategy
 from megatron_dynmix.training.reweighting import begin_of
 from megatron_dynmix.training.source_change import SourceChange
@@ -41,6 +43,7 @@ class FakeRun:
     digest: int = 0
     ledger: list[dict[str, Any]] = field(default_factory=list)
     mixing: dict[int, dict[str, Any]] = field(default_factory=dict)
+    signals: bytes = b""
     metrics: dict[int, int] = field(default_factory=dict)
     settings: MixingConfig = MIXING
     resolved: dict[str, Any] = field(default_factory=dict)
@@ -120,7 +123,7 @@ class FakeRun:
         decision = self.controller.update(signal, self.override)
         self.blend.append_stage(self.consumed, decision.weights_D)
         self._write_stage("update", self.iteration)
-        self.mixing[self.iteration] = update_record(
+        update = update_record(
             self.controller,
             decision,
             iteration=self.iteration,
@@ -133,6 +136,20 @@ class FakeRun:
             seconds={},
             override=self.override,
         )
+        self.mixing[self.iteration] = self.line_of(update)
+
+    def line_of(self, update: MixingUpdate) -> dict[str, Any]:
+        """The line of an update, whose arrays go where they belong."""
+        data = packed(update.arrays)
+        block = Block(offset=len(self.signals), size=len(data), digest=sha256(data))
+        self.signals += data
+        return replace(update, block=block).to_json()
+
+    def with_arrays(self, update: MixingUpdate) -> MixingUpdate:
+        """The update with what its line points to."""
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / SIGNALS).write_bytes(self.signals)
+            return with_signal(update, Path(folder) / SIGNALS)
 
     def change_settings(self, settings: MixingConfig, resolved=None) -> "FakeRun":
         """Go on from here with other settings, as a resumed run may."""
@@ -186,6 +203,7 @@ class FakeRun:
         return RunRecords(
             ledger=plain,
             mixing=json.loads(json.dumps(self.mixing), object_hook=_int_keys),
+            with_arrays=self.with_arrays,
             consumed_samples=dict(self.metrics),
             skipped_iterations=0,
             state=state,
@@ -193,17 +211,15 @@ class FakeRun:
         )
 
     def write(self, folder: Path) -> Path:
-        """The three files of a run directory."""
+        """The files of a run directory."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, lines in (
             ("ledger", self.ledger),
             ("mixing", self.mixing.values()),
-            ("metrics", [training_record(*pair) for pair in self.metrics.items()]),
+            ("metrics", [training_record(*pair).to_json() for pair in self.metrics.items()]),
         ):
-            writer = JsonlWriter(folder / f"{name}.jsonl")
-            for line in lines:
-                writer.write(line)
-            writer.close()
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / SIGNALS).write_bytes(self.signals)
         return folder
 
 

@@ -100,7 +100,7 @@ def test_a_users_own_loads_of_any_length_are_recorded():
         **{"iteration": 1, "consumed_samples": 1, "old_D": three_D, "new_D": three_D},
         **{"tokens_D": np.ones(3, int), "rows_D": np.ones(3, int), "size_D": np.ones(3, int), "seconds": {}},
     )
-    assert record["load"] == [[0.5, 0.25, 0.25]] * 3
+    assert record.load.tolist() == [[0.5, 0.25, 0.25]] * 3
 
 
 @pytest.mark.parametrize("unit", ["tokens", "examples"])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from megatron_dynmix.mixing.controller import ControllerState, MixingController, MixingUpdate
+from megatron_dynmix.mixing.controller import ControllerState, MixingController
 from megatron_dynmix.mixing.guardrails import Guardrails
 from megatron_dynmix.mixing.override import Override
 from megatron_dynmix.mixing.strategies.fixed import Fixed
@@ -203,38 +203,6 @@ def test_another_strategy_begins_at_the_weights_in_force_and_remembers_nothing()
 def test_controller_refusals(sources, weights):
     with pytest.raises(ValueError):
         MixingController(sources, np.array(weights), Fixed())
-
-
-def test_update_record_is_plain_json():
-    update = MixingUpdate(
-        iteration=100,
-        consumed_samples=800,
-        sources=SOURCES,
-        old_weights=THIRDS_D,
-        new_weights=np.array([0.5, 0.25, 0.25]),
-        delta=None,
-        load=None,
-        distance=np.zeros((3, 3)),
-        tokens=np.array([10, 20, 30]),
-        rows=[1, 2, 3],
-        epochs=(0.5, 1.0, 1.5),
-        seconds={"signal": np.float64(0.5)},
-        events=("floor: math raised to 0.1",),
-        override={"pause": ("chat",), "weights": None},
-        shadow={"uniform": THIRDS_D},
-        loss=np.array([1.0, 2.0, 3.0]),
-    )
-    record = update.to_json()
-    assert json.loads(json.dumps(record)) == record
-    assert list(record) == [
-        *("iteration", "consumed_samples", "sources", "old_weights", "new_weights", "delta", "load"),
-        *("distance", "tokens", "rows", "epochs", "seconds", "note"),
-        *("events", "override", "shadow", "loss", "delta_error"),
-    ]
-    assert record["sources"] == ["code", "math", "chat"]
-    assert record["old_weights"] == [1 / 3] * 3
-    assert record["tokens"] == [10, 20, 30]
-    assert record["delta"] is None and record["note"] is None
 
 
 @dataclass

@@ -3,6 +3,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +14,12 @@ from run_fixtures import training_record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_dynmix.errors import InputError, TrainingStopped
+from megatron_dynmix.mixing.strategy import Remark
 from megatron_dynmix.records import logline
 from megatron_dynmix.records.heatmap import MOST_NAMES, distance_image, gate_load_image
 from megatron_dynmix.records.jsonl import JsonlWriter, read_lines, read_records
 from megatron_dynmix.records.live_line import LiveLine
-from megatron_dynmix.records.schema import TrainingRecord
+from megatron_dynmix.records.schema import Event, MixingUpdate, TrainingRecord
 from megatron_dynmix.records.writer import MetricsWriter
 
 SOURCES = ["chat", "math", "code"]
@@ -28,32 +30,45 @@ def record_of(iteration: int, **changes) -> TrainingRecord:
     return training_record(iteration, 32 * iteration, **changes)
 
 
-def mixing_update(iteration: int, **changes) -> dict:
-    return {
-        "iteration": iteration,
-        "consumed_samples": 32 * iteration,
-        "sources": SOURCES,
-        "old_weights": [0.5, 0.25, 0.25],
-        "new_weights": [0.25, 0.5, 0.25],
-        "delta": [0.1, 0.2, 0.3],
-        "load": [[0.5, 0.5], [0.25, 0.75], [1.0, 0.0]],
-        "distance": [[0.0, 0.35, 0.7], [0.35, 0.0, 1.06], [0.7, 1.06, 0.0]],
-        "tokens": [1000, 3000, 0],
-        "rows": [10, 30, 0],
-        "epochs": [0.5, 1.5, 0.0],
-        "probe_loss": None,
-        "entropy": 1.0397207708,
-        "kl_step": 0.25,
-        "note": None,
-        "events": [],
-        "override": None,
-        "shadow": {},
-        "loss": None,
-        "delta_error": None,
-        "signal": None,
-        "seconds": {"signal": 0.1, "reduce": 0.01, "update": 0.001, "rebuild": 0.02},
-        **changes,
-    }
+def mixing_update(iteration: int, **changes) -> MixingUpdate:
+    update = MixingUpdate(
+        iteration=iteration,
+        consumed_samples=32 * iteration,
+        sources=SOURCES,
+        old_weights=[0.5, 0.25, 0.25],
+        new_weights=[0.25, 0.5, 0.25],
+        delta=[0.1, 0.2, 0.3],
+        load=np.array([[0.5, 0.5], [0.25, 0.75], [1.0, 0.0]]),
+        distance=np.array([[0.0, 0.35, 0.7], [0.35, 0.0, 1.06], [0.7, 1.06, 0.0]]),
+        tokens=[1000, 3000, 0],
+        rows=[10, 30, 0],
+        epochs=[0.5, 1.5, 0.0],
+        probe_loss=None,
+        entropy=1.0397207708,
+        kl_step=0.25,
+        notes=[],
+        events=[],
+        override=None,
+        shadow={},
+        loss=None,
+        delta_error=None,
+        signal=None,
+        example_weights=None,
+        expert_load=None,
+        seconds={"signal": 0.1, "reduce": 0.01, "update": 0.001, "rebuild": 0.02},
+    )
+    return replace(update, **changes)
+
+
+def event_of(iteration: int, *notes: str) -> Event:
+    return Event(
+        iteration=iteration,
+        event="start",
+        time="2026-01-02T03:04:05",
+        version="1",
+        ranks=2,
+        notes=list(notes),
+    )
 
 
 def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
@@ -63,7 +78,7 @@ def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
 def resume(run_dir: Path, iteration: int) -> MetricsWriter:
     # TensorBoard orders event files by the whole second in their names; only a test shares one with its past
     time.sleep(1.01 - time.time() % 1)
-    return MetricsWriter(run_dir, SOURCES, resume_iteration=iteration)
+    return MetricsWriter(run_dir, resume_iteration=iteration)
 
 
 def texts(run_dir: Path) -> list[str]:
@@ -81,8 +96,8 @@ def test_every_record_is_one_json_line_readable_at_once(tmp_path):
     path = tmp_path / "new" / "metrics.jsonl"
     writer = JsonlWriter(path)
     for iteration in (1, 2):
-        writer.write({"iteration": iteration, "name": "línea\n2"})
-        assert read_records(path)[-1] == {"iteration": iteration, "name": "línea\n2"}
+        writer.write(event_of(iteration, "línea\n2"))
+        assert read_lines(path, Event)[-1] == event_of(iteration, "línea\n2")
     writer.close()
     assert len(path.read_bytes().split(b"\n")) == 3
 
@@ -90,11 +105,13 @@ def test_every_record_is_one_json_line_readable_at_once(tmp_path):
 def test_non_finite_numbers_and_arrays_are_written_as_valid_json(tmp_path):
     path = tmp_path / "metrics.jsonl"
     writer = JsonlWriter(path)
-    values = [math.nan, math.inf, -math.inf, np.float32(math.nan), np.array([[1.5, np.inf]]), np.int64(3)]
-    writer.write({"iteration": 1, "values": values})
+    values = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": np.float32(math.nan)}
+    writer.write(record_of(1, source_loss=values, tokens={"a": np.int64(3)}))
     [record] = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
-    assert record["values"] == ["NaN", "Infinity", "-Infinity", "NaN", [[1.5, "Infinity"]], 3]
-    assert [float(value) for value in record["values"][1:3]] == [math.inf, -math.inf]
+    assert list(record["source_loss"].values()) == ["NaN", "Infinity", "-Infinity", "NaN"]
+    assert record["tokens"] == {"a": 3}
+    [back] = read_lines(path, TrainingRecord)
+    assert list(back.source_loss.values())[1:3] == [math.inf, -math.inf]
 
 
 @pytest.mark.parametrize(("keep_until", "kept"), [(0, 0), (4, 4), (10, 10), (99, 10), (None, 10)])
@@ -102,10 +119,10 @@ def test_opening_cuts_what_lies_after_the_kept_iteration_and_goes_on(tmp_path, k
     path = tmp_path / "metrics.jsonl"
     first = JsonlWriter(path)
     for iteration in range(1, 11):
-        first.write({"iteration": iteration})
+        first.write(event_of(iteration))
     first.close()
     second = JsonlWriter(path, keep_until=keep_until)
-    second.write({"iteration": kept + 1})
+    second.write(event_of(kept + 1))
     assert [record["iteration"] for record in read_records(path)] == list(range(1, kept + 2))
     assert list(tmp_path.iterdir()) == [path]
 
@@ -117,7 +134,7 @@ def test_a_last_line_cut_short_is_taken_off_with_a_warning(tmp_path, caplog, tai
     path.write_bytes(b'{"iteration": 1}\n{"iteration": 2}\n' + tail)
     writer = JsonlWriter(path, keep_until=keep_until)
     assert "metrics.jsonl:3: incomplete last line" in caplog.text
-    writer.write({"iteration": 3})
+    writer.write(event_of(3))
     assert [record["iteration"] for record in read_records(path)] == [1, 2, 3]
 
 
@@ -168,7 +185,7 @@ def test_checkpoint_lines_have_megatron_lms_shape():
 
 
 def test_mixing_table_is_aligned_ascii():
-    table = logline.mixing_table(mixing_update(10, note="floor held code at 0.25"))
+    table = logline.mixing_table(mixing_update(10, notes=[Remark("floor", "floor held code at 0.25")]))
     assert table.splitlines() == [
         " weight update at iteration       10 | consumed samples:          320 |",
         "  source  old weight      new weight   change   delta  tokens  epochs",
@@ -180,7 +197,9 @@ def test_mixing_table_is_aligned_ascii():
 
 
 def test_mixing_table_tells_what_shadows_and_guardrails_do():
-    update = mixing_update(10, shadow={"odm": [0.5, 0.25, 0.25]}, events=["override: math paused"])
+    update = mixing_update(
+        10, shadow={"odm": [0.5, 0.25, 0.25]}, events=[Remark("override", "override: math paused")]
+    )
     assert logline.mixing_table(update).splitlines()[-2:] == [
         "  shadow odm: chat 0.5000, math 0.2500, code 0.2500",
         "  event: override: math paused",
@@ -199,9 +218,9 @@ def test_mixing_table_of_a_strategy_without_delta():
 def test_heat_maps_are_rgb_images_with_more_than_one_colour():
     update = mixing_update(10)
     for image in (
-        gate_load_image(update["load"], SOURCES),
+        gate_load_image(update.load, SOURCES),
         gate_load_image(np.full((3, 2, 4), 0.25) + np.eye(3, 8).reshape(3, 2, 4), SOURCES),
-        distance_image(update["distance"], ["$a$", "b_1", "ç"]),
+        distance_image(update.distance, ["$a$", "b_1", "ç"]),
     ):
         assert image.dtype == np.uint8
         assert image.ndim == 3 and image.shape[2] == 3
@@ -219,7 +238,7 @@ def test_a_heat_map_of_many_sources_and_experts_stays_of_bounded_size():
 
 @pytest.fixture
 def run_dir(tmp_path):
-    writer = MetricsWriter(tmp_path, SOURCES, resume_iteration=None)
+    writer = MetricsWriter(tmp_path, resume_iteration=None)
     writer.text("config", "| key | value |\n|---|---|\n| lr | 3e-3 |")
     for iteration in (5, 10, 15):
         writer.training(record_of(iteration))
@@ -231,7 +250,8 @@ def run_dir(tmp_path):
 
 def test_metrics_and_mixing_records_are_kept_whole(run_dir):
     assert read_lines(run_dir / "metrics.jsonl", TrainingRecord) == [record_of(i) for i in (5, 10, 15)]
-    assert read_records(run_dir / "mixing.jsonl") == [mixing_update(i) for i in (10, 15)]
+    updates = read_lines(run_dir / "mixing.jsonl", MixingUpdate)
+    assert [update.to_json() for update in updates] == [mixing_update(i).to_json() for i in (10, 15)]
 
 
 def test_training_scalars_carry_megatron_lms_tags(run_dir):
@@ -270,8 +290,17 @@ def test_mixing_scalars_and_images_lie_under_dynmix(run_dir):
 
 
 def test_an_update_without_signal_draws_nothing_but_weights(tmp_path):
-    writer = MetricsWriter(tmp_path, SOURCES, resume_iteration=None)
-    writer.mixing(mixing_update(10, delta=None, load=None, distance=None, tokens=[0, 0, 0], note="no signal"))
+    writer = MetricsWriter(tmp_path, resume_iteration=None)
+    writer.mixing(
+        mixing_update(
+            10,
+            delta=None,
+            load=None,
+            distance=None,
+            tokens=[0, 0, 0],
+            notes=[Remark("last_known", "no signal")],
+        )
+    )
     writer.mixing(mixing_update(20, delta=None, load=None, distance=None, probe_loss=[2.0, 3.0, 4.0]))
     writer.close()
     tags = events(tmp_path).Tags()
@@ -282,10 +311,14 @@ def test_an_update_without_signal_draws_nothing_but_weights(tmp_path):
     assert scalars(tmp_path, "dynmix/probe-lm-loss/code") == [(20, 4.0)]
 
 
-def test_errors_shadows_and_events_are_drawn(tmp_path):
-    writer = MetricsWriter(tmp_path, SOURCES, resume_iteration=None)
+def test_errors_shadows_and_raisedare_drawn(tmp_path):
+    writer = MetricsWriter(tmp_path, resume_iteration=None)
     shadow = {"loss-softmax:temperature=2": [0.2, 0.3, 0.5]}
-    writer.mixing(mixing_update(10, delta_error=[0.01, 0.02, 0.03], shadow=shadow, events=["floor: code"]))
+    writer.mixing(
+        mixing_update(
+            10, delta_error=[0.01, 0.02, 0.03], shadow=shadow, events=[Remark("floor", "floor: code")]
+        )
+    )
     writer.close()
     assert scalars(tmp_path, "dynmix/delta-error/math") == [(10, pytest.approx(0.02))]
     assert scalars(tmp_path, "dynmix/shadow/loss-softmax:temperature=2/code") == [(10, 0.5)]
@@ -306,16 +339,16 @@ def test_resuming_at_10_leaves_no_iteration_twice_and_none_lost(run_dir):
 
 def test_a_new_run_does_not_write_behind_another(run_dir):
     with pytest.raises(InputError, match="holds the records of another run"):
-        MetricsWriter(run_dir, SOURCES, resume_iteration=None)
+        MetricsWriter(run_dir, resume_iteration=None)
 
 
 def test_beginning_again_at_0_takes_off_everything(run_dir):
-    MetricsWriter(run_dir, SOURCES, resume_iteration=0).close()
+    MetricsWriter(run_dir, resume_iteration=0).close()
     assert read_records(run_dir / "metrics.jsonl") == read_records(run_dir / "mixing.jsonl") == []
 
 
 def test_a_diverged_loss_is_recorded_not_fatal(tmp_path):
-    writer = MetricsWriter(tmp_path, SOURCES, resume_iteration=None)
+    writer = MetricsWriter(tmp_path, resume_iteration=None)
     writer.training(record_of(5, lm_loss=math.nan, grad_norm=math.inf))
     writer.close()
     [record] = read_records(tmp_path / "metrics.jsonl")
@@ -329,7 +362,7 @@ def test_a_diverged_loss_is_recorded_not_fatal(tmp_path):
 def test_a_full_disk_stops_the_run_and_names_the_file(tmp_path):
     writer = JsonlWriter(tmp_path / "metrics.jsonl")
     writer._file = open("/dev/full", "w")  # noqa: SIM115
-    for write in (lambda: writer.write({"iteration": 1}), writer.flush, writer.close):
+    for write in (lambda: writer.write(event_of(1)), writer.flush, writer.close):
         with pytest.raises(TrainingStopped, match=r"metrics.jsonl cannot be written \(No space left on dev"):
             write()
 
@@ -340,7 +373,7 @@ def test_a_full_disk_stops_the_run_and_names_the_file(tmp_path):
 def test_charts_with_several_tags_and_the_settings_are_told(tmp_path):
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-    writer = MetricsWriter(tmp_path, SOURCES, resume_iteration=None)
+    writer = MetricsWriter(tmp_path, resume_iteration=None)
     writer.settings({"optimizer.lr": 1e-3, "training.bf16": True, "mixing.strategy": "gate-load"})
     writer.mixing(mixing_update(10, expert_load=[1.5, 2.25]))
     writer.close()
@@ -386,7 +419,7 @@ def test_weights_and_biases_gets_the_same_numbers_and_a_resumed_run_goes_on(tmp_
     run_dir.mkdir()
     for resume_iteration in (None, 10):
         writer = MetricsWriter(
-            run_dir, SOURCES, resume_iteration=resume_iteration, wandb_project="mixes", wandb_exp_name=None
+            run_dir, resume_iteration=resume_iteration, wandb_project="mixes", wandb_exp_name=None
         )
         writer.training(record_of(20))
         writer.mixing(mixing_update(20))
@@ -413,7 +446,7 @@ def test_weights_and_biases_that_cannot_be_reached_is_one_message(tmp_path, monk
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail))
     with pytest.raises(InputError, match=r"mixes: no route to host; log in .*WANDB_MODE=offline"):
-        MetricsWriter(tmp_path, SOURCES, resume_iteration=None, wandb_project="mixes")
+        MetricsWriter(tmp_path, resume_iteration=None, wandb_project="mixes")
 
 
 class Terminal(io.StringIO):

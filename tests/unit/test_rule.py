@@ -82,7 +82,7 @@ def test_guardrails_shadows_and_overrides_are_replayed():
     assert verdict.updates == 16
     assert run.mixing[6]["new_weights"][0] == 0
     assert run.mixing[9]["new_weights"] == [0.2, 0.3, 0.5]
-    assert any("max_epochs: math" in event for event in run.mixing[48]["events"])
+    assert any("max_epochs: math" in event["text"] for event in run.mixing[48]["events"])
     assert verdict.tallies[1].drawn <= 5 * 11
     assert list(run.mixing[6]["shadow"]) == ["loss-softmax", "gate-load:layers=all", "ado"]
 
@@ -114,7 +114,7 @@ def change_limit(records):
 
 
 def change_loss(records):
-    records.mixing[6]["signal"]["loss"][0] += 1
+    records.mixing[6]["loss"][0] += 1
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,8 @@ def test_a_users_own_shadow_is_left_out_and_that_is_said():
 def test_weights_kept_for_a_broken_override_are_proven():
     run = fake_run(3)
     records = run.records()
-    kept = {**records.mixing[3], "signal": None, "note": "weights kept: override.json cannot be used"}
+    note = {"kind": "override_unusable", "text": "weights kept: override.json cannot be used"}
+    kept = {**records.mixing[3], "signal": None, "block": None, "notes": [note]}
     kept["new_weights"] = kept["old_weights"]
     records.mixing[3] = kept
     records.ledger[-1]["weights"] = kept["old_weights"]

@@ -9,6 +9,7 @@ from run_fixtures import BATCH, fake_run
 
 from megatron_dynmix.cli import main
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.records.schema import MixingUpdate
 from megatron_dynmix.verify.records import read_run, stage_line
 from megatron_dynmix.verify.replay import Replay, SourceTally
 from megatron_dynmix.verify.verdict import verdict_text
@@ -114,7 +115,25 @@ def change_load(records):
 
 
 def change_counts(records):
-    records.mixing[9]["signal"]["half_counts"][0][1][0][0] += 1
+    """With a digest that is right."""
+    update = records.with_arrays(MixingUpdate.from_json(records.mixing[9]))
+    update.counts["half_counts"][0, 1, 0, 0] += 1
+    records.mixing[9] = records.with_arrays.__self__.line_of(update)
+
+
+def spoil_signal(records):
+    """One bit of the block of an update."""
+    run, offset = records.with_arrays.__self__, records.mixing[9]["block"]["offset"] + 200
+    run.signals = bytes([*run.signals[:offset], run.signals[offset] ^ 1, *run.signals[offset + 1 :]])
+
+
+def cut_signals(records):
+    run = records.with_arrays.__self__
+    run.signals = run.signals[: records.mixing[9]["block"]["offset"] + 50]
+
+
+def write_another_kind(records):
+    records.mixing[9]["notes"] = [{"kind": "joy", "text": "all is well"}]
 
 
 def forget_signal(records):
@@ -188,6 +207,9 @@ def change_saved_digest(records):
         (exchange_weights_of_stages, "mixing.jsonl, iteration 6: new_weights"),
         (change_load, "mixing.jsonl, iteration 9: load does not follow"),
         (change_counts, "mixing.jsonl, iteration 9: distance does not follow"),
+        (spoil_signal, "signals.bin: the signal of iteration 9 is lost"),
+        (cut_signals, "signals.bin: the signal of iteration 9 is lost"),
+        (write_another_kind, "iteration 9 is no record of an update: notes: kind: 'joy' is none of"),
         (forget_signal, "mixing.jsonl, iteration 9: the weights changed, but nothing is recorded"),
         (change_begin, "ledger.jsonl:1: the first weights are"),
         (change_rows, "mixing.jsonl, iteration 9: rows is"),
@@ -329,6 +351,7 @@ def test_a_run_directory_is_read(tmp_path, capsys):
     "damage, message",
     [
         (lambda folder: (folder / "ledger.jsonl").unlink(), "ledger.jsonl is not in it"),
+        (lambda folder: (folder / "signals.bin").unlink(), "signals.bin is not in it"),
         (lambda folder: (folder / "ledger.jsonl").write_text(""), "is empty"),
         (
             lambda folder: (folder / "ledger.jsonl").write_text('{"iteration": 0, "why": "start"}\n'),
@@ -337,7 +360,7 @@ def test_a_run_directory_is_read(tmp_path, capsys):
         (lambda folder: (folder / "mixing.jsonl").write_text("{\n"), "mixing.jsonl:1: not JSON"),
         (lambda folder: (folder / "metrics.jsonl").write_text('{"iteration": 1}\n'), "no 'consumed_samples'"),
     ],
-    ids=["no ledger", "empty ledger", "line", "json", "metrics"],
+    ids=["no ledger", "no signals", "empty ledger", "line", "json", "metrics"],
 )
 def test_what_is_no_run_directory_is_refused(damage, message, tmp_path, capsys):
     folder = fake_run(4).write(tmp_path / "run")
