@@ -4,14 +4,17 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from megatron_dynmix.errors import InputError, TrainingStopped
 from megatron_dynmix.files import write_atomically
 from megatron_dynmix.records.schema import AnyLine, Line
 
+CHUNK_BYTES = 1 << 24
 logger = logging.getLogger(__name__)
 
 
@@ -87,6 +90,54 @@ def read_lines(path: Path, kind: type[AnyLine]) -> list[AnyLine]:
                 f"{path}:{number}: not a {kind.__name__} ({error}). Mend or remove the line."
             ) from None
     return lines
+
+
+def count_lines(path: Path) -> int:
+    """Return the number of whole lines of a file; 0 if there is none."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(CHUNK_BYTES), b""))
+
+
+def found_records(path: Path, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Yield what records there are in a file that may be damaged, or still being written, one at a time.
+
+    Args:
+        path: the file; it may be missing.
+        say: told once of each kind of thing that was left out.
+
+    """
+    if not path.is_file():
+        say(f"{path.name} is missing")
+        return
+    broken, found, place = [], 0, 0
+    with path.open("rb") as file:
+        for place, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                say(
+                    f"{path.name}: line {place}, the last, is incomplete: the run is writing it, or was "
+                    "killed as it did; it is left out"
+                )
+                break
+            try:
+                record = orjson.loads(line)
+            except orjson.JSONDecodeError:
+                record = None
+            if not isinstance(record, dict) or type(record.get("iteration")) is not int:
+                broken.append(place)
+                continue
+            found += 1
+            yield record
+    if broken:
+        what = (
+            f"line {broken[0]} is" if len(broken) == 1 else f"{len(broken)} lines, the first {broken[0]}, are"
+        )
+        say(f"{path.name}: {what} no record with an iteration; left out")
+    if not place:
+        say(f"{path.name} is empty")
+    elif not found:
+        say(f"{path.name} holds no whole record")
 
 
 def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:

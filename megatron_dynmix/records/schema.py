@@ -81,6 +81,11 @@ class TrainingRecord(Line):
     aux_losses: dict[str, float]
     """By Megatron-LM's names."""
 
+    @property
+    def losses(self) -> dict[str, float]:
+        """`source_loss`, with NaN for a source that was not drawn."""
+        return {name: math.nan if loss is None else loss for name, loss in self.source_loss.items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:

@@ -23,8 +23,8 @@ import plotly.graph_objects as go
 from matplotlib.axes import Axes as Panel
 from matplotlib.figure import Figure
 
-from megatron_dynmix.report.records import by_source, number, thinned
-from megatron_dynmix.report.run import MARKED, MOST_POINTS, PHASES, Run, quantised
+from megatron_dynmix.records.schema import TrainingRecord
+from megatron_dynmix.report.run import MARKED, MOST_POINTS, PHASES, Run, quantised, thinned
 from megatron_dynmix.report.tables import Table, course_table, distance_table
 
 COLOURS = (
@@ -184,7 +184,7 @@ def charts_of(run: Run, palette: Palette) -> tuple[list[Chart], Axes]:
     updates = [run.updates[place] for place in thinned(len(run.updates), MOST_POINTS)]
     axes = {
         "weights": [point.iteration for point in weights],
-        "metrics": [record["iteration"] for record in metrics],
+        "metrics": [record.iteration for record in metrics],
         "updates": [update.iteration for update in updates],
     }
     if weights and run.iteration > weights[-1].iteration:
@@ -248,10 +248,10 @@ def _weights(run: Run, weights: Sequence[Any], palette: Palette) -> Chart | None
     )
 
 
-def _losses(run: Run, metrics: Sequence[Mapping[str, Any]], palette: Palette) -> Chart | None:
+def _losses(run: Run, metrics: Sequence[TrainingRecord], palette: Palette) -> Chart | None:
     if not metrics:
         return None
-    by_name = [by_source(record.get("source_loss"), None) for record in metrics]
+    by_name = [record.losses for record in metrics]
     names = {name for losses in by_name for name in losses}
     chart = figure(y="loss in nats per trained token")
     legend = source_lines(
@@ -260,7 +260,7 @@ def _losses(run: Run, metrics: Sequence[Mapping[str, Any]], palette: Palette) ->
         palette,
         x="metrics",
     )
-    whole = [number(record.get("lm_loss")) for record in metrics]
+    whole = [record.lm_loss for record in metrics]
     legend += (("all sources", "currentColor", (len(chart.data),)),)
     chart.add_trace(line(whole, x="metrics", name="all sources", colour=None, width=3))
     mark(chart, _marks(run))
@@ -391,7 +391,7 @@ def _bars_note(values: Mapping[str, float]) -> str:
 
 def _tokens(run: Run, palette: Palette) -> list[Chart]:
     charts = []
-    tokens = by_source(run.metrics[-1].get("tokens"), None) if run.metrics else {}
+    tokens = run.metrics[-1].tokens if run.metrics else {}
     if tokens:
         charts.append(
             Chart(
@@ -484,8 +484,8 @@ def _imbalance(run: Run, axes: Axes) -> Chart | None:
     )
 
 
-def _throughput(run: Run, metrics: Sequence[Mapping[str, Any]]) -> Chart | None:
-    values = [number(record.get("tokens_per_second")) for record in metrics]
+def _throughput(run: Run, metrics: Sequence[TrainingRecord]) -> Chart | None:
+    values = [record.tokens_per_second for record in metrics]
     if not any(map(math.isfinite, values)):
         return None
     reading = "Tokens trained on per second of training steps, padding not counted."

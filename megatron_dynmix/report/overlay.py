@@ -9,8 +9,7 @@ from functools import partial
 import plotly.graph_objects as go
 
 from megatron_dynmix.report.charts import COLOURS, DASHES, Axes, Chart, LegendEntry, figure, line, numbers
-from megatron_dynmix.report.records import number, thinned
-from megatron_dynmix.report.run import MOST_POINTS, Run, end_losses, end_weights
+from megatron_dynmix.report.run import MOST_POINTS, Run, end_losses, end_weights, thinned
 
 Curve = tuple[list[int], list[float]]
 MOST_SOURCES = 8
@@ -66,7 +65,7 @@ def _throughput(run: Run) -> Curve:
 
 def _of_metrics(run: Run, key: str) -> Curve:
     points = [run.metrics[place] for place in thinned(len(run.metrics), MOST_POINTS)]
-    return [point["iteration"] for point in points], [number(point.get(key)) for point in points]
+    return [point.iteration for point in points], [getattr(point, key) for point in points]
 
 
 def _entropy(run: Run) -> Curve:

@@ -1,14 +1,9 @@
-"""Things that happened to a run, for the table and the marks of its page.
+"""What a report reads of a run directory, whatever state that is in.
 
-Heat maps over the updates: a few of them as bytes, so that a page of thousands of updates stays small.
+What cannot be read is said, left out, and nothing else is lost: a report has to show a run that was killed,
+or that goes on while it is looked at.
 
 Axes: F frames, R rows, C columns of a heat map; D sources, L layers, E experts.
-
-What a report reads of a run directory, whatever state that is in.
-
-Axes: D sources, L layers, E experts.
-
-Where a run has come to: the last weight and the last loss of each source.
 """
 
 from __future__ import annotations
@@ -26,64 +21,51 @@ import yaml
 from numpy.typing import NDArray
 
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.records.jsonl import count_lines, found_records
+from megatron_dynmix.records.schema import Event, MixingUpdate, StageLine, TrainingRecord
+from megatron_dynmix.records.signals import SIGNALS, with_signal
 from megatron_dynmix.report import REPORT
-from megatron_dynmix.report.records import by_source, count_lines, number, read_lines, thinned
 
 MARKED = ("resume", "override", "fault", "sources")
 """Kinds that are few and change a run; guardrails act at every update of some runs."""
 
 
 @dataclass(frozen=True)
-class Event:
-    """One thing."""
+class Entry:
+    """Something that happened to a run, for the table and the marks of its page."""
 
     iteration: int
     kind: str
     text: str
 
 
-def events_of(
-    lifecycle: Sequence[Mapping[str, Any]],
-    metrics: Iterable[Mapping[str, Any]],
-    stages: Iterable[Mapping[str, Any]],
-) -> list[Event]:
-    """What the records but those of updates tell.
-
-    Args:
-        lifecycle: lines of `events.jsonl`: starts, resumes and ends of the training processes.
-        metrics: of log intervals.
-        stages: lines of the ledger that begin a stage.
-
-    """
-    events = [
-        Event(line["iteration"], _kind(str(line.get("event"))), _lifecycle_text(line)) for line in lifecycle
-    ]
-    for line, after in itertools.pairwise(lifecycle):
-        if line.get("event") in ("start", "resume") and after.get("event") in ("start", "resume"):
+def entries_of(
+    events: Sequence[Event], metrics: Iterable[TrainingRecord], stages: Iterable[StageLine]
+) -> list[Entry]:
+    """Return what the records but those of updates tell."""
+    entries = [Entry(event.iteration, _kind_of(event), _event_text(event)) for event in events]
+    for event, after in itertools.pairwise(events):
+        if event.event in ("start", "resume") and after.event in ("start", "resume"):
             text = "the processes before ended without a word: killed, interrupted, or the machine was lost"
-            events.append(Event(after["iteration"], "fault", text))
+            entries.append(Entry(after.iteration, "fault", text))
     for record in metrics:
-        if (skipped := number(record.get("skipped_iterations"))) > 0:
-            text = f"{skipped:.0f} iterations changed nothing: their loss or gradients were not finite"
-            events.append(Event(record["iteration"], "fault", text))
+        if (skipped := record.skipped_iterations) > 0:
+            text = f"{skipped} iterations changed nothing: their loss or gradients were not finite"
+            entries.append(Entry(record.iteration, "fault", text))
     for stage in stages:
-        if stage.get("why") == "sources changed":
-            changes = stage.get("changes")
-            text = "; ".join(map(str, changes)) if isinstance(changes, list) else "sources changed"
-            events.append(Event(stage["iteration"], "sources", text))
-    return events
+        if stage.why == "sources changed":
+            entries.append(Entry(stage.iteration, "sources", "; ".join(stage.changes) or stage.why))
+    return entries
 
 
-def _kind(event: str) -> str:
-    return "fault" if event == "failed" else event
+def _kind_of(event: Event) -> str:
+    return "fault" if event.event == "failed" else event.event
 
 
-def _lifecycle_text(line: Mapping[str, Any]) -> str:
+def _event_text(event: Event) -> str:
     """Time, what is said of it, and what was found."""
-    notes = line.get("notes")
-    time = str(line.get("time", "")).replace("T", " ").replace("+00:00", " UTC")
-    said = [time, *(map(str, notes) if isinstance(notes, list) else [])]
-    return "; ".join(text for text in said if text)
+    time = event.time.replace("T", " ").replace("+00:00", " UTC")
+    return "; ".join(text for text in (time, *event.notes) if text)
 
 
 MOST_FRAMES = 60
@@ -105,13 +87,16 @@ class Frame:
     values_RC: NDArray[np.float64]
 
 
-def array(values: Any, sources: int) -> NDArray[np.float64] | None:
-    """Numbers of a record with one entry per source, at least 2 axes; None if they are not that."""
-    try:
-        found = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        return None
-    return found if found.ndim >= 2 and len(found) == sources and found.size else None
+def by_name(sources: Sequence[str], values: Sequence[float] | None) -> dict[str, float]:
+    """Return values by name of the source; none where a record has none, or not one for each."""
+    return dict(zip(sources, values)) if values is not None and len(values) == len(sources) else {}  # noqa: B905
+
+
+def thinned(length: int, most: int) -> list[int]:
+    """Return at most `most` of the places 0 ... length - 1, evenly spread, both ends among them."""
+    if length <= most:
+        return list(range(length))
+    return [round(place * (length - 1) / (most - 1)) for place in range(most)]
 
 
 def flat_load(load: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -191,13 +176,13 @@ class Run:
     config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     config_text: str = ""
     weights: list[Weights] = field(default_factory=list)
-    metrics: list[dict[str, Any]] = field(default_factory=list)
+    metrics: list[TrainingRecord] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
     load_frames: list[Frame] = field(default_factory=list)
     distance_frames: list[Frame] = field(default_factory=list)
     load_axis: str = "expert"
     """What the columns of the gate loads are."""
-    events: list[Event] = field(default_factory=list)
+    events: list[Entry] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     """What could not be read, a sentence each."""
     written: float | None = None
@@ -227,14 +212,14 @@ class Run:
         for weights in self.weights:
             names |= dict.fromkeys(weights.shares)
         for record in self.metrics[-1:]:
-            names |= dict.fromkeys(by_source(record.get("source_loss"), None))
+            names |= dict.fromkeys(record.source_loss)
         configured = self.setting("data", "sources")
         return list(names) or (list(map(str, configured)) if isinstance(configured, dict) else [])
 
     @property
     def iteration(self) -> int:
         """The last one on record."""
-        ends = [self.metrics[-1]["iteration"]] if self.metrics else []
+        ends = [self.metrics[-1].iteration] if self.metrics else []
         ends += [self.updates[-1].iteration] if self.updates else []
         return int(max(ends, default=0))
 
@@ -254,9 +239,9 @@ class Run:
         """Of all training steps; a record holds the mean over the iterations since the one before."""
         total, before = 0.0, 0
         for record in self.metrics:
-            seconds = number(record.get("seconds")) * (record["iteration"] - before)
+            seconds = record.seconds * (record.iteration - before)
             total += seconds if math.isfinite(seconds) else 0.0
-            before = record["iteration"]
+            before = record.iteration
         return total
 
     @property
@@ -279,19 +264,18 @@ def read_run(path: Path) -> Run:
         return run
     _read_config(run)
     _read_updates(run)
-    run.metrics = list(read_lines(path / "metrics.jsonl", run.missing.append))
-    stages = [
-        line for line in read_lines(path / "ledger.jsonl", run.missing.append) if line.get("kind") == "stage"
-    ]
+    run.metrics = list(
+        map(TrainingRecord.salvaged, found_records(path / "metrics.jsonl", run.missing.append))
+    )
+    ledger = found_records(path / "ledger.jsonl", run.missing.append)
+    stages = [StageLine.salvaged(line) for line in ledger if line.get("kind") == "stage"]
     if stages:
-        run.weights = [
-            Weights(line["iteration"], by_source(line.get("weights"), line.get("sources"))) for line in stages
-        ]
-    lifecycle: list[dict[str, Any]] = []
+        run.weights = [Weights(line.iteration, by_name(line.sources, line.weights)) for line in stages]
+    events: list[Event] = []
     if (path / "events.jsonl").exists():
-        lifecycle = list(read_lines(path / "events.jsonl", run.missing.append))
+        events = list(map(Event.salvaged, found_records(path / "events.jsonl", run.missing.append)))
     run.events = sorted(
-        [*events_of(lifecycle, run.metrics, stages), *run.events], key=lambda event: event.iteration
+        [*entries_of(events, run.metrics, stages), *run.events], key=lambda entry: entry.iteration
     )
     files = [path / name for name in FILES if name.endswith("jsonl")]
     run.written = max((file.stat().st_mtime for file in files if file.is_file()), default=None)
@@ -339,80 +323,88 @@ def _read_updates(run: Run) -> None:
     path = run.path / "mixing.jsonl"
     total = count_lines(path)
     drawn, frames = set(thinned(total, MOST_POINTS)), set(thinned(total, MOST_FRAMES))
-    odd = 0
-    for place, record in enumerate(read_lines(path, run.missing.append)):
-        sources, iteration = record.get("sources"), record["iteration"]
-        new = by_source(record.get("new_weights"), sources)
+    odd, lost = 0, []
+    for place, record in enumerate(found_records(path, run.missing.append)):
+        update = MixingUpdate.salvaged(record)
+        sources, new = update.sources, by_name(update.sources, update.new_weights)
         if not new:
             odd += 1
             continue
+        if place in drawn | frames and update.load is None and update.block is not None:
+            try:
+                update = with_signal(update, run.path / SIGNALS)
+            except InputError as error:
+                lost.append(str(error))
+        load = _checked(update.load, sources) if place in drawn | frames else None
         if not run.weights:
-            run.weights.append(Weights(0, by_source(record.get("old_weights"), sources)))
-        run.weights.append(Weights(iteration, new))
-        load = array(record.get("load"), len(new)) if place in drawn | frames else None
-        run.updates.append(_update(record, load, new))
-        run.events += _events(record)
+            run.weights.append(Weights(0, by_name(sources, update.old_weights)))
+        run.weights.append(Weights(update.iteration, new))
+        run.updates.append(_update(update, load))
+        run.events += [
+            Entry(update.iteration, "override" if event.kind == "override" else "guardrail", event.text)
+            for event in update.events
+        ]
+        run.events += [
+            Entry(update.iteration, "fault" if note.kind == "override_unusable" else "note", note.text)
+            for note in update.notes
+        ]
         if place in frames:
-            _add_frames(run, record, load, tuple(new))
+            _add_frames(run, update, load)
     run.load_frames, run.distance_frames = _few(run.load_frames), _few(run.distance_frames)
     if odd:
         run.missing.append(
             f"mixing.jsonl: {odd} records, as of another version, have no weight for each source; left out"
         )
+    if lost:
+        run.missing.append(
+            f"{lost[0]}; so are those of {len(lost) - 1} more updates" if lost[1:] else lost[0]
+        )
 
 
-def _update(record: Mapping[str, Any], load: Any, new: Mapping[str, float]) -> Update:
-    sources, seconds = record.get("sources"), record.get("seconds")
-    return Update(
-        iteration=record["iteration"],
-        delta=by_source(record.get("delta"), sources),
-        delta_error=by_source(record.get("delta_error"), sources),
-        epochs=by_source(record.get("epochs"), sources),
-        rows=by_source(record.get("rows"), sources),
-        seconds=by_source(seconds, None),
-        entropy=number(record.get("entropy")),
-        kl_step=number(record.get("kl_step")),
-        imbalance=_imbalance(load, by_source(record.get("old_weights"), sources)),
+def _checked(load: NDArray[np.float64] | None, sources: Sequence[str]) -> NDArray[np.float64] | None:
+    """Gate loads, if they are some of so many sources."""
+    return (
+        load if load is not None and load.ndim in (2, 3) and len(load) == len(sources) and load.size else None
     )
 
 
-def _imbalance(load: Any, weights: Mapping[str, float]) -> tuple[float, ...]:
+def _update(update: MixingUpdate, load: NDArray[np.float64] | None) -> Update:
+    names = update.sources
+    old = by_name(names, update.old_weights)
+    return Update(
+        iteration=update.iteration,
+        delta=by_name(names, update.delta),
+        delta_error=by_name(names, update.delta_error),
+        epochs=by_name(names, update.epochs),
+        rows=by_name(names, update.rows),
+        seconds=update.seconds,
+        entropy=update.entropy,
+        kl_step=update.kl_step,
+        imbalance=_imbalance(load, np.array([*old.values()])) if old and load is not None else (),
+    )
+
+
+def _imbalance(load: NDArray[np.float64], weights_D: NDArray[np.float64]) -> tuple[float, ...]:
     """Largest over mean load of the experts in the mix that was drawn, for each layer."""
-    if load is None or len(weights) != len(load):
-        return ()
     load_DLE = load if load.ndim == 3 else load[:, None]
-    mixed_LE = np.tensordot(np.array(list(weights.values())), load_DLE, axes=1)
+    mixed_LE = np.tensordot(weights_D, load_DLE, axes=1)
     mean_L = mixed_LE.mean(axis=-1)
     if not (mean_L > 0).all():
         return ()
     return tuple((mixed_LE.max(axis=-1) / mean_L).tolist())
 
 
-def _events(record: Mapping[str, Any]) -> list[Event]:
-    """What guardrails and the operator did at an update, and what is noted of it."""
-    lines = record.get("events")
-    lines = lines if isinstance(lines, list) else []
-    events = [Event(record["iteration"], *_kind_of_line(str(line))) for line in lines]
-    if note := record.get("note"):
-        kept = str(note).startswith("weights kept")
-        events.append(Event(record["iteration"], "fault" if kept else "note", str(note)))
-    return events
-
-
-def _kind_of_line(line: str) -> tuple[str, str]:
-    return ("override", line) if line.startswith("override") else ("guardrail", line)
-
-
-def _add_frames(run: Run, record: Mapping[str, Any], load: Any, sources: tuple[str, ...]) -> None:
+def _add_frames(run: Run, update: MixingUpdate, load: NDArray[np.float64] | None) -> None:
+    iteration, sources = update.iteration, tuple(update.sources)
     if load is not None:
-        run.load_frames.append(Frame(record["iteration"], sources, flat_load(load)))
+        run.load_frames.append(Frame(iteration, sources, flat_load(load)))
         if load.ndim == 3:
             averaged = run.load_frames[-1].values_RC.shape[1] < load[0].size
             how = f"mean of {load.shape[1]} layers" if averaged else f"{load.shape[1]} layers side by side"
             run.load_axis = f"expert ({how})"
-    distance_DD = array(record.get("distance"), len(sources))
+    distance_DD = update.distance
     if distance_DD is not None and distance_DD.shape == (len(sources), len(sources)):
-        run.distance_frames.append(Frame(record["iteration"], sources, distance_DD))
+        run.distance_frames.append(Frame(iteration, sources, distance_DD))
 
 
 def _few(frames: list[Frame]) -> list[Frame]:
@@ -432,6 +424,5 @@ def end_losses(run: Run) -> Mapping[str, float]:
     """The last that was recorded of each source."""
     found: dict[str, float] = {}
     for record in run.metrics:
-        losses = by_source(record.get("source_loss"), None)
-        found |= {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+        found |= {name: loss for name, loss in record.losses.items() if math.isfinite(loss)}
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from datetime import timedelta
 
-from megatron_dynmix.report.records import number
 from megatron_dynmix.report.run import Run
 from megatron_dynmix.report.tables import pairs
 
@@ -57,9 +56,8 @@ def _state(run: Run, now: float) -> str:
         state = f"It is at iteration {run.iteration:,}; how far it is to go is not known"
     else:
         state = f"It is at iteration {run.iteration:,} of {total:,} ({run.iteration / total:.0%})"
-    tokens = run.metrics[-1].get("tokens") if run.metrics else None
-    if isinstance(tokens, dict):
-        state += f", {sum(max(number(value), 0) for value in tokens.values()):,.0f} tokens trained on"
+    if run.metrics and run.metrics[-1].tokens:
+        state += f", {sum(run.metrics[-1].tokens.values()):,} tokens trained on"
     if run.is_finished:
         return f"{state}."
     age = max(0, round(now - run.written))
@@ -68,7 +66,7 @@ def _state(run: Run, now: float) -> str:
 
 
 def _loss(run: Run) -> str:
-    losses = [number(record.get("lm_loss")) for record in run.metrics]
+    losses = [record.lm_loss for record in run.metrics]
     losses = [loss for loss in losses if math.isfinite(loss)]
     if len(losses) < 2:
         return ""

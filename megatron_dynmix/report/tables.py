@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dynmix.report.records import by_source, number
 from megatron_dynmix.report.run import Frame, Run, end_losses, end_weights
 
 
@@ -134,8 +133,8 @@ def sources_table(run: Run) -> Table:
     """Each source from the start of the run to its end."""
     first = run.weights[0].shares if run.weights else {}
     last = run.weights[-1].shares if run.weights else {}
-    losses = [by_source(record.get("source_loss"), None) for record in run.metrics]
-    tokens = by_source(run.metrics[-1].get("tokens"), None) if run.metrics else {}
+    losses = [record.losses for record in run.metrics]
+    tokens = run.metrics[-1].tokens if run.metrics else {}
     whole = sum(value for value in tokens.values() if value > 0)
     update = run.updates[-1] if run.updates else None
     rows = []
@@ -208,7 +207,7 @@ def runs_table(runs: Sequence[Run], names: Sequence[str]) -> Table:
     """One line for each run."""
     rows = []
     for run, name in zip(runs, names, strict=True):
-        loss = number(run.metrics[-1].get("lm_loss")) if run.metrics else None
+        loss = run.metrics[-1].lm_loss if run.metrics else None
         seconds = run.step_seconds + run.mixing_seconds
         rows.append(
             [

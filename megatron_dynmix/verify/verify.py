@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_dynmix.checkpoint.run_state import RunState
 from megatron_dynmix.data.blend import Cursor, Stage
+from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.weights import check_weights
 from megatron_dynmix.records.ledger import cursor_of
 from megatron_dynmix.records.schema import MixingUpdate, StageLine

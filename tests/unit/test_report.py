@@ -4,6 +4,7 @@ import base64
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import orjson
@@ -11,10 +12,10 @@ import pytest
 from report_fixtures import NAMES, change, line_of, write_run
 
 from megatron_dynmix.cli import main
+from megatron_dynmix.mixing.strategy import RemarkKind
 from megatron_dynmix.report.charts import COLOURS, OTHERS, TOP, Palette, charts_of
 from megatron_dynmix.report.pages import distinct_names, importance, page_of_run, page_of_runs
-from megatron_dynmix.report.records import thinned
-from megatron_dynmix.report.run import MOST_POINTS, Frame, quantised, read_run
+from megatron_dynmix.report.run import MOST_POINTS, Frame, quantised, read_run, thinned
 from megatron_dynmix.report.summary import summary, warnings
 
 CHARTS = [
@@ -220,7 +221,7 @@ def test_what_to_look_at_is_said(tmp_path):
         delta=[0.1, 0.1, 0.1, 0.11],
         delta_error=[0.01] * 4,
         load=[[8.0, 0, 0, 0, 0, 0, 0, 0]] * 4,
-        note="weights kept: override.json cannot be used",
+        notes=[{"kind": "override_unusable", "text": "weights kept: override.json cannot be used"}],
         seconds={"signal": 50.0},
     )
     (run_dir / "ledger.jsonl").unlink()
@@ -237,6 +238,30 @@ def test_what_to_look_at_is_said(tmp_path):
     assert "Faults: 1, the last at iteration 100: weights kept" in said
 
 
+@pytest.mark.parametrize("kind", get_args(RemarkKind))
+def test_of_all_notes_only_an_override_that_cannot_be_used_is_a_fault(tmp_path, kind):
+    run_dir = write_run(tmp_path / "mine", updates=1, interval=100)
+    note = {"kind": kind, "text": "weights kept: no tokens measured yet from c"}
+    change(run_dir / "mixing.jsonl", 0, notes=[note])
+    run = read_run(run_dir)
+    assert [entry.text for entry in run.events] == [note["text"]]
+    faults = [sentence for sentence in warnings(run) if sentence.startswith("Faults: 1")]
+    assert bool(faults) == (kind == "override_unusable")
+
+
+def test_loads_of_several_layers_are_read_from_their_file_and_missed_if_it_is_gone(tmp_path):
+    load_DLE = np.random.default_rng(0).random((4, 3, 8))
+    run_dir = write_run(tmp_path / "mine", updates=2, load=load_DLE)
+    run = read_run(run_dir)
+    assert run.missing == [] and run.load_axis == "expert (3 layers side by side)"
+    np.testing.assert_array_equal(run.load_frames[-1].values_RC, load_DLE.reshape(4, -1))
+    (run_dir / "signals.bin").unlink()
+    run = read_run(run_dir)
+    assert run.load_frames == [] and len(run.updates) == len(run.distance_frames) == 2
+    [said] = run.missing
+    assert said.startswith("signals.bin: the signal of iteration 10 is lost") and "1 more update" in said
+
+
 def test_a_sound_run_has_nothing_to_look_at(tmp_path):
     run_dir = write_run(tmp_path / "mine", interval=100)
     assert warnings(read_run(run_dir)) == []
@@ -244,8 +269,13 @@ def test_a_sound_run_has_nothing_to_look_at(tmp_path):
 
 def test_events_are_listed_with_their_kind(tmp_path):
     run_dir = write_run(tmp_path / "mine")
-    change(run_dir / "mixing.jsonl", 0, events=["floor: math raised to 0.1"])
-    change(run_dir / "mixing.jsonl", 1, events=["override: code paused"], note="last known counts used: code")
+    change(run_dir / "mixing.jsonl", 0, events=[{"kind": "floor", "text": "floor: math raised to 0.1"}])
+    change(
+        run_dir / "mixing.jsonl",
+        1,
+        events=[{"kind": "override", "text": "override: code paused"}],
+        notes=[{"kind": "last_known", "text": "last known counts used: code"}],
+    )
     change(run_dir / "metrics.jsonl", 4, skipped_iterations=2)
     changed = {"kind": "stage", "why": "sources changed", "iteration": 61, "changes": ["code: gone"]}
     with (run_dir / "ledger.jsonl").open("ab") as file:

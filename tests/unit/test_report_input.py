@@ -66,7 +66,7 @@ def test_a_broken_line_is_named_and_costs_no_other(tmp_path, name, line):
 ODD = [[[1, 2], [3]], "many", None, [], {}, 3, [None] * 4, ["NaN"] * 4, [True] * 4, {"chat": "Infinity"}]
 KEYS = {
     "mixing.jsonl": [
-        *("sources", "old_weights", "new_weights", "delta", "load", "distance", "epochs", "events", "note"),
+        *("sources", "old_weights", "new_weights", "delta", "load", "distance", "epochs", "events", "notes"),
         *("seconds", "entropy", "kl_step", "delta_error"),
     ],
     "metrics.jsonl": ["lm_loss", "source_loss", "tokens", "seconds", "skipped_iterations"],
