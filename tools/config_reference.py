@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmix import platform
+from megatron_dynmix.config import megatron_fields as known
 from megatron_dynmix.config import run_config as tree
 from megatron_dynmix.config import settings as leaves
 from megatron_dynmix.mixing.strategies.table import STRATEGIES
@@ -37,8 +37,7 @@ This page is written by `python tools/config_reference.py docs/configuration.md`
 
 
 def reference() -> str:
-    """The whole page as Markdown."""
-    platform.start()
+    """Return the whole page as Markdown."""
     parts = [HEAD]
     for section in dataclasses.fields(tree.RunConfig):
         owner = getattr(tree, f"{section.name.capitalize()}Config")
@@ -54,7 +53,7 @@ def reference() -> str:
 
 
 def own_rows(owner: type) -> list[tuple[str, ...]]:
-    """Name, type, default and meaning of each setting of one of our sections."""
+    """Return name, type, default and meaning of each setting of one of our sections."""
     meanings, hints = attribute_docs(owner), typing.get_type_hints(owner)
     shown = [item for item in dataclasses.fields(owner) if item.name not in ("megatron", "options")]
     return [
@@ -63,7 +62,7 @@ def own_rows(owner: type) -> list[tuple[str, ...]]:
 
 
 def strategies() -> Iterator[str]:
-    """The options of every strategy that has any."""
+    """Yield the options of every strategy that has any."""
     yield "### Options of the strategies\n"
     yield "They stand in the mixing section, beside `strategy`; see [the strategies](algorithm.md).\n"
     for name, strategy in STRATEGIES.items():
@@ -81,42 +80,29 @@ def strategies() -> Iterator[str]:
 
 
 def megatron_fields() -> Iterator[str]:
-    """The fields of Megatron-Core's own dataclasses, by the section they are given in."""
-    from megatron.core.distributed import DistributedDataParallelConfig
-    from megatron.core.model_parallel_config import ModelParallelConfig
-    from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-
+    """Yield the fields of Megatron-Core's own dataclasses, by the section they are given in."""
     yield "## Fields of Megatron-Core\n"
     yield "They stand in the section named, beside our settings; Megatron-Core 0.16.1 says what they mean.\n"
-    ours = {leaf.name for section in dataclasses.fields(tree.RunConfig) for leaf in own_leaves(section.name)}
-    listed: set[str] = set()
-    for section, owner in (
-        ("parallel", ModelParallelConfig),
-        ("parallel", DistributedDataParallelConfig),
-        ("model", TransformerConfig),
-        ("model", MLATransformerConfig),
-        ("optimizer", OptimizerConfig),
-    ):
-        rows = []
-        for item in dataclasses.fields(owner):
-            leaf = leaves.all_leaves().get(item.name)
-            free = item.name not in leaves.DECIDED and item.name not in ours | listed
-            if leaf is not None and leaf.section == section and free:
-                listed.add(item.name)
-                rows.append((f"`{item.name}`", kind_of(leaf.hint), default_of(item)))
-        yield f"### {section}: {owner.__name__}\n"
+    ours = {item.name for section in dataclasses.fields(tree.RunConfig) for item in own_fields(section.name)}
+    listed = {*ours, *leaves.DECIDED}
+    for owner, given in known.megatron_fields().items():
+        rows = [
+            (f"`{name}`", kind_of(item.hint), shown(item.default))
+            for name, item in given.items()
+            if name not in listed
+        ]
+        listed |= given.keys()
+        yield f"### {known.SECTIONS[owner]}: {owner}\n"
         yield table(rows)
 
 
-def own_leaves(section: str) -> list[leaves.Leaf]:
-    """The settings of a section that are ours."""
-    owner = getattr(tree, f"{section.capitalize()}Config")
-    return [leaves.Leaf(item.name, section, item.type) for item in dataclasses.fields(owner)]
+def own_fields(section: str) -> tuple[dataclasses.Field[Any], ...]:
+    """Return the fields of one of our sections."""
+    return dataclasses.fields(getattr(tree, f"{section.capitalize()}Config"))
 
 
 def attribute_docs(owner: type) -> dict[str, str]:
-    """The text under each field of a dataclass."""
+    """Return the text under each field of a dataclass."""
     body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
     assert isinstance(body, ast.ClassDef)
     docs = {}
@@ -132,7 +118,7 @@ def attribute_docs(owner: type) -> dict[str, str]:
 
 
 def listed_attributes(owner: type) -> dict[str, str]:
-    """The entries under `Attributes:` in the docstrings of a strategy and of what it is built on."""
+    """Return the entries under `Attributes:` in the docstrings of a strategy and of what it is built on."""
     listed: dict[str, str] = {}
     for kind in reversed(owner.__mro__):
         doc = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
@@ -143,33 +129,35 @@ def listed_attributes(owner: type) -> dict[str, str]:
 
 
 def first_sentence(owner: type) -> str:
-    """The first line of a class's docstring."""
+    """Return the first line of a class's docstring."""
     return (inspect.getdoc(owner) or "").splitlines()[0]
 
 
 def kind_of(hint: Any) -> str:
-    """A type as a user reads it."""
+    """Return a type as a user reads it."""
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(hint))
     return leaves.describe(hint)
 
 
 def default_of(item: dataclasses.Field[Any]) -> str:
-    """A field's default as YAML has it."""
-    value = item.default
-    if value is dataclasses.MISSING:
-        if item.default_factory is dataclasses.MISSING:
-            return "required"
-        value = item.default_factory()
+    """Return a field's default as YAML has it."""
+    if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+        return "required"
+    return shown(item.default_factory() if item.default is dataclasses.MISSING else item.default)
+
+
+def shown(value: Any) -> str:
+    """Return a value as YAML has it."""
     if value is None:
         return "-"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
-    return f"`{getattr(value, 'name', None) or getattr(value, '__name__', None) or value}`"
+    return f"`{value}`"
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table; its columns are name, type, default, meaning, as many as there are."""
+    """Return a Markdown table; its columns are name, type, default, meaning, as many as there are."""
     heads = {2: ("name", "why"), 3: ("name", "type", "default"), 4: ("name", "type", "default", "meaning")}
     head = heads[len(rows[0])]
     lines = [head, ("---",) * len(head), *rows]

@@ -16,7 +16,7 @@ from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.check import check_files, check_settings, check_tokenizer
 from megatron_dynmix.config.host import Host, check_host, without_unmet
 from megatron_dynmix.config.load import load_config
-from megatron_dynmix.config.megatron import moe_layers
+from megatron_dynmix.config.megatron import check_with_megatron, moe_layers
 from megatron_dynmix.config.run_config import HUB
 from megatron_dynmix.convert.import_hf import check_load_hf
 from megatron_dynmix.data.rows import PackedRows
@@ -103,7 +103,9 @@ class Checker:
         check_host(config, self.host)
         here = platform.start()
         machine = Host(cuda=here.device.type == "cuda", transformer_engine=here.transformer_engine)
-        check_settings(without_unmet(config, machine), world_size)
+        runnable = without_unmet(config, machine)
+        check_settings(runnable, world_size)
+        check_with_megatron(runnable)
 
 
 def plan_of(config: RunConfig, world_size: int, host: Host) -> Plan:

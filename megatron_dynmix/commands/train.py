@@ -74,14 +74,14 @@ def train(
 
     A rank of a started job trains, and so does this process if the job has one rank only.
     """
-    from megatron_dynmix import platform
-
-    platform.start()
     from megatron_dynmix.config.check import check_run
     from megatron_dynmix.config.load import load_config
 
     config = load_config(run_yaml, flags)
-    check_run(config, world_size)
+    check_run(config, world_size)  # before torch is imported, which takes seconds
+    from megatron_dynmix import platform
+
+    platform.start()
     from megatron_dynmix.training.setup import set_up
 
     prepared = set_up(config, run_dir, resume=resume, allow_source_change=allow_source_change)

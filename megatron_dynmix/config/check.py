@@ -9,15 +9,8 @@ import glob
 import math
 from pathlib import Path
 
-from megatron.core.transformer.transformer_config import TransformerConfig
-
-from megatron_dynmix.config.megatron import (
-    micro_batch_group,
-    moe_layers,
-    optimizer_config,
-    transformer_config,
-)
-from megatron_dynmix.config.run_config import HUB, MixingConfig, RunConfig, TrainingConfig
+from megatron_dynmix.config.megatron_fields import megatron_fields, model_settings, moe_layers
+from megatron_dynmix.config.run_config import HUB, MixingConfig, RunConfig, TrainingConfig, require
 from megatron_dynmix.config.strategies import Chosen, resolved_options
 from megatron_dynmix.errors import InputError
 
@@ -105,13 +98,11 @@ def check_settings(config: RunConfig, world_size: int) -> None:
     _check_required(config)
     _check_optimizer(config)
     _check_layout(config, world_size)
-    transformer = transformer_config(config)
-    optimizer_config(config)
-    _check_model(transformer)
+    _check_model(config)
     _check_router(config)
-    _check_capacity(transformer, config.mixing)
-    _check_groups(config, micro_batch_group(transformer), world_size)
-    _check_mixing(config, moe_layers(transformer))
+    _check_capacity(config)
+    _check_groups(config, world_size)
+    _check_mixing(config)
     _check_lengths(config)
 
 
@@ -232,12 +223,13 @@ def _check_rampup(training: TrainingConfig, step: int) -> None:
         )
 
 
-def _check_groups(config: RunConfig, group: int, world_size: int) -> None:
+def _check_groups(config: RunConfig, world_size: int) -> None:
     """The interleaved pipeline runs micro-batches in groups; the last may be short, but fill the pipeline."""
     if not config.parallel.virtual_stages:
         return
     size, training = config.parallel.size, config.training
     pp = size("pipeline_model_parallel_size")
+    group = int(config.parallel.megatron.get("microbatch_group_size_per_vp_stage") or pp)
     if group < pp:
         raise InputError(
             f"microbatch_group_size_per_vp_stage is {group}; use pipeline_model_parallel_size ({pp}) or more"
@@ -256,15 +248,25 @@ def _check_groups(config: RunConfig, group: int, world_size: int) -> None:
             )
 
 
-def _check_model(transformer: TransformerConfig) -> None:
+def _check_model(config: RunConfig) -> None:
     """What Megatron-Core would only find while it builds the model, or route into nothing."""
-    heads, groups = transformer.num_attention_heads, transformer.num_query_groups or 1
+    model = model_settings(config)
+    require(model.num_layers >= 1, "model.num_layers", model.num_layers, "1 or more")
+    latent = megatron_fields()["MLATransformerConfig"].keys()
+    if not model.multi_latent_attention and (given := sorted(latent & config.model.megatron.keys())):
+        raise InputError(
+            f"{', '.join(given)}: only multi-latent attention has that; set multi_latent_attention, or leave "
+            "it out"
+        )
+    if (rope := config.model.megatron.get("rope_type", "yarn")) not in ("rope", "yarn"):
+        raise InputError(f"model.rope_type is {rope!r}; it must be rope or yarn")
+    heads, groups = model.num_attention_heads, model.num_query_groups or 1
     if heads % groups:
         raise InputError(
             f"num_attention_heads is {heads}, which num_query_groups {groups} does not divide; use "
             f"{_divisors(heads, 64)}"
         )
-    experts, topk = transformer.num_moe_experts, transformer.moe_router_topk
+    experts, topk = model.num_moe_experts, model.moe_router_topk
     if experts and not 1 <= topk <= experts:
         raise InputError(f"moe_router_topk is {topk}, but there are {experts} experts; use 1 to {experts}")
 
@@ -302,21 +304,23 @@ def _check_router(config: RunConfig) -> None:
         )
 
 
-def _check_capacity(transformer: TransformerConfig, mixing: MixingConfig) -> None:
-    if transformer.moe_expert_capacity_factor is not None and transformer.moe_router_fusion:
+def _check_capacity(config: RunConfig) -> None:
+    if config.model.megatron.get("moe_expert_capacity_factor") is None:
+        return
+    if config.model.megatron.get("moe_router_fusion"):
         raise InputError(
             "moe_expert_capacity_factor with moe_router_fusion would count only the tokens that were not "
             "dropped: the fused router does not tell what it chose; leave out moe_router_fusion"
         )
-    if transformer.moe_expert_capacity_factor is not None and mixing.load_mass == "probability":
+    if config.mixing.load_mass == "probability":
         raise InputError(
             "mixing.load_mass is probability with moe_expert_capacity_factor: the probabilities of dropped "
             "tokens are not known; use load_mass count, or leave out moe_expert_capacity_factor"
         )
 
 
-def _check_mixing(config: RunConfig, layers: list[int]) -> None:
-    mixing, sources = config.mixing, config.data.sources
+def _check_mixing(config: RunConfig) -> None:
+    mixing, sources, layers = config.mixing, config.data.sources, moe_layers(model_settings(config))
     if mixing.strategy == "uniform" and len({source.weight for source in sources.values()}) > 1:
         raise InputError("mixing.strategy is uniform, but the sources have different weights; use fixed")
     _check_signal(config, mixing.chosen, "mixing.strategy is", layers)

@@ -9,8 +9,10 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from megatron_dynmix.config.megatron_fields import moe_layers as moe_layers
 from megatron_dynmix.config.run_config import RunConfig
 from megatron_dynmix.errors import InputError
 
@@ -23,6 +25,17 @@ STAGE_SETTINGS = (
 
 def _fields(owner: type) -> set[str]:
     return {field.name for field in dataclasses.fields(owner)}
+
+
+def check_with_megatron(config: RunConfig) -> None:
+    """Refuse what only Megatron-Core knows cannot work; `check.py` has looked at the rest.
+
+    Raises:
+        InputError: a combination that Megatron-Core refuses, in its own words.
+
+    """
+    transformer_config(config)
+    optimizer_config(config)
 
 
 def params_dtype(config: RunConfig) -> torch.dtype:
@@ -49,17 +62,11 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     if config.parallel.virtual_stages:
         layout["overlap_p2p_comm"] = config.parallel.overlap_p2p_comm
         layout.setdefault("batch_p2p_comm", not layout["overlap_p2p_comm"])
+    if "attention_backend" in config.model.megatron:
+        derived["attention_backend"] = AttnBackend[config.model.megatron["attention_backend"]]
     kind = TransformerConfig
-    latent = _fields(MLATransformerConfig) - _fields(TransformerConfig)
     if config.model.megatron.get("multi_latent_attention"):
-        kind, derived = MLATransformerConfig, {**derived, "rotary_base": config.model.rotary_base}
-        if (rope := config.model.megatron.get("rope_type", "yarn")) not in ("rope", "yarn"):
-            raise InputError(f"model.rope_type is {rope!r}; it must be rope or yarn")
-    elif given := sorted(latent.intersection(config.model.megatron)):
-        raise InputError(
-            f"{', '.join(given)}: only multi-latent attention has that; set multi_latent_attention, or leave "
-            "it out"
-        )
+        kind, derived["rotary_base"] = MLATransformerConfig, config.model.rotary_base
     try:
         return kind(**{**layout, **config.model.megatron, **derived})
     except (ValueError, AssertionError, TypeError, ZeroDivisionError) as error:
@@ -106,26 +113,3 @@ def micro_batch_group(transformer: TransformerConfig) -> int:
     """Micro-batches that the interleaved pipeline runs at a time; 1 without it."""
     interleaved = bool(transformer.virtual_pipeline_model_parallel_size)
     return int(transformer.microbatch_group_size_per_vp_stage) if interleaved else 1
-
-
-def moe_layers(transformer: TransformerConfig) -> list[int]:
-    """0-based decoder layers that are MoE, from `moe_layer_freq`; empty for a dense model.
-
-    Raises:
-        InputError: a frequency that does not say of every layer which it is.
-
-    """
-    if not transformer.num_moe_experts:
-        return []
-    frequency = transformer.moe_layer_freq
-    if frequency == 0 or (not isinstance(frequency, int) and len(frequency) != transformer.num_layers):
-        raise InputError(
-            f"moe_layer_freq is {frequency}; give 1 or more (every so many layers is MoE), or one 0 or 1 for "
-            f"each of the {transformer.num_layers} layers"
-        )
-    pattern = (
-        [index % frequency == 0 for index in range(transformer.num_layers)]
-        if isinstance(frequency, int)
-        else frequency
-    )
-    return [index for index, is_moe in enumerate(pattern) if is_moe]

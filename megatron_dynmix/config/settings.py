@@ -1,7 +1,7 @@
 """Every leaf of the configuration: its name, section, type and where it comes from.
 
-Leaf names are unique over all sections, so each is also a flag. Ours come from `tree.py`, the others
-from Megatron-Core's dataclasses; those that this project decides itself cannot be set.
+Leaf names are unique over all sections, so each is also a flag. Ours come from `run_config.py`, the others
+are fields of Megatron-Core's dataclasses; those that this project decides itself cannot be set.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import functools
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from enum import Enum
 from typing import Any
 
 import yaml
 
 from megatron_dynmix.config import run_config as tree
+from megatron_dynmix.config.megatron_fields import SECTIONS, megatron_fields
 from megatron_dynmix.config.strategies import option_hints
 from megatron_dynmix.errors import InputError
 
@@ -62,10 +62,6 @@ FLAG_ALIASES = {
 """Flags whose name differs from the field's, mostly Megatron-LM's; `no-` sets the field to false."""
 
 
-MAY_BE_NULL = ("q_lora_rank",)
-"""Fields that Megatron-Core lets be None, though their annotation does not say so."""
-
-
 WORDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -87,53 +83,28 @@ class Leaf:
 
 
 def mixing_leaves() -> dict[str, Leaf]:
-    """The leaves of the mixing section, options of strategies included; imports nothing heavy."""
-    leaves: dict[str, Leaf] = {}
-    _add(leaves, "mixing", tree.MixingConfig, ours=True, skip={"options"})
-    return {**leaves, **{name: Leaf(name, "mixing", hint) for name, hint in option_hints().items()}}
+    """Return the leaves of the mixing section, options of strategies included."""
+    options = {name: Leaf(name, "mixing", hint) for name, hint in option_hints().items()}
+    return {**_own_leaves("mixing", tree.MixingConfig), **options}
 
 
 @functools.cache
 def all_leaves() -> dict[str, Leaf]:
-    """Name -> leaf, ours first; imports Megatron-Core."""
-    from megatron.core.distributed import DistributedDataParallelConfig
-    from megatron.core.model_parallel_config import ModelParallelConfig
-    from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.transformer.transformer_config import MLATransformerConfig
-
+    """Return name -> leaf, ours first."""
     leaves: dict[str, Leaf] = {}
     for section in dataclasses.fields(tree.RunConfig):
-        owner = getattr(tree, f"{section.name.capitalize()}Config")
-        _add(leaves, section.name, owner, ours=True, skip={"megatron", "sources", "options"})
+        leaves |= _own_leaves(section.name, getattr(tree, f"{section.name.capitalize()}Config"))
     leaves |= mixing_leaves()
-    parallel = {field.name for field in dataclasses.fields(ModelParallelConfig)}
-    _add(leaves, "parallel", ModelParallelConfig)
-    _add(leaves, "parallel", DistributedDataParallelConfig)
-    _add(leaves, "model", MLATransformerConfig, skip=parallel)
-    _add(leaves, "optimizer", OptimizerConfig)
+    for owner, fields in megatron_fields().items():
+        for name, field in fields.items():
+            leaves.setdefault(name, Leaf(name, SECTIONS[owner], field.hint))
     return leaves
 
 
-def _add(
-    leaves: dict[str, Leaf], section: str, owner: type, *, ours: bool = False, skip: Iterable[str] = ()
-) -> None:
+def _own_leaves(section: str, owner: type) -> dict[str, Leaf]:
     hints = typing.get_type_hints(owner)
-    for field in dataclasses.fields(owner):
-        settable = ours or (_settable(hints[field.name]) and not field.name.startswith("_"))
-        if field.name not in skip and field.name not in leaves and (settable or field.name in DECIDED):
-            hint = hints[field.name]
-            hint = hint | None if field.name in MAY_BE_NULL else hint
-            leaves[field.name] = Leaf(field.name, section, hint)
-
-
-def _settable(hint: Any) -> bool:
-    """Whether YAML can write such a value: no functions, dtypes or objects."""
-    origin, members = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_settable(member) for member in members if member is not type(None))
-    if origin is typing.Literal or origin in (list, tuple, Sequence, dict) or hint in (list, dict, tuple):
-        return True
-    return isinstance(hint, type) and (hint in (int, float, bool, str) or issubclass(hint, Enum))
+    names = hints.keys() - {"megatron", "sources", "options"}
+    return {name: Leaf(name, section, hint) for name, hint in hints.items() if name in names}
 
 
 def find(name: str) -> Leaf:
@@ -208,10 +179,6 @@ def _coerce_scalar(value: Any, hint: Any, refusal: InputError) -> Any:
             return float(value)  # YAML reads 2e-5 as a string
         except ValueError:
             raise refusal from None
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        if value in hint.__members__:
-            return hint[value]
-        raise refusal
     raise refusal
 
 
@@ -228,8 +195,6 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(member) for member in members)
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, members))
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return "one of " + ", ".join(hint.__members__)
     kind = typing.get_origin(hint) or hint
     if kind in (list, tuple, Sequence):
         element = next((member for member in members if member not in (Any, ...)), None)

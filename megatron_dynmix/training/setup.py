@@ -13,7 +13,8 @@ from megatron_dynmix import platform
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.check import check_tokenizer
 from megatron_dynmix.config.host import Host, check_host
-from megatron_dynmix.config.megatron import moe_layers, transformer_config
+from megatron_dynmix.config.megatron import check_with_megatron
+from megatron_dynmix.config.megatron_fields import model_settings, moe_layers
 from megatron_dynmix.convert.export_hf import check_save_hf
 from megatron_dynmix.convert.import_hf import check_load_hf
 from megatron_dynmix.data.sources import Data, read_data
@@ -63,7 +64,8 @@ def check_before_start(config: RunConfig, *, fresh: bool = True) -> CheckedRun:
             wandb=importlib.util.find_spec("wandb") is not None,
         ),
     )
-    resolved = check_mix(config, len(moe_layers(transformer_config(config))))
+    resolved = check_mix(config, len(moe_layers(model_settings(config))))
+    check_with_megatron(config)
     tokenizer = load_tokenizer(config.data.tokenizer or "", trust_remote_code=config.data.trust_remote_code)
     check_tokenizer(config, tokenizer.vocab_size)
     if fresh:

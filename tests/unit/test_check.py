@@ -8,6 +8,7 @@ import pytest
 from config_fixtures import good_settings, load
 
 from megatron_dynmix.config.check import check_data, check_run, check_tokenizer
+from megatron_dynmix.config.megatron import check_with_megatron
 from megatron_dynmix.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:moe_ffn_hidden_size")
@@ -32,8 +33,10 @@ def changed(folder: Path, changes: dict[str, Any]) -> dict:
 
 
 def refused(folder: Path, changes: dict[str, Any], world_size: int = 2) -> str:
+    config = load(folder, changed(folder, changes))
     with pytest.raises(InputError) as caught:
-        check_run(load(folder, changed(folder, changes)), world_size)
+        check_run(config, world_size)
+        check_with_megatron(config)
     return str(caught.value)
 
 
@@ -186,7 +189,11 @@ def test_a_prepared_prefix_stands_for_its_source(tmp_path):
         ({"model.moe_router_topk": 9}, ["moe_router_topk is 9, but there are 8 experts; use 1 to 8"]),
         ({"model.moe_layer_freq": 0}, ["moe_layer_freq is 0; give 1 or more"]),
         ({"model.moe_layer_freq": [1]}, ["moe_layer_freq is [1]", "each of the 2 layers"]),
-        ({"model.num_layers": 0}, ["Megatron-Core refuses the model or its layout"]),
+        ({"model.num_layers": 0}, ["model.num_layers is 0", "1 or more"]),
+        (
+            {"model.recompute_granularity": "full"},
+            ["Megatron-Core refuses the model or its layout", "recompute_method"],
+        ),
         (
             {f"data.sources.{name}.weight": n for n, name in enumerate(("chat", "math", "code"))}
             | {"mixing.strategy": "uniform"},

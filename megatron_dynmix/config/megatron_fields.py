@@ -1,0 +1,76 @@
+"""The fields of Megatron-Core's own configuration, known without importing it or torch.
+
+`megatron_fields.json` is written by `tools/megatron_fields.py` from the version that constraints.txt pins.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+from megatron_dynmix.config.run_config import RunConfig
+from megatron_dynmix.errors import InputError
+
+SECTIONS = {
+    "ModelParallelConfig": "parallel",
+    "DistributedDataParallelConfig": "parallel",
+    "TransformerConfig": "model",
+    "MLATransformerConfig": "model",
+    "OptimizerConfig": "optimizer",
+}
+"""Megatron-Core's dataclasses, and the section that their fields are given in."""
+
+
+@dataclass(frozen=True)
+class MegatronField:
+    """One field of a dataclass of Megatron-Core."""
+
+    hint: Any
+    """Its type; an enumeration is a Literal of its names."""
+    default: Any
+
+
+@functools.cache
+def megatron_fields() -> dict[str, dict[str, MegatronField]]:
+    """Return name -> field for each of Megatron-Core's dataclasses, without the fields it inherits."""
+    path = Path(__file__).with_suffix(".json")
+    fields = {}
+    for owner, rows in json.loads(path.read_text(encoding="utf-8")).items():
+        types = type(owner, (), {"__annotations__": {name: kind for name, (kind, _) in rows.items()}})
+        hints = typing.get_type_hints(types, {"Any": Any, "Literal": Literal})
+        fields[owner] = {name: MegatronField(hints[name], default) for name, (_, default) in rows.items()}
+    return fields
+
+
+def model_settings(config: RunConfig) -> SimpleNamespace:
+    """Return the fields of `TransformerConfig` as a run gives them, Megatron-Core's defaults filled in."""
+    defaults = {name: field.default for name, field in megatron_fields()["TransformerConfig"].items()}
+    return SimpleNamespace(**{**defaults, **config.model.megatron})
+
+
+def moe_layers(settings: Any) -> list[int]:
+    """Return the 0-based decoder layers that are MoE, from `moe_layer_freq`; none for a dense model.
+
+    Args:
+        settings: those of `model_settings`, or a `TransformerConfig`.
+
+    Raises:
+        InputError: a frequency that does not say of every layer which it is.
+
+    """
+    if not settings.num_moe_experts:
+        return []
+    frequency, layers = settings.moe_layer_freq, range(settings.num_layers)
+    if frequency == 0 or (not isinstance(frequency, int) and len(frequency) != len(layers)):
+        raise InputError(
+            f"moe_layer_freq is {frequency}; give 1 or more (every so many layers is MoE), or one 0 or 1 for "
+            f"each of the {len(layers)} layers"
+        )
+    if isinstance(frequency, int):
+        return [layer for layer in layers if layer % frequency == 0]
+    return [layer for layer in layers if frequency[layer]]
