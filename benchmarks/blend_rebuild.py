@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dynmix import platform
-from megatron_dynmix.records.tables import table
+from megatron_dynmix.records.text_table import table
 
 platform.start()  # before anything that imports megatron.core
 

@@ -34,7 +34,7 @@ from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint  # no
 from megatron_dynmix.convert.tensors import AsHuggingFace  # noqa: E402
 from megatron_dynmix.convert.to_hugging_face import write_weights  # noqa: E402
 from megatron_dynmix.convert.verdict import compare_values  # noqa: E402
-from megatron_dynmix.records.tables import table  # noqa: E402
+from megatron_dynmix.records.text_table import table  # noqa: E402
 
 GIGABYTE = 1e9
 SECONDS_BETWEEN_LOOKS = 0.02

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from megatron_dynmix import platform
 from megatron_dynmix.commands.quickstart import make_quickstart
-from megatron_dynmix.records.tables import table
+from megatron_dynmix.records.text_table import table
 
 HERE = platform.start()  # before anything that imports megatron.core
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_dynmix import platform
 from megatron_dynmix.commands.quickstart import make_quickstart
-from megatron_dynmix.records.tables import table
+from megatron_dynmix.records.text_table import table
 
 HERE = platform.start()  # before anything that imports megatron.core
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from megatron_dynmix import platform
 from megatron_dynmix.commands.quickstart import write_sources
-from megatron_dynmix.records.tables import table
+from megatron_dynmix.records.text_table import table
 
 platform.start()  # before anything that imports megatron.core
 

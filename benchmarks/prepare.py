@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 from tokenizers import Tokenizer as BackendTokenizer
 
-from megatron_dynmix.records.tables import table
+from megatron_dynmix.records.text_table import table
 
 if TYPE_CHECKING:  # every worker imports this file again: what is heavy is imported where it is used
     from megatron_dynmix.data.prepare.template import Renderer

@@ -25,7 +25,7 @@ import psutil
 from playwright.sync_api import Browser, sync_playwright
 from plotly.offline import get_plotlyjs
 
-from megatron_dynmix.records.tables import table
+from megatron_dynmix.records.text_table import table
 
 sys.path.append(str(Path(__file__).parents[1] / "tests/unit"))
 

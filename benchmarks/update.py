@@ -20,7 +20,7 @@ from megatron_dynmix.mixing.gate_loads import gate_load
 from megatron_dynmix.mixing.guardrails import Guardrails
 from megatron_dynmix.mixing.strategies.gate_load import GateLoad, Inverse
 from megatron_dynmix.mixing.strategy import Signal
-from megatron_dynmix.records.tables import table
+from megatron_dynmix.records.text_table import table
 
 TARGET_MS = 50.0
 SEED = 1234

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_dynmix.convert.families import prediction_text
 from megatron_dynmix.convert.staging import partial_of
 from megatron_dynmix.errors import EXIT_FAILED, InputError
-from megatron_dynmix.records.tables import table
+from megatron_dynmix.records.text_table import table
 
 if TYPE_CHECKING:  # `--help` must not wait for torch
     from megatron_dynmix.convert.verdict import GroupVerdict, Verdict

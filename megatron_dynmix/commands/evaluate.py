@@ -17,7 +17,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     platform.start()
     from megatron_dynmix.job.launch import end_with_launcher
-    from megatron_dynmix.records.tables import table
+    from megatron_dynmix.records.text_table import table
     from megatron_dynmix.training.evaluate import EVALUATION, evaluate
 
     end_with_launcher()

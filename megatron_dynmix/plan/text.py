@@ -9,7 +9,7 @@ from megatron_dynmix.plan.layout import group_text
 from megatron_dynmix.plan.memory import FRAGMENTATION, OVERHEAD_BYTES, StageMemory, checkpoint_bytes
 from megatron_dynmix.plan.parameters import model_parameters
 from megatron_dynmix.plan.plan import Plan, SourceWork, tokens_per_iteration
-from megatron_dynmix.records.tables import table
+from megatron_dynmix.records.text_table import table
 
 GIB = 2**30
 

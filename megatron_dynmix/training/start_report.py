@@ -24,7 +24,7 @@ from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.example_shares import example_shares
 from megatron_dynmix.plan.plan import Plan, SourceWork
 from megatron_dynmix.plan.text import epochs_table, memory_text, model_line, needs_line
-from megatron_dynmix.records.tables import table
+from megatron_dynmix.records.text_table import table
 from megatron_dynmix.training.setup import PreparedRun
 
 SHOWN_LINES = 10
@@ -98,6 +98,7 @@ def written(config: RunConfig) -> str:
     places = {
         "config.yaml": "this configuration",
         "mixing.jsonl": "every update of the weights",
+        "signals.bin": "what they were measured from",
         "metrics.jsonl": "losses, throughput",
         "ledger.jsonl": "what was drawn",
         "tensorboard/": "the same as curves",

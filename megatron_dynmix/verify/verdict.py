@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_dynmix.records.tables import table
+from megatron_dynmix.records.text_table import table
 from megatron_dynmix.verify.replay import SourceTally
 
 TOLERANCE = 1e-12

@@ -23,7 +23,9 @@ from megatron_dynmix.mixing.weights import check_weights
 from megatron_dynmix.records.ledger import cursor_of
 from megatron_dynmix.records.schema import MixingUpdate, StageLine
 from megatron_dynmix.training.source_change import SourceChange
-from megatron_dynmix.verify.records import (
+from megatron_dynmix.verify.replay import Replay
+from megatron_dynmix.verify.rule import RuleReplay
+from megatron_dynmix.verify.run_records import (
     Record,
     RunRecords,
     mixing_update,
@@ -31,8 +33,6 @@ from megatron_dynmix.verify.records import (
     samples_line,
     stage_line,
 )
-from megatron_dynmix.verify.replay import Replay
-from megatron_dynmix.verify.rule import RuleReplay
 from megatron_dynmix.verify.verdict import TOLERANCE, NotProven, Verdict
 
 

@@ -23,7 +23,7 @@ from megatron_dynmix.records.signals import SIGNALS, packed, with_signal
 from megatron_dynmix.training.mix_setup import Horizon, controller_of, for_strategy
 from megatron_dynmix.training.reweighting import begin_of
 from megatron_dynmix.training.source_change import SourceChange
-from megatron_dynmix.verify.records import RunRecords
+from megatron_dynmix.verify.run_records import RunRecords
 
 BATCH, INTERVAL, LOG_INTERVAL = 8, 3, 2
 MIXING = MixingConfig(interval=INTERVAL)

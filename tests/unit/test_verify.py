@@ -10,8 +10,8 @@ from run_fixtures import BATCH, fake_run
 from megatron_dynmix.cli import main
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.records.schema import MixingUpdate
-from megatron_dynmix.verify.records import read_run, stage_line
 from megatron_dynmix.verify.replay import Replay, SourceTally
+from megatron_dynmix.verify.run_records import read_run, stage_line
 from megatron_dynmix.verify.verdict import verdict_text
 from megatron_dynmix.verify.verify import verify, verify_records
 
