@@ -45,7 +45,7 @@ from megatron_dynmix.job.agreement import RankFailure, together
 from megatron_dynmix.model.gpt import unwrap
 from megatron_dynmix.model.optimizer import (
     load_optimizer_state,
-    materialise_state,
+    materialize_state,
     optimizer_state,
     sharding_metadata,
 )
@@ -59,6 +59,8 @@ class _Pending:
     """A checkpoint that is being written."""
 
     state: RunState
+    run_state: str
+    """Its text, before the run changes what it refers to."""
     writer: ShardWriter
     request: AsyncRequest
     process: TemporalAsyncCaller
@@ -100,7 +102,7 @@ class Checkpointer:
 
         """
         assert self._pending is None, "one checkpoint after the other"
-        staging, process = self._staging(state.iteration), TemporalAsyncCaller()
+        staging, process = self._staging(state.progress.iteration), TemporalAsyncCaller()
         try:
             with together():
                 if before is not None:
@@ -116,7 +118,7 @@ class Checkpointer:
         except RankFailure:
             self._abandon(process, staging)
             raise
-        self._pending = _Pending(state, writer, request, process)
+        self._pending = _Pending(state, state.text(), writer, request, process)
 
     def finish(self, *, wait: bool) -> int | None:
         """Make what is being written a checkpoint, if all ranks have written their part.
@@ -134,7 +136,7 @@ class Checkpointer:
         pending = self._pending
         if pending is None:
             return None
-        iteration = pending.state.iteration
+        iteration = pending.state.progress.iteration
         try:
             if not pending.process.is_current_async_call_done(blocking=wait):
                 return None
@@ -152,9 +154,9 @@ class Checkpointer:
 
     def _complete(self, pending: _Pending) -> None:
         """Write all but the shards on rank 0, give the folder its name, set the tracker, delete old ones."""
-        iteration = pending.state.iteration
+        iteration = pending.state.progress.iteration
         staging, final = self._staging(iteration), folder_of(self.directory, iteration)
-        complete(staging, pending.state, pending.writer.sums)
+        complete(staging, pending.run_state, pending.writer.sums)
         # That iteration may have a folder: a damaged one, or one of a run that was set back before it.
         replaced = [set_aside(final)]
         staging.rename(final)
@@ -176,7 +178,7 @@ class Checkpointer:
         """Delete old checkpoints; one that is not whole is not counted, and goes with those around it."""
         if self.keep_last is None:
             return
-        iterations = [n for n in saved_iterations(self.directory) if n <= state.iteration]
+        iterations = [n for n in saved_iterations(self.directory) if n <= state.progress.iteration]
         kept = [n for n in iterations if is_whole(folder_of(self.directory, n))][: self.keep_last]
         protected = newest_whole(self.directory, state.good)
         for old in iterations:
@@ -225,7 +227,7 @@ class Checkpointer:
         self._load_chunks(loaded)
         load_optimizer_state(self.optimizer, loaded["optimizer"])
         self.scheduler.load_state_dict(loaded["opt_param_scheduler"])
-        self.newest, self.good = state.iteration, state.good
+        self.newest, self.good = state.progress.iteration, state.good
         return state
 
     def load_weights(self, source: Path) -> None:
@@ -273,7 +275,7 @@ class Checkpointer:
         return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in self._chunks()}
 
     def _state(self, *, loading: bool) -> dict[str, Any]:
-        materialise_state(self.optimizer)
+        materialize_state(self.optimizer)
         model = self._model_state()
         return {
             **model,

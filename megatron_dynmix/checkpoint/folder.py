@@ -14,7 +14,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from megatron_dynmix.checkpoint.run_state import RUN_STATE, Damaged, SavedModel, read_saved
+from megatron_dynmix.checkpoint.run_state import RUN_STATE, Damaged, read_saved
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import sync, write_atomically
 
@@ -66,16 +66,16 @@ def checksums_text(sums: Mapping[str, Checksum]) -> str:
     return json.dumps(dict(sorted(sums.items())), indent=1)
 
 
-def complete(folder: Path, saved: SavedModel, sums: Mapping[str, Checksum]) -> None:
-    """Write what makes shards a whole checkpoint: what it knows beside its tensors, then the checksums.
+def complete(folder: Path, run_state: str, sums: Mapping[str, Checksum]) -> None:
+    """Write what makes shards a whole checkpoint: `run_state.json`, then the checksums.
 
     Args:
         folder: holds the shards.
-        saved: what it is to know.
+        run_state: content of that file.
         sums: of the files that are on the disk already, and hashed.
 
     """
-    write_atomically(folder / RUN_STATE, saved.text())
+    write_atomically(folder / RUN_STATE, run_state)
     rest = {name: folder / name for name in files_of(folder) if name not in sums}
     for path in rest.values():
         sync(path)

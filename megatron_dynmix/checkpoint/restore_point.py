@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest good one that the tracker allows.
+"""Which checkpoint a run resumes from: the newest good one that the tracker allows.
 
 The tracker's iteration comes first, then older ones: a run that met a loss that is no number has set the
 tracker back, and what is newer holds what broke it. Without a tracker that can be read, all are candidates.
@@ -42,14 +42,14 @@ def has_checkpoint(directory: Path) -> bool:
 
 
 def newest_good(directory: Path, damaged: Mapping[Path, str] | None = None) -> RestorePoint:
-    """The checkpoint to go on from, as far as names and sizes of its files tell.
+    """Return the checkpoint to resume from, as far as names and sizes of its files tell.
 
     Args:
         directory: the checkpoints folder of a run.
         damaged: folders whose content is known to be bad, and why.
 
     Raises:
-        InputError: there is none, or it is of a newer version.
+        InputError: there is none, or it is of another version.
 
     """
     tracker = directory / TRACKER
@@ -59,7 +59,7 @@ def newest_good(directory: Path, damaged: Mapping[Path, str] | None = None) -> R
     if not folders and not tracker.is_file():
         raise InputError(f"{directory} holds no checkpoint: there is no iter_* folder and no {TRACKER} in it")
     if not candidates:
-        newer = f"; to go on from iter_{folders[0]:07d}, write {folders[0]} into it" if folders else ""
+        newer = f"; to resume from iter_{folders[0]:07d}, write {folders[0]} into it" if folders else ""
         raise InputError(f"{tracker} names iteration {tracked}, but there is no such checkpoint{newer}")
     if tracked not in (None, candidates[0]):
         notes.append(
@@ -81,10 +81,10 @@ def newest_good(directory: Path, damaged: Mapping[Path, str] | None = None) -> R
 
 
 def exact(point: RestorePoint) -> Path:
-    """The folder of a checkpoint whose weights another run starts from, where no other one will do.
+    """Return the checkpoint that the tracker names, where weights of no other one will do.
 
     Raises:
-        InputError: what the tracker names is damaged.
+        InputError: it is damaged.
 
     """
     if point.notes:
@@ -96,7 +96,7 @@ def exact(point: RestorePoint) -> Path:
 
 
 def verified(directory: Path) -> RestorePoint:
-    """`newest_good` whose content was read and compared too, each file by one rank; the same on every rank.
+    """Return a `newest_good` whose content was read and compared, each file by one rank; the same on all.
 
     Raises:
         InputError: on every rank, if there is none.
@@ -119,7 +119,7 @@ def verified(directory: Path) -> RestorePoint:
 
 
 def _rank0s_choice(directory: Path, damaged: Mapping[Path, str]) -> RestorePoint:
-    """Rank 0's `newest_good` on every rank: what ranks see of a shared disk may differ for a moment."""
+    """Return rank 0's `newest_good` on every rank: what ranks see of a shared disk may differ a moment."""
     choice: list[RestorePoint | InputError | None] = [None]
     if torch.distributed.get_rank() == 0:
         try:
@@ -134,7 +134,7 @@ def _rank0s_choice(directory: Path, damaged: Mapping[Path, str]) -> RestorePoint
 
 
 def _tracked(tracker: Path) -> tuple[int | None, list[str]]:
-    """The iteration that the tracker names; or none, and a line that says why."""
+    """Return the iteration that the tracker names; or none, and a line that says why."""
     try:
         text = tracker.read_text(encoding="utf-8").strip()
     except OSError as error:

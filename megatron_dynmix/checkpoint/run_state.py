@@ -1,6 +1,6 @@
 """`run_state.json`: what a checkpoint knows beside its tensors; only this file knows how it is written.
 
-Axes: D sources, H halves, L MoE layers, E experts. The rows of sums `[3, D]` are those of `SourceStats`.
+Axes: D sources, H halves, L MoE layers, E experts.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from megatron_dynmix.data.dynamic_blend import BlendState
 from megatron_dynmix.data.source_set import Prints
+from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.controller import ControllerState
 
@@ -25,6 +27,19 @@ FORMAT_VERSION = 3
 
 class Damaged(Exception):
     """A file of a checkpoint is not what was written; the message names it, what is expected and found."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    iteration: int
+    """Iterations done."""
+    consumed_samples: int
+    tokens_D: torch.Tensor
+    """Tokens of each source trained on so far, float64 (exact)."""
+    skipped_in_row: int = 0
+    """Batches just before that were not finite and changed nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,20 +54,24 @@ class MixState:
     """Whether the operator has set the weights in force."""
     interval_counts: NDArray[np.int64]
     """`[L, H, D, E]`."""
-    interval_sums: NDArray[np.float64]
-    """`[3, D]`."""
+    interval_stats: SourceStats
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LogIntervalState:
-    """What was seen since the last log line."""
+@dataclass
+class LogInterval:
+    """What was seen since the last log line; kept, so that no iteration goes unrecorded."""
 
-    sums: NDArray[np.float64]
-    """`[3, D]`."""
-    iterations: int
-    samples: int
-    seconds: float
-    skipped: int
+    stats: SourceStats
+    iterations: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    micro_batches_here: int = 0
+    """Those of this rank and process, not kept: Megatron-Core's own trackers do not survive a restart."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is kept."""
+        return {name: value for name, value in vars(self).items() if name != "micro_batches_here"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +86,6 @@ class DrawnState:
 class SavedModel:
     """What every checkpoint says; of converted weights there is no more to say."""
 
-    iteration: int
-    """Iterations done."""
     config: Mapping[str, Any]
     """Settings by section: all of a run, or the model's alone of converted weights."""
 
@@ -84,13 +101,9 @@ class RunState(SavedModel):
     fingerprints: Prints
     probes: Prints
     """Held-out source -> checksums of its files."""
-    consumed_samples: int
-    tokens: tuple[float, ...]
-    """Tokens of each source trained on so far."""
-    skipped_in_row: int
-    """Batches just before that were not finite and changed nothing."""
+    progress: Progress
     mix: MixState
-    log_interval: LogIntervalState
+    log_interval: LogInterval
     drawn: DrawnState
     good: int | None = None
     """Iteration of the newest checkpoint from which an iteration was trained."""
@@ -146,18 +159,19 @@ def read_run_state(folder: Path) -> RunState:
 def _saved(values: dict[str, Any]) -> SavedModel:
     if "mix" not in values:
         return SavedModel(**values)
-    mix, log_interval = values["mix"], values["log_interval"]
+    progress, mix, log_interval = (values[part] for part in ("progress", "mix", "log_interval"))
+    progress |= {"tokens_D": torch.tensor(progress["tokens_D"], dtype=torch.float64)}
     mix |= {
         "blend": BlendState.from_json(mix["blend"]),
         "controller": ControllerState.from_json(mix["controller"]),
         "interval_counts": np.array(mix["interval_counts"], np.int64),
-        "interval_sums": np.array(mix["interval_sums"], np.float64),
+        "interval_stats": SourceStats.of(np.array(mix["interval_stats"])),
     }
-    log_interval |= {"sums": np.array(log_interval["sums"], np.float64)}
+    log_interval |= {"stats": SourceStats.of(np.array(log_interval["stats"]))}
     values |= {
-        "tokens": tuple(values["tokens"]),
+        "progress": Progress(**progress),
         "mix": MixState(**mix),
-        "log_interval": LogIntervalState(**log_interval),
+        "log_interval": LogInterval(**log_interval),
         "drawn": DrawnState(**values["drawn"]),
     }
     return RunState(**values)
@@ -165,6 +179,8 @@ def _saved(values: dict[str, Any]) -> SavedModel:
 
 def _plain(part: Any) -> Any:
     """Return an array, or a part of the state, as what JSON knows."""
-    if isinstance(part, np.ndarray):
+    if isinstance(part, np.ndarray | torch.Tensor):
         return part.tolist()
+    if isinstance(part, SourceStats):
+        return part.sums.tolist()
     return part.to_json() if hasattr(part, "to_json") else vars(part)

@@ -1,4 +1,4 @@
-"""Writing the shards of a checkpoint: Megatron-Core's `torch_dist`, so that nothing fails on one rank alone.
+"""The shards of a checkpoint: Megatron-Core's `torch_dist`, written so that nothing fails on one rank alone.
 
 What is replaced of Megatron-Core 0.16.1:
 
@@ -48,7 +48,7 @@ class Mailbox:
         self._file.flush()
 
     def get_nowait(self) -> Any:
-        """The message.
+        """Return the message.
 
         Raises:
             queue.Empty: the process ended without one.
@@ -71,7 +71,7 @@ class ShardWriter(TorchDistSaveShardedStrategy):
         use_results_queue(Mailbox())
 
     def request(self, state: dict[str, Any], folder: Path) -> AsyncRequest:
-        """What `dist_checkpointing.save` does before the shards are written; returns what is left to do.
+        """Do what `dist_checkpointing.save` does before the shards are written; return what is left to do.
 
         Raises:
             RankFailure: on every rank, if rank 0 cannot write.
@@ -116,7 +116,7 @@ class ShardWriter(TorchDistSaveShardedStrategy):
 def _write_and_hash(
     transforms: list[Any], sums: Mailbox, rank: int, buckets: list[Any], results: Mailbox
 ) -> None:
-    """Runs in a process of its own. A failure to write is the result."""
+    """Write a rank's files in a process of its own; a failure is the result."""
     gc.disable()  # it would meet tensors of the device, which belong to the rank
     try:
         with ThreadPoolExecutor(len(buckets)) as pool:
@@ -129,7 +129,7 @@ def _write_and_hash(
 
 
 def _write_bucket(transforms: list[Any], index: int, bucket: Any) -> tuple[list[Any], Checksum]:
-    """Write one file; returns where its items are in it, and its checksum."""
+    """Write one file; return where its items are in it, and its checksum."""
     outcome: queue.Queue[tuple[int, Any]] = queue.Queue()
     running: queue.Queue[int] = queue.Queue()
     running.put(index)

@@ -109,7 +109,7 @@ class Cell:
                 f"{self.run_dir} holds a run on sources of other content, which new ones cannot be compared "
                 "with; give another --output, or remove it"
             )
-        return state.iteration == self.config.training.train_iters
+        return state.progress.iteration == self.config.training.train_iters
 
     def is_evaluated(self) -> bool:
         """Whether its `evaluation.json` is of its last iteration."""

@@ -213,7 +213,7 @@ def _write_beside(
     keep_origin_of(folder, root, dtype=dtype)
     section = yaml.safe_dump({"model": dict(settings)}, sort_keys=False, allow_unicode=True)
     (root / MODEL_YAML).write_text(section, encoding="utf-8")
-    complete(target, SavedModel(iteration=0, config={"model": dict(settings)}), sums)
+    complete(target, SavedModel(config={"model": dict(settings)}).text(), sums)
     write_atomically(root / TRACKER, "0")
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from megatron_dynmix.checkpoint.checkpointer import Checkpointer
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.hugging_face import flat_settings
@@ -16,7 +14,7 @@ from megatron_dynmix.convert.families import prediction_text
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
 from megatron_dynmix.convert.tensors import AsMegatron
 from megatron_dynmix.errors import InputError, TrainingStopped
-from megatron_dynmix.job.agreement import RankFailure, together
+from megatron_dynmix.job.agreement import RankFailure, on_rank_0, together
 
 
 def folder_for(folder: Path, config: RunConfig) -> HuggingFaceFolder:
@@ -72,5 +70,5 @@ def load_hugging_face(config: RunConfig, checkpointer: Checkpointer, say: Callab
         checkpointer.load_tensors(weights_of(source, config))
     except RankFailure as failure:
         text = f"the weights of {folder} could not be read: {failure}"
-        raise TrainingStopped(text if torch.distributed.get_rank() == 0 else "") from None
+        raise TrainingStopped(on_rank_0(text)) from None
     say(f" successfully loaded weights from {folder}")

@@ -149,7 +149,7 @@ class DynamicBlendedDataset(BlendedDataset):
         self._begin_stage(self.cursor_at(start_sample), weights_D)
 
     def draws(self, first: int, last: int) -> list[Draw]:
-        """The draws of the global samples first <= i < last, from the chunk in use on."""
+        """Return the draws of the global samples first <= i < last, from the chunk in use on."""
         self._reach(last)
         assert first >= self.chunk.start.sample, "these samples were let go"
         found: list[Draw] = []
@@ -167,12 +167,12 @@ class DynamicBlendedDataset(BlendedDataset):
             self._chunks.popleft()
 
     def cursor_at(self, sample: int) -> Cursor:
-        """The cursor after the samples before `sample`, from the chunk in use on."""
+        """Return the cursor after the samples before `sample`, from the chunk in use on."""
         self._reach(sample)  # this rank's own micro-batches may have ended a chunk earlier
         return next(chunk for chunk in self._chunks if sample <= chunk.end_sample).cursor_at(sample)
 
     def drawn_D(self, sample: int) -> NDArray[np.int64]:
-        """Rows of each source among the samples before `sample`."""
+        """Return the rows of each source among the samples before `sample`."""
         return self.cursor_at(sample).drawn_D
 
     @property

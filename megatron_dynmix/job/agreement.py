@@ -13,12 +13,7 @@ class RankFailure(Exception):
 
 
 def first_failure(failure: str | None) -> str | None:
-    """What went wrong on the lowest rank that has a failure to tell; None if all are well.
-
-    Args:
-        failure: what went wrong on this rank, or None.
-
-    """
+    """Return what went wrong on the lowest rank that has a failure to tell; None if all are well."""
     failures: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(failures, failure)
     return next((text for text in failures if text is not None), None)
@@ -26,7 +21,7 @@ def first_failure(failure: str | None) -> str | None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Around what may fail on a rank alone, a disk for instance: all ranks leave it well, or none does.
+    """Surround what may fail on a rank alone, a disk for instance: all ranks leave it well, or none does.
 
     Every rank must come here, and nothing inside may wait for another rank.
 
@@ -43,3 +38,8 @@ def together() -> Iterator[None]:
     failure = first_failure(text)
     if failure is not None:
         raise RankFailure(failure) from caught
+
+
+def on_rank_0(text: str) -> str:
+    """Return a message that all ranks have, on rank 0 only: once is enough."""
+    return text if torch.distributed.get_rank() == 0 else ""

@@ -1,8 +1,6 @@
-"""Weights of the model that stay as they are, though others beside them are trained.
+"""The model of this rank: Megatron-Core's GPT, with mixed precision and data parallelism around it.
 
-Axes: F inner width of an expert on this rank, H hidden size.
-
-The model of this rank: Megatron-Core's GPT, mixed precision and data parallelism around it.
+Axes: B rows, S positions, V this rank's part of the vocabulary, F inner width of an expert, H hidden size.
 """
 
 from __future__ import annotations
@@ -26,37 +24,6 @@ from megatron_dynmix.moe.router import GateLoadRouter
 from megatron_dynmix.platform import Platform
 
 
-def freeze_router(model: torch.nn.Module) -> None:
-    """Keep every router's weights as they are; experts and all else go on learning."""
-    for module in model.modules():
-        if isinstance(module, GateLoadRouter):
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(False)
-
-
-def expert_gates(model: torch.nn.Module) -> Iterable[tuple[torch.nn.Parameter, slice]]:
-    """Parameters that hold gate projections of routed experts, each with the rows that do.
-
-    A rank's part of an expert's `linear_fc1.weight` is `[2F, H]`: the gate's rows, then as many of the up
-    projection, whatever the tensor-parallel size.
-    """
-    for name, parameter in model.named_parameters():
-        if ".experts." in name and ".linear_fc1.weight" in name:
-            yield parameter, slice(0, parameter.shape[0] // 2)
-
-
-def finalize_without_expert_gates(chunks: list[DistributedDataParallel], *args: Any, **kwargs: Any) -> None:
-    """Megatron-Core's `finalize_model_grads`; then gate projections of experts have no gradient.
-
-    Here, and not in a hook of the parameter: fused kernels add to `main_grad` past autograd. With no gradient
-    and no weight decay AdamW leaves a weight as it is, and the gradient's norm is that of what is trained.
-    """
-    finalize_model_grads(chunks, *args, **kwargs)
-    for chunk in chunks:
-        for parameter, rows in expert_gates(chunk):
-            parameter.main_grad[rows].zero_()
-
-
 class RealVocabularyGPT(GPTModel):
     """Megatron-Core's GPT, whose loss knows that the rows which pad the vocabulary are no tokens.
 
@@ -69,14 +36,11 @@ class RealVocabularyGPT(GPTModel):
         self.real_vocab_size = real_vocab_size
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Cross entropy over the real vocabulary; the padding's share of `logits` is overwritten.
+        """Return the cross entropy over the real vocabulary, `[B, S]` in nats.
 
         Args:
             labels: `[B, S]`.
-            logits: `[S, B, V]`, where V is this tensor-parallel rank's equal part of the padded vocabulary.
-
-        Returns:
-            `[B, S]`, in nats.
+            logits: `[S, B, V]`; the padding's share of it is overwritten.
 
         """
         first = self.tp_group.rank() * logits.shape[-1]
@@ -124,11 +88,9 @@ def _router(config: RunConfig) -> Callable[..., GateLoadRouter]:
 def build_model(
     config: RunConfig, transformer: TransformerConfig, platform: Platform
 ) -> list[DistributedDataParallel]:
-    """The model ready to train: on its device, wrapped, its hooks given to the schedules.
+    """Build this rank's chunks, one for each virtual pipeline stage: on their device, wrapped, in training.
 
-    Returns:
-        This rank's chunks: one, or one for each virtual pipeline stage.
-
+    Their hooks are given to Megatron-Core's schedules.
     """
     virtual_stages = transformer.virtual_pipeline_model_parallel_size
     stages = range(virtual_stages) if virtual_stages else [None]
@@ -155,7 +117,38 @@ def build_model(
 
 
 def unwrap(model: torch.nn.Module) -> GPTModel:
-    """The GPT inside its wrappers."""
+    """Return the GPT inside its wrappers."""
     while hasattr(model, "module"):
         model = model.module
     return model
+
+
+def freeze_router(model: torch.nn.Module) -> None:
+    """Keep every router's weights as they are; experts and all else are trained."""
+    for module in model.modules():
+        if isinstance(module, GateLoadRouter):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+
+
+def expert_gates(model: torch.nn.Module) -> Iterable[tuple[torch.nn.Parameter, slice]]:
+    """Yield the parameters that hold gate projections of routed experts, each with the rows that do.
+
+    A rank's part of an expert's `linear_fc1.weight` is `[2F, H]`: the gate's rows, then as many of the up
+    projection, whatever the tensor-parallel size.
+    """
+    for name, parameter in model.named_parameters():
+        if ".experts." in name and ".linear_fc1.weight" in name:
+            yield parameter, slice(0, parameter.shape[0] // 2)
+
+
+def finalize_without_expert_gates(chunks: list[DistributedDataParallel], *args: Any, **kwargs: Any) -> None:
+    """Run Megatron-Core's `finalize_model_grads`, then take gate projections of experts their gradient.
+
+    Here, and not in a hook of the parameter: fused kernels add to `main_grad` past autograd. With no gradient
+    and no weight decay AdamW leaves a weight as it is, and the gradient's norm is that of what is trained.
+    """
+    finalize_model_grads(chunks, *args, **kwargs)
+    for chunk in chunks:
+        for parameter, rows in expert_gates(chunk):
+            parameter.main_grad[rows].zero_()

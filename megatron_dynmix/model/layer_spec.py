@@ -35,7 +35,7 @@ def decoder_spec(
     router: Callable[..., GateLoadRouter] = GateLoadRouter,
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """Spec of a (virtual) pipeline stage's layers: Megatron-Core's own, with a router of ours.
+    """Return the spec of a (virtual) pipeline stage's layers: Megatron-Core's own, with a router of ours.
 
     Without Transformer Engine, attention and norms are those of `local_layers.py`; with it and context
     parallelism, attention is.

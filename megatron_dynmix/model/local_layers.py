@@ -58,7 +58,7 @@ class SegmentAttention(DotProductAttention):
 
         Args:
             query: `[S, B, N, H]`, or `[T, N, H]` when packed.
-            key: as `query`, with fewer heads under grouped-query attention.
+            key: likewise, with fewer heads under grouped-query attention.
             value: as `key`.
             attention_mask: True = masked, a row for each query; its columns are in the order of the gathered
                 keys. None = causal over the whole row.
@@ -105,16 +105,13 @@ def _masked_between_segments(cu_seqlens: torch.Tensor, length: int) -> torch.Ten
 
 
 def segment_mask(segment_BS: torch.Tensor, query_Q: torch.Tensor, key_K: torch.Tensor) -> torch.Tensor:
-    """Attention mask of rows that hold several segments.
+    """Return the mask `[B, 1, Q, K]` of rows that hold several segments: True = another segment, or later.
 
     Args:
         segment_BS: number of the segment that each position belongs to; padding is a segment too, so that
             no position is left without anything to attend to.
         query_Q: positions that attend.
         key_K: positions that may be attended to, in the order of the keys.
-
-    Returns:
-        `[B, 1, Q, K]`, True = masked: another segment, or later in the row.
 
     """
     later_QK = key_K[None, :] > query_Q[:, None]
@@ -145,7 +142,7 @@ class FullWidthNorm(torch.nn.Module):
         self.norm = LocalNorm(config, num_heads * hidden_size, eps)
 
     def forward(self, heads: torch.Tensor) -> torch.Tensor:
-        """`[S, B, N, H]` in and out."""
+        """Normalize over the last two axes of `[S, B, N, H]`."""
         return self.norm(heads.flatten(start_dim=-2)).view_as(heads)
 
 

@@ -28,7 +28,7 @@ SHARDING_TYPE = "fully_reshardable"
 def build_optimizer(
     config: RunConfig, chunks: list[DistributedDataParallel]
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Optimizer and schedule; the schedule counts samples, as Megatron-LM's does."""
+    """Build optimizer and schedule; the schedule counts samples, as Megatron-LM's does."""
     optimizer = get_megatron_optimizer(optimizer_config(config), chunks)
     get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
     for part in _parts(optimizer):
@@ -55,7 +55,7 @@ def build_optimizer(
     return optimizer, scheduler
 
 
-def materialise_state(optimizer: MegatronOptimizer) -> None:
+def materialize_state(optimizer: MegatronOptimizer) -> None:
     """Give parameters that were never stepped their (zero) state, so that every checkpoint has all of it."""
     for part in _parts(optimizer):
         part.init_state_fn(part.optimizer, part.config)
@@ -65,7 +65,7 @@ def materialise_state(optimizer: MegatronOptimizer) -> None:
 
 
 def sharding_metadata() -> dict[str, Any]:
-    """How to shard; a new mapping each time, as Megatron-Core keeps process groups of the layout in it."""
+    """Say how to shard, in a new mapping each time: Megatron-Core keeps a layout's process groups in it."""
     return {
         "distrib_optim_sharding_type": SHARDING_TYPE,
         # Only the data-parallel rank that writes gathers the state, instead of all of them.
@@ -76,14 +76,14 @@ def sharding_metadata() -> dict[str, Any]:
 def optimizer_state(
     optimizer: MegatronOptimizer, model_state: dict[str, Any], *, loading: bool
 ) -> dict[str, Any]:
-    """What a checkpoint holds of the optimizer: the steps done, and per parameter master copy and moments.
+    """Return what a checkpoint holds of the optimizer: steps done, per parameter master copy and moments.
 
     The tensors have the shape and the name of their parameter, whichever optimizer wrote them, so any
     layout can be loaded into any other, with or without the distributed optimizer. Parameter groups are not
     among them: the configuration decides those.
 
     Args:
-        optimizer: with its state materialised.
+        optimizer: with its state materialized.
         model_state: the model's sharded state dict.
         loading: whether it is to be loaded into.
 
@@ -119,13 +119,13 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers of dense and of expert parameters, those that have any parameters on this rank."""
+    """Return the optimizers of dense and of expert parameters, those with any parameters on this rank."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if not part.is_stub_optimizer]
 
 
 def _step(optimizer: MegatronOptimizer) -> int:
-    """Steps done; torch counts them per parameter, Transformer Engine and apex per group."""
+    """Return the steps done; torch counts them per parameter, Transformer Engine and apex per group."""
     steps = {0}
     for part in _parts(optimizer):
         steps |= {int(state["step"]) for state in part.optimizer.state.values() if "step" in state}
@@ -134,7 +134,7 @@ def _step(optimizer: MegatronOptimizer) -> int:
 
 
 def _mains(part: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """Each parameter of the model with the one that is stepped: its master copy, or itself."""
+    """Yield each parameter of the model with the one that is stepped: its master copy, or itself."""
     if isinstance(part, Float16OptimizerWithFloat16Params):
         for half, master in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
             yield from zip(half, master, strict=True)
@@ -146,7 +146,7 @@ def _mains(part: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.
 
 
 def _whole_state(part: MegatronOptimizer, model_state: dict[str, Any]) -> dict[int, Any]:
-    """Of an optimizer that is not sharded, what `DistributedOptimizer.sharded_state_dict` gives of its."""
+    """Return what `DistributedOptimizer.sharded_state_dict` would, of an optimizer that is not sharded."""
     entries, _ = extract_sharded_tensors_and_factories(model_state)
     entry_of = {entry.data: entry for entry in nested_values(entries)}
     states = {}

@@ -35,7 +35,7 @@ class Batch:
     packed_seq_params: PackedSeqParams | None
 
     def routed_T(self, sequence_parallel: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`source`, `half`, and what is trained on, in the order in which this rank's routers see tokens."""
+        """Return source, half, and what is trained on, in the order in which this rank's routers see it."""
         source_T, half_T, trained_T = (
             router_token_slice(per_token.t(), sequence_parallel)
             for per_token in (self.source, self.half, self.loss_mask > 0)
@@ -43,7 +43,7 @@ class Batch:
         return source_T, half_T, trained_T
 
     def token_losses(self, model: torch.nn.Module) -> torch.Tensor:
-        """Run the model: the loss of every position, or this pipeline stage's output."""
+        """Run the model; return the loss of every position, or this pipeline stage's output."""
         return model(
             self.tokens,
             self.position_ids,
@@ -91,14 +91,10 @@ def to_batch(micro_batch: MicroBatch, device: torch.device, *, join_rows: bool) 
 
 
 def context_parallel_positions(length: int, ranks: int, device: torch.device) -> torch.Tensor:
-    """Which positions of a row each context-parallel rank holds.
+    """Return `[R, C]`: which positions of a row each context-parallel rank holds.
 
     As `megatron.core.utils.get_batch_on_this_cp_rank` has it, and the rotary embedding expects: of 2 x R
     equal parts, rank r has part r and part 2 R - 1 - r, so that causal attention is as much work on each.
-
-    Returns:
-        `[R, C]`.
-
     """
     positions = torch.arange(length, device=device)
     if ranks == 1:
@@ -108,7 +104,7 @@ def context_parallel_positions(length: int, ranks: int, device: torch.device) ->
 
 
 def _packed_seq_params(segment_BS: torch.Tensor, device: torch.device) -> PackedSeqParams:
-    """Borders of all segments of all rows laid end to end; a row's padding is a segment of its own."""
+    """Return the borders of all segments of all rows end to end; a row's padding is a segment of its own."""
     starts_BS = torch.ones_like(segment_BS, dtype=torch.bool)
     starts_BS[:, 1:] = segment_BS[:, 1:] != segment_BS[:, :-1]
     borders = torch.cat([starts_BS.flatten().nonzero().flatten(), torch.tensor([segment_BS.numel()])])

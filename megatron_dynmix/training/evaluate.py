@@ -19,19 +19,20 @@ from torch.utils.data import default_collate
 from megatron_dynmix import platform
 from megatron_dynmix.checkpoint import restore_point
 from megatron_dynmix.checkpoint.checkpointer import Checkpointer
-from megatron_dynmix.checkpoint.run_state import read_saved
+from megatron_dynmix.checkpoint.run_state import read_run_state
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.config.megatron import STAGE_SETTINGS
 from megatron_dynmix.config.run_config import ParallelConfig
 from megatron_dynmix.data.rows import PackedRows
+from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.data.sources import build_rows, prepare_sources
 from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.errors import CommandFailed, InputError
 from megatron_dynmix.files import write_atomically
 from megatron_dynmix.model.optimizer import build_optimizer
 from megatron_dynmix.training.run import build_runner, join_job
-from megatron_dynmix.training.step import PassRunner, SourceStats
+from megatron_dynmix.training.step import PassRunner
 from megatron_dynmix.training.trainer import seed_iteration
 
 EVALUATION = "evaluation.json"
@@ -65,7 +66,7 @@ def evaluate(run_dir: Path) -> dict[str, Any]:
     point = restore_point.verified(run_dir / "checkpoints")
     run = _load_model(config, len(rows), point.source)
     stats = held_out_stats(run, rows, config.training.micro_batch_size)
-    result = {"iteration": read_saved(point.source).iteration, **summarise(config, stats)}
+    result = {"iteration": read_run_state(point.source).progress.iteration, **summarise(config, stats)}
     write_atomically(run_dir / EVALUATION, json.dumps(result, indent=2, allow_nan=False) + "\n")
     return result
 

@@ -14,15 +14,13 @@ from torch.utils.data import default_collate
 
 from megatron_dynmix.data.loader import PADDING, MicroBatch
 from megatron_dynmix.data.rows import PackedRows
+from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.moe.counter import HALVES, reduce_counts
-from megatron_dynmix.training.step import PassRunner, SourceStats
+from megatron_dynmix.training.step import PassRunner
 
 
 class Probe:
-    """Measures gate loads and losses of all sources on their held-out rows.
-
-    Of a dense model, which has no gates, it measures losses only.
-    """
+    """Measures gate loads and losses of all sources on their held-out rows; only losses of a dense model."""
 
     def __init__(
         self,
@@ -44,7 +42,7 @@ class Probe:
             micro_batch_size: rows of a micro-batch.
             dp_rank: this data-parallel rank.
             dp_size: data-parallel ranks; they share the rows.
-            rotating: whether each measurement goes on where the last one stopped, from the first row again
+            rotating: whether each measurement starts where the last one stopped, from the first row again
                 after the last; if not, all read a source's first rows.
 
         """
@@ -56,7 +54,7 @@ class Probe:
         self._kept = None if rotating else self._read(0)
 
     def rows_of(self, source: int, measurement: int) -> list[int]:
-        """The held-out rows of a source that measurement number `measurement` of a run reads."""
+        """Return the held-out rows of a source that measurement number `measurement` of a run reads."""
         size = len(self._rows[source])
         count = min(self._per_source, size)
         return [row % size for row in range(measurement * count, (measurement + 1) * count)]

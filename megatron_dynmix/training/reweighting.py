@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_dynmix.checkpoint.run_state import MixState
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
+from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.files import parse_json
 from megatron_dynmix.mixing.controller import Decision, MixingController
 from megatron_dynmix.mixing.override import Override, parse_override
@@ -35,7 +36,7 @@ from megatron_dynmix.training.mix_setup import (
     reason,
 )
 from megatron_dynmix.training.probe import Probe
-from megatron_dynmix.training.step import PassRunner, SourceStats
+from megatron_dynmix.training.step import PassRunner
 
 
 class MixingError(RuntimeError):
@@ -294,7 +295,7 @@ class Reweighting:
             strategy=self.mixing.strategy,
             overridden=self._overridden,
             interval_counts=self._interval_counts().numpy(),
-            interval_sums=self._interval.sums,
+            interval_stats=self._interval,
         )
 
     def resume(self, state: MixState) -> None:
@@ -302,6 +303,6 @@ class Reweighting:
         self.blend.resume(state.blend)
         self.controller.resume(for_strategy(state.controller, state.strategy, self.mixing.strategy))
         self._overridden = state.overridden
-        self._interval = SourceStats.of(state.interval_sums)
+        self._interval = state.interval_stats
         counts = torch.from_numpy(state.interval_counts)
         self._carried_LHDE = counts.view_as(self._carried_LHDE)  # an empty list has no shape

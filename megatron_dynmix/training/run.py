@@ -19,13 +19,14 @@ from megatron.core.num_microbatches_calculator import (
 from megatron_dynmix import platform
 from megatron_dynmix.checkpoint import restore_point
 from megatron_dynmix.checkpoint.checkpointer import Checkpointer
-from megatron_dynmix.checkpoint.run_state import RunState
+from megatron_dynmix.checkpoint.run_state import LogInterval, Progress, RunState
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.megatron import micro_batch_group, moe_layers, transformer_config
 from megatron_dynmix.convert.export_hf import keep_origin
 from megatron_dynmix.convert.import_hf import load_hugging_face
 from megatron_dynmix.data.loader import BlendLoader
 from megatron_dynmix.data.source_set import Prints, SourceSet, fingerprint
+from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.data.sources import build_blend
 from megatron_dynmix.job.heartbeat import heartbeat_of_job
 from megatron_dynmix.job.signals import StopRequest
@@ -39,7 +40,6 @@ from megatron_dynmix.records.live_line import LiveLine
 from megatron_dynmix.records.logline import loaded_line, loading_line
 from megatron_dynmix.records.writer import open_writer, recorded
 from megatron_dynmix.training.probe import Probe
-from megatron_dynmix.training.progress import LogInterval, Progress
 from megatron_dynmix.training.resume import Resume, check_resume, has_checkpoint, identity
 from megatron_dynmix.training.reweighting import Reweighting, told_by_rank_0
 from megatron_dynmix.training.setup import PreparedRun
@@ -84,14 +84,13 @@ def restore(
         reweighting.resume(state.mix)
         size = config.parallel.size
         tp, pp = size("tensor_model_parallel_size"), size("pipeline_model_parallel_size")
-        say(loading_line(state.iteration, checkpointer.directory))
-        say(loaded_line(state.iteration, checkpointer.directory, tp_size=tp, pp_size=pp))
+        say(loading_line(state.progress.iteration, checkpointer.directory))
+        say(loaded_line(state.progress.iteration, checkpointer.directory, tp_size=tp, pp_size=pp))
         for change in changes:
-            say(f"  from sample {state.consumed_samples} on: {change}")
-        tokens_D = torch.tensor(state.tokens, dtype=torch.float64)
+            say(f"  from sample {state.progress.consumed_samples} on: {change}")
         return Start(
-            Progress(state.iteration, state.consumed_samples, tokens_D, state.skipped_in_row),
-            LogInterval.resumed(state.log_interval),
+            state.progress,
+            state.log_interval,
             DrawnSamples(state.drawn.first_sample, carried=state.drawn.digest),
             changes,
         )
@@ -104,7 +103,7 @@ def restore(
     num_sources = len(config.data.sources)
     return Start(
         Progress(0, 0, torch.zeros(num_sources, dtype=torch.float64)),
-        LogInterval.start(num_sources),
+        LogInterval(SourceStats.zero(num_sources)),
         DrawnSamples(0, carried=0),
         [],
     )

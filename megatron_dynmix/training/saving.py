@@ -8,15 +8,13 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-import torch
-
 from megatron_dynmix.checkpoint.checkpointer import Checkpointer
 from megatron_dynmix.checkpoint.folder import TRACKER, folder_of
 from megatron_dynmix.checkpoint.run_state import RunState
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.convert.export_hf import export
 from megatron_dynmix.errors import TrainingStopped
-from megatron_dynmix.job.agreement import RankFailure
+from megatron_dynmix.job.agreement import RankFailure, on_rank_0
 from megatron_dynmix.records.logline import saved_line, saving_line
 
 
@@ -26,6 +24,7 @@ class Saving:
     def __init__(self, config: RunConfig, checkpointer: Checkpointer, say: Callable[[str], None]) -> None:
         self.config = config
         self.checkpointer = checkpointer
+        self.directory = checkpointer.directory
         self.say = say
         self.newest = checkpointer.newest
         """Iteration of the newest checkpoint, whole or being written."""
@@ -35,20 +34,14 @@ class Saving:
             self.good = self.newest - 1  # not known: it is older than the one that is resumed from
 
     def trained(self) -> None:
-        """An iteration was trained from the newest checkpoint."""
+        """Take note that an iteration was trained from the newest checkpoint."""
         self.good = self.newest
 
-    def save(
-        self,
-        state: RunState,
-        *,
-        last: bool,
-        before: Callable[[], None] | None = None,
-    ) -> None:
+    def save(self, state: RunState, *, last: bool, before: Callable[[], None] | None = None) -> None:
         """Write a checkpoint; beside the training that follows it, if the configuration asks for that.
 
         Args:
-            state: the run state, on every rank.
+            state: the run state, but for what is good.
             last: whether the run ends with it.
             before: see `Checkpointer.save`.
 
@@ -57,14 +50,13 @@ class Saving:
 
         """
         self.settle(wait=True)
-        directory = self.checkpointer.directory
-        self.say(saving_line(state.iteration, directory, datetime.now()))
+        self.say(saving_line(state.progress.iteration, self.directory, datetime.now()))
         try:
             self.checkpointer.save(replace(state, good=self.good), before=before)
         except RankFailure as failure:
-            self._failed(state.iteration, failure, last=last)
+            self._failed(state.progress.iteration, failure, last=last)
             return
-        self.newest = state.iteration
+        self.newest = state.progress.iteration
         if last or not self.config.checkpoint.async_save:
             self.settle(wait=True, last=last)
 
@@ -88,38 +80,29 @@ class Saving:
         if iteration is not None:
             size = self.config.parallel.size
             tp_size, pp_size = size("tensor_model_parallel_size"), size("pipeline_model_parallel_size")
-            directory = self.checkpointer.directory
-            self.say(saved_line(iteration, directory, datetime.now(), tp_size=tp_size, pp_size=pp_size))
+            self.say(saved_line(iteration, self.directory, datetime.now(), tp_size=tp_size, pp_size=pp_size))
             self._export(iteration)
 
     def _export(self, iteration: int) -> None:
-        """Write a checkpoint that is whole for Hugging Face too, if the configuration asks for that.
-
-        Raises:
-            TrainingStopped: it could not be written.
-
-        """
+        """Write a checkpoint that is whole for Hugging Face too, if the configuration asks for that."""
         save_hf, total = self.config.checkpoint.save_hf, self.config.training.train_iters
         if save_hf is None or (save_hf == "end" and iteration != total):
             return
-        checkpoint = folder_of(self.checkpointer.directory, iteration)
-        destination = folder_of(self.checkpointer.directory.parent / "hugging_face", iteration)
+        checkpoint = folder_of(self.directory, iteration)
+        destination = folder_of(self.directory.parent / "hugging_face", iteration)
         try:
             export(checkpoint, destination)
         except RankFailure as failure:
-            text = (
-                f"{destination} could not be written: {failure} ({_free(self.checkpointer.directory)}). "
-                f"{checkpoint} is whole; `megatron-dynmix convert megatron-to-hf {checkpoint} DIR` makes the "
-                "folder from it"
+            self._stop_or_say(
+                f"{destination} could not be written: {failure} ({_free(self.directory)}). {checkpoint} is "
+                f"whole; `megatron-dynmix convert megatron-to-hf {checkpoint} DIR` makes the folder from it",
+                stop=iteration == total,
             )
-            if iteration == total or self.config.checkpoint.on_save_error == "stop":
-                raise TrainingStopped(text if torch.distributed.get_rank() == 0 else "") from None
-            self.say(f"{text}; the run goes on, as on_save_error is continue")
             return
         self.say(f"  successfully saved {destination}")
 
     def fall_back(self, iteration: int) -> Path | None:
-        """Make the newest good checkpoint the one that is resumed from, as the state of now may be broken.
+        """Make the newest good checkpoint the one to resume from, as the state of now may be broken.
 
         Args:
             iteration: iterations done; a checkpoint of that many is no good one.
@@ -138,29 +121,33 @@ class Saving:
             return self.checkpointer.point_at(limit)
         except RankFailure as failure:
             text = f"{TRACKER} cannot be written ({failure}): write {limit} into it before --resume"
-            raise TrainingStopped(text if torch.distributed.get_rank() == 0 else "") from None
+            raise TrainingStopped(on_rank_0(text)) from None
 
     def _failed(self, iteration: int, failure: RankFailure, *, last: bool) -> None:
-        whole, directory = self.checkpointer.newest, self.checkpointer.directory
-        self.newest = whole
+        whole = self.newest = self.checkpointer.newest
         if self.good == iteration:
             self.good = whole
         text = (
-            f"the checkpoint of iteration {iteration} could not be written: {failure} ({_free(directory)}). "
+            f"the checkpoint of iteration {iteration} could not be written: {failure} "
+            f"({_free(self.directory)}). "
         )
         if whole is None:
             text += "No checkpoint was written before"
+            remedy = ". Make room, or give another --run-dir"
         else:
-            text += f"The last good one is {folder_of(directory, whole)}"
-        if last or self.config.checkpoint.on_save_error == "stop":
-            go_on = "" if whole is None else ", and --resume goes on from it"
-            text += f"{go_on}. Make room, or give another --run-dir"
-            raise TrainingStopped(text if torch.distributed.get_rank() == 0 else "")
+            text += f"The last good one is {folder_of(self.directory, whole)}"
+            remedy = ", and --resume goes on from it. Make room, or give another --run-dir"
+        self._stop_or_say(text, stop=last, remedy=remedy)
+
+    def _stop_or_say(self, text: str, *, stop: bool, remedy: str = "") -> None:
+        """End the run with what went wrong, or only say it, as the configuration wants."""
+        if stop or self.config.checkpoint.on_save_error == "stop":
+            raise TrainingStopped(on_rank_0(text + remedy)) from None
         self.say(f"{text}; the run goes on, as on_save_error is continue")
 
 
 def _free(directory: Path) -> str:
-    """What room is left; a disk that is gone does not tell."""
+    """Say what room is left; a disk that is gone does not tell."""
     try:
         free = shutil.disk_usage(directory if directory.is_dir() else directory.parent).free / 2**30
     except OSError as error:

@@ -1,6 +1,6 @@
 """Training on with other data: the state of a run, carried over to a changed set of sources.
 
-Pure: plain values and NumPy in and out. Axes: D sources.
+Pure: no files, no ranks. Axes: D sources.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from megatron_dynmix.checkpoint.run_state import RunState
 from megatron_dynmix.data.blend import Cursor
 from megatron_dynmix.data.source_set import Prints, SourceSet
+from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.mixing.controller import ControllerState
 
 
@@ -129,20 +131,22 @@ class SourceChange:
             initial_D: shares that the sources would begin a run with.
 
         """
-        mix, blend = state.mix, state.mix.blend
+        mix, blend, log = state.mix, state.mix.blend, state.log_interval
         old_D = blend.stages[-1].weights
-        cursor = self.cursor(blend.cursor_at(state.consumed_samples))
+        cursor = self.cursor(blend.cursor_at(state.progress.consumed_samples))
         weights_D = self.weights_D(old_D, initial_D)
+        tokens_D = torch.from_numpy(self.by_name(state.progress.tokens_D))
+        counts = mix.interval_counts  # of a dense model there are none, and no axes
         carried = replace(
             state,
-            tokens=tuple(self.by_name(state.tokens)),
-            log_interval=replace(state.log_interval, sums=self.by_name(state.log_interval.sums)),
+            progress=replace(state.progress, tokens_D=tokens_D),
+            log_interval=replace(log, stats=SourceStats.of(self.by_name(log.stats.sums))),
             mix=replace(
                 mix,
                 blend=blend.with_sources(self.after.sizes, self.after.shuffle_ids, cursor, weights_D),
                 controller=self.carry_controller(mix.controller, weights_D),
-                interval_counts=self.if_unchanged(mix.interval_counts, axis=-2),
-                interval_sums=self.if_unchanged(mix.interval_sums),
+                interval_counts=self.if_unchanged(counts, axis=-2) if counts.size else counts,
+                interval_stats=SourceStats.of(self.if_unchanged(mix.interval_stats.sums)),
             ),
         )
         return carried, self.describe(old_D, weights_D.tolist(), cursor)

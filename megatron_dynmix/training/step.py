@@ -1,10 +1,6 @@
-"""The router's auxiliary losses, as Megatron-Core tracks them.
+"""One pass over the micro-batches of a step through Megatron-Core's schedules, and whether it may be used.
 
-One pass over the micro-batches of a step, through Megatron-Core's schedules.
-
-Axes: D sources.
-
-What a batch changes before it is known to be good, and how that is taken back.
+Axes: D sources, T tokens.
 """
 
 from __future__ import annotations
@@ -13,108 +9,28 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker, track_moe_metrics
 from megatron.core.transformer.transformer_config import TransformerConfig
-from numpy.typing import NDArray
 
 from megatron_dynmix.data.loader import PADDING, MicroBatch
+from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.moe.counter import GateLoadCounter
 from megatron_dynmix.platform import Platform
 from megatron_dynmix.training.batch import Batch, to_batch
 
-NAMES = {
+AUX_LOSSES = {
     "aux_loss": "load_balancing_loss",
     "seq_aux_loss": "seq_load_balancing_loss",
     "global_aux_loss": "global_load_balancing_loss",
 }
+"""Kind of balancing -> the name under which Megatron-Core tracks its loss."""
 
-
-def take_aux_losses(config: TransformerConfig, micro_batches: int) -> dict[str, float]:
-    """Mean auxiliary losses since the last call, over MoE layers, micro-batches and ranks.
-
-    Args:
-        config: of the model.
-        micro_batches: micro-batches each rank has run since then.
-
-    Returns:
-        Megatron-LM's name -> value; empty for a model without any.
-
-    """
-    if not config.num_moe_experts:
-        return {}
-    types = config.moe_router_load_balancing_type
-    coefficients = config.moe_aux_loss_coeff
-    if isinstance(types, str):
-        types, coefficients = [types], [coefficients]
-    names = [
-        NAMES[kind]
-        for kind, coefficient in zip(types, coefficients, strict=True)
-        if kind in NAMES and coefficient
-    ]
-    if config.moe_z_loss_coeff is not None:
-        names.append("z_loss")
-    if not names:
-        return {}
-    losses: dict[str, torch.Tensor] = {}
-    track_moe_metrics(
-        1.0 / micro_batches,
-        iteration=0,
-        total_loss_dict=losses,
-        force_initialize=True,
-        track_names=names,
-        num_layers=config.num_layers,
-        moe_layer_freq=config.moe_layer_freq,
-    )
-    return {name: float(loss) for name, loss in losses.items()}
-
-
-@dataclass(frozen=True)
-class SourceStats:
-    """Sums over the tokens of one or several passes, the same on every rank."""
-
-    loss_sum_D: torch.Tensor
-    """Sum of the token losses, float64, in nats."""
-    trained_D: torch.Tensor
-    """Trained tokens, float64 (exact)."""
-    tokens_D: torch.Tensor
-    """Tokens that are not padding, float64 (exact)."""
-
-    @classmethod
-    def zero(cls, num_sources: int) -> SourceStats:
-        """Nothing seen yet."""
-        return cls(*torch.zeros(3, num_sources, dtype=torch.float64))
-
-    def __add__(self, other: SourceStats) -> SourceStats:
-        return SourceStats(
-            self.loss_sum_D + other.loss_sum_D,
-            self.trained_D + other.trained_D,
-            self.tokens_D + other.tokens_D,
-        )
-
-    @property
-    def sums(self) -> NDArray[np.float64]:
-        """All of it, `[3, D]`, for the run state."""
-        return torch.stack([self.loss_sum_D, self.trained_D, self.tokens_D]).numpy()
-
-    @classmethod
-    def of(cls, sums: NDArray[np.float64]) -> SourceStats:
-        """Return what `sums` holds."""
-        return cls(*torch.from_numpy(sums))
-
-    @property
-    def lm_loss(self) -> float:
-        """Mean over all trained tokens."""
-        return float(self.loss_sum_D.sum() / self.trained_D.sum())
-
-    def source_losses(self) -> list[float | None]:
-        """Mean over each source's trained tokens; None for a source without any."""
-        pairs = zip(self.loss_sum_D.tolist(), self.trained_D.tolist(), strict=True)
-        return [loss / trained if trained else None for loss, trained in pairs]
+MOST_SKIPPED = 10
+"""So many batches in a row that are not finite are no accident of the rows: the run stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,15 +49,12 @@ class PassRunner:
     """The interleaved pipeline runs micro-batches in groups of so many."""
 
     def __call__(self, micro_batches: Sequence[MicroBatch], *, forward_only: bool) -> SourceStats:
-        """Run one pass.
+        """Run one pass; return sums over all ranks, on the CPU.
 
         Args:
             micro_batches: this rank's, the same number on every rank; to evaluate, any number will do.
             forward_only: True to evaluate; otherwise gradients of the sum over the whole step's trained
                 tokens, divided by their number, are left in the model's buffers.
-
-        Returns:
-            Sums over all ranks, on the CPU.
 
         """
         rows = len(micro_batches[0]["dataset_id"])
@@ -171,7 +84,7 @@ class PassRunner:
     def _loss(
         self, token_loss: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Sum of the trained tokens' losses, their number, and both per source.
+        """Return the sum of the trained tokens' losses, their number, and both per source.
 
         Megatron-Core divides by the number over the whole global batch, so micro-batch size, data
         parallelism and packing do not change the loss.
@@ -198,7 +111,7 @@ class PassRunner:
 
 
 def _padding_like(micro_batch: MicroBatch) -> MicroBatch:
-    """A micro-batch of the same shape that is all padding."""
+    """Make a micro-batch of the same shape that is all padding."""
     return {name: torch.full_like(tensor, PADDING.get(name, 0)) for name, tensor in micro_batch.items()}
 
 
@@ -224,10 +137,6 @@ def gradients_are_finite(chunks: list[DistributedDataParallel], *, stop: bool) -
     return not bad, bool(stopping)
 
 
-MOST_SKIPPED = 10
-"""So many batches in a row that are not finite are no accident of the rows: the run stops."""
-
-
 class BeforePass:
     """The counts, the model's buffers (expert bias) and the tracked auxiliary losses before a pass."""
 
@@ -249,3 +158,33 @@ class BeforePass:
             changing |= {f"buffer {index} {name}": buffer for name, buffer in chunk.named_buffers()}
         tracker = get_moe_layer_wise_logging_tracker()
         return changing | {f"aux loss {name}": tracked["values"] for name, tracked in tracker.items()}
+
+
+def take_aux_losses(config: TransformerConfig, micro_batches: int) -> dict[str, float]:
+    """Return mean auxiliary losses since the last call, by name, over MoE layers, micro-batches and ranks.
+
+    Args:
+        config: of the model; without any such loss the answer is empty.
+        micro_batches: micro-batches that each rank has run since then.
+
+    """
+    types, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    if isinstance(types, str):
+        types, coefficients = [types], [coefficients]
+    pairs = zip(types, coefficients, strict=True)
+    names = [AUX_LOSSES[kind] for kind, coefficient in pairs if kind in AUX_LOSSES and coefficient]
+    if config.moe_z_loss_coeff is not None:
+        names.append("z_loss")
+    if not config.num_moe_experts or not names:
+        return {}
+    losses: dict[str, torch.Tensor] = {}
+    track_moe_metrics(
+        1.0 / micro_batches,
+        iteration=0,
+        total_loss_dict=losses,
+        force_initialize=True,
+        track_names=names,
+        num_layers=config.num_layers,
+        moe_layer_freq=config.moe_layer_freq,
+    )
+    return {name: float(loss) for name, loss in losses.items()}

@@ -9,11 +9,11 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import (
     get_current_global_batch_size,
@@ -26,12 +26,14 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_dynmix.checkpoint.checkpointer import Checkpointer
 from megatron_dynmix.checkpoint.folder import folder_of
-from megatron_dynmix.checkpoint.run_state import DrawnState, RunState
+from megatron_dynmix.checkpoint.run_state import DrawnState, LogInterval, Progress, RunState
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.data.loader import BlendLoader
 from megatron_dynmix.data.source_set import SourceSet
+from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.errors import StoppedOnRequest, TrainingStopped
+from megatron_dynmix.job.agreement import on_rank_0
 from megatron_dynmix.job.heartbeat import Heartbeat
 from megatron_dynmix.job.signals import StopRequest
 from megatron_dynmix.records.ledger import DrawnSamples, newest_stage
@@ -39,7 +41,6 @@ from megatron_dynmix.records.live_line import LiveLine
 from megatron_dynmix.records.logline import mixing_table, source_loss_line, training_line
 from megatron_dynmix.records.schema import TrainingRecord, Why
 from megatron_dynmix.records.writer import MetricsWriter
-from megatron_dynmix.training.progress import LogInterval, Progress
 from megatron_dynmix.training.resume import Identity
 from megatron_dynmix.training.reweighting import MixingError, Reweighting
 from megatron_dynmix.training.saving import Saving
@@ -47,7 +48,6 @@ from megatron_dynmix.training.step import (
     MOST_SKIPPED,
     BeforePass,
     PassRunner,
-    SourceStats,
     any_rank,
     gradients_are_finite,
     take_aux_losses,
@@ -233,7 +233,7 @@ class Trainer:
             self.writer.training(record)
         self.say(training_line(record, total, datetime.now()))
         self.say(source_loss_line(record))
-        self._interval = LogInterval.start(len(sources))
+        self._interval = LogInterval(SourceStats.zero(len(sources)))
         self._log_samples()
 
     def _log_samples(self) -> None:
@@ -293,15 +293,11 @@ class Trainer:
         return folder_of(self.checkpointer.directory, progress.iteration)
 
     def _state(self) -> RunState:
-        progress = self.progress
         return RunState(
             **vars(self.identity),
-            iteration=progress.iteration,
-            consumed_samples=progress.consumed_samples,
-            tokens=tuple(progress.tokens_D.tolist()),
-            skipped_in_row=progress.skipped_in_row,
+            progress=replace(self.progress),
             mix=self.reweighting.state,
-            log_interval=self._interval.state,
+            log_interval=self._interval,
             drawn=DrawnState(
                 first_sample=self._drawn.first_sample, digest=self._drawn.digest(self.run.platform.device)
             ),
@@ -324,7 +320,7 @@ class Trainer:
             raise TrainingStopped(str(failure) and f"{why}. {failure}") from None
         text = f"{why}. The state is kept in {saved}, and --resume goes on from it with the weights it had"
         text += ". Mend the strategy or its settings first, or give another --strategy"
-        raise TrainingStopped(text if torch.distributed.get_rank() == 0 else "")
+        raise TrainingStopped(on_rank_0(text))
 
     def _stop(self, why: str) -> NoReturn:
         """Keep the state, point the run at its last good checkpoint, and end.
@@ -345,7 +341,7 @@ class Trainer:
         else:
             text += ", whose weights may be damaged already: no earlier checkpoint was saved"
         text += ". Look at the rows and at the learning rate first"
-        raise TrainingStopped(text if torch.distributed.get_rank() == 0 else "")
+        raise TrainingStopped(on_rank_0(text))
 
 
 def seed_iteration(seed: int, iteration: int) -> None:

@@ -259,20 +259,22 @@ class _Proof:
     def _check_checkpoint(self, *, before: int | None) -> None:
         """The newest checkpoint stands where the replay stands after its iteration."""
         state = self.records.state
-        if self._checkpoint_done or (before is not None and state is not None and state.iteration >= before):
+        if self._checkpoint_done or state is None:
+            return
+        iteration, consumed = state.progress.iteration, state.progress.consumed_samples
+        if before is not None and iteration >= before:
             return
         self._checkpoint_done = True
-        assert state is not None
         where = self.records.checkpoint
         if self.replay is None:
             return
         self._compare_state(state, where)
         if before is None:  # it stands beyond the ledger: the digest it holds has proven the rest
-            self.verdict.samples, self.verdict.iteration = state.consumed_samples, state.iteration
+            self.verdict.samples, self.verdict.iteration = consumed, iteration
 
     def _compare_state(self, state: RunState, where: str) -> None:
         assert self.replay is not None
-        blend, consumed, drawn = state.mix.blend, state.consumed_samples, state.drawn
+        blend, consumed, drawn = state.mix.blend, state.progress.consumed_samples, state.drawn
         stages = tuple(Stage(line.start_sample, tuple(line.weights)) for line in self.stages)
         if blend.stages != stages:
             count = len(blend.stages)

@@ -132,7 +132,7 @@ def test_a_rule_that_fails_keeps_the_last_weights_and_stops(run_yaml, start_from
     assert "iter_0000002, and --resume goes on from it" in message and "learning rate" not in message
     assert (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").read_text() == "2"
     mix = read_run_state(tmp_path / "checkpoints/iter_0000002").mix
-    tokens_D = mix.interval_sums[2]
+    tokens_D = mix.interval_stats.tokens_D.numpy()
     counted_D = mix.interval_counts.sum(axis=(0, 1, 3))
     layers, topk = len(mix.interval_counts), 2
     assert (tokens_D > 0).all(), "the next update reads what this one could not use"

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from blend_fixtures import sources
 
-from megatron_dynmix.checkpoint.run_state import DrawnState, LogIntervalState, MixState, RunState
+from megatron_dynmix.checkpoint.run_state import DrawnState, LogInterval, MixState, Progress, RunState
 from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
 from megatron_dynmix.data.source_set import SourceSet, fingerprint
+from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.files import sha256
 from megatron_dynmix.mixing.override import Override
 from megatron_dynmix.records.ledger import newest_stage, sample_hash
@@ -163,24 +165,21 @@ class FakeRun:
     def state(self) -> RunState:
         """The run state of a checkpoint."""
         number_D = np.arange(len(self.sizes))
-        sums = np.tile(number_D.astype(np.float64), (3, 1))
+        stats = SourceStats.of(np.tile(number_D.astype(np.float64), (3, 1)))
         return RunState(
-            iteration=self.iteration,
             config={"mixing": self.settings.flat()},
             fingerprints=self.prints,
             probes={},
-            consumed_samples=self.consumed,
-            tokens=tuple(100.0 * (number_D + 1)),
-            skipped_in_row=0,
+            progress=Progress(self.iteration, self.consumed, torch.from_numpy(100.0 * (number_D + 1))),
             mix=MixState(
                 blend=self.blend.state,
                 controller=self.controller.state,
                 strategy=self.settings.strategy,
                 overridden=False,
                 interval_counts=np.ones((2, 2, len(self.sizes), 8), np.int64) * (number_D[:, None] + 1),
-                interval_sums=sums,
+                interval_stats=stats,
             ),
-            log_interval=LogIntervalState(sums=sums, iterations=1, samples=8, seconds=0.5, skipped=0),
+            log_interval=LogInterval(stats, iterations=1, samples=8, seconds=0.5, skipped=0),
             drawn=DrawnState(first_sample=self.first_sample, digest=self.digest),
         )
 

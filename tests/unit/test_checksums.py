@@ -30,7 +30,7 @@ def make(directory, iteration, *, shard=b"shard"):
     folder.mkdir(parents=True)
     (folder / "__0_0.distcp").write_bytes(shard)
     (folder / ".metadata").write_bytes(b"metadata")
-    complete(folder, SavedModel(iteration=iteration, config={}), {})
+    complete(folder, SavedModel(config={}).text(), {})
     return folder
 
 

@@ -10,8 +10,8 @@ from megatron_dynmix import platform
 from megatron_dynmix.errors import CommandFailed, InputError
 
 platform.start()
+from megatron_dynmix.data.source_stats import SourceStats  # noqa: E402
 from megatron_dynmix.training.evaluate import summarise  # noqa: E402
-from megatron_dynmix.training.step import SourceStats  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:moe_ffn_hidden_size")
 

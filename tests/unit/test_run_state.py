@@ -44,7 +44,7 @@ def test_a_mix_resumes_from_what_was_written(tmp_path):
 
 
 def test_converted_weights_have_a_model_and_no_run(tmp_path):
-    write(tmp_path, SavedModel(iteration=0, config={"model": {"num_layers": 2}}).text())
+    write(tmp_path, SavedModel(config={"model": {"num_layers": 2}}).text())
     saved = read_saved(tmp_path)
     assert type(saved) is SavedModel and saved.config == {"model": {"num_layers": 2}}
     with pytest.raises(InputError, match=r"converted weights.*--pretrained-checkpoint"):
@@ -62,7 +62,7 @@ WITHOUT_STAGES = {**WHOLE["mix"]["blend"], "stages": None}
         "[]",
         "{}",
         {**WHOLE, "format_version": "3"},
-        {name: value for name, value in WHOLE.items() if name != "tokens"},
+        {name: value for name, value in WHOLE.items() if name != "progress"},
         {name: value for name, value in WHOLE.items() if name != "config"},
         {**WHOLE, "other": 1},
         {**WHOLE, "drawn": {"first_sample": 0}},
