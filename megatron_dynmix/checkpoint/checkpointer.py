@@ -121,13 +121,9 @@ class Checkpointer:
         self._pending = _Pending(state, state.text(), writer, request, process)
 
     def finish(self, *, wait: bool) -> int | None:
-        """Make what is being written a checkpoint, if all ranks have written their part.
+        """Make a checkpoint of what is being written once all ranks have written; return its iteration.
 
-        Args:
-            wait: until they have, instead of coming back later.
-
-        Returns:
-            Its iteration, on all ranks or on none.
+        None, on all ranks, if they have not and are not to `wait`.
 
         Raises:
             RankFailure: on every rank, if it could not be written; what was begun is gone again.
@@ -188,7 +184,7 @@ class Checkpointer:
                 shutil.rmtree(set_aside(folder_of(self.directory, old)), ignore_errors=True)
 
     def _abandon(self, writing: TemporalAsyncCaller, staging: Path) -> None:
-        """Leave nothing of a checkpoint that is not to be: on another rank it may be written still."""
+        """Remove what was begun; another rank may still be writing it."""
         process = writing.process
         writing.close(abort=True)
         if process is not None:
@@ -231,7 +227,7 @@ class Checkpointer:
         return state
 
     def load_weights(self, source: Path) -> None:
-        """Start from the weights of a checkpoint; optimizer, schedule and mix begin afresh.
+        """Start from the weights of a checkpoint; optimizer, schedule and mix start new.
 
         What Transformer Engine keeps beside the weights need not be in it: a converted one has none.
 
@@ -249,12 +245,7 @@ class Checkpointer:
         self.optimizer.reload_model_params()
 
     def load_tensors(self, tensors: Tensors) -> None:
-        """Start from tensors that are laid out as in a checkpoint; of each only this rank's slice is read.
-
-        Raises:
-            RankFailure: on every rank, if one cannot read its slices.
-
-        """
+        """Start from tensors that are laid out as in a checkpoint; see `fill`."""
         fill([chunk for _, chunk in self._chunks()], tensors)
         self.optimizer.reload_model_params()
 

@@ -81,12 +81,6 @@ def optimizer_state(
     The tensors have the shape and the name of their parameter, whichever optimizer wrote them, so any
     layout can be loaded into any other, with or without the distributed optimizer. Parameter groups are not
     among them: the configuration decides those.
-
-    Args:
-        optimizer: with its state materialized.
-        model_state: the model's sharded state dict.
-        loading: whether it is to be loaded into.
-
     """
     states = {}
     for index, part in enumerate(_parts(optimizer)):

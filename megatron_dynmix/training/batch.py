@@ -55,13 +55,9 @@ class Batch:
 
 
 def to_batch(micro_batch: MicroBatch, device: torch.device, *, join_rows: bool) -> Batch:
-    """Move a micro-batch to its device and derive what follows from it.
+    """Move a micro-batch, the draw `[B]` and the arrays `[B, S]` of `PackedRows`, to the model's device.
 
-    Args:
-        micro_batch: `dataset_id` and `half` [B] and the arrays [B, S] of `PackedRows`.
-        device: where the model is.
-        join_rows: see `layer_spec.joins_rows`.
-
+    What follows from it is derived; for `join_rows` see `layer_spec.joins_rows`.
     """
     packed = _packed_seq_params(micro_batch["segment_ids"], device) if join_rows else None
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}

@@ -42,7 +42,7 @@ class Saving:
 
         Args:
             state: the run state, but for what is good.
-            last: whether the run ends with it.
+            last: whether the run ends with it: then it is whole on return.
             before: see `Checkpointer.save`.
 
         Raises:
@@ -61,11 +61,7 @@ class Saving:
             self.settle(wait=True, last=last)
 
     def settle(self, *, wait: bool, last: bool = False) -> None:
-        """See whether what is being written is whole by now; all ranks see the same.
-
-        Args:
-            wait: until it is.
-            last: whether the run ends with it.
+        """See whether what is being written is whole by now, or `wait` until it is; all ranks see the same.
 
         Raises:
             TrainingStopped: it could not be written.

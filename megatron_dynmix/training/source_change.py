@@ -38,7 +38,7 @@ def differences(before: Prints, after: Prints) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceChange:
-    """From the sources of a state to those it is to go on with."""
+    """The change from the sources of a state to those that it continues with."""
 
     before: SourceSet
     after: SourceSet
