@@ -40,7 +40,7 @@ from megatron_dynmix.records.live_line import LiveLine
 from megatron_dynmix.records.logline import loaded_line, loading_line
 from megatron_dynmix.records.writer import open_writer, recorded
 from megatron_dynmix.training.probe import Probe
-from megatron_dynmix.training.resume import Resume, check_resume, has_checkpoint, identity
+from megatron_dynmix.training.resume import Resume, begins, check_resume, identity
 from megatron_dynmix.training.reweighting import Reweighting, told_by_rank_0
 from megatron_dynmix.training.setup import PreparedRun
 from megatron_dynmix.training.source_change import SourceChange, differences
@@ -146,7 +146,7 @@ def train(
         torch.distributed.barrier()
         source, notes, changes = None, [], []
         # Rank 0's eyes: a shared disk may show a new folder to some ranks later.
-        resuming = [resume != "no" and has_checkpoint(run_dir)]
+        resuming = [not begins(run_dir, resume)]
         torch.distributed.broadcast_object_list(resuming, src=0)
         if resuming[0]:
             point = restore_point.verified(run_dir / "checkpoints")

@@ -179,7 +179,7 @@ class FakeRun:
                 interval_counts=np.ones((2, 2, len(self.sizes), 8), np.int64) * (number_D[:, None] + 1),
                 interval_stats=stats,
             ),
-            log_interval=LogInterval(stats, iterations=1, samples=8, seconds=0.5, skipped=0),
+            log_interval=LogInterval(stats, iterations=1, samples=8, seconds=0.5, micro_batches_here=3),
             drawn=DrawnState(first_sample=self.first_sample, digest=self.digest),
         )
 
