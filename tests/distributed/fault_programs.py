@@ -46,7 +46,7 @@ def before(place, iteration, rank, act):
 def train(run_yaml, flags, run_dir, resume="no"):
     """A run and how it ended: `done`, `stopped` or `requested`, with its results or message."""
     try:
-        return "done", programs.train(run_yaml, flags, run_dir, resume)
+        return "done", programs.train(run_yaml, flags, run_dir, resume=resume)
     except TrainingStopped as stopped:
         return "stopped", str(stopped)
     except StoppedOnRequest as stopped:
