@@ -94,7 +94,7 @@ class RuleReplay:
     def change_sources(self, change: SourceChange, line: StageLine) -> None:
         """Go on with other sources, as the run did."""
         if self._state is not None:
-            self._state = change.carry_controller(self._state, line.weights)
+            self._state = self._state.with_sources(line.sources, change.kept_D, line.weights)
         self._line = line
 
     def _say_own(self, line: StageLine) -> None:
