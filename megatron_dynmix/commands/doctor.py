@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dynmix.commands.launch import join_srun
 from megatron_dynmix.errors import EXIT_FAILED, InputError
+from megatron_dynmix.job.launch import join_srun
 
 if TYPE_CHECKING:  # `--help` must not wait for torch
     from megatron_dynmix.doctor.checks import Finding

@@ -1,10 +1,9 @@
-"""Slurm: the job script that `launch slurm` writes, from `train.sbatch.j2`, and its tasks as ranks."""
+"""The command `launch slurm`: check a run for its nodes and write its job script, from `train.sbatch.j2`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import re
 import shlex
 import sys
@@ -64,17 +63,17 @@ class SlurmJob:
 
     @property
     def world_size(self) -> int:
-        """Ranks: one for each GPU."""
+        """Return how many ranks there are: one for each GPU."""
         return self.nodes * self.gpus_per_node
 
     @property
     def job_name(self) -> str:
-        """The run's own name, which logs are called by too."""
+        """Return the run's own name, which logs are called by too."""
         return self.run_dir.name
 
     @property
     def command(self) -> str:
-        """The command line that asks for this job."""
+        """Return the command line that asks for this job."""
         words = ["megatron-dynmix", "launch", "slurm", str(self.run_yaml), "--run-dir", str(self.run_dir)]
         words += ["--nodes", str(self.nodes), "--gpus-per-node", str(self.gpus_per_node)]
         for name in ("time", "partition", "account"):
@@ -86,27 +85,6 @@ class SlurmJob:
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-def join_srun() -> None:
-    """Take this task's rank from `srun`, which names it in variables of its own.
-
-    Raises:
-        InputError: the tasks are not told where to meet.
-
-    """
-    tasks = os.environ.get("SLURM_NTASKS", "1")
-    if "RANK" in os.environ or tasks == "1" or "SLURM_PROCID" not in os.environ:
-        return
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise InputError(
-            f"this is one of {tasks} tasks of srun, but {' and '.join(missing)} are not set; export the "
-            "address of the first node and a free port, or start one rank here with --nproc-per-node 1"
-        )
-    os.environ.update(
-        RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=tasks, LOCAL_RANK=os.environ.get("SLURM_LOCALID", "0")
-    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,12 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Plan the run for the ranks that it will have, and write its job script.
-
-    Raises:
-        InputError: it could not run there, or would not fit.
-
-    """
+    """Plan the run for the ranks that it will have, and write its job script."""
     from megatron_dynmix import platform
 
     platform.start()
@@ -165,7 +138,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def sbatch_text(job: SlurmJob, config: RunConfig) -> str:
-    """The job script of a run that was checked."""
+    """Return the job script of a run that was checked."""
     from jinja2 import Environment, StrictUndefined
 
     from megatron_dynmix.plan.layout import Layout
@@ -173,20 +146,11 @@ def sbatch_text(job: SlurmJob, config: RunConfig) -> str:
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
+    environment.filters["quote"] = lambda word: shlex.quote(str(word))
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        job=job,
         layout=Layout.of(config, job.world_size).describe(),
-        command=job.command,
-        nodes=job.nodes,
-        gpus_per_node=job.gpus_per_node,
-        job_name=job.job_name,
-        partition=job.partition,
-        account=job.account,
-        time=job.time,
-        save_seconds=job.save_seconds,
         output="FILE" if job.output == STDOUT else shlex.quote(str(job.output)),
-        run_yaml=shlex.quote(str(job.run_yaml)),
-        run_dir=shlex.quote(str(job.run_dir)),
-        flags=shlex.join(job.flags),
     )
 
 

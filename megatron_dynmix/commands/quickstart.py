@@ -1,9 +1,7 @@
-"""Generators of small, learnable instruction examples for the quickstart sources.
+"""The command `quickstart`: four generated sources, a tokenizer, and a `RUN.yaml` that trains a tiny MoE.
 
-`math` and `math_again` share one generator. They are redundant on purpose: a strategy that sees redundancy
-should lower both.
-
-The first run: four generated sources, a tokenizer and the `RUN.yaml` that trains a tiny MoE on them.
+The sources hold small instruction examples that can be learned. `math` and `math_again` share one generator:
+they are redundant on purpose, and a strategy that sees redundancy should lower both.
 """
 
 import argparse
@@ -22,8 +20,166 @@ from megatron_dynmix.errors import InputError
 
 # ruff: noqa: SIM905 (a list of words reads best as words)
 
+TRAIN_EXAMPLES = 1500
+PROBE_EXAMPLES = 100
+VOCAB_SIZE = 1024
+SEQ_LENGTH = 128
+TEMPLATE: Final = "vicuna"
 
-Turns = list[str]  # human, gpt, human, gpt, ...
+Turns = list[str]
+"""human, gpt, human, gpt, ..."""
+Source = dict[str, Path]
+"""`{"train": path, "probe": path}`"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare where the first run is written."""
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
+
+
+def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Generate, prepare, train, and say what to open."""
+    from megatron_dynmix import platform
+
+    platform.start()
+    from megatron_dynmix.training.resume import check_run_dir
+
+    run_dir = arguments.run_dir
+    check_run_dir(run_dir, "no")
+    run_yaml = make_quickstart(run_dir / "data")
+    code = train(run_yaml, [], run_dir, world_size=2)
+    if code == 0:
+        print(
+            f"\nDone. What to open:\n"
+            f"  {_command('megatron-dynmix')} report {run_dir}    explains the run: {run_dir}/report.html\n"
+            f"  {run_dir}/mixing.jsonl    every weight update: loads, distances, old and new weights\n"
+            f"  {run_dir}/metrics.jsonl   loss of each source over time\n"
+            f"  {_command('tensorboard')} --logdir {run_dir}/tensorboard\n"
+            f"  {run_yaml}    the run: change it and train again:\n"
+            f"  {_command('megatron-dynmix')} train {run_yaml} --run-dir runs/mine --nproc-per-node 2"
+        )
+    return code
+
+
+def _command(name: str) -> str:
+    """Return how to call a program that was installed beside this one, from here."""
+    path = Path(sys.executable).parent / name
+    if not path.exists():
+        return name
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def make_quickstart(directory: Path, seed: int = 1234) -> Path:
+    """Write sources, tokenizer and `RUN.yaml` into `directory`, and return the path of `RUN.yaml`."""
+    sources = write_sources(directory, seed)
+    _train_tokenizer([source["train"] for source in sources.values()], directory / "tokenizer")
+    return write_run_yaml(directory, sources, seed=seed)
+
+
+def write_sources(directory: Path, seed: int) -> dict[str, Source]:
+    """Generate the four sources as ShareGPT JSONL files in `directory`, byte-identical for one seed.
+
+    No conversation occurs twice, within a file or between files, so a probe never measures what was trained
+    on. Raises `InputError` where a file of that name holds something else.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    seen: set[str] = set()
+    count = TRAIN_EXAMPLES + PROBE_EXAMPLES
+    sources = {}
+    for name, generate in GENERATORS.items():
+        rng = random.Random(f"{seed}/{name}")
+        lines = [_example_line(f"{name}:{i}", _draw_new(generate, rng, seen), rng) for i in range(count)]
+        source = {"train": directory / f"{name}.jsonl", "probe": directory / f"{name}.probe.jsonl"}
+        _write_once(source["train"], "".join(lines[:TRAIN_EXAMPLES]))
+        _write_once(source["probe"], "".join(lines[TRAIN_EXAMPLES:]))
+        sources[name] = source
+    return sources
+
+
+def _draw_new(generate: Callable[[random.Random], Turns], rng: random.Random, seen: set[str]) -> Turns:
+    """Draw until the conversation is new; the generators hold many times the examples needed."""
+    for _ in range(1000):
+        turns = generate(rng)
+        key = "\n".join(turns)
+        if key not in seen:
+            seen.add(key)
+            return turns
+    raise AssertionError(f"{generate.__name__} has too few different examples")
+
+
+def _example_line(example_id: str, turns: Sequence[str], rng: random.Random) -> str:
+    """Return one ShareGPT JSONL line; some chat examples carry a system prompt, as real ones do."""
+    example: dict[str, object] = {"id": example_id}
+    if example_id.startswith("chat:") and rng.random() < 0.3:
+        example["system_prompt"] = SYSTEM_PROMPT
+    speakers = ("human", "gpt")
+    example["conversations"] = [{"from": speakers[i % 2], "value": turn} for i, turn in enumerate(turns)]
+    return json.dumps(example, ensure_ascii=False) + "\n"
+
+
+def write_run_yaml(directory: Path, sources: Mapping[str, Source], *, seed: int = 1234) -> Path:
+    """Write `RUN.yaml` into `directory`: a tiny MoE on two expert-parallel ranks, equal starting weights.
+
+    Paths are relative to `directory`, so that the folder can be moved.
+    """
+    relative = {
+        name: {kind: Path(os.path.relpath(path, directory)).as_posix() for kind, path in source.items()}
+        for name, source in sources.items()
+    }
+    run = {
+        "model": {"preset": "tiny", "vocab_size": VOCAB_SIZE},
+        "parallel": {"expert_model_parallel_size": 2},
+        "data": {
+            "tokenizer": "tokenizer",
+            "template": TEMPLATE,
+            "seq_length": SEQ_LENGTH,
+            "num_workers": 0,  # reading is quick, and the ranks need both cores
+            "sources": {
+                name: {"path": source["train"], "probe": source["probe"], "weight": 1 / len(sources)}
+                for name, source in relative.items()
+            },
+        },
+        "mixing": {"strategy": "gate-load", "interval": 10, "signal": "probe"},
+        "training": {"train_iters": 100, "micro_batch_size": 8, "global_batch_size": 32, "seed": seed},
+        "optimizer": {"lr": 3.0e-3, "lr_decay_style": "cosine", "lr_warmup_iters": 5},
+        "checkpoint": {"save_interval": 50},
+        "logging": {"log_interval": 5},
+    }
+    path = directory / "RUN.yaml"
+    _write_once(path, yaml.safe_dump(run, sort_keys=False, default_flow_style=None, width=110))
+    return path
+
+
+def _train_tokenizer(files: Iterable[Path], output_dir: Path) -> None:
+    """Train the tokenizer on the texts that the run will see, the template's own words included.
+
+    Without those words the template alone would take more than half of a row.
+    """
+    # here, not above: they bring in transformers, which takes seconds and which generating text does not need
+    from megatron_dynmix.data.prepare.conversation import parse_sharegpt
+    from megatron_dynmix.data.prepare.template import render
+    from megatron_dynmix.data.tokenizer.fast import train_bpe
+
+    bytes_only = train_bpe([], VOCAB_SIZE, output_dir)
+    rows = (json.loads(line) for path in files for line in path.read_bytes().splitlines())
+    rendered = (render(parse_sharegpt(row), bytes_only, TEMPLATE).text for row in rows)
+    # the end token has its id already, no merge shall be spent on its letters
+    train_bpe((text.replace(bytes_only.eos, "") for text in rendered), VOCAB_SIZE, output_dir)
+
+
+def _write_once(path: Path, text: str) -> None:
+    """Write a file unless it is there already with this content; an edited file is never overwritten."""
+    data = text.encode()  # bytes: a platform's line ends would break "byte-identical for one seed"
+    if not path.exists():
+        path.write_bytes(data)
+    elif path.read_bytes() != data:
+        raise InputError(
+            f"{path} exists and is not what quickstart writes here (edited, or made with another seed or "
+            "version). Remove it, or choose another directory."
+        )
+
+
+# ---- the examples of each source
 
 NAMES = "Anna Ben Clara David Emma Felix Grace Hugo Ida Jonas Kira Leon Maya Noah Olga Paul Rosa Sam".split()
 GREETINGS = ["Hello,", "Good morning,", "Good evening,", "Hi there,"]
@@ -67,7 +223,7 @@ SHELL_TASKS = [
 
 
 def chat(rng: random.Random) -> Turns:
-    """One polite dialogue of one or two rounds."""
+    """Make a polite dialogue of one or two rounds."""
     name, occasion = rng.choice(NAMES), rng.choice(OCCASIONS)
     wish, ideas = rng.choice(list(IDEAS.items()))
     first, second = rng.sample(ideas, 2)
@@ -84,7 +240,7 @@ def chat(rng: random.Random) -> Turns:
 
 
 def arithmetic(rng: random.Random) -> Turns:
-    """One worked sum, difference or product of numbers below 100; half of the sums are asked in words."""
+    """Work out a sum, difference or product of numbers below 100; half of the sums are asked in words."""
     name, items, kind = rng.choice(NAMES), rng.choice(ITEMS), rng.choice(["words", "plus", "minus", "times"])
     a, b = rng.randint(20, 99), rng.randint(2, 19)
     if kind == "words":
@@ -104,7 +260,7 @@ def arithmetic(rng: random.Random) -> Turns:
 
 
 def code(rng: random.Random) -> Turns:
-    """One small Python function or shell command for a described task."""
+    """Give a small Python function or shell command for a described task."""
     n = rng.randint(2, 50)
     if rng.random() < 0.5:
         task, answer = rng.choice(PYTHON_TASKS)
@@ -117,7 +273,7 @@ def code(rng: random.Random) -> Turns:
 
 
 def in_words(number: int) -> str:
-    """English words of an integer from 0 to 99."""
+    """Return the English words of an integer from 0 to 99."""
     if number < 20:
         return UNITS[number]
     tens, units = divmod(number, 10)
@@ -130,168 +286,3 @@ GENERATORS: dict[str, Callable[[random.Random], Turns]] = {
     "math_again": arithmetic,
     "code": code,
 }
-
-
-TRAIN_EXAMPLES = 1500
-PROBE_EXAMPLES = 100
-VOCAB_SIZE = 1024
-SEQ_LENGTH = 128
-TEMPLATE: Final = "vicuna"
-
-Source = dict[str, Path]  # {"train": ..., "probe": ...}
-
-
-def write_sources(directory: Path, seed: int) -> dict[str, Source]:
-    """Generate the four sources as ShareGPT JSONL files in `directory`.
-
-    Returns `{name: {"train": path, "probe": path}}`. Files are byte-identical for one seed. No conversation
-    occurs twice, within a file or between files, so a probe never measures what was trained on.
-    Raises `InputError` where a file of that name holds something else.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    seen: set[str] = set()
-    count = TRAIN_EXAMPLES + PROBE_EXAMPLES
-    sources = {}
-    for name, generate in GENERATORS.items():
-        rng = random.Random(f"{seed}/{name}")
-        lines = [_example_line(f"{name}:{i}", _draw_new(generate, rng, seen), rng) for i in range(count)]
-        source = {"train": directory / f"{name}.jsonl", "probe": directory / f"{name}.probe.jsonl"}
-        _write_once(source["train"], "".join(lines[:TRAIN_EXAMPLES]))
-        _write_once(source["probe"], "".join(lines[TRAIN_EXAMPLES:]))
-        sources[name] = source
-    return sources
-
-
-def write_run_yaml(directory: Path, sources: Mapping[str, Source], *, seed: int = 1234) -> Path:
-    """Write `RUN.yaml` into `directory`: a tiny MoE on two expert-parallel ranks, equal starting weights.
-
-    Paths are relative to `directory`, so that the folder can be moved. Returns the path of the file; raises
-    `InputError` where it exists with other content.
-    """
-
-    def relative(path: Path) -> str:
-        return Path(os.path.relpath(path, directory)).as_posix()
-
-    run = {
-        "model": {"preset": "tiny", "vocab_size": VOCAB_SIZE},
-        "parallel": {"expert_model_parallel_size": 2},
-        "data": {
-            "tokenizer": "tokenizer",
-            "template": TEMPLATE,
-            "seq_length": SEQ_LENGTH,
-            "num_workers": 0,  # reading is quick, and the ranks need both cores
-            "sources": {
-                name: {
-                    "path": relative(source["train"]),
-                    "probe": relative(source["probe"]),
-                    "weight": 1 / len(sources),
-                }
-                for name, source in sources.items()
-            },
-        },
-        "mixing": {"strategy": "gate-load", "interval": 10, "signal": "probe"},
-        "training": {"train_iters": 100, "micro_batch_size": 8, "global_batch_size": 32, "seed": seed},
-        "optimizer": {"lr": 3.0e-3, "lr_decay_style": "cosine", "lr_warmup_iters": 5},
-        "checkpoint": {"save_interval": 50},
-        "logging": {"log_interval": 5},
-    }
-    path = directory / "RUN.yaml"
-    _write_once(path, yaml.safe_dump(run, sort_keys=False, default_flow_style=None, width=110))
-    return path
-
-
-def make_quickstart(directory: Path, seed: int = 1234) -> Path:
-    """Write sources, tokenizer and `RUN.yaml` into `directory`; returns the path of `RUN.yaml`.
-
-    `seed` decides the generated examples and the run's own seed.
-    """
-    sources = write_sources(directory, seed)
-    _train_tokenizer([source["train"] for source in sources.values()], directory / "tokenizer")
-    return write_run_yaml(directory, sources, seed=seed)
-
-
-def _train_tokenizer(files: Iterable[Path], output_dir: Path) -> None:
-    """Train the tokenizer on the texts that the run will see, the template's own words included.
-
-    Without those words the template alone would take more than half of a row.
-    """
-    # here, not above: they bring in transformers, which takes seconds and which generating text does not need
-    from megatron_dynmix.data.prepare.conversation import parse_sharegpt
-    from megatron_dynmix.data.prepare.template import render
-    from megatron_dynmix.data.tokenizer.fast import train_bpe
-
-    bytes_only = train_bpe([], VOCAB_SIZE, output_dir)
-    rows = (json.loads(line) for path in files for line in path.read_bytes().splitlines())
-    rendered = (render(parse_sharegpt(row), bytes_only, TEMPLATE).text for row in rows)
-    # the end token has its id already, no merge shall be spent on its letters
-    train_bpe((text.replace(bytes_only.eos, "") for text in rendered), VOCAB_SIZE, output_dir)
-
-
-def _draw_new(generate: Callable[[random.Random], Turns], rng: random.Random, seen: set[str]) -> Turns:
-    """Draw until the conversation is new; the generators hold many times the examples needed."""
-    for _ in range(1000):
-        turns = generate(rng)
-        key = "\n".join(turns)
-        if key not in seen:
-            seen.add(key)
-            return turns
-    raise AssertionError(f"{generate.__name__} has too few different examples")
-
-
-def _example_line(example_id: str, turns: Sequence[str], rng: random.Random) -> str:
-    """One ShareGPT JSONL line; some chat examples carry a system prompt, as real ones do."""
-    example: dict[str, object] = {"id": example_id}
-    if example_id.startswith("chat:") and rng.random() < 0.3:
-        example["system_prompt"] = SYSTEM_PROMPT
-    speakers = ("human", "gpt")
-    example["conversations"] = [{"from": speakers[i % 2], "value": turn} for i, turn in enumerate(turns)]
-    return json.dumps(example, ensure_ascii=False) + "\n"
-
-
-def _write_once(path: Path, text: str) -> None:
-    """Write a file unless it is there already with this content; an edited file is never overwritten."""
-    data = text.encode()  # bytes: a platform's line ends would break "byte-identical for one seed"
-    if not path.exists():
-        path.write_bytes(data)
-    elif path.read_bytes() != data:
-        raise InputError(
-            f"{path} exists and is not what quickstart writes here (edited, or made with another seed or "
-            "version). Remove it, or choose another directory."
-        )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare where the first run is written."""
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
-
-
-def run(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Generate, prepare, train, and say what to open."""
-    from megatron_dynmix import platform
-
-    platform.start()
-    from megatron_dynmix.training.resume import check_run_dir
-
-    run_dir = arguments.run_dir
-    check_run_dir(run_dir, "no")
-    run_yaml = make_quickstart(run_dir / "data")
-    code = train(run_yaml, [], run_dir, world_size=2)
-    if code == 0:
-        print(
-            f"\nDone. What to open:\n"
-            f"  {_command('megatron-dynmix')} report {run_dir}    explains the run: {run_dir}/report.html\n"
-            f"  {run_dir}/mixing.jsonl    every weight update: loads, distances, old and new weights\n"
-            f"  {run_dir}/metrics.jsonl   loss of each source over time\n"
-            f"  {_command('tensorboard')} --logdir {run_dir}/tensorboard\n"
-            f"  {run_yaml}    the run: change it and train again:\n"
-            f"  {_command('megatron-dynmix')} train {run_yaml} --run-dir runs/mine --nproc-per-node 2"
-        )
-    return code
-
-
-def _command(name: str) -> str:
-    """How to call a program that was installed beside this one, from here."""
-    path = Path(sys.executable).parent / name
-    if not path.exists():
-        return name
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

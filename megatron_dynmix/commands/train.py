@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dynmix.commands.launch import join_srun
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.job.launch import end_with_launcher, join_srun
+from megatron_dynmix.job.signals import stopping_at_once
 
 if TYPE_CHECKING:
     from megatron_dynmix.training.resume import Resume
@@ -31,9 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Train on this rank, or start the ranks of this machine."""
-    from megatron_dynmix.job.launch import end_with_launcher
-    from megatron_dynmix.job.signals import stopping_at_once
-
     try:
         end_with_launcher()
         with stopping_at_once():
