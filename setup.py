@@ -18,7 +18,7 @@ setup(
     packages=find_packages(include=["megatron_dynmix", "megatron_dynmix.*"]),
     package_data={
         "megatron_dynmix.commands": ["*.j2"],
-        "megatron_dynmix.config": ["*.json"],
+        "megatron_dynmix.config": ["*.json", "*.yaml"],
         "megatron_dynmix.report": ["*.html", "*.css", "*.js"],
     },
     # megatron-core 0.16.1 has wheels for 3.10 to 3.13 only, and its source distribution needs a compiler

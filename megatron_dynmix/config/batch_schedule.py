@@ -17,12 +17,12 @@ class BatchSchedule:
 
     @classmethod
     def of(cls, training: TrainingConfig) -> BatchSchedule:
-        """The schedule of a configuration that was checked."""
+        """Return the schedule of a configuration that was checked."""
         assert training.global_batch_size is not None, "checked before start"
         return cls(training.global_batch_size, training.rampup_batch_size)
 
     def batch_size(self, consumed_samples: int) -> int:
-        """Samples of the step that begins at `consumed_samples`."""
+        """Return the samples of the step that begins at `consumed_samples`."""
         if self.rampup is None:
             return self.global_batch_size
         start, increment, samples = self.rampup
@@ -33,7 +33,7 @@ class BatchSchedule:
         return start + int(consumed_samples / per_increment) * increment
 
     def samples_after(self, iterations: int, consumed_samples: int = 0) -> int:
-        """Samples consumed once `iterations` more steps were taken."""
+        """Return the samples consumed after `iterations` more steps."""
         while iterations and (size := self.batch_size(consumed_samples)) != self.global_batch_size:
             consumed_samples += size
             iterations -= 1

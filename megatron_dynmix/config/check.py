@@ -1,6 +1,6 @@
-"""What the data section alone can get wrong: files that are not there, weights that cannot be drawn by.
+"""What several settings must agree on, and files that must be there.
 
-What several settings must agree on, checked before a process group starts or a model is built.
+Checked before torch is imported; `megatron.check_with_megatron` asks Megatron-Core for the rest.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def _check_batch(config: RunConfig, dp: int) -> None:
 
 
 def _check_rampup(training: TrainingConfig, step: int) -> None:
-    """Every batch size of the ramp must be a whole number of micro-batches on every rank."""
+    """Refuse a ramp with a batch that is no whole number of micro-batches on every rank."""
     if training.rampup_batch_size is None:
         return
     start, increment, _ = training.rampup_batch_size
@@ -224,7 +224,10 @@ def _check_rampup(training: TrainingConfig, step: int) -> None:
 
 
 def _check_groups(config: RunConfig, world_size: int) -> None:
-    """The interleaved pipeline runs micro-batches in groups; the last may be short, but fill the pipeline."""
+    """Refuse batches that an interleaved pipeline cannot run in groups.
+
+    The last group may be shorter than the others, but must fill the pipeline.
+    """
     if not config.parallel.virtual_stages:
         return
     size, training = config.parallel.size, config.training
@@ -249,7 +252,7 @@ def _check_groups(config: RunConfig, world_size: int) -> None:
 
 
 def _check_model(config: RunConfig) -> None:
-    """What Megatron-Core would only find while it builds the model, or route into nothing."""
+    """Refuse what Megatron-Core would only find while it builds the model, or route into nothing."""
     model = model_settings(config)
     require(model.num_layers >= 1, "model.num_layers", model.num_layers, "1 or more")
     latent = megatron_fields()["MLATransformerConfig"].keys()
@@ -272,7 +275,7 @@ def _check_model(config: RunConfig) -> None:
 
 
 def _check_router(config: RunConfig) -> None:
-    """What routers and frozen weights need of the rest of the model."""
+    """Refuse routers and frozen weights that the rest of the model does not fit."""
     model = config.model
     if model.router_network == "mlp" and not model.megatron.get("num_moe_experts"):
         raise InputError("router_network is mlp, but the model is dense: it has no routers; leave it out")
@@ -330,7 +333,7 @@ def _check_mixing(config: RunConfig) -> None:
 
 
 def _check_signal(config: RunConfig, chosen: Chosen, what: str, layers: list[int]) -> None:
-    """What a strategy reads must be there to be measured."""
+    """Refuse a strategy that reads what cannot be measured."""
     sources = config.data.sources
     needs_gate_load, needs_loss = chosen.needs
     if needs_gate_load and not layers:
@@ -356,7 +359,7 @@ def _check_signal(config: RunConfig, chosen: Chosen, what: str, layers: list[int
 
 
 def _check_resolved(mixing: MixingConfig) -> None:
-    """Files that strategies need are there, and none is given that nothing reads."""
+    """Refuse a setting that a strategy needs and lacks, and one that no strategy reads."""
     used: set[str] = set()
     for chosen in (mixing.chosen, *mixing.shadows):
         settings = resolved_options(chosen.strategy)

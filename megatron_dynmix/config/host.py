@@ -96,7 +96,7 @@ NEEDS = (
     Need("pipeline_model_parallel_comm_backend", bool, _cuda, "NCCL", _OUT),
 )
 SHAPES = {"moe_latent_size", "multi_latent_attention"}
-"""Of these, settings that decide which tensors the model has."""
+"""Those of `NEEDS` that decide which tensors the model has."""
 
 
 def check_host(config: RunConfig, host: Host) -> None:
@@ -126,7 +126,7 @@ def check_host(config: RunConfig, host: Host) -> None:
 
 
 def without_unmet(config: RunConfig, host: Host) -> RunConfig:
-    """The run as this host could follow it, to check a layout that is meant for another one.
+    """Return the run as this host could follow it, to check a layout meant for another one.
 
     What is left out are ways to compute, some of which Megatron-Core refuses by name where Transformer
     Engine is not; shapes and group sizes stay.
@@ -148,7 +148,7 @@ def without_unmet(config: RunConfig, host: Host) -> RunConfig:
 
 
 def _check_packed_rows(config: RunConfig, host: Host) -> None:
-    """Transformer Engine takes all rows of a micro-batch as one sequence, in 16 bits."""
+    """Refuse rows that Transformer Engine, which packs a micro-batch in 16 bits, would misread."""
     if not host.transformer_engine or config.parallel.size("context_parallel_size") > 1:
         return
     if not config.training.bf16:

@@ -255,7 +255,7 @@ def model_settings(config: Values) -> dict[str, Any]:
 
 
 def flat_settings(model: ModelConfig) -> dict[str, Any]:
-    """The `model` section as one mapping: our fields, and those of `TransformerConfig` beside them."""
+    """Return the `model` section as one mapping: our fields, and those of `TransformerConfig` beside them."""
     own = {item.name: getattr(model, item.name) for item in fields(model) if item.name != "megatron"}
     return {**own, **model.megatron}
 
@@ -296,7 +296,7 @@ def hugging_face_config(settings: Values) -> dict[str, Any]:
 
 
 def _completed(settings: Values) -> dict[str, Any]:
-    """Settings with what Megatron-Core takes those to be that are not given."""
+    """Return the settings, those not given filled in as Megatron-Core would."""
     heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
     inner = settings.get("ffn_hidden_size") or 4 * hidden
     filled: dict[str, Any] = {

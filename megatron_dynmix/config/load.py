@@ -140,7 +140,7 @@ def _is_path(name: str, value: Any) -> bool:
 
 
 def _shadows(entries: tuple[str | dict[str, Any], ...], where: str) -> tuple[str | dict[str, Any], ...]:
-    """Options of shadows have the types of the same flat options."""
+    """Give the options of shadows the types of the same flat options."""
     hints = option_hints()
     return tuple(
         entry
@@ -198,7 +198,7 @@ def _absolute(text: str | None, folder: Path, where: str) -> str | None:
 
 
 def parse_flags(flags: Sequence[str], known: Mapping[str, leaves.Leaf] | None = None) -> dict[str, Any]:
-    """Flags -> leaf name -> value.
+    """Return leaf name -> value of flags.
 
     Args:
         flags: as on a command line.
@@ -247,7 +247,7 @@ def _refuse(message: str) -> None:
 
 
 def _build(values: Values) -> tree.RunConfig:
-    """The tree from checked values: the model's shape filled in, Megatron's fields set apart from ours."""
+    """Return the tree from checked values: the model's shape filled in, Megatron's fields apart from ours."""
     values["model"] = complete_model(values["model"])
     load_hf = values["model"].get("load_hf")
     if load_hf is not None and has_tokenizer(Path(load_hf)):
@@ -265,7 +265,7 @@ def _build(values: Values) -> tree.RunConfig:
 
 
 def to_dict(config: tree.RunConfig) -> dict[str, dict[str, Any]]:
-    """The resolved configuration as plain values, flat as in RUN.yaml."""
+    """Return the resolved configuration as plain values, flat as in RUN.yaml."""
     sections = {}
     for field in dataclasses.fields(config):
         section = getattr(config, field.name)
@@ -287,5 +287,5 @@ def _plain(value: Any) -> Any:
 
 
 def to_yaml(config: tree.RunConfig) -> str:
-    """The resolved configuration as RUN.yaml text that `load_config` reads back to the same tree."""
+    """Return the resolved configuration as RUN.yaml text that `load_config` reads back to the same tree."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)

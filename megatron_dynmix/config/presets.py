@@ -1,17 +1,12 @@
-"""Published model sizes, as fields of our `ModelConfig` and of Megatron-Core's `TransformerConfig`.
-
-Sources: the `config.json` of each model on the Hugging Face hub, at mistralai/Mixtral-8x7B-v0.1,
-mistralai/Mixtral-8x22B-v0.1, Qwen/Qwen3-30B-A3B, Qwen/Qwen1.5-MoE-A2.7B, allenai/OLMoE-1B-7B-0924 and
-llama-moe/LLaMA-MoE-v1-3_5B-2_8 (and -3_5B-4_16, -3_0B-2_16).
-
-Where the model's shape comes from: published sizes, a Hugging Face folder, or the settings alone.
-"""
+"""Where the model's shape comes from: published sizes, a Hugging Face folder, or the settings alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from megatron_dynmix.config.hugging_face import read_config
 from megatron_dynmix.config.run_config import ModelConfig
@@ -31,134 +26,10 @@ COMMON: dict[str, Any] = {
 }
 """What all presets share: a pre-norm SwiGLU decoder with RMSNorm and a top-k router."""
 
-LLAMA_MOE: dict[str, Any] = {
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-    "rotary_base": 10000.0,
-    "num_layers": 32,
-    "hidden_size": 4096,
-    "num_attention_heads": 32,
-    "num_query_groups": 32,
-    "router_network": "mlp",
-    "router_noise": "training",
-}
-"""What the models of LLaMA-MoE v1 share: LLaMA-2 7B, its feed-forward layers split into experts.
-
-The scores of the chosen experts are scaled by experts / chosen experts.
-"""
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "vocab_size": 4096,
-        "max_position_embeddings": 4096,
-        "rotary_base": 10000.0,
-        "num_layers": 2,
-        "hidden_size": 128,
-        "ffn_hidden_size": 256,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "num_moe_experts": 8,
-        "moe_router_topk": 2,
-    },
-    "mixtral-8x7b": {
-        "vocab_size": 32000,
-        "max_position_embeddings": 32768,
-        "rotary_base": 1e6,
-        "num_layers": 32,
-        "hidden_size": 4096,
-        "ffn_hidden_size": 14336,
-        "num_attention_heads": 32,
-        "num_query_groups": 8,
-        "num_moe_experts": 8,
-        "moe_router_topk": 2,
-    },
-    "mixtral-8x22b": {
-        "vocab_size": 32000,
-        "max_position_embeddings": 65536,
-        "rotary_base": 1e6,
-        "num_layers": 56,
-        "hidden_size": 6144,
-        "ffn_hidden_size": 16384,
-        "num_attention_heads": 48,
-        "num_query_groups": 8,
-        "num_moe_experts": 8,
-        "moe_router_topk": 2,
-    },
-    "qwen3-30b-a3b": {
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "rotary_base": 1e6,
-        "num_layers": 48,
-        "hidden_size": 2048,
-        "ffn_hidden_size": 6144,
-        "moe_ffn_hidden_size": 768,
-        "num_attention_heads": 32,
-        "num_query_groups": 4,
-        "kv_channels": 128,
-        "qk_layernorm": True,
-        "layernorm_epsilon": 1e-6,
-        "num_moe_experts": 128,
-        "moe_router_topk": 8,
-    },
-    "qwen1.5-moe-a2.7b": {
-        "vocab_size": 151936,
-        "max_position_embeddings": 8192,
-        "rotary_base": 1e6,
-        "num_layers": 24,
-        "hidden_size": 2048,
-        "ffn_hidden_size": 5632,
-        "moe_ffn_hidden_size": 1408,
-        "moe_shared_expert_intermediate_size": 5632,
-        "moe_shared_expert_gate": True,
-        "num_attention_heads": 16,
-        "num_query_groups": 16,
-        "add_qkv_bias": True,
-        "layernorm_epsilon": 1e-6,
-        "num_moe_experts": 60,
-        "moe_router_topk": 4,
-        # as OLMoE: the softmax is over all experts, and the chosen ones are not renormalised
-        "moe_router_pre_softmax": True,
-    },
-    "olmoe-1b-7b": {
-        "vocab_size": 50304,
-        "max_position_embeddings": 4096,
-        "rotary_base": 10000.0,
-        "num_layers": 16,
-        "hidden_size": 2048,
-        "ffn_hidden_size": 1024,
-        "num_attention_heads": 16,
-        "num_query_groups": 16,
-        "qk_layernorm": True,
-        "qk_layernorm_full_width": True,
-        "num_moe_experts": 64,
-        "moe_router_topk": 8,
-        # OLMoE takes the softmax over all experts and does not renormalise the chosen ones
-        "moe_router_pre_softmax": True,
-    },
-    "llama-moe-3.5b-2-8": {
-        **LLAMA_MOE,
-        "ffn_hidden_size": 1376,
-        "num_moe_experts": 8,
-        "moe_router_topk": 2,
-        "moe_router_topk_scaling_factor": 4.0,
-    },
-    "llama-moe-3.5b-4-16": {
-        **LLAMA_MOE,
-        "ffn_hidden_size": 688,
-        "num_moe_experts": 16,
-        "moe_router_topk": 4,
-        "moe_router_topk_scaling_factor": 4.0,
-    },
-    "llama-moe-3.0b-2-16": {
-        **LLAMA_MOE,
-        "ffn_hidden_size": 688,
-        "num_moe_experts": 16,
-        "moe_router_topk": 2,
-        "moe_router_topk_scaling_factor": 8.0,
-    },
-}
-
-
+PRESETS: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+)
+"""Name -> the settings of published sizes, beside `COMMON`."""
 SHAPE = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "moe_ffn_hidden_size", "num_attention_heads"),
     *("num_query_groups", "kv_channels", "num_moe_experts", "moe_layer_freq", "vocab_size"),
@@ -171,14 +42,14 @@ SHAPE = (
 )
 """Settings of the model section that decide which tensors the model has."""
 PRESENCE = ("router_noise",)
-"""Those of which it only matters whether there is one."""
+"""Settings of `SHAPE` for which it only matters whether there is one."""
 DEFAULTS = {
     **COMMON,
     "moe_layer_freq": 1,
     "untie_embeddings_and_output_weights": True,
     "router_network": "linear",
 }
-"""Of those, what they are where nothing is said; the others are then off."""
+"""What settings of `SHAPE` are where nothing is said; the others are then off."""
 NEEDED = (
     *("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"),
     "rotary_base",
@@ -243,7 +114,7 @@ def _alone(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_shape(folder: Path) -> dict[str, Any]:
-    """Our model section for the model that a folder's config.json describes.
+    """Return our model section for the model that a folder's config.json describes.
 
     Raises:
         InputError: no such file, one that cannot be read, a model that we do not have.
@@ -272,7 +143,7 @@ def _agree(preset: Mapping[str, Any], base: Mapping[str, Any], load_hf: str, nam
 
 
 def other_shape(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Settings in which two model sections have other tensors."""
+    """Return the settings in which two model sections have other tensors."""
 
     def value(settings: Mapping[str, Any], name: str) -> Any:
         found = settings.get(name, DEFAULTS.get(name)) or None
@@ -284,7 +155,7 @@ def other_shape(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def _implied(settings: Mapping[str, Any], name: str) -> Any:
-    """A size that Megatron-Core takes from others where it is not given; None for what is then off."""
+    """Return a size that Megatron-Core takes from others where it is not given; None for what is then off."""
     heads = settings.get("num_attention_heads")
     if name == "num_query_groups":
         return heads

@@ -108,7 +108,7 @@ def _own_leaves(section: str, owner: type) -> dict[str, Leaf]:
 
 
 def find(name: str) -> Leaf:
-    """The leaf of that name.
+    """Return the leaf of that name.
 
     Raises:
         InputError: an unknown name (with the nearest), or one that cannot be set (with the reason).
@@ -126,7 +126,7 @@ CLOSE = 0.7
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint at the known name most like `name`, or nothing."""
+    """Return a hint at the known name most like `name`, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=CLOSE)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -189,7 +189,7 @@ def _checked(value: Any, good: bool, refusal: InputError) -> Any:
 
 
 def describe(hint: Any) -> str:
-    """A type in a user's words: `text or null`, `a list whose items are each a whole number`."""
+    """Return a type in a user's words: `text or null`, `a list whose items are each a whole number`."""
     members = typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(describe(member) for member in members)
@@ -203,7 +203,7 @@ def describe(hint: Any) -> str:
 
 
 def from_text(text: str, leaf: Leaf) -> Any:
-    """A flag's text as the leaf's type."""
+    """Return a flag's text as the leaf's type."""
     if leaf.hint is str:
         return text
     if leaf.hint == str | None:  # YAML would read a folder called 2024 as a number

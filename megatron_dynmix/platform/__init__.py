@@ -116,7 +116,7 @@ def _correct_latent_attention() -> None:
 
 
 def rendezvous(timeout_minutes: float) -> torch.distributed.Store:
-    """The store where the ranks that `torchrun`'s variables describe meet; a private one for a rank alone.
+    """Return the store where the ranks of `torchrun`'s variables meet; a private one for a rank alone.
 
     It does not wait for the other ranks, so that who is missing can be said.
 

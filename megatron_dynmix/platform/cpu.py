@@ -23,22 +23,31 @@ import torch
 CPU = torch.device("cpu")
 
 
-class Stream:
-    """The one stream of a CPU: work on it is done when the call returns."""
+def _nothing(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Wait for nothing: on a CPU, work is done when the call returns."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def wait_stream(self, other: Any) -> None:
-        """Nothing to wait for."""
+class Event:
+    """An event that has already happened."""
 
-    def wait_event(self, event: Any) -> None:
-        """Nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
+    __init__ = record = wait = synchronize = _nothing
 
     def query(self) -> bool:
-        """Always idle."""
+        """Return that it has happened."""
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        """Return the milliseconds between two events: not measured on a CPU."""
+        return 0.0
+
+
+class Stream:
+    """The one stream of a CPU: always idle."""
+
+    __init__ = wait_stream = wait_event = synchronize = __exit__ = _nothing
+
+    def query(self) -> bool:
+        """Return that it is idle."""
         return True
 
     def record_event(self, event: Event | None = None) -> Event:
@@ -47,31 +56,6 @@ class Stream:
 
     def __enter__(self) -> Stream:
         return self
-
-    def __exit__(self, *exc: Any) -> None: ...
-
-
-class Event:
-    """An event that has already happened."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def record(self, stream: Any = None) -> None:
-        """Has happened."""
-
-    def wait(self, stream: Any = None) -> None:
-        """Nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
-
-    def query(self) -> bool:
-        """Always done."""
-        return True
-
-    def elapsed_time(self, other: Any) -> float:
-        """Milliseconds between two events: not measured on a CPU."""
-        return 0.0
 
 
 def install() -> None:

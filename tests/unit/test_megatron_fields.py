@@ -15,15 +15,9 @@ from megatron_dynmix.config.run_config import RunConfig
 ROOT = Path(__file__).parents[2]
 REFUSE = """
 import sys
-from pathlib import Path
-from megatron_dynmix.config.check import check_run
-from megatron_dynmix.config.load import load_config
-from megatron_dynmix.errors import InputError
-try:
-    check_run(load_config(Path(sys.argv[1]), sys.argv[2:]), 2)
-except InputError as error:
-    print(error)
-print(*sorted({"torch", "megatron.core"} & sys.modules.keys()), file=sys.stderr)
+from megatron_dynmix.cli import main
+code = main(sys.argv[1:])
+sys.exit(f"imported {loaded}" if (loaded := {"torch", "megatron.core"} & sys.modules.keys()) else code)
 """
 
 
@@ -44,14 +38,14 @@ def test_the_table_is_that_of_the_installed_version():
         ("--moe-layer-freq 0", "moe_layer_freq is 0"),
         ("--q-lora-rank 8", "only multi-latent attention has that"),
         ("--tensor-model-parallel-size 2", "add --sequence-parallel"),
-        ("", ""),
     ],
 )
-def test_settings_are_refused_without_torch_or_megatron(flags, message, tmp_path):
+def test_train_refuses_settings_without_torch_or_megatron(flags, message, tmp_path):
     path = write(tmp_path, good_settings(tmp_path))
-    command = [sys.executable, "-c", REFUSE, str(path), *flags.split()]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert message in done.stdout and done.stderr.split() == []
+    command = [sys.executable, "-c", REFUSE, "train", path, "--run-dir", tmp_path / "run"]
+    command += ["--nproc-per-node", "2", *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
 
 
 def test_defaults_are_filled_in():
