@@ -53,7 +53,7 @@ class MixState:
     overridden: bool
     """Whether the operator has set the weights in force."""
     interval_counts: NDArray[np.int64]
-    """`[L, H, D, E]`."""
+    """`[H, D, L, E]`."""
     interval_stats: SourceStats
 
 

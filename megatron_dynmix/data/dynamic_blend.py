@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_dynmix.data.blend import Chunk, Cursor, Stage, advance, build_chunk, rows_of
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.mixing.strategy import half_of
 
 Draw = tuple[int, int, int]
 """dataset_id, row, and half: whether it is an even (0) or an odd one (1) of the rows drawn of its source."""
@@ -157,7 +158,7 @@ class DynamicBlendedDataset(BlendedDataset):
             here = slice(max(first - chunk.start.sample, 0), max(last - chunk.start.sample, 0))
             ids_N, ordinal_N = chunk.dataset_index_N[here], chunk.ordinal_N[here]
             rows_N = rows_of(ids_N, ordinal_N, self.sizes_D, self.shuffle_ids_D, self.seed)
-            found += zip(ids_N.tolist(), rows_N.tolist(), (ordinal_N % 2).tolist(), strict=True)
+            found += zip(ids_N.tolist(), rows_N.tolist(), half_of(ordinal_N).tolist(), strict=True)
         return found
 
     def advance_to(self, sample: int) -> None:

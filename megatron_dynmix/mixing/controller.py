@@ -197,7 +197,7 @@ def checked(proposal: Proposal, strategy: Strategy, num_sources: int) -> Proposa
     weights_D = check_weights(proposal.weights_D, num_sources)
     delta_D = _fit("delta", proposal.delta_D, (num_sources,), strategy)
     assert delta_D is not None, "a proposal has scores"
-    load_DE = _fit("load", proposal.load_DE, (num_sources, -1), strategy)
+    load_DLE = _fit("load", proposal.load_DLE, (num_sources, -1, -1), strategy)
     distance_DD = _fit("distance", proposal.distance_DD, (num_sources, num_sources), strategy)
     error_D = _fit("delta error", proposal.delta_error_D, (num_sources,), strategy)
     _check_state(proposal.state, strategy)
@@ -205,7 +205,7 @@ def checked(proposal: Proposal, strategy: Strategy, num_sources: int) -> Proposa
         proposal,
         weights_D=weights_D,
         delta_D=delta_D,
-        load_DE=load_DE,
+        load_DLE=load_DLE,
         distance_DD=distance_DD,
         delta_error_D=error_D,
     )

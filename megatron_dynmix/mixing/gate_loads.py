@@ -1,7 +1,6 @@
 """Gate load: the share of a source's routed tokens that each expert received.
 
-Axes: D sources, L MoE layers, K chosen layers, E experts. In ``load_DE`` the experts of the chosen layers
-stand side by side.
+Axes: D sources, L MoE layers, E experts; H = 2 halves may stand before them.
 """
 
 from collections.abc import Sequence
@@ -10,9 +9,7 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dynmix.mixing.strategy import SourceError
-
-Counts = NDArray[np.int64] | NDArray[np.float64]
+from megatron_dynmix.mixing.strategy import Counts, SourceError
 
 
 def check_layers(layers: str | Sequence[int]) -> None:
@@ -31,15 +28,14 @@ def check_layers(layers: str | Sequence[int]) -> None:
 
 
 def select_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
-    """Which of ``num_layers`` MoE layers to measure, as zero-based indices.
+    """Choose among the MoE layers of a model; dense layers are not counted.
 
     Args:
-        layers: ``"last"`` (the paper: deeper layers are more specialised), ``"all"``, or indices among
-            the MoE layers only; dense layers are not counted.
-        num_layers: number of MoE layers in the model, at least 1.
+        layers: ``"last"`` (the paper: deeper layers are more specialized), ``"all"``, or zero-based indices.
+        num_layers: number of MoE layers in the model.
 
     Raises:
-        ValueError: another word, no index, an index outside the model, or one given twice.
+        ValueError: layers that `check_layers` refuses, an index outside the model, or a model without MoE.
 
     """
     if num_layers < 1:
@@ -59,7 +55,7 @@ def select_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
 
 
 def at_layers(counts_DLE: Counts, layers: str | Sequence[int]) -> Counts:
-    """The chosen layers of counts `[..., L, E]`; see `select_layers`. A view where that is possible."""
+    """Return the chosen layers of counts `[..., L, E]`, as a view where that is possible."""
     chosen = select_layers(layers, counts_DLE.shape[-2])
     if chosen == list(range(counts_DLE.shape[-2])):
         return counts_DLE
@@ -67,46 +63,42 @@ def at_layers(counts_DLE: Counts, layers: str | Sequence[int]) -> Counts:
 
 
 def gate_load(
-    counts_DLE: Counts,
-    layers: str | Sequence[int],
-    *,
-    by_layer: bool = False,
+    counts_DLE: Counts, layers: str | Sequence[int], *, by_layer: bool = False
 ) -> NDArray[np.float64]:
     """Turn token counts into loads: O_i / sum(O_i), Zhu et al. (2025), section 3.
 
     Args:
         counts_DLE: tokens routed to each expert, padding not counted.
-        layers: see `select_layers`. With several, their experts are concatenated before dividing.
-        by_layer: divide each layer by its own sum instead.
+        layers: see `select_layers`.
+        by_layer: divide each layer by its own sum; otherwise the chosen layers of a source by their sum.
 
     Returns:
-        load_DE, shape [D, len(layers) * E]; every row sums to 1, or every layer of every row does.
+        load_DLE of the chosen layers, in the order chosen.
 
     Raises:
-        ValueError: not three axes, or a source (named by its index) without tokens or with a negative, NaN or
-            infinite count.
+        SourceError: a source without tokens, or with a negative, NaN or infinite count.
+        ValueError: not three axes, or counts too large to add.
 
     """
     if counts_DLE.ndim != 3:
         raise ValueError(f"counts have shape {counts_DLE.shape}; give [sources, layers, experts]")
-    load_DKE = at_layers(counts_DLE, layers).astype(np.float64)
-    if not by_layer:
-        load_DKE = load_DKE.reshape(len(counts_DLE), 1, -1)
-    total_DK = load_DKE.sum(axis=2)
-    if not (np.isfinite(total_DK).all() and total_DK.all() and load_DKE.min() >= 0):
-        _refuse(load_DKE)
-    load_DKE /= total_DK[:, :, None]
-    return load_DKE.reshape(len(counts_DLE), -1)
+    load_DLE: NDArray[np.float64] = np.ascontiguousarray(at_layers(counts_DLE, layers), np.float64)
+    grouped_DGE = load_DLE if by_layer else load_DLE.reshape(len(load_DLE), 1, -1)
+    total_DG = grouped_DGE.sum(axis=2)
+    if not (np.isfinite(total_DG).all() and total_DG.all() and load_DLE.min() >= 0):
+        _refuse(grouped_DGE)
+    load_DLE = load_DLE / total_DG[:, :, None]
+    return load_DLE
 
 
-def _refuse(load_DKE: NDArray[np.float64]) -> NoReturn:
+def _refuse(load_DGE: NDArray[np.float64]) -> NoReturn:
     """Name the first source whose counts are no load."""
-    for dataset_id, load_KE in enumerate(load_DKE):
-        if not np.isfinite(load_KE).all() or (load_KE < 0).any():
+    for dataset_id, load_GE in enumerate(load_DGE):
+        if not np.isfinite(load_GE).all() or (load_GE < 0).any():
             raise SourceError(
                 [dataset_id],
-                f"has a negative, NaN or infinite expert load: {load_KE.tolist()}; loads are token counts",
+                f"has a negative, NaN or infinite expert load: {load_GE.tolist()}; loads are token counts",
             )
-        if not load_KE.any(axis=1).all():
+        if not load_GE.any(axis=1).all():
             raise SourceError([dataset_id], "has no routed tokens; measure it on some rows")
     raise ValueError("the counts of a source are too large to be added")

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dynmix.mixing.gate_loads import Counts
-from megatron_dynmix.mixing.strategy import Signal, Strategy
+from megatron_dynmix.mixing.strategy import HALVES as NUM_HALVES
+from megatron_dynmix.mixing.strategy import Counts, Signal, Strategy
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,16 @@ class LastKnown:
         measured_D = self._totals(counts_DLE) > 0
         known = self._updated(self.counts, counts_DLE, measured_D, "counts")
         if not measured_D.all():
-            signal = replace(signal, counts_DLE=_stacked(known, counts_DLE))
+            signal = replace(signal, counts_DLE=_stacked(known, counts_DLE[0], axis=0))
         return replace(self, counts=known), signal, self._filled(measured_D, known)
 
     def fill_halves(self, signal: Signal) -> tuple["LastKnown", Signal, Filled]:
         """The same for the halves, of sources with tokens in both: one alone tells nothing of the noise."""
-        halves_DHLE = self._checked_halves(signal)
-        measured_D = (self._totals(halves_DHLE[:, 0]) > 0) & (self._totals(halves_DHLE[:, 1]) > 0)
-        known = self._updated(self.halves, halves_DHLE, measured_D, "halves of counts")
+        halves_HDLE = self._checked_halves(signal)
+        measured_D = np.all([self._totals(half_DLE) > 0 for half_DLE in halves_HDLE], axis=0)
+        known = self._updated(self.halves, halves_HDLE.swapaxes(0, 1), measured_D, "halves of counts")
         if not measured_D.all():
-            signal = replace(signal, half_counts_HDLE=_stacked(known, halves_DHLE).swapaxes(0, 1))
+            signal = replace(signal, half_counts_HDLE=_stacked(known, halves_HDLE[:, 0], axis=1))
         return replace(self, halves=known), signal, self._filled(measured_D, known)
 
     def fill_losses(self, signal: Signal) -> tuple["LastKnown", Signal, Filled]:
@@ -116,12 +116,11 @@ class LastKnown:
             raise ValueError(
                 "token counts in two halves are needed to tell their noise; the signal holds none"
             )
-        if halves_HDLE.shape != (2, *counts_DLE.shape):
+        if halves_HDLE.shape != (NUM_HALVES, *counts_DLE.shape):
             raise ValueError(
-                f"halves of counts have shape {halves_HDLE.shape}; need {(2, *counts_DLE.shape)}"
+                f"halves of counts have shape {halves_HDLE.shape}; need {(NUM_HALVES, *counts_DLE.shape)}"
             )
-        halves_DHLE: Counts = halves_HDLE.swapaxes(0, 1)
-        return halves_DHLE
+        return halves_HDLE
 
     def _totals(self, counts_DLE: Counts) -> NDArray[np.float64]:
         """Tokens of each source, after every count was found to be one.
@@ -194,8 +193,9 @@ class LastKnown:
         )
 
 
-def _stacked(known: Sequence[Counts | None], like: Counts) -> Counts:
-    return np.stack([np.zeros_like(like[0]) if counts is None else counts for counts in known])
+def _stacked(known: Sequence[Counts | None], like: Counts, axis: int) -> Counts:
+    filled: list[Any] = [np.zeros_like(like) if counts is None else counts for counts in known]
+    return np.stack(filled, axis)
 
 
 TOKENS, HALVES, LOSS = "tokens", "tokens in both halves", "loss"

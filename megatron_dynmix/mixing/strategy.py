@@ -1,6 +1,6 @@
 """What a mixing strategy is given, what it answers, and what it must offer.
 
-Axes: H halves, D sources, L MoE layers, E experts (in ``load_DE``: of all chosen layers).
+Axes: H halves, D sources, L MoE layers, E experts.
 
 What strategies need of a signal, or a refusal that says what is missing.
 
@@ -13,6 +13,14 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+Counts = NDArray[np.int64] | NDArray[np.float64]
+HALVES = 2
+
+
+def half_of(ordinal: Any) -> Any:
+    """Return the half of its source, 0 or 1, in which the row with that number is counted."""
+    return ordinal % HALVES
 
 
 class SourceError(ValueError):
@@ -89,8 +97,8 @@ class Signal:
 
     """
 
-    counts_DLE: NDArray[np.int64] | NDArray[np.float64] | None = None
-    half_counts_HDLE: NDArray[np.int64] | NDArray[np.float64] | None = None
+    counts_DLE: Counts | None = None
+    half_counts_HDLE: Counts | None = None
     loss_D: NDArray[np.float64] | None = None
     iteration: int = 0
     train_iters: int = 0
@@ -108,7 +116,7 @@ class Proposal:
     Attributes:
         weights_D: shares of the sources in what is drawn next, summing to 1.
         delta_D: scores; larger means more weight. Zeros where nothing was scored.
-        load_DE: normalised gate loads; None where the strategy uses none.
+        load_DLE: normalized gate loads of the layers that the strategy reads; None where it uses none.
         distance_DD: distances between loads; None where the strategy uses none.
         state: what the strategy wants to be given at its next update, in JSON types.
         delta_error_D: one standard error of each score; None where not known.
@@ -117,7 +125,7 @@ class Proposal:
 
     weights_D: NDArray[np.float64]
     delta_D: NDArray[np.float64]
-    load_DE: NDArray[np.float64] | None = None
+    load_DLE: NDArray[np.float64] | None = None
     distance_DD: NDArray[np.float64] | None = None
     state: Mapping[str, Any] = field(default_factory=dict)
     delta_error_D: NDArray[np.float64] | None = None

@@ -1,16 +1,8 @@
-"""Gate loads per source: what was routed to each expert, on the device, without a host synchronisation.
+"""Gate loads per source: what was routed to each expert, on the device, without a host synchronization.
 
 Every source is counted in two halves, of its even and its odd rows: how far they disagree tells how noisy
-its load is. Axes: L MoE layers of the whole model, H = 2 halves, D sources, E experts, T tokens of this
+its load is. Axes: H = 2 halves, D sources, L MoE layers of the whole model, E experts, T tokens of this
 rank's micro-batch, G = H * D groups (half h of source d is group h * D + d).
-
-From each rank's counts to the counts of the whole job.
-
-Every rank of a pipeline stage routes other tokens: expert-parallel ranks are carved out of the
-data-parallel ones, and with sequence or context parallelism a rank holds a slice of the sequence. The
-sum therefore runs over the expert-parallel group, then over the expert-tensor and expert-data groups
-(which together hold each token of the stage once, in every layout), then over the pipeline stages,
-whose layers are disjoint. Axes: L MoE layers, H halves, D sources, E experts.
 """
 
 from __future__ import annotations
@@ -23,7 +15,7 @@ import torch
 from megatron.core import parallel_state
 from numpy.typing import NDArray
 
-HALVES = 2
+from megatron_dynmix.mixing.strategy import HALVES
 
 PROBABILITY_UNIT = 2**24
 """What a probability of 1 counts: float32 resolves no more, and 5e11 tokens fit into int64."""
@@ -63,8 +55,8 @@ class GateLoadCounter:
         """
         self.num_sources = num_sources
         self.by_probability = by_probability
-        self.counts_LHDE = torch.zeros(
-            num_layers, HALVES, num_sources, num_experts, dtype=torch.int64, device=device
+        self.counts_HDLE = torch.zeros(
+            HALVES, num_sources, num_layers, num_experts, dtype=torch.int64, device=device
         )  # int64: Float16Module turns float buffers into bf16, which cannot count
         self._trained_only = trained_only
         self._arange_G = torch.arange(HALVES * num_sources, device=device)
@@ -130,41 +122,33 @@ class GateLoadCounter:
         mass_TE = mass_TE.detach().to(one_hot_GT.dtype)
         if self.by_probability:
             mass_TE = (mass_TE * PROBABILITY_UNIT).round()
-        self.counts_LHDE[layer] += (one_hot_GT @ mass_TE).to(torch.int64).view(HALVES, self.num_sources, -1)
+        added_HDE = (one_hot_GT @ mass_TE).to(torch.int64).view(HALVES, self.num_sources, -1)
+        self.counts_HDLE.select(2, layer).add_(added_HDE)
 
     def take(self) -> torch.Tensor:
-        """Return this rank's counts `[L, H, D, E]` and start again from zero."""
-        counts_LHDE = self.counts_LHDE.clone()
-        self.counts_LHDE.zero_()
-        return counts_LHDE
+        """Return this rank's counts and start again from zero."""
+        counts_HDLE = self.counts_HDLE.clone()
+        self.counts_HDLE.zero_()
+        return counts_HDLE
 
-    def by_half(self, counts_LHDE: torch.Tensor) -> NDArray[np.int64] | NDArray[np.float64]:
-        """Counts of this counter as a strategy reads them.
-
-        Args:
-            counts_LHDE: what `take` gave, reduced or not.
-
-        Returns:
-            `[H, D, L, E]`: tokens (int64), or sums of probabilities (float64).
-
-        """
-        half_counts_HDLE = np.ascontiguousarray(counts_LHDE.permute(1, 2, 0, 3).cpu().numpy())
+    def as_signal(self, counts_HDLE: torch.Tensor) -> NDArray[np.int64] | NDArray[np.float64]:
+        """Return counts of this counter as a strategy reads them: tokens, or sums of probabilities."""
+        half_counts_HDLE = counts_HDLE.cpu().numpy()
         return half_counts_HDLE / PROBABILITY_UNIT if self.by_probability else half_counts_HDLE
 
 
-def reduce_counts(counts_LHDE: torch.Tensor) -> torch.Tensor:
-    """Sum counts over all tokens of the job and all pipeline stages.
+def reduce_counts(counts_HDLE: torch.Tensor) -> torch.Tensor:
+    """Sum counts over all tokens of the job and all pipeline stages; exact, and the same on every rank.
 
-    Args:
-        counts_LHDE: this rank's int64 counts; zero for the layers of other stages.
-
-    Returns:
-        The same counts on every rank, exact: integers are added, in any order.
-
+    Every rank of a pipeline stage routes other tokens: expert-parallel ranks are carved out of the
+    data-parallel ones, and with sequence or context parallelism a rank holds a slice of the sequence. The
+    sum therefore runs over the expert-parallel group, then over the expert-tensor and expert-data groups
+    (which together hold each token of the stage once, in every layout), then over the pipeline stages,
+    whose layers are disjoint.
     """
-    total_LHDE = counts_LHDE.clone()
-    if not total_LHDE.numel():  # of a dense model
-        return total_LHDE
+    total_HDLE = counts_HDLE.clone()
+    if not total_HDLE.numel():  # of a dense model
+        return total_HDLE
     for group in (
         parallel_state.get_expert_model_parallel_group(),
         parallel_state.get_expert_tensor_parallel_group(),
@@ -172,5 +156,5 @@ def reduce_counts(counts_LHDE: torch.Tensor) -> torch.Tensor:
         parallel_state.get_pipeline_model_parallel_group(),
     ):
         if group.size() > 1:
-            torch.distributed.all_reduce(total_LHDE, group=group)
-    return total_LHDE
+            torch.distributed.all_reduce(total_HDLE, group=group)
+    return total_HDLE

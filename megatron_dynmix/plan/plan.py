@@ -9,6 +9,7 @@ from typing import Any
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.host import Host
 from megatron_dynmix.config.megatron import moe_layers
+from megatron_dynmix.mixing.strategy import HALVES
 from megatron_dynmix.plan.layout import Layout, bubble_share, group_text, micro_batches
 from megatron_dynmix.plan.memory import StageMemory, checkpoint_bytes, memory_by_stage
 from megatron_dynmix.plan.parameters import model_parameters, transformer_here
@@ -16,8 +17,6 @@ from megatron_dynmix.plan.parameters import model_parameters, transformer_here
 BACKWARD = 2
 """Forward passes that a backward pass costs: a product for the inputs and one for the weights."""
 COUNT_BYTES = 8
-HALVES = 2
-"""Each source is counted in two halves, so that the noise of its load can be told."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -159,7 +159,7 @@ def _with_decision(record: MixingUpdate, controller: MixingController, decision:
     return replace(
         record,
         delta=proposal.delta_D.tolist(),
-        load=_by_layer(proposal.load_DE, decision),
+        load=_load(proposal.load_DLE),
         distance=proposal.distance_DD,
         notes=[*record.notes, *decision.notes],
         events=list(decision.events),
@@ -187,12 +187,6 @@ def busiest_expert(signal: Signal, weights_D: NDArray[np.float64]) -> list[float
     return (mix_LE.max(axis=1) / np.where(mean_L > 0, mean_L, 1)).tolist()
 
 
-def _by_layer(load_DE: NDArray[np.float64] | None, decision: Decision) -> NDArray[np.float64] | None:
-    """Loads of several layers, which a strategy lays side by side, as `[D, L, E]`."""
-    counts_DLE = decision.signal.counts_DLE
-    if load_DE is None or counts_DLE is None:
-        return load_DE
-    num_experts = counts_DLE.shape[2]
-    if load_DE.shape[1] == num_experts or load_DE.shape[1] % num_experts:  # one layer, or a user's own loads
-        return load_DE
-    return load_DE.reshape(len(load_DE), -1, num_experts)
+def _load(load_DLE: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
+    """Return loads as a line of `mixing.jsonl` has them: without the axis of layers where there is one."""
+    return load_DLE[:, 0] if load_DLE is not None and load_DLE.shape[1] == 1 else load_DLE

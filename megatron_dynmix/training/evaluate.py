@@ -30,6 +30,7 @@ from megatron_dynmix.data.sources import build_rows, prepare_sources
 from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.errors import CommandFailed, InputError
 from megatron_dynmix.files import write_atomically
+from megatron_dynmix.mixing.strategy import half_of
 from megatron_dynmix.model.optimizer import build_optimizer
 from megatron_dynmix.training.run import build_runner, join_job
 from megatron_dynmix.training.step import PassRunner
@@ -110,7 +111,7 @@ def held_out_stats(run: PassRunner, rows: Sequence[PackedRows], micro_batch_size
             for first in range(0, len(held_out), micro_batch_size):
                 some = range(first, min(first + micro_batch_size, len(held_out)))
                 batch = [
-                    {"dataset_id": np.int16(dataset_id), "half": np.int8(row % 2), **held_out[row]}
+                    {"dataset_id": np.int16(dataset_id), "half": np.int8(half_of(row)), **held_out[row]}
                     for row in some
                 ]
                 stats += run([default_collate(batch)], forward_only=True)

@@ -15,7 +15,8 @@ from torch.utils.data import default_collate
 from megatron_dynmix.data.loader import PADDING, MicroBatch
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.source_stats import SourceStats
-from megatron_dynmix.moe.counter import HALVES, reduce_counts
+from megatron_dynmix.mixing.strategy import half_of
+from megatron_dynmix.moe.counter import reduce_counts
 from megatron_dynmix.training.step import PassRunner
 
 
@@ -70,7 +71,7 @@ class Probe:
             measurement: number of the measurement in the run, which decides the rows if they rotate.
 
         Returns:
-            Counts `[L, H, D, E]`, the halves being even and odd rows of a source's file, and sums per
+            Counts `[H, D, L, E]`, the halves being even and odd rows of a source's file, and sums per
             source; of all ranks.
 
         """
@@ -86,9 +87,9 @@ class Probe:
                 chunk.train()
         run.platform.synchronize()
         start = time.perf_counter()
-        counts_LHDE = reduce_counts(run.counter.take()).cpu()
+        counts_HDLE = reduce_counts(run.counter.take()).cpu()
         seconds["reduce"] = time.perf_counter() - start
-        return counts_LHDE, stats
+        return counts_HDLE, stats
 
     def _read(self, measurement: int) -> list[MicroBatch]:
         """Read the micro-batches of a measurement that are this rank's."""
@@ -101,7 +102,7 @@ class Probe:
                 [
                     {
                         "dataset_id": np.int16(d),
-                        "half": np.int8(row % HALVES),
+                        "half": np.int8(half_of(row)),
                         **(self._rows[d][row] if d >= 0 else empty),
                     }
                     for d, row in pairs[first : first + self._micro_batch_size]

@@ -120,7 +120,7 @@ class Reweighting:
         self.probe = probe
         self._override_file = override_file
         self._overridden = False
-        self._carried_LHDE = torch.zeros_like(run.counter.counts_LHDE, device="cpu")
+        self._carried_HDLE = torch.zeros_like(run.counter.counts_HDLE, device="cpu")
         self._interval = SourceStats.zero(len(mix.controller.sources))
 
     @property
@@ -204,30 +204,30 @@ class Reweighting:
 
     def _measure(self, seconds: dict[str, float], iteration: int) -> tuple[Signal, SourceStats | None]:
         """Counts and losses of the held-out rows, or of the interval."""
-        counts_LHDE, probe_stats = None, None
+        counts_HDLE, probe_stats = None, None
         if self.probe is not None:
             number = iteration // self.mixing.interval
-            counts_LHDE, probe_stats = self.probe.measure(self.run, seconds, number)
+            counts_HDLE, probe_stats = self.probe.measure(self.run, seconds, number)
         elif self.counts_training:
             with self._timed(seconds, "reduce"):
-                counts_LHDE = self._interval_counts()
+                counts_HDLE = self._interval_counts()
         losses = (probe_stats or self._interval).source_losses()
         loss_D = np.array([np.nan if loss is None else loss for loss in losses])
-        if counts_LHDE is None or not self.controller.needs_gate_load:
+        if counts_HDLE is None or not self.controller.needs_gate_load:
             return Signal(loss_D=loss_D), probe_stats
-        halves_HDLE = self.run.counter.by_half(counts_LHDE)
+        halves_HDLE = self.run.counter.as_signal(counts_HDLE)
         counts_DLE = halves_HDLE.sum(axis=0)
         return Signal(counts_DLE=counts_DLE, half_counts_HDLE=halves_HDLE, loss_D=loss_D), probe_stats
 
     def _interval_counts(self) -> torch.Tensor:
         """Counts of the running interval so far, of all ranks."""
-        return self._carried_LHDE + reduce_counts(self.run.counter.counts_LHDE).cpu()
+        return self._carried_HDLE + reduce_counts(self.run.counter.counts_HDLE).cpu()
 
     def _begin_interval(self) -> None:
         """Forget what the last one saw; not before it was used, or a rule that fails would lose it."""
         self._interval = SourceStats.zero(len(self.controller.sources))
-        self._carried_LHDE.zero_()
-        self.run.counter.counts_LHDE.zero_()
+        self._carried_HDLE.zero_()
+        self.run.counter.counts_HDLE.zero_()
 
     def _without_scarce(self, signal: Signal) -> tuple[Signal, list[Remark]]:
         """Without the sources of which the interval brought too few tokens to tell anything."""
@@ -305,4 +305,4 @@ class Reweighting:
         self._overridden = state.overridden
         self._interval = state.interval_stats
         counts = torch.from_numpy(state.interval_counts)
-        self._carried_LHDE = counts.view_as(self._carried_LHDE)  # an empty list has no shape
+        self._carried_HDLE = counts.view_as(self._carried_HDLE)  # an empty list has no shape

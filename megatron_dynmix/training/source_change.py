@@ -126,7 +126,7 @@ class SourceChange:
                 mix,
                 blend=blend.with_sources(self.after.sizes, self.after.shuffle_ids, cursor, weights_D),
                 controller=mix.controller.with_sources(self.after.names, self.kept_D, weights_D),
-                interval_counts=carried(counts, self.kept_D, axis=-2) if counts.size else counts,
+                interval_counts=carried(counts, self.kept_D, axis=-3) if counts.size else counts,
                 interval_stats=SourceStats.of(carried(mix.interval_stats.sums, self.kept_D)),
             ),
         )

@@ -153,7 +153,7 @@ class BeforePass:
                 tensor.zero_()
 
     def _changing(self) -> dict[str, torch.Tensor]:
-        changing = {"counts": self._run.counter.counts_LHDE}
+        changing = {"counts": self._run.counter.counts_HDLE}
         for index, chunk in enumerate(self._run.chunks):
             changing |= {f"buffer {index} {name}": buffer for name, buffer in chunk.named_buffers()}
         tracker = get_moe_layer_wise_logging_tracker()

@@ -69,14 +69,14 @@ def count_one_step(run_yaml, flags, run_dir):
     batches = trainer.loader.step(0, training_run_num_micro_batches())
     with trainer.run.counter.recording():
         stats = trainer.run(batches, forward_only=False)
-    step_LHDE = reduce_counts(trainer.run.counter.take()).numpy()
-    probe_LHDE = None
+    step_HDLE = reduce_counts(trainer.run.counter.take()).numpy()
+    probe_HDLE = None
     if trainer.reweighting.probe is not None:
-        probe_LHDE = trainer.reweighting.probe.measure(trainer.run, {}, 0)[0].numpy()
+        probe_HDLE = trainer.reweighting.probe.measure(trainer.run, {}, 0)[0].numpy()
     _, grad_norm, _ = trainer.optimizer.step()
     return {
-        "step_LHDE": step_LHDE,
-        "probe_LHDE": probe_LHDE,
+        "step_HDLE": step_HDLE,
+        "probe_HDLE": probe_HDLE,
         "tokens_D": stats.tokens_D.numpy(),
         "trained_D": stats.trained_D.numpy(),
         "loss_sum_D": stats.loss_sum_D.numpy(),

@@ -55,8 +55,8 @@ def loads_of_every_kind(run_yaml, flags, run_dir):
         run = replace(trainer.run, counter=counter)
         with counter.recording():
             run(batches, forward_only=False)
-        step_HDLE = counter.by_half(reduce_counts(counter.take()))
-        answers[kind] = step_HDLE, counter.by_half(probe.measure(run, {}, 0)[0])
+        step_HDLE = counter.as_signal(reduce_counts(counter.take()))
+        answers[kind] = step_HDLE, counter.as_signal(probe.measure(run, {}, 0)[0])
     return answers, _oracle(trainer, batches) if torch.distributed.get_world_size() == 1 else None
 
 
@@ -154,11 +154,11 @@ def losses_of_a_dense_model(run_yaml, flags, run_dir):
         dp_size=torch.distributed.get_world_size(),
     )
     before = [parameter.clone() for chunk in trainer.run.chunks for parameter in chunk.parameters()]
-    counts_LHDE, stats = probe.measure(trainer.run, {}, 0)
+    counts_HDLE, stats = probe.measure(trainer.run, {}, 0)
     again = probe.measure(trainer.run, {}, 1)[1]
     after = [parameter for chunk in trainer.run.chunks for parameter in chunk.parameters()]
     same = all(map(torch.equal, before, after))
-    return counts_LHDE.numel(), stats.source_losses(), again.source_losses(), same
+    return counts_HDLE.numel(), stats.source_losses(), again.source_losses(), same
 
 
 def test_a_dense_model_has_probe_losses_and_no_loads(run_yaml, tmp_path):

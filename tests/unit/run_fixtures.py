@@ -176,7 +176,7 @@ class FakeRun:
                 controller=self.controller.state,
                 strategy=self.settings.strategy,
                 overridden=False,
-                interval_counts=np.ones((2, 2, len(self.sizes), 8), np.int64) * (number_D[:, None] + 1),
+                interval_counts=np.ones((2, len(self.sizes), 2, 8), np.int64) * (number_D[:, None, None] + 1),
                 interval_stats=stats,
             ),
             log_interval=LogInterval(stats, iterations=1, samples=8, seconds=0.5, micro_batches_here=3),

@@ -41,7 +41,7 @@ def test_tokens_are_counted_by_source_layer_and_expert(counter):
         announce(counter, [0, 2, 2, -1])
         counter.add(0, routing_map_TE([[0, 1], [1, 2], [1, 3], [0, 1]]))
         counter.add(1, routing_map_TE([[3, 2], [0, 1], [0, 2], [0, 1]]))
-    assert counter.counts_LHDE.sum(dim=1).tolist() == [
+    assert counter.counts_HDLE.sum(dim=0).transpose(0, 1).tolist() == [
         [[1, 1, 0, 0], [0, 0, 0, 0], [0, 2, 1, 1]],
         [[0, 0, 1, 1], [0, 0, 0, 0], [2, 1, 1, 0]],
     ]
@@ -51,7 +51,7 @@ def test_even_and_odd_rows_of_a_source_are_counted_apart(counter):
     with counter.recording():
         announce(counter, [0, 0, 2, -1], half=[0, 1, 1, 1])
         counter.add(1, routing_map_TE([[0], [1], [2], [3]]))
-    half_counts_HDLE = counter.by_half(counter.take())
+    half_counts_HDLE = counter.as_signal(counter.take())
     assert half_counts_HDLE.dtype == np.int64 and half_counts_HDLE.shape == (2, 3, 2, 4)
     assert half_counts_HDLE[:, :, 1].tolist() == [
         [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]],
@@ -65,7 +65,7 @@ def test_trained_only_leaves_out_the_other_tokens_but_knows_the_padding():
     with counter.recording():
         announce(counter, [0, 0, 1, -1], trained=[False, True, True, False])
         counter.add(0, routing_map_TE([[0], [1], [2], [3]]))
-    assert counter.counts_LHDE[0].sum(dim=0).tolist() == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    assert counter.counts_HDLE[:, :, 0].sum(dim=0).tolist() == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
     assert counter.padding_T.tolist() == [False, False, False, True]
 
 
@@ -75,7 +75,7 @@ def test_by_probability_a_token_counts_the_weights_of_its_experts():
     with counter.recording():
         announce(counter, [1, 1, -1], half=[0, 1, 0])
         counter.add(0, probs_TE.requires_grad_())
-    half_counts_HDLE = counter.by_half(counter.take())
+    half_counts_HDLE = counter.as_signal(counter.take())
     assert half_counts_HDLE.dtype == np.float64
     assert half_counts_HDLE[:, 1, 0].tolist() == [[0.75, 0.25, 0, 0], [0.5, 0, 0, 0.5]]
     assert half_counts_HDLE.sum() == 2
@@ -92,16 +92,16 @@ def test_sums_of_probabilities_do_not_depend_on_the_order_they_are_added_in():
         for token in range(1000):
             announce(parts, [0])
             parts.add(0, probs_TE[token : token + 1])
-    assert forth.counts_LHDE.equal(back.counts_LHDE) and forth.counts_LHDE.equal(parts.counts_LHDE)
+    assert forth.counts_HDLE.equal(back.counts_HDLE) and forth.counts_HDLE.equal(parts.counts_HDLE)
     exact_E = probs_TE.double().sum(dim=0).numpy()
-    np.testing.assert_allclose(forth.by_half(forth.take())[0, 0, 0], exact_E, atol=1000 / PROBABILITY_UNIT)
+    np.testing.assert_allclose(forth.as_signal(forth.take())[0, 0, 0], exact_E, atol=1000 / PROBABILITY_UNIT)
 
 
 def test_I6_padding_is_counted_nowhere(counter):
     with counter.recording():
         announce(counter, [-1] * 5, half=[1] * 5, trained=[True] * 5)
         counter.add(0, torch.ones(5, 4, dtype=torch.bool))
-    assert not counter.counts_LHDE.any()
+    assert not counter.counts_HDLE.any()
 
 
 def test_take_starts_again_from_zero(counter):
@@ -113,18 +113,18 @@ def test_take_starts_again_from_zero(counter):
 
 
 def test_counts_are_exact_where_floats_would_round(counter):
-    counter.counts_LHDE += 2**40
+    counter.counts_HDLE += 2**40
     with counter.recording():
         announce(counter, [0], half=[1])
         counter.add(0, routing_map_TE([[0]]))
-    assert counter.counts_LHDE[0, 1, 0, 0] == 2**40 + 1
+    assert counter.counts_HDLE[1, 0, 0, 0] == 2**40 + 1
 
 
 def test_a_dense_model_has_nothing_to_count():
     counter = GateLoadCounter(num_sources=3, num_layers=0, num_experts=1, device=CPU)
     with counter.recording():
         announce(counter, [0, 2])
-    assert counter.by_half(counter.take()).shape == (2, 3, 0, 1)
+    assert counter.as_signal(counter.take()).shape == (2, 3, 0, 1)
 
 
 def test_nothing_is_recorded_outside_recording(counter):

@@ -58,8 +58,8 @@ def groups_of_reduction(rank, sizes):
         asked.append((members, tensor.numel() * tensor.element_size()))
 
     torch.distributed.all_reduce = all_reduce
-    counts_LHDE = torch.ones(LAYERS, HALVES, SOURCES, EXPERTS, dtype=torch.int64)
-    assert torch.equal(reduce_counts(counts_LHDE), counts_LHDE)
+    counts_HDLE = torch.ones(HALVES, SOURCES, LAYERS, EXPERTS, dtype=torch.int64)
+    assert torch.equal(reduce_counts(counts_HDLE), counts_HDLE)
     return asked
 
 

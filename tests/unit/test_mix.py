@@ -77,10 +77,10 @@ class Misshapen(Careless):
 @pytest.mark.parametrize(
     "parts, message",
     [
-        ({"load_DE": [1.0, 0.0]}, r"gave a load of shape \(2,\); need \(3, any\)"),
+        ({"load_DLE": [1.0, 0.0]}, r"gave a load of shape \(2,\); need \(3, any, any\)"),
         ({"distance_DD": np.ones((2, 2))}, r"gave a distance of shape \(2, 2\); need \(3, 3\)"),
         ({"delta_error_D": [1.0]}, r"gave a delta error of shape \(1,\); need \(3\)"),
-        ({"load_DE": [[np.nan]] * 3}, "gave a NaN or infinite load"),
+        ({"load_DLE": [[[np.nan]]] * 3}, "gave a NaN or infinite load"),
     ],
 )
 def test_what_no_record_could_hold_is_refused_with_the_weights(parts, message):
@@ -91,7 +91,7 @@ def test_what_no_record_could_hold_is_refused_with_the_weights(parts, message):
 
 
 def test_a_users_own_loads_of_any_length_are_recorded():
-    rule = Misshapen(load_DE=[[0.5, 0.25, 0.25]] * 3)
+    rule = Misshapen(load_DLE=[[[0.5, 0.25, 0.25]]] * 3)
     controller = MixingController(("a", "b", "c"), np.full(3, 1 / 3), rule)
     decision = controller.update(Signal(counts_DLE=np.ones((3, 2, 8))))
     three_D = np.full(3, 1 / 3)

@@ -67,7 +67,7 @@ def test_weights_cannot_be_changed_from_outside():
         Proposal(np.array([0.5, 0.25, 0.25 + 2e-9]), np.zeros(3)),
         Proposal(np.array([0.5, 0.25, 0.25]), np.array([0, np.nan, 0])),
         Proposal(np.array([0.5, 0.25, 0.25]), np.zeros(2)),
-        Proposal(np.array([0.5, 0.25, 0.25]), np.zeros(3), load_DE=np.full((3, 2), np.nan)),
+        Proposal(np.array([0.5, 0.25, 0.25]), np.zeros(3), load_DLE=np.full((3, 1, 2), np.nan)),
         Proposal(np.array([0.5, 0.25, 0.25]), np.zeros(3), distance_DD=np.full((3, 3), np.inf)),
         Proposal(np.array([0.5, 0.25, 0.25]), [0, 0]),
         Proposal(np.array([0.5, 0.25, 0.25]), np.zeros(3), state={"seen": np.zeros(3)}),
@@ -134,7 +134,7 @@ def test_weights_are_kept_until_every_source_was_measured():
     assert decision.notes == (Remark("kept", "weights kept: no tokens measured yet from chat"),)
     assert not decision.signal.counts_DLE[2].any()
     assert controller.weights_D.tolist() == proposal.weights_D.tolist() == THIRDS_D.tolist()
-    assert proposal.delta_D.tolist() == [0, 0, 0] and proposal.load_DE is None
+    assert proposal.delta_D.tolist() == [0, 0, 0] and proposal.load_DLE is None
 
     # The rows of that first interval were remembered: chat alone completes the picture.
     only_chat_DLE = without(without(COUNTS_DLE, 0), 1)

@@ -34,8 +34,8 @@ def test_a_model_without_moe_layers_is_refused():
 
 
 def test_load_concatenates_the_chosen_layers():
-    load_DE = gate_load(np.array([[[1, 3], [9, 9], [2, 2]]]), [0, 2])
-    assert load_DE.tolist() == [[0.125, 0.375, 0.25, 0.25]]
+    load_DLE = gate_load(np.array([[[1, 3], [9, 9], [2, 2]]]), [0, 2])
+    assert load_DLE.tolist() == [[[0.125, 0.375], [0.25, 0.25]]]
 
 
 @pytest.mark.parametrize(

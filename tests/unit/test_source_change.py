@@ -75,7 +75,7 @@ def test_unchanged_sources_go_on_where_they_stood_and_others_begin():
     chat, math, _ = state.mix.controller.course.weights_D
     assert weights == tuple(controller.course.weights_D) and sum(weights) == pytest.approx(1, abs=1e-12)
     assert weights == pytest.approx([0.5 * math / (chat + math), 0.5, 0.5 * chat / (chat + math)], abs=1e-12)
-    assert carried.mix.interval_counts[..., 0].reshape(4, 3).tolist() == [[2, 0, 0]] * 4
+    assert (carried.mix.interval_counts.transpose(0, 2, 3, 1) == [2, 0, 0]).all()
     assert carried.mix.interval_stats.sums.tolist() == [[1.0, 0.0, 0.0]] * 3
     math_counts, *others = controller.known.counts
     assert math_counts is state.mix.controller.known.counts[1] and others == [None, None]

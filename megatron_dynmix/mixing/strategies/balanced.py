@@ -1,6 +1,6 @@
 """Weights that balance the sources by their gate loads, from the loads alone.
 
-Axes: D sources, E experts of the chosen layers.
+Axes: D sources, L chosen layers, E experts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -62,12 +62,12 @@ class Balanced:
         """
         if signal.counts_DLE is None or len(signal.counts_DLE) != len(weights_D):
             raise ValueError(f"balanced mixing needs token counts per expert of {len(weights_D)} sources")
-        load_DE = gate_load(signal.counts_DLE, self.layers)
-        distance_DD = DISTANCES[self.metric](load_DE)
+        load_DLE = gate_load(signal.counts_DLE, self.layers)
+        distance_DD = DISTANCES[self.metric](load_DLE)
         return Proposal(
             weights_D=balancing_weights(distance_DD),
             delta_D=np.zeros(len(weights_D)),
-            load_DE=load_DE,
+            load_DLE=load_DLE,
             distance_DD=distance_DD,
         )
 

@@ -1,6 +1,6 @@
 """The paper's strategy: sources that load the experts differently from the rest gain weight.
 
-Axes: H = 2 halves, D sources, K chosen layers, E experts (in ``load_DE``: of all chosen layers).
+Axes: H = 2 halves, D sources, L chosen layers, E experts, G groups of layers that are compared as one.
 
 The paper's rule with sentence embeddings in place of gate loads, applied once.
 
@@ -25,9 +25,9 @@ from megatron_dynmix.mixing.distance import (
     l2_scale,
     source_delta,
 )
-from megatron_dynmix.mixing.gate_loads import Counts, at_layers, check_layers, gate_load
+from megatron_dynmix.mixing.gate_loads import at_layers, check_layers, gate_load
 from megatron_dynmix.mixing.noise import Noise, debiased_l2, delta_error, measure_noise, shrink_gaps
-from megatron_dynmix.mixing.strategy import Proposal, Signal, SourceError
+from megatron_dynmix.mixing.strategy import Counts, Proposal, Signal, SourceError
 from megatron_dynmix.mixing.weights import check_step_size, reweight
 
 MIN_SOURCES = 3
@@ -45,7 +45,7 @@ class GateLoad:
         smoothing: c, the share spread evenly over the sources, from 0 to 1.
         metric: distance between loads: ``l2``, ``scaled-l2``, ``cos``, ``hellinger``, ``js`` or ``tv``.
         aggregate: what of a source's distances is its delta: ``mean``, ``max`` or ``min`` over all sources,
-            itself included, ``others-mean``, ``others-max`` or ``others-min`` over the others.
+            itself included, ``others-mean`` or ``others-min`` over the others.
         layers: MoE layers whose loads count: ``last``, ``all``, or a list of them, counted from 0.
         layer_mix: with several layers, ``"concat"`` compares all their experts as one load, ``"mean"``
             averages the distances found in each layer.
@@ -76,6 +76,8 @@ class GateLoad:
 
     def __post_init__(self) -> None:
         check_step_size(self.eta, self.smoothing)
+        if self.aggregate == "others-max":
+            raise ValueError("aggregate 'others-max' is the same as max; give max")
         for option, value, allowed in (
             ("metric", self.metric, tuple(DISTANCES)),
             ("aggregate", self.aggregate, AGGREGATES),
@@ -122,9 +124,9 @@ class GateLoad:
             raise ValueError(
                 f"{self.name} mixing with debias or min_gap needs the counts in two halves; there are none"
             )
-        load_DKE = self._loads(signal.counts_DLE)
-        noises = self._noises(load_DKE, signal.half_counts_HDLE)
-        distance_DD, delta_D, error_D = self._scores(load_DKE, noises)
+        load_DLE = self._loads(signal.counts_DLE)
+        noises = self._noises(load_DLE, signal.half_counts_HDLE)
+        distance_DD, delta_D, error_D = self._scores(load_DLE, noises)
         if self.normalise == "scale":
             scale = gap_scale(delta_D)
             delta_D, error_D = delta_D * scale, None if error_D is None else error_D * scale
@@ -134,36 +136,35 @@ class GateLoad:
         return Proposal(
             weights_D=reweight(weights_D, delta_D, eta=self.eta, smoothing=self.smoothing),
             delta_D=delta_D,
-            load_DE=load_DKE.reshape(num_sources, -1),
+            load_DLE=load_DLE,
             distance_DD=distance_DD,
             delta_error_D=error_D,
         )
 
     def _loads(self, counts_DLE: Counts) -> NDArray[np.float64]:
-        load_DE = gate_load(counts_DLE, self.layers, by_layer=self.layer_mix == "mean")
-        return load_DE.reshape(len(load_DE), -1, counts_DLE.shape[2])
+        return gate_load(counts_DLE, self.layers, by_layer=self.layer_mix == "mean")
 
-    def _groups(self, load_DKE: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    def _groups(self, load_DLE: NDArray[np.float64]) -> list[NDArray[np.float64]]:
         """Loads that are compared as one: each layer for itself, or all together."""
         if self.layer_mix == "mean":
-            return [load_DKE[:, k : k + 1] for k in range(load_DKE.shape[1])]
-        return [load_DKE]
+            return [load_DLE[:, layer : layer + 1] for layer in range(load_DLE.shape[1])]
+        return [load_DLE]
 
-    def _noises(self, load_DKE: NDArray[np.float64], half_counts_HDLE: Counts | None) -> list[Noise] | None:
+    def _noises(self, load_DLE: NDArray[np.float64], half_counts_HDLE: Counts | None) -> list[Noise] | None:
         """Noise of each group of layers; None where it is not known, and not needed."""
         if half_counts_HDLE is None:
             return None
-        total_HDK = at_layers(half_counts_HDLE, self.layers).sum(axis=3)
-        if not total_HDK.all():
+        total_HDL = at_layers(half_counts_HDLE, self.layers).sum(axis=3)
+        if not total_HDL.all():
             if self.needs_halves:
                 raise SourceError(
-                    np.flatnonzero((total_HDK == 0).any(axis=(0, 2))).tolist(),
+                    np.flatnonzero((total_HDL == 0).any(axis=(0, 2))).tolist(),
                     f"must have tokens in both halves of the rows: how far they disagree tells {self.name} "
                     "mixing the noise; measure more rows",
                 )
             return None
-        groups = self._groups(load_DKE), self._groups(self._loads(half_counts_HDLE[0]))
-        totals_HDG = total_HDK if self.layer_mix == "mean" else total_HDK.sum(axis=2, keepdims=True)
+        groups = self._groups(load_DLE), self._groups(self._loads(half_counts_HDLE[0]))
+        totals_HDG = total_HDL if self.layer_mix == "mean" else total_HDL.sum(axis=2, keepdims=True)
         share_GD = (totals_HDG[0] / totals_HDG.sum(axis=0)).T
         return [
             measure_noise(load, first, share_D)
@@ -171,15 +172,15 @@ class GateLoad:
         ]
 
     def _scores(
-        self, load_DKE: NDArray[np.float64], noises: Sequence[Noise] | None
+        self, load_DLE: NDArray[np.float64], noises: Sequence[Noise] | None
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]:
         """Distances, deltas and, where the noise is known, their errors."""
-        groups = self._groups(load_DKE)
-        measured = [DISTANCES[self.metric](load.reshape(len(load), -1)) for load in groups]
+        groups = self._groups(load_DLE)
+        measured = [DISTANCES[self.metric](load) for load in groups]
         distances = measured
         if self.debias:
             assert noises is not None
-            scale = l2_scale(groups[0][0].size) if self.metric == "scaled-l2" else 1.0
+            scale = l2_scale(groups[0]) if self.metric == "scaled-l2" else 1.0
             distances = [
                 scale * debiased_l2(distance_DD / scale, noise)
                 for distance_DD, noise in zip(measured, noises, strict=True)
