@@ -97,5 +97,5 @@ def _end(code: int, message: str) -> int:
 
 
 def _once(message: str) -> str:
-    """What all ranks would say alike, on one of them."""
+    """Return what all ranks would say alike on one of them, and nothing on the others."""
     return message if os.environ.get("RANK", "0") == "0" else ""

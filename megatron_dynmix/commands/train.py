@@ -16,7 +16,7 @@ from megatron_dynmix.job.signals import stopping_at_once
 if TYPE_CHECKING:
     from megatron_dynmix.training.resume import Resume
 
-INTERRUPTED = ", not saved; --resume auto goes on from the last checkpoint, or begins anew"
+INTERRUPTED = ", not saved; --resume auto goes on from the last checkpoint, or starts over"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

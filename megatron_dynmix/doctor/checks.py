@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from megatron_dynmix.config.host import Host, check_host
-from megatron_dynmix.doctor.facts import UNLIMITED, Facts, normalised
+from megatron_dynmix.doctor.facts import UNLIMITED, Facts
 from megatron_dynmix.errors import InputError
 
 
@@ -75,17 +76,21 @@ def packages(facts: Facts) -> Finding:
     if not facts.requirements:
         return problem("megatron-dynmix is not installed, only found", "pip install -e . in its folder")
     bad = [
-        f"{need.name} {facts.versions.get(normalised(need.name), 'is missing')} (needs {need.specifier})"
+        f"{need.name} {_version(need, facts) or 'is missing'} (needs {need.specifier})"
         for need in map(Requirement, facts.requirements)
-        if (need.marker is None or need.marker.evaluate({"extra": ""}))
-        and not _met(need, facts.versions.get(normalised(need.name)))
+        if (need.marker is None or need.marker.evaluate({"extra": ""})) and not _met(need, facts)
     ]
     if bad:
         return problem("; ".join(bad), "pip install -c constraints.txt -e . gives the versions of the tests")
     return good(", ".join(f"{name} {facts.versions[name]}" for name in SHOWN if name in facts.versions))
 
 
-def _met(need: Requirement, version: str | None) -> bool:
+def _version(need: Requirement, facts: Facts) -> str | None:
+    return facts.versions.get(canonicalize_name(need.name))
+
+
+def _met(need: Requirement, facts: Facts) -> bool:
+    version = _version(need, facts)
     return version is not None and need.specifier.contains(version, prereleases=True)
 
 
@@ -101,9 +106,9 @@ def transformer_engine(facts: Facts) -> Finding:
             f"{version} fails to import: {error}",
             "it was compiled for another torch or CUDA: remove it, and build it again against this torch",
         )
-    wanted = [Requirement(line) for line in facts.requirements if normalised(line).startswith(TE)]
-    if wanted and not _met(wanted[0], version):
-        return problem(f"{version} (megatron-core 0.16.1 needs {wanted[0].specifier})", INSTALL_TE)
+    for need in map(Requirement, facts.requirements):
+        if canonicalize_name(need.name) == TE and not _met(need, facts):
+            return problem(f"{version} (megatron-core 0.16.1 needs {need.specifier})", INSTALL_TE)
     return good(version)
 
 

@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform as python_platform
-import re
 import resource
 import shutil
 import socket
@@ -16,6 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import psutil
+import torch
+from packaging.utils import canonicalize_name
 
 from megatron_dynmix.doctor.folder import Folder
 
@@ -48,7 +51,7 @@ class Facts:
     requirements: tuple[str, ...] = ()
     """What this package says that it needs, as requirement lines, extras included."""
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Installed distributions by normalised name."""
+    """Installed distributions by the name that indexes compare: `Flash_Attn` is `flash-attn`."""
     import_errors: Mapping[str, str] = field(default_factory=dict)
     """Of compiled modules that are installed and fail to import: why."""
     apex: ApexKind = "none"
@@ -94,9 +97,6 @@ class Facts:
 
 def look() -> Facts:
     """Look at this machine; a few seconds, most of them to import torch."""
-    import psutil
-    import torch
-
     cuda_available, cuda_error = _cuda()
     environment = dict(os.environ)
     names = [socket.gethostname(), *filter(None, [environment.get("MASTER_ADDR")])]
@@ -140,12 +140,7 @@ def _requirements() -> tuple[str, ...]:
 
 def _versions() -> dict[str, str]:
     found = importlib.metadata.distributions()
-    return {normalised(dist.metadata["Name"] or ""): dist.version for dist in found}
-
-
-def normalised(name: str) -> str:
-    """The name of a distribution as indexes compare it: `Flash_Attn` is `flash-attn`."""
-    return re.sub(r"[-_.]+", "-", name).lower()
+    return {canonicalize_name(dist.metadata["Name"] or ""): dist.version for dist in found}
 
 
 def _import_errors() -> dict[str, str]:
@@ -181,9 +176,7 @@ def _flash_attention_range() -> tuple[str, str] | None:
 
 
 def _cuda() -> tuple[bool, str]:
-    """Whether torch can use CUDA, and what it says if not."""
-    import torch
-
+    """Return whether torch can use CUDA, and what it says if not."""
     if torch.version.cuda is None:
         return False, ""
     try:
@@ -194,13 +187,8 @@ def _cuda() -> tuple[bool, str]:
 
 
 def _gpus() -> tuple[Gpu, ...]:
-    import torch
-
-    found = []
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        found.append(Gpu(torch.cuda.get_device_name(index), total, free))
-    return tuple(found)
+    devices = [(index, *torch.cuda.mem_get_info(index)) for index in range(torch.cuda.device_count())]
+    return tuple(Gpu(torch.cuda.get_device_name(index), total, free) for index, free, total in devices)
 
 
 def _driver() -> str | None:
@@ -241,8 +229,7 @@ def _port_is_free(environment: Mapping[str, str], addresses: Mapping[str, str | 
     name, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT", "")
     if name is None or not port.isdigit() or int(port) > 65535 or "TORCHELASTIC_RUN_ID" in environment:
         return None
-    here = {"127.0.0.1", addresses.get(socket.gethostname())}
-    if addresses.get(name) not in here:
+    if addresses.get(name) not in {"127.0.0.1", addresses.get(socket.gethostname())}:
         return None
     with socket.socket() as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

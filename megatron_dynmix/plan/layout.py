@@ -15,7 +15,7 @@ from megatron.core.parallel_state import RankGenerator
 from megatron_dynmix.config import RunConfig
 
 ORDER = "tp-cp-ep-dp-pp"
-"""The default of Megatron-Core's `initialize_model_parallel`: neighbours share a tensor-parallel group."""
+"""The default of Megatron-Core's `initialize_model_parallel`: neighbors share a tensor-parallel group."""
 SHOWN_GROUPS = 2
 
 

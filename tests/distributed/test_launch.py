@@ -204,7 +204,7 @@ def test_a_run_is_killed_stopped_and_interrupted(run_yaml, tmp_path):
         assert (code, said) == (
             130,
             "megatron-dynmix: interrupted, not saved; --resume auto goes on from the last checkpoint, or "
-            "begins anew\n",
+            "starts over\n",
         )
     iterations = [record["iteration"] for record in read_records(tmp_path / "metrics.jsonl")]
     assert iterations == list(range(1, len(iterations) + 1))

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 from config_fixtures import good_settings, load, write
+from packaging.utils import canonicalize_name
 
 from megatron_dynmix import platform
 from megatron_dynmix.cli import main
 from megatron_dynmix.commands.doctor import findings_text
 from megatron_dynmix.doctor import checks
-from megatron_dynmix.doctor.facts import Facts, Gpu, _port_is_free, look, normalised
+from megatron_dynmix.doctor.facts import Facts, Gpu, _port_is_free, look
 from megatron_dynmix.doctor.folder import Folder, try_folder
 from megatron_dynmix.doctor.ranks import Rank, fingerprint, folder_is_shared, others_findings, same_everywhere
 from tests.distributed.ranks import run_ranks
@@ -49,7 +50,7 @@ ADDRESSES = {"laptop": "10.0.0.2", "node0": "10.0.0.1"}
 
 
 def versions(machine, **changed):
-    names = {normalised(name): version for name, version in changed.items()}
+    names = {canonicalize_name(name): version for name, version in changed.items()}
     kept = {**machine.versions, **names}
     return {"versions": {name: version for name, version in kept.items() if version is not None}}
 
