@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import sub
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ import torch
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.convert.weight_map import Shape, Side, WeightMap
 
+T = TypeVar("T")
 BOX_BYTES = 16 << 20
 """Small enough that a tensor-parallel rank which wants a slice reads little beside it, and for `malloc` to
 give the same memory again and again; large enough that what surrounds the numbers does not count."""
@@ -104,6 +106,19 @@ def boxes_of(tensors: Tensors, name: str) -> Iterator[Box]:
             count = min(step, rows[0] - first)
             box_shape = (*(1 for _ in place), count, *last)
             yield Box(name, (*place, first, *(0 for _ in last)), box_shape, count * row_bytes)
+
+
+def grouped(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> list[list[T]]:
+    """Put items together in their order, as many as have at most `limit` bytes; a larger one is alone."""
+    groups: list[list[T]] = [[]]
+    size = 0
+    for item in items:
+        if groups[-1] and size + nbytes(item) > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(item)
+        size += nbytes(item)
+    return groups
 
 
 def box(offset: Shape, shape: Shape) -> tuple[slice, ...]:

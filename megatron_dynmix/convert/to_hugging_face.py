@@ -16,7 +16,7 @@ import torch
 
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.convert.hf_folder import DTYPES, INDEX, SINGLE
-from megatron_dynmix.convert.tensors import boxes_of, read_bytes, size_of, total_size
+from megatron_dynmix.convert.tensors import boxes_of, grouped, read_bytes, size_of, total_size
 from megatron_dynmix.errors import InputError
 
 HEADER_ALIGNMENT = 8
@@ -39,15 +39,8 @@ def size_in_bytes(text: str) -> int:
 
 
 def shards_of(tensors: Tensors, max_bytes: int) -> dict[str, list[str]]:
-    """File -> its tensors, in the order they are named; a tensor larger than a file has one for itself."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name in tensors.shapes:
-        if shards[-1] and size + size_of(tensors, name) > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += size_of(tensors, name)
+    """Return the files and the tensors of each, in the order they are named."""
+    shards = grouped(tensors.shapes, lambda name: size_of(tensors, name), max_bytes)
     if len(shards) == 1:
         return {SINGLE: shards[0]}
     return {

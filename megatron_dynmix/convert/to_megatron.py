@@ -32,7 +32,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from megatron_dynmix.checkpoint.folder import Checksum, checksum
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.convert.staging import Staging
-from megatron_dynmix.convert.tensors import Box, boxes_of
+from megatron_dynmix.convert.tensors import Box, boxes_of, grouped
 
 PART_BYTES = 512 << 20
 HASHING_THREADS = min(2, os.cpu_count() or 1)
@@ -66,7 +66,8 @@ def write_checkpoint(
     folder = staging.folder / name
     folder.mkdir(exist_ok=True)
     writer = FileSystemWriter(folder, sync_files=False)  # the journal syncs them, beside the writing
-    parts = _parts(tensors, order)
+    boxes = sorted((box for name in tensors.shapes for box in boxes_of(tensors, name)), key=order)
+    parts = grouped(boxes, lambda box: box.nbytes, PART_BYTES)
     plans = writer.prepare_global_plan([SavePlan([_item(tensors, box) for box in part]) for part in parts])
     planner = _Reading(tensors, advance)
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
@@ -83,7 +84,7 @@ def write_checkpoint(
         for future in waiting:
             future.result()
     done = [facts for file, facts in staging.finished.items() if file.startswith(f"{name}/")]
-    _write_list(writer, tensors, [box for part in parts for box in part], map(_results, done))
+    _write_list(writer, tensors, boxes, map(_results, done))
     save_config(CheckpointingConfig("torch_dist"), str(folder))
     torch.save({}, folder / COMMON_STATE_FNAME)
     return {facts["items"][0][2]: tuple(facts["checksum"]) for facts in done}
@@ -102,20 +103,6 @@ class _Reading(DefaultSavePlanner):
         tensor = self._tensors.read(write_item.index.fqn, tuple(chunk.offsets), tuple(chunk.sizes))
         self._advance(tensor.nbytes)
         return tensor
-
-
-def _parts(tensors: Tensors, order: Callable[[Box], Any]) -> list[list[Box]]:
-    """Return the boxes in their order, as many together as make a part."""
-    boxes = sorted((box for name in tensors.shapes for box in boxes_of(tensors, name)), key=order)
-    parts: list[list[Box]] = [[]]
-    size = 0
-    for box in boxes:
-        if parts[-1] and size + box.nbytes > PART_BYTES:
-            parts.append([])
-            size = 0
-        parts[-1].append(box)
-        size += box.nbytes
-    return parts
 
 
 def _item(tensors: Tensors, box: Box) -> WriteItem:
