@@ -161,8 +161,9 @@ def _existing(path: Path) -> Path:
         raise InputError(f"{path} holds no config.json; give the folder of a Hugging Face model")
     if (path / ADAPTER).is_file():
         raise InputError(
-            f"{path} holds an adapter ({ADAPTER}), which transformers would add to the weights, and convert "
-            "would not; merge it into the model first (merge_and_unload of peft), or take it out"
+            f"{path} holds an adapter ({ADAPTER}), which transformers would add to the weights and "
+            "megatron-dynmix would not; merge it into the model first (merge_and_unload of peft), or take it "
+            "out of the folder"
         )
     return path
 
