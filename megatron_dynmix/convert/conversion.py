@@ -29,7 +29,7 @@ from megatron_dynmix.checkpoint.folder import (
 from megatron_dynmix.checkpoint.run_state import Damaged, SavedModel
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.config.presets import complete_model
-from megatron_dynmix.convert.export_hf import EMBEDDING, open_export
+from megatron_dynmix.convert.export_hf import open_export
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, carried_files
 from megatron_dynmix.convert.logits import compare_logits
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
@@ -46,7 +46,7 @@ from megatron_dynmix.convert.tensors import (
 from megatron_dynmix.convert.to_hugging_face import size_in_bytes, write_weights
 from megatron_dynmix.convert.to_megatron import write_checkpoint
 from megatron_dynmix.convert.verdict import Verdict, compare_values
-from megatron_dynmix.convert.weight_map import WeightMap
+from megatron_dynmix.convert.weight_map import EMBEDDING, WeightMap
 from megatron_dynmix.data.prepare.progress import Progress
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import write_atomically

@@ -27,12 +27,11 @@ from megatron_dynmix.convert.origin import CONFIG, CONVERSION, CONVERTED, Origin
 from megatron_dynmix.convert.staging import partial_of
 from megatron_dynmix.convert.tensors import AsHuggingFace, Cast, main_type
 from megatron_dynmix.convert.to_hugging_face import size_in_bytes, write_weights
-from megatron_dynmix.convert.weight_map import WeightMap
+from megatron_dynmix.convert.weight_map import EMBEDDING, WeightMap
 from megatron_dynmix.errors import InputError, TrainingStopped
 from megatron_dynmix.files import name_folder, sync
 from megatron_dynmix.job.agreement import RankFailure, together
 
-EMBEDDING = "embedding.word_embeddings.weight"
 SHARD_BYTES = size_in_bytes("5GB")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dynmix.convert.weight_map import QueryKeyValue, Rule, WeightMap, lay_out, moe_layers
+from megatron_dynmix.convert.weight_map import EMBEDDING, QueryKeyValue, Rule, WeightMap, lay_out, moe_layers
 from megatron_dynmix.errors import InputError
 
 Rules = tuple[Rule, ...]
@@ -62,7 +62,7 @@ def shared_experts(name: str, when: str | None = None) -> Rules:
 
 
 OUTSIDE: Rules = (
-    Rule("model.embed_tokens.weight", "embedding.word_embeddings.weight", "V H", "embedding"),
+    Rule("model.embed_tokens.weight", EMBEDDING, "V H", "embedding"),
     Rule("model.norm.weight", "decoder.final_layernorm.weight", "H", "norms"),
     Rule("lm_head.weight", "output_layer.weight", "V H", "output", when=UNTIED),
 )

@@ -72,9 +72,6 @@ def write_weights(
         finish: called with the name of each file that was written.
         advance: told of bytes that were written, or were there already.
 
-    Raises:
-        OSError: the disk is full, or fails.
-
     """
     shards = shards_of(tensors, max_shard_bytes)
     for file in list(shards)[rank::world]:

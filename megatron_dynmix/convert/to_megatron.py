@@ -59,9 +59,6 @@ def write_checkpoint(
         name: the checkpoint's folder in it.
         advance: told of bytes that were written, or were there already.
 
-    Raises:
-        OSError: the disk is full, or fails.
-
     """
     folder = staging.folder / name
     folder.mkdir(exist_ok=True)

@@ -158,7 +158,8 @@ class WeightMap:
 
 Sizes = Mapping[str, int]
 
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+EMBEDDING = "embedding.word_embeddings.weight"
+VOCABULARY = (EMBEDDING, "output_layer.weight")
 """Megatron tensors with a row for each token."""
 
 
