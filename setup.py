@@ -37,6 +37,7 @@ setup(
         # megatron.core.dist_checkpointing.save needs it, does not declare it, and without it hangs for ever
         "psutil",
         "packaging",
+        "pydantic>=2.8",
         "pyyaml",
         "blake3",
         "jinja2>=3.1.6",  # chat templates are other people's code, and earlier ones let it out of the sandbox

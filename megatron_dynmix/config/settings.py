@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import operator
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from megatron_dynmix.config import run_config as tree
 from megatron_dynmix.config.megatron_fields import SECTIONS, megatron_fields
@@ -132,60 +134,47 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def coerce(value: Any, hint: Any, name: str) -> Any:
-    """`value` as the type that `hint` asks for; never a value that changes its meaning.
+    """Return `value` as the type that `hint` asks for; never a value that changes its meaning.
 
     Raises:
         InputError: a value of another type.
 
     """
-    refusal = InputError(f"{name} is {value!r}; it must be {describe(hint)}")
+    try:
+        return _adapter(hint).validate_python(value)
+    except ValidationError:
+        raise InputError(f"{name} is {value!r}; it must be {describe(hint)}") from None
+
+
+@functools.cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(_as_written(hint), config=ConfigDict(strict=True))
+
+
+def _as_written(hint: Any) -> Any:
+    """Return a type that takes values as YAML writes them: 2e-5 is text there, and a tuple a list."""
     origin, members = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        for member in members:
-            try:
-                return coerce(value, member, name)
-            except InputError:
-                continue
-        raise refusal
-    if origin is typing.Literal:
-        if value in members:
-            return value
-        raise refusal
-    if origin in (list, tuple, Sequence) or hint in (list, tuple):
-        if not isinstance(value, list | tuple):
-            raise refusal
-        element = members[0] if members else Any
-        return (tuple if origin is tuple or hint is tuple else list)(
-            item if element is Any else coerce(item, element, name) for item in value
-        )
-    if origin is dict or hint is dict:
-        return _checked(value, isinstance(value, dict), refusal)
-    return _coerce_scalar(value, hint, refusal)
-
-
-def _coerce_scalar(value: Any, hint: Any, refusal: InputError) -> Any:
-    if hint is type(None):
-        return _checked(value, value is None, refusal)
-    if hint is bool:
-        return _checked(value, isinstance(value, bool), refusal)
-    if hint is int:
-        return _checked(value, isinstance(value, int) and not isinstance(value, bool), refusal)
-    if hint is str:
-        return _checked(value, isinstance(value, str), refusal)
     if hint is float:
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            raise refusal
-        try:
-            return float(value)  # YAML reads 2e-5 as a string
-        except ValueError:
-            raise refusal from None
-    raise refusal
+        return Annotated[float, BeforeValidator(_number)]
+    if origin in (typing.Union, types.UnionType):
+        return functools.reduce(operator.or_, map(_as_written, members))
+    if tuple in (hint, origin):
+        items = tuple(map(_as_written, members)) or (Any, ...)
+        return Annotated[tuple[items], BeforeValidator(_tuple)]  # type: ignore[valid-type]
+    if origin is list:
+        return list[_as_written(members[0])]  # type: ignore[misc]
+    return dict if origin is dict else hint  # what stands in a mapping is checked by who reads it
 
 
-def _checked(value: Any, good: bool, refusal: InputError) -> Any:
-    if not good:
-        raise refusal
-    return value
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def describe(hint: Any) -> str:
