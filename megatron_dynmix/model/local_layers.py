@@ -64,7 +64,7 @@ class SegmentAttention(DotProductAttention):
                 keys. None = causal over the whole row.
             attn_mask_type: not read: attention here is always causal.
             attention_bias: must be None.
-            packed_seq_params: segment borders of rows joined to one sequence.
+            packed_seq_params: borders of the segments of rows joined to one sequence.
 
         Returns:
             `[S, B, N * H]`, or `[T, N * H]` when packed.

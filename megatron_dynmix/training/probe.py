@@ -68,7 +68,7 @@ class Probe:
         Args:
             run: the model.
             seconds: `reduce` is set to the time of the reduction alone.
-            measurement: number of the measurement in the run, which decides the rows if they rotate.
+            measurement: its number in the run, which decides the rows if they rotate.
 
         Returns:
             Counts `[H, D, L, E]`, the halves being even and odd rows of a source's file, and sums per

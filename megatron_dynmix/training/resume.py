@@ -109,15 +109,8 @@ def check_resume(
 ) -> list[str]:
     """Refuse to resume with another model, other data or another order; list every other change.
 
-    Nothing is compared where the run does not resume from a checkpoint.
-
-    Args:
-        config: the resolved configuration.
-        reports: what the sources hold now.
-        run_dir: the run's directory.
-        resume: `no`, `must` or `auto`.
-        allow_source_change: whether sources may be others than those of the checkpoint.
-        source: the checkpoint; the newest good one, as far as its files' sizes tell, if not given.
+    What the run would resume from is `source`, or else the newest good checkpoint, as far as its files'
+    sizes tell. Nothing is compared where it resumes from none.
 
     Returns:
         Settings that differ from the checkpoint's, as `section.name: old -> new`. They are in force from
