@@ -95,12 +95,18 @@ class SavedModel:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class RunState(SavedModel):
-    """All of a run's state that is not a tensor of model or optimizer."""
+class Identity(SavedModel):
+    """What makes a run this one: its configuration, and what its sources hold."""
 
     fingerprints: Prints
     probes: Prints
     """Held-out source -> checksums of its files."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RunState(Identity):
+    """All of a run's state that is not a tensor of model or optimizer."""
+
     progress: Progress
     mix: MixState
     log_interval: LogInterval

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_dynmix.checkpoint import restore_point
-from megatron_dynmix.checkpoint.run_state import read_run_state, read_saved
+from megatron_dynmix.checkpoint.run_state import Identity, read_run_state, read_saved
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict
 from megatron_dynmix.config.presets import other_shape
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.data.prepare.report import SourceReport
-from megatron_dynmix.data.source_set import Prints
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.strategies.fixed import Fixed
 from megatron_dynmix.mixing.strategies.table import STRATEGIES
@@ -35,16 +33,6 @@ ORDER = (
 
 # Settings that decide what a gate load is; the state of the mix holds such loads.
 LOADS = (("mixing", "load_tokens"), ("mixing", "load_mass"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Identity:
-    """What makes a run this one: its configuration, and what its sources hold."""
-
-    config: Settings
-    fingerprints: Prints
-    probes: Prints
-    """Held-out source -> checksums of its files."""
 
 
 def identity(config: RunConfig, reports: Sequence[SourceReport]) -> Identity:

@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_dynmix.checkpoint.checkpointer import Checkpointer
 from megatron_dynmix.checkpoint.folder import folder_of
-from megatron_dynmix.checkpoint.run_state import DrawnState, LogInterval, Progress, RunState
+from megatron_dynmix.checkpoint.run_state import DrawnState, Identity, LogInterval, Progress, RunState
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.data.loader import BlendLoader
@@ -41,7 +41,6 @@ from megatron_dynmix.records.live_line import LiveLine
 from megatron_dynmix.records.logline import mixing_table, source_loss_line, training_line
 from megatron_dynmix.records.schema import TrainingRecord, Why
 from megatron_dynmix.records.writer import MetricsWriter
-from megatron_dynmix.training.resume import Identity
 from megatron_dynmix.training.reweighting import MixingError, Reweighting
 from megatron_dynmix.training.saving import Saving
 from megatron_dynmix.training.step import (

@@ -1,5 +1,7 @@
 """The state of a run, carried over to other sources. Axes: D sources."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from run_fixtures import fake_run
@@ -84,6 +86,13 @@ def test_unchanged_sources_go_on_where_they_stood_and_others_begin():
     assert lines[0].startswith("math: as it was, goes on after ") and "0.500000" in lines[1]
     assert lines[2].startswith("chat: changed, 40 -> 55 rows, from the first row on, weight ")
     assert lines[3] == "code: removed"
+
+
+def test_a_dense_model_has_no_counts_to_carry_over():
+    change, state = change_to(fake_run(10), {"math": MATH, "law": LAW}, (11, 9))
+    dense = replace(state, mix=replace(state.mix, interval_counts=np.zeros(0, np.int64)))
+    carried, _ = change.carry(dense, np.array([0.5, 0.5]))
+    assert carried.mix.interval_counts.size == 0 and carried.mix.interval_stats.sums.shape == (3, 2)
 
 
 def test_the_place_is_that_of_the_resumed_sample_not_of_the_chunk():
