@@ -115,7 +115,6 @@ class SourceChange:
         old_D = blend.stages[-1].weights
         cursor = self.cursor(blend.cursor_at(state.progress.consumed_samples))
         weights_D = self.weights_D(old_D, initial_D)
-        counts = mix.interval_counts  # of a dense model there are none, and no axes
         state = replace(
             state,
             progress=replace(
@@ -126,7 +125,7 @@ class SourceChange:
                 mix,
                 blend=blend.with_sources(self.after.sizes, self.after.shuffle_ids, cursor, weights_D),
                 controller=mix.controller.with_sources(self.after.names, self.kept_D, weights_D),
-                interval_counts=carried(counts, self.kept_D, axis=-3) if counts.size else counts,
+                interval_counts=carried(mix.interval_counts, self.kept_D, axis=1),
                 interval_stats=SourceStats.of(carried(mix.interval_stats.sums, self.kept_D)),
             ),
         )

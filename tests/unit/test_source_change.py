@@ -90,9 +90,9 @@ def test_unchanged_sources_go_on_where_they_stood_and_others_begin():
 
 def test_a_dense_model_has_no_counts_to_carry_over():
     change, state = change_to(fake_run(10), {"math": MATH, "law": LAW}, (11, 9))
-    dense = replace(state, mix=replace(state.mix, interval_counts=np.zeros(0, np.int64)))
+    dense = replace(state, mix=replace(state.mix, interval_counts=np.zeros((2, 3, 0), np.int64)))
     carried, _ = change.carry(dense, np.array([0.5, 0.5]))
-    assert carried.mix.interval_counts.size == 0 and carried.mix.interval_stats.sums.shape == (3, 2)
+    assert carried.mix.interval_counts.shape == (2, 2, 0) and carried.mix.interval_stats.sums.shape == (3, 2)
 
 
 def test_the_place_is_that_of_the_resumed_sample_not_of_the_chunk():
