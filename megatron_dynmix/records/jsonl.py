@@ -1,4 +1,4 @@
-"""Append-only JSONL file of records that each carry their `iteration`."""
+"""Append-only JSONL files of records that each carry their `iteration`: written, cut, read, and salvaged."""
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ def naming(path: Path) -> Iterator[None]:
 class JsonlWriter:
     """One JSON object per line, flushed as it is written, so that a kill loses at most the line in hand.
 
-    An existing file is gone on with: a last line that a kill cut short is taken off, and with `keep_until`
+    An existing file is continued: a last line that a kill cut short is cut off, and with `keep_until`
     every record of a later iteration too, because a resumed run will write those iterations again. The
     file is replaced atomically. Raises `InputError` where any other line is not a record, `TrainingStopped`
     where it cannot be written.
@@ -71,18 +71,24 @@ class JsonlWriter:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a file, in order; a last line that a kill cut short is left out, with a warning.
+    """Return all whole records of a file; a last line that a kill cut short is left out, with a warning.
 
-    Raises `InputError` naming file and line where any other line is not a JSON object with an integer
-    `iteration`.
+    Raises:
+        InputError: another line is not a JSON object with an integer `iteration`; names file and line.
+
     """
     return [record for _, record in _read(path)]
 
 
 def read_lines(path: Path, kind: type[AnyLine]) -> list[AnyLine]:
-    """Return all whole records of a file of one kind; see `read_records` for what is left out or refused."""
+    """Return all whole records of a file of one kind.
+
+    Raises:
+        InputError: as for `read_records`, and for a record that is none of that kind.
+
+    """
     lines = []
-    for number, record in enumerate(read_records(path), start=1):
+    for number, (_, record) in enumerate(_read(path), start=1):
         try:
             lines.append(kind.from_json(record))
         except ValueError as error:
@@ -140,18 +146,19 @@ def found_records(path: Path, say: Callable[[str], None]) -> Iterator[dict[str, 
         say(f"{path.name} holds no whole record")
 
 
-def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Every whole line, line end included, with its record."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    # the line end is written last, so a line without one is a write that a kill cut short
-    if lines and not lines[-1].endswith(b"\n"):
-        logger.warning("%s:%d: incomplete last line, as a kill leaves it: not read", path, len(lines))
-        lines.pop()
-    return [(line, _parse(path, number, line)) for number, line in enumerate(lines, start=1)]
+def _read(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield every whole line, line end included, with its record."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            # the line end is written last, so a line without one is a write that a kill cut short
+            if not line.endswith(b"\n"):
+                logger.warning("%s:%d: incomplete last line, as a kill leaves it: not read", path, number)
+                return
+            yield line, _parse(path, number, line)
 
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    """The record on one line."""
+    """Return the record on one line."""
     try:
         record = json.loads(line)
     except ValueError as error:

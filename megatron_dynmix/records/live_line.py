@@ -53,7 +53,7 @@ class LiveLine:
 
 
 def shares(sources: Sequence[str], weights_D: NDArray[np.float64]) -> str:
-    """The heaviest sources with their weights, and how many more there are."""
+    """Return the heaviest sources with their weights, and how many more there are."""
     order = np.argsort(-weights_D, kind="stable")[:MOST_WEIGHTS]
     shown = " ".join(f"{sources[source]} {weights_D[source]:.2f}" for source in order)
     more = len(sources) - len(order)

@@ -46,12 +46,12 @@ def source_loss_line(record: TrainingRecord) -> str:
 
 
 def saving_line(iteration: int, directory: Path, now: datetime) -> str:
-    """The line before a checkpoint is written into `directory` (the parent of `iter_*`)."""
+    """Return the line before a checkpoint is written into `directory` (the parent of `iter_*`)."""
     return f"{_stamp(now)} saving checkpoint at iteration {iteration:7d} to {directory} in torch_dist format"
 
 
 def saved_line(iteration: int, directory: Path, now: datetime, *, tp_size: int, pp_size: int) -> str:
-    """The line once a checkpoint is whole, as the first tensor- and pipeline-parallel rank says it."""
+    """Return the line once a checkpoint is whole, as the first tensor- and pipeline-parallel rank says it."""
     return (
         f"{_stamp(now)} successfully saved checkpoint from iteration {iteration:7d} to {directory} "
         f"[ t 1/{tp_size}, p 1/{pp_size} ]"
@@ -59,12 +59,12 @@ def saved_line(iteration: int, directory: Path, now: datetime, *, tp_size: int, 
 
 
 def loading_line(iteration: int, directory: Path) -> str:
-    """The line before a checkpoint is read."""
+    """Return the line before a checkpoint is read."""
     return f" loading distributed checkpoint from {directory} at iteration {iteration}"
 
 
 def loaded_line(iteration: int, directory: Path, *, tp_size: int, pp_size: int) -> str:
-    """The line once a checkpoint is read, as the first tensor- and pipeline-parallel rank says it."""
+    """Return the line once a checkpoint is read, as the first tensor- and pipeline-parallel rank says it."""
     return (
         f"  successfully loaded checkpoint from {directory} "
         f"[ t 1/{tp_size}, p 1/{pp_size} ] at iteration {iteration}"

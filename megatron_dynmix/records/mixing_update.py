@@ -6,7 +6,6 @@ Axes: H halves, D sources, L MoE layers of the model, E experts; C layers that s
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ TOLD = ("train_iters", "interval_rows", "run_rows")
 
 
 def layers_read(strategies: Iterable[Strategy], num_layers: int) -> list[int]:
-    """The MoE layers whose loads any of the strategies reads; all, for one that does not say which."""
+    """Return the MoE layers whose loads any of the strategies reads; all, for one that does not say which."""
     read: set[int] = set()
     for strategy in strategies:
         if strategy.needs_gate_load:
@@ -77,7 +76,7 @@ def signal_of(update: MixingUpdate, **told: Any) -> Signal:
 
 
 def _all_layers(counts_C: NDArray[Any], signal: Measured) -> NDArray[Any]:
-    """Counts `[..., C, E]` of the layers that are read as `[..., L, E]`."""
+    """Put counts `[..., C, E]` of the layers that are read in their places, as `[..., L, E]`."""
     *others, _, num_experts = counts_C.shape
     counts_L = np.zeros((*others, signal.num_layers, num_experts), counts_C.dtype)
     counts_L[..., signal.layers, :] = counts_C
@@ -103,79 +102,57 @@ def update_record(
 ) -> MixingUpdate:
     """Return the record of an update.
 
-    Args:
-        controller: after the update.
-        decision: what it decided; None if it was not asked, and the note says why.
-        iteration: iterations done.
-        consumed_samples: rows drawn up to then, all sources.
-        old_D: shares before.
-        new_D: shares after.
-        tokens_D: tokens of each source trained on so far.
-        rows_D: rows of each source drawn so far.
-        size_D: rows of each source.
-        seconds: wall time per phase.
-        override: the operator's word.
-        notes: what must be said beside the controller's own notes.
-        probe_loss: mean losses in nats on the held-out rows, None where a source had no trained token.
-        examples_per_row_D: of each source, where the strategy's weights are shares of examples.
-
+    `decision` is None if the controller was not asked, and a note says why. `old_D` and `new_D` are shares of
+    the rows; `tokens_D` and `rows_D` were trained on, and drawn, so far; `size_D` are the rows of an epoch;
+    `notes` are said beside the controller's own. With `examples_per_row_D` the strategy's weights are shares
+    of examples.
     """
-    record = MixingUpdate(
+    return MixingUpdate(
         iteration=iteration,
         consumed_samples=consumed_samples,
         sources=list(controller.sources),
         old_weights=old_D.tolist(),
         new_weights=new_D.tolist(),
-        delta=None,
-        load=None,
-        distance=None,
         tokens=tokens_D.tolist(),
         rows=rows_D.tolist(),
         epochs=(rows_D / size_D).tolist(),
         seconds=dict(seconds),
-        notes=list(notes),
-        events=[],
+        notes=[*notes, *(decision.notes if decision else ())],
         override=override,
-        shadow={},
-        loss=None,
-        delta_error=None,
-        signal=None,
-        example_weights=examples_per_row_D
+        example_weights=None
         if examples_per_row_D is None
         else example_shares(new_D, examples_per_row_D).tolist(),
-        expert_load=None,
         probe_loss=probe_loss,
         entropy=entropy(new_D),
         kl_step=kl_divergence(new_D, old_D),
+        **({} if decision is None else _decided(controller, decision, old_D)),
     )
-    return record if decision is None else _with_decision(record, controller, decision)
 
 
-def _with_decision(record: MixingUpdate, controller: MixingController, decision: Decision) -> MixingUpdate:
-    proposal, loss_D = decision.proposal, decision.signal.loss_D
-    error_D = proposal.delta_error_D
-    asked = [controller.strategy, *controller.shadows.values()]
-    signal, counts = measured(decision.signal, [strategy for strategy in asked if strategy.updates])
-    return replace(
-        record,
-        delta=proposal.delta_D.tolist(),
-        load=_load(proposal.load_DLE),
-        distance=proposal.distance_DD,
-        notes=[*record.notes, *decision.notes],
-        events=list(decision.events),
-        shadow={name: shadow.weights_D.tolist() for name, shadow in decision.shadow.items()},
-        loss=None if loss_D is None else loss_D.tolist(),
-        delta_error=None if error_D is None else error_D.tolist(),
-        signal=signal,
-        counts=counts,
-        expert_load=busiest_expert(decision.signal, np.array(record.old_weights)),
-    )
+def _decided(controller: MixingController, decision: Decision, old_D: NDArray[np.float64]) -> dict[str, Any]:
+    """Return the fields that only an update has for which the strategies were asked."""
+    proposal, signal = decision.proposal, decision.signal
+    asked = (controller.strategy, *controller.shadows.values())
+    told, counts = measured(signal, [strategy for strategy in asked if strategy.updates])
+    return {
+        "delta": proposal.delta_D.tolist(),
+        "delta_error": None if proposal.delta_error_D is None else proposal.delta_error_D.tolist(),
+        "load": _load(proposal.load_DLE),
+        "distance": proposal.distance_DD,
+        "events": list(decision.events),
+        "shadow": {name: shadow.weights_D.tolist() for name, shadow in decision.shadow.items()},
+        "loss": None if signal.loss_D is None else signal.loss_D.tolist(),
+        "signal": told,
+        "counts": counts,
+        "expert_load": busiest_expert(signal, old_D),
+    }
 
 
 def busiest_expert(signal: Signal, weights_D: NDArray[np.float64]) -> list[float] | None:
-    """Load of the busiest expert over the mean one, by MoE layer, of the mix in force; None if not measured.
+    """Return the load of the busiest expert over the mean, by MoE layer, of the mix in force.
 
-    1 is an even load. Sources are weighted as they are drawn: a probe reads equally much of each.
+    1 is an even load, None stands for one that was not measured. Sources are weighted as they are drawn: a
+    probe reads equally much of each.
     """
     counts_DLE = signal.counts_DLE
     if counts_DLE is None or not counts_DLE.any():

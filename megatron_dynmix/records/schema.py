@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ EventKind = Literal["start", "resume", "finished", "stopped", "failed"]
 class Line:
     """A record that is one line of a file."""
 
+    MAY_LACK: ClassVar[str | None] = None
+    """The one field that its line may be without."""
     iteration: int
 
     def to_json(self) -> dict[str, Any]:
@@ -118,6 +120,7 @@ class MixingUpdate(Line):
     Axes: H halves, D sources, L MoE layers, E experts; C layers that some strategy reads.
     """
 
+    MAY_LACK = "counts"
     iteration: int
     """Iterations done when it was made."""
     consumed_samples: int
@@ -126,11 +129,11 @@ class MixingUpdate(Line):
     old_weights: list[float]
     """Shares of the rows before."""
     new_weights: list[float]
-    delta: list[float] | None
+    delta: list[float] | None = None
     """Scores; None if no strategy was asked."""
-    load: NDArray[np.float64] | None
+    load: NDArray[np.float64] | None = None
     """Gate loads, `[D, E]` of one layer or `[D, L, E]` of those that the strategy reads."""
-    distance: NDArray[np.float64] | None
+    distance: NDArray[np.float64] | None = None
     """`[D, D]`."""
     tokens: list[int]
     """Trained on since the start of the run, as rows and epochs are counted from there."""
@@ -138,27 +141,27 @@ class MixingUpdate(Line):
     epochs: list[float]
     seconds: dict[str, float]
     """Wall time of each phase: signal, reduce, update, rebuild."""
-    notes: list[Remark]
+    notes: list[Remark] = field(default_factory=list)
     """What a reader must know about this update."""
-    events: list[Remark]
+    events: list[Remark] = field(default_factory=list)
     """What guardrails and the operator's override did to the strategy's proposal."""
-    override: Override | None
+    override: Override | None = None
     """The operator's word in force."""
-    shadow: dict[str, list[float]]
+    shadow: dict[str, list[float]] = field(default_factory=dict)
     """Weights that each strategy which only watches would have."""
-    loss: list[float] | None
+    loss: list[float] | None = None
     """Mean losses in nats as the strategies saw them; NaN for a source that was never measured."""
-    delta_error: list[float] | None
+    delta_error: list[float] | None = None
     """Standard errors of delta."""
-    signal: Measured | None
+    signal: Measured | None = None
     """None if no strategy was asked."""
     block: Block | None = None
     """Where the arrays are that the line does not hold."""
-    example_weights: list[float] | None
+    example_weights: list[float] | None = None
     """With `unit: examples`, the weights as shares of the examples."""
-    expert_load: list[float] | None
+    expert_load: list[float] | None = None
     """Busiest expert over the mean one, by MoE layer, of the mix in force."""
-    probe_loss: list[float | None] | None
+    probe_loss: list[float | None] | None = None
     """Mean losses in nats on held-out rows; None for a source without a trained token."""
     entropy: float
     """Of the new weights, in nats."""
@@ -188,6 +191,7 @@ class MixingUpdate(Line):
 class StageLine(Line):
     """What it takes to draw a stage again, and why it began: a line of `ledger.jsonl`."""
 
+    MAY_LACK = "begin"
     kind: Literal["stage"] = "stage"
     why: Why
     iteration: int
@@ -286,16 +290,6 @@ def _kinds(cls: Any) -> dict[str, Any]:
     return {item.name: hints[item.name] for item in fields(cls)}
 
 
-@cache
-def _optional(cls: Any) -> set[str]:
-    """Names of the fields of a dataclass that have a default."""
-    return {
-        item.name
-        for item in fields(cls)
-        if item.default is not MISSING or item.default_factory is not MISSING
-    }
-
-
 def _read(kind: Any, value: Any) -> Any:
     """Return a value of JSON as one of a field's type; TypeError or ValueError if it is none."""
     if kind is float:
@@ -317,13 +311,9 @@ def _read(kind: Any, value: Any) -> Any:
     if origin is np.ndarray:
         return np.array(value, np.float64)
     if hasattr(kind, "__dataclass_fields__") and isinstance(value, Mapping):
-        return kind(
-            **{
-                name: _read_key(part, value, name)
-                for name, part in _kinds(kind).items()
-                if name in value or name not in _optional(kind)
-            }
-        )
+        absent = getattr(kind, "MAY_LACK", None)
+        names = {name: part for name, part in _kinds(kind).items() if name != absent or name in value}
+        return kind(**{name: _read_key(part, value, name) for name, part in names.items()})
     if origin is Literal or type(value) is kind:
         return value
     raise ValueError(f"{value!r} is no {getattr(origin or kind, '__name__', kind)}")

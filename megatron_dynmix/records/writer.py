@@ -1,11 +1,4 @@
-"""The one door for a run's numbers: three `.jsonl` files and `tensorboard/` in its folder, and dashboards.
-
-The writer of a run's records, told what the run is: settings, versions, sources.
-
-When a run was begun, gone on with and ended: lines of `events.jsonl`, which nothing is ever taken off.
-
-The other records are those of the run that would have been had nothing happened; this one says what did.
-"""
+"""The one door for a run's records: its files, its dashboards, and the story of its starts and ends."""
 
 from __future__ import annotations
 
@@ -41,11 +34,11 @@ from megatron_dynmix.records.signals import SIGNALS, SignalWriter
 class MetricsWriter:
     """Writes `metrics.jsonl`, `mixing.jsonl`, `signals.bin`, `ledger.jsonl` and `tensorboard/` in `run_dir`.
 
-    Call it on one rank only. `resume_iteration` is the iteration of the checkpoint that the run goes on
-    from (-1: it begins again), and what was recorded after it is taken off; an update made at the very
-    iteration of a checkpoint stays, so it has to be part of that checkpoint. None is a new run: `InputError`
-    where the folder holds records of another. `TrainingStopped` where a file cannot be written. With
-    `wandb_project`, Weights & Biases gets the same numbers under the same names.
+    Call it on one rank only. `resume_iteration` is the iteration of the checkpoint that the run resumes from
+    (-1: it starts over), and what was recorded after it is cut off; an update made at the very iteration of
+    a checkpoint stays, so it has to be part of that checkpoint. None is a new run: `InputError` where the
+    folder holds records of another. `TrainingStopped` where a file cannot be written. With `wandb_project`,
+    Weights & Biases gets the same numbers under the same names.
     """
 
     def __init__(
@@ -122,7 +115,7 @@ class MetricsWriter:
 
 
 def _refuse_records(*paths: Path) -> None:
-    """A new run must not write its iterations behind those of another."""
+    """Keep a new run from writing its iterations behind those of another."""
     for path in paths:
         if path.exists() and path.stat().st_size:
             raise InputError(
@@ -131,6 +124,9 @@ def _refuse_records(*paths: Path) -> None:
             )
 
 
+EVENTS = "events.jsonl"
+"""Starts and ends of the processes that train. Nothing is ever cut off it: the other records are those of the
+run that would have been had nothing happened, this one says what did."""
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "numpy", "transformers")
 
 
@@ -162,7 +158,7 @@ def open_writer(
 
 
 def versions() -> dict[str, str]:
-    """What the run is made of, as far as it is installed."""
+    """Return what the run is made of, as far as it is installed."""
     found = {"megatron-dynmix": __version__, "python": machine.python_version()}
     for package in PACKAGES:
         try:
@@ -173,7 +169,7 @@ def versions() -> dict[str, str]:
 
 
 def flat_settings(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, bool | int | float | str]:
-    """Settings under `section.name`, and those of sources under `data.sources.NAME.name`; lists as text."""
+    """Return settings under `section.name`, or `data.sources.NAME.name`; lists as text."""
     flat: dict[str, bool | int | float | str] = {}
 
     def add(prefix: str, value: Any) -> None:
@@ -187,9 +183,6 @@ def flat_settings(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, bool |
 
     add("", sections)
     return flat
-
-
-EVENTS = "events.jsonl"
 
 
 @contextlib.contextmanager

@@ -189,7 +189,7 @@ class Run:
     """When a record was last written, in seconds since 1970."""
 
     def setting(self, section: str, name: str) -> Any:
-        """What the configuration says; None if it does not."""
+        """Return what the configuration says; None if it does not."""
         return self.config.get(section, {}).get(name)
 
     @property
@@ -300,7 +300,7 @@ def _check(path: Path) -> None:
 
 
 def _read_config(run: Run) -> None:
-    """The configuration as it stands: a page must not need that this version would accept it."""
+    """Read the configuration as it stands: a page must not need that this version would accept it."""
     path = run.path / "config.yaml"
     try:
         text = path.read_text(encoding="utf-8")
@@ -319,7 +319,7 @@ def _read_config(run: Run) -> None:
 
 
 def _read_updates(run: Run) -> None:
-    """Updates in one pass, of which only those that are drawn keep their heat maps."""
+    """Read updates in one pass, of which only those that are drawn keep their heat maps."""
     path = run.path / "mixing.jsonl"
     total = count_lines(path)
     drawn, frames = set(thinned(total, MOST_POINTS)), set(thinned(total, MOST_FRAMES))
@@ -416,12 +416,12 @@ def _few(frames: list[Frame]) -> list[Frame]:
 
 
 def end_weights(run: Run) -> Mapping[str, float]:
-    """After the last update, by name of the source."""
+    """Return the shares after the last update, by name of the source."""
     return run.weights[-1].shares if run.weights else {}
 
 
 def end_losses(run: Run) -> Mapping[str, float]:
-    """The last that was recorded of each source."""
+    """Return the last that was recorded of each source."""
     found: dict[str, float] = {}
     for record in run.metrics:
         found |= {name: loss for name, loss in record.losses.items() if math.isfinite(loss)}

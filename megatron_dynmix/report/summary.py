@@ -94,7 +94,7 @@ def _mix(run: Run) -> list[str]:
 
 
 def _why(run: Run, won: str, lost: str) -> str:
-    """What the deltas say of it."""
+    """Say what the deltas tell about it."""
     means = _mean_deltas(run)
     if len(means) < 2 or not {won, lost} <= set(means):
         return ""
@@ -155,7 +155,7 @@ def _settled(run: Run) -> str:
 
 
 def warnings(run: Run) -> list[str]:
-    """What somebody who watches the run should look at."""
+    """Return what somebody who watches the run should look at."""
     found = [f"{sentence}." for sentence in run.missing]
     if run.weights:
         last = run.weights[-1].shares

@@ -64,7 +64,7 @@ def told_by_rank_0(
 
 
 def read_override(path: Path, sources: Sequence[str], resolved: Resolved) -> Override | None:
-    """What the operator says now, in shares of the rows; None if there is no file.
+    """Return what the operator says now, in shares of the rows; None if there is no file.
 
     Raises:
         BrokenOverride: there is one that cannot be used.
@@ -129,7 +129,7 @@ class Reweighting:
         return self.controller.needs_gate_load and self.mixing.signal == "train"
 
     def begin(self) -> dict[str, Any]:
-        """What the first weights came from, for the record."""
+        """Return what the first weights came from, for the record."""
         return begin_of(self.controller, self.horizon, self.initial_D)
 
     def observe(self, stats: SourceStats) -> None:
@@ -137,7 +137,7 @@ class Reweighting:
         self._interval += stats
 
     def next_due(self, iteration: int) -> int:
-        """Iterations from this one to the next update."""
+        """Return the iterations from this one to the next update."""
         return self.mixing.interval - iteration % self.mixing.interval
 
     def is_due(self, iteration: int) -> bool:
@@ -203,7 +203,7 @@ class Reweighting:
         )
 
     def _measure(self, seconds: dict[str, float], iteration: int) -> tuple[Signal, SourceStats | None]:
-        """Counts and losses of the held-out rows, or of the interval."""
+        """Measure counts and losses, on the held-out rows or over the interval."""
         counts_HDLE, probe_stats = None, None
         if self.probe is not None:
             number = iteration // self.mixing.interval
@@ -220,7 +220,7 @@ class Reweighting:
         return Signal(counts_DLE=counts_DLE, half_counts_HDLE=halves_HDLE, loss_D=loss_D), probe_stats
 
     def _interval_counts(self) -> torch.Tensor:
-        """Counts of the running interval so far, of all ranks."""
+        """Return the counts of the running interval so far, of all ranks."""
         return self._carried_HDLE + reduce_counts(self.run.counter.counts_HDLE).cpu()
 
     def _begin_interval(self) -> None:

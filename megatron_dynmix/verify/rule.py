@@ -85,7 +85,7 @@ class RuleReplay:
             return False
         try:
             decision, controller = self._decide(update, line, last)
-        except (KeyError, TypeError, ValueError) as error:
+        except (IndexError, TypeError, ValueError) as error:
             raise NotProven(f"{where}: the update cannot be made again: {error}") from None
         self._compare(update, decision, controller, line, where)
         self._state, self._line = controller.state, line
@@ -163,7 +163,7 @@ class RuleReplay:
 
 
 def _told(line: StageLine) -> dict[str, Any]:
-    """What the ledger tells of a signal."""
+    """Return what the ledger tells of a signal."""
     return {
         "iteration": line.iteration,
         "size_D": np.array(line.sizes, np.int64),

@@ -37,7 +37,7 @@ class Verdict:
 
 
 def verdict_table(verdict: Verdict) -> str:
-    """What was drawn of each source, by the replay."""
+    """Return a table of what was drawn of each source, by the replay."""
     header = ["source", "rows", "drawn", "epochs", "least often", "most often", "lost", "repeated"]
     rows = [
         [
@@ -50,7 +50,7 @@ def verdict_table(verdict: Verdict) -> str:
 
 
 def verdict_text(verdict: Verdict) -> str:
-    """The table, what a reader must know, and one line that says whether the run is proven."""
+    """Return the table, what a reader must know, and one line that says whether the run is proven."""
     lines = [verdict_table(verdict), ""] if verdict.tallies else []
     if verdict.tallies:
         lines.append(

@@ -141,7 +141,7 @@ class _Proof:
             raise NotProven(f"{where}: {error}") from None
 
     def _check_samples(self, record: Record, where: str) -> None:
-        """The digest of what was trained on is that of what the stages call for."""
+        """Refuse a digest of what was trained on that is not that of what the stages call for."""
         assert self.replay is not None
         verdict, line = self.verdict, samples_line(record, where)
         iteration, first, consumed = line.iteration, line.first_sample, line.consumed_samples
@@ -257,7 +257,7 @@ class _Proof:
                 )
 
     def _check_checkpoint(self, *, before: int | None) -> None:
-        """The newest checkpoint stands where the replay stands after its iteration."""
+        """Refuse a newest checkpoint that does not stand where the replay stands after its iteration."""
         state = self.records.state
         if self._checkpoint_done or state is None:
             return

@@ -43,18 +43,8 @@ def mixing_update(iteration: int, **changes) -> MixingUpdate:
         tokens=[1000, 3000, 0],
         rows=[10, 30, 0],
         epochs=[0.5, 1.5, 0.0],
-        probe_loss=None,
         entropy=1.0397207708,
         kl_step=0.25,
-        notes=[],
-        events=[],
-        override=None,
-        shadow={},
-        loss=None,
-        delta_error=None,
-        signal=None,
-        example_weights=None,
-        expert_load=None,
         seconds={"signal": 0.1, "reduce": 0.01, "update": 0.001, "rebuild": 0.02},
     )
     return replace(update, **changes)
