@@ -22,8 +22,7 @@ def train(run_yaml, flags, run_dir, **options):
     trainer = train_from(load_config(run_yaml, flags), run_dir, **options)
     torch.distributed.barrier()
     return {
-        "metrics": read_records(run_dir / "metrics.jsonl"),
-        "mixing": [plain(vars(update)) for update in updates_of(run_dir)],
+        **records_of(run_dir),
         "ledger": read_records(run_dir / "ledger.jsonl"),
         "blend": trainer.loader.blend.state.to_json(),
         "routers": {
@@ -33,6 +32,12 @@ def train(run_yaml, flags, run_dir, **options):
             if name.endswith("router.weight")
         },
     }
+
+
+def records_of(run_dir):
+    """What a run wrote of its training and of its updates."""
+    updates = [plain(vars(update)) for update in updates_of(run_dir)]
+    return {"metrics": read_records(run_dir / "metrics.jsonl"), "mixing": updates}
 
 
 def updates_of(run_dir):

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dynmix.records.jsonl import read_records
 from tests.distributed import programs
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_faults import without_clock
@@ -116,8 +115,8 @@ def local(run_yaml, settings, tmp_path):
 
 
 def same(run_dir, local):
-    for name in ("metrics", "mixing"):
-        assert without_clock(read_records(run_dir / f"{name}.jsonl")) == without_clock(local[name])
+    for name, records in programs.records_of(run_dir).items():
+        assert without_clock(records) == without_clock(local[name])
 
 
 @pytest.mark.slow

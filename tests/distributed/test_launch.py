@@ -240,6 +240,5 @@ def test_torchrun_starts_ranks_again_and_they_end_like_an_undisturbed_run(run_ya
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
     assert log.read_text().count("training on 2 ranks") == 2, log.read_text()
-    result = {name: read_records(tmp_path / f"run/{name}.jsonl") for name in ("metrics", "mixing")}
-    for name, records in result.items():
+    for name, records in programs.records_of(tmp_path / "run").items():
         assert without_clock(records) == without_clock(whole[name])

@@ -79,6 +79,24 @@ def test_the_command_line_and_update_do_not_import_torch(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_help_of_a_command_waits_for_its_own_module_only_and_not_for_torch():
+    program = """
+import contextlib, sys
+from megatron_dynmix.cli import COMMANDS, main
+
+def asked(name):
+    with contextlib.suppress(SystemExit):
+        main([name, "--help"])
+    return {each for each in COMMANDS if f"megatron_dynmix.commands.{each}" in sys.modules}
+
+assert asked("verify") == {"verify"}
+assert all(name in asked(name) for name in COMMANDS if name != "update")  # which is NumPy throughout
+assert not {"torch", "numpy", "megatron.core"} & sys.modules.keys()
+"""
+    done = fresh_python("-c", program)
+    assert done.returncode == 0, done.stderr
+
+
 def test_prepare_says_nothing_but_what_is_wrong_in_a_process_of_its_own(tmp_path):
     done = fresh_python("-m", "megatron_dynmix", "prepare", str(tmp_path / "gone.yaml"))
     assert done.returncode == 2
