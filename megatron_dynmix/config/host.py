@@ -128,8 +128,8 @@ def check_host(config: RunConfig, host: Host) -> None:
 def without_unmet(config: RunConfig, host: Host) -> RunConfig:
     """Return the run as this host could follow it, to check a layout meant for another one.
 
-    What is left out are ways to compute, some of which Megatron-Core refuses by name where Transformer
-    Engine is not; shapes and group sizes stay.
+    Ways to compute are left out (Megatron-Core refuses some of them without Transformer Engine); shapes and
+    group sizes stay.
     """
     unmet = {
         need.setting: need.values

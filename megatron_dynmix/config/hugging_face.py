@@ -367,7 +367,7 @@ def _dialect(config: Values) -> Dialect:
         raise InputError(f"model_type is {config.get('model_type')!r}, which is not known; known are {known}")
     given = config.get("architectures")
     if given and given != [dialect.architecture]:
-        raise InputError(f"architectures is {given}, of which only the language model is known: {known}")
+        raise InputError(f"architectures is {given}; only language models are known: {known}")
     return dialect
 
 

@@ -124,7 +124,7 @@ def _yaml_value(path: Path, section: str, name: Any, value: Any) -> Any:
     except InputError as error:
         raise InputError(f"{path}: in section {section}: {error}") from None
     if leaf.section != section:
-        raise InputError(f"{where} stands in the wrong section; put {name} under {leaf.section}")
+        raise InputError(f"{where} is in the wrong section; put {name} under {leaf.section}")
     value = leaves.coerce(value, leaf.hint, where)
     if name == "shadow":
         return _shadows(value, where)

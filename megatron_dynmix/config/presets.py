@@ -67,15 +67,15 @@ def is_folder(preset: object) -> bool:
 def complete_model(given: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in what preset or folder say of the model; what is given beside them wins.
 
-    What was read from a folder stands in the result, whose preset is None: it means the same where the
-    folder is not.
+    What a folder says is written out in the result, whose preset is None: it then means the same on a machine
+    that does not have the folder.
 
     Args:
         given: settings of the model section; paths are absolute.
 
     Raises:
-        InputError: an unknown preset, a folder that says nothing of a model or of one that we do not have,
-            settings beside it that are of another model.
+        InputError: an unknown preset, a folder without a model that we know, or settings beside it that
+            belong to another model.
 
     """
     load_hf = given.get("load_hf")

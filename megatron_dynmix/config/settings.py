@@ -163,7 +163,7 @@ def _as_written(hint: Any) -> Any:
         return Annotated[tuple[items], BeforeValidator(_tuple)]  # type: ignore[valid-type]
     if origin is list:
         return list[_as_written(members[0])]  # type: ignore[misc]
-    return dict if origin is dict else hint  # what stands in a mapping is checked by who reads it
+    return dict if origin is dict else hint  # whoever reads a mapping checks its values
 
 
 def _number(value: Any) -> Any:

@@ -67,7 +67,7 @@ def test_an_environment_variable_that_is_not_set_is_refused(tmp_path, monkeypatc
     [
         ("modle: {}", "modle is no section; did you mean model?"),
         ("model: {num_layer: 2}", "in section model: num_layer is no setting; did you mean num_layers?"),
-        ("training: {lr: 1.0}", "training.lr stands in the wrong section; put lr under optimizer"),
+        ("training: {lr: 1.0}", "training.lr is in the wrong section; put lr under optimizer"),
         ("training: {seed: 1, seed: 2}", "the key 'seed' is given twice"),
         ("data: {sources: {a: {path: x}, a: {path: y}}}", "the key 'a' is given twice"),
         (

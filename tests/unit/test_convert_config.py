@@ -299,7 +299,7 @@ def test_a_model_of_no_family_is_not_written(changes, message):
 REFUSED = [
     (MIXTRAL_8X7B, {"model_type": "llama"}, r"model_type is 'llama'.*mixtral \(MixtralForCausalLM\)"),
     (MIXTRAL_8X7B, {"model_type": None}, "model_type is None"),
-    (MIXTRAL_8X7B, {"architectures": ["MixtralForSequenceClassification"]}, "only the language model"),
+    (MIXTRAL_8X7B, {"architectures": ["MixtralForSequenceClassification"]}, "only language models"),
     (MIXTRAL_8X7B, {"sliding_window": 4096}, "sliding_window is 4096"),
     (MIXTRAL_8X7B, {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1, and only 0.0"),
     (MIXTRAL_8X7B, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
