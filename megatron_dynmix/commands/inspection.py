@@ -16,8 +16,14 @@ from megatron_dynmix.config.check import check_data
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.data.prepare.report import load_report
 from megatron_dynmix.data.row_text import Span, border, example_text, row_text
-from megatron_dynmix.data.rows import PackedRows
-from megatron_dynmix.data.sources import build_blend, build_rows, prepared_sources, source_files
+from megatron_dynmix.data.sources import (
+    SourceFile,
+    build_blend,
+    build_rows,
+    check_prepared,
+    pack_file,
+    source_files,
+)
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.errors import InputError
@@ -136,8 +142,8 @@ class Inspection:
         check_data(config)
         data = config.data
         tokenizer = load_tokenizer(data.tokenizer or "", trust_remote_code=data.trust_remote_code)
-        for _ in prepared_sources(config, tokenizer):
-            pass  # refused here, if it is not prepared as it is to be
+        for file in source_files(config):
+            check_prepared(config, file, tokenizer)
         return cls(config, tokenizer)
 
     def example(self, name: str, number: int) -> list[Span]:
@@ -147,9 +153,7 @@ class Inspection:
             InputError: no such source or example.
 
         """
-        self._source_index(name)
-        prefix = next(file.prefix(self.config) for file in source_files(self.config) if file.name == name)
-        return _example(f"source {name}", prefix, number, self.tokenizer)
+        return _example(f"source {name}", self._file(name).prefix(self.config), number, self.tokenizer)
 
     def row(self, name: str, number: int) -> list[Span]:
         """Return packed row `number` of a source, from 0.
@@ -158,7 +162,7 @@ class Inspection:
             InputError: no such source or row.
 
         """
-        rows = self._rows()[self._source_index(name)]
+        rows = pack_file(self.config, self._file(name), self.tokenizer)
         _check_number(f"row {number} of source {name}", number, len(rows), "rows")
         return row_text(rows, number, self.tokenizer)
 
@@ -173,7 +177,8 @@ class Inspection:
         """
         if iteration < 1:
             raise InputError(f"iteration {iteration}: the first one is 1")
-        schedule, rows = BatchSchedule.of(self.config.training), self._rows()
+        schedule = BatchSchedule.of(self.config.training)
+        rows = build_rows(self.config, self.tokenizer, probe=False)
         first, last = schedule.samples_after(iteration - 1), schedule.samples_after(iteration)
         mix = Mix.of(self.config, resolve(self.config), rows)
         blend = build_blend(self.config, rows, mix.first_D)
@@ -192,11 +197,9 @@ class Inspection:
             spans += row_text(rows[dataset_id], row, self.tokenizer)
         return spans
 
-    def _rows(self) -> list[PackedRows]:
-        return build_rows(self.config, self.tokenizer, probe=False)
-
-    def _source_index(self, name: str) -> int:
-        names = list(self.config.data.sources)
-        if name not in names:
-            raise InputError(f"there is no source {name!r}; there are {', '.join(names)}")
-        return names.index(name)
+    def _file(self, name: str) -> SourceFile:
+        """Return the input of a source's training rows."""
+        files = {file.name: file for file in source_files(self.config) if not file.is_probe}
+        if name not in files:
+            raise InputError(f"there is no source {name!r}; there are {', '.join(files)}")
+        return files[name]

@@ -7,9 +7,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from megatron_dynmix import platform
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.batch_schedule import BatchSchedule
@@ -20,7 +17,7 @@ from megatron_dynmix.config.megatron import check_with_megatron, moe_layers
 from megatron_dynmix.config.run_config import HUB
 from megatron_dynmix.convert.import_hf import check_load_hf
 from megatron_dynmix.data.rows import PackedRows
-from megatron_dynmix.data.sources import build_rows, prepared_sources
+from megatron_dynmix.data.sources import check_prepared, pack_file, source_files
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.errors import InputError
@@ -175,14 +172,12 @@ def _check_weights(config: RunConfig, notes: list[str]) -> None:
 def _sources(
     config: RunConfig, tokenizer: Tokenizer | None, resolved: Resolved | None
 ) -> dict[str, SourceWork | str]:
-    """What is known of each source, or why nothing is."""
-    names = list(config.data.sources)
+    """Return what is known of each source, or why nothing is."""
     if tokenizer is None:
-        return dict.fromkeys(names, "the tokenizer is not on this machine")
-    rows = {name: _rows(config, name, tokenizer) for name in names}
+        return dict.fromkeys(config.data.sources, "the tokenizer is not on this machine")
+    rows = {name: _rows(config, name, tokenizer) for name in config.data.sources}
     packed = [source for source in rows.values() if isinstance(source, PackedRows)]
-    share_D: NDArray[np.float64]
-    if len(packed) == len(names) and resolved is not None:
+    if len(packed) == len(rows) and resolved is not None:
         share_D = Mix.of(config, resolved, packed).first_D
     elif config.mixing.unit == "tokens":
         share_D = initial_weights(config)
@@ -190,31 +185,24 @@ def _sources(
         why = "weights of examples are shares of tokens only when all sources are prepared"
         return {name: why if isinstance(source, PackedRows) else source for name, source in rows.items()}
     return {
-        name: source
-        if isinstance(source, str)
-        else SourceWork(
-            name=name,
-            rows=len(source),
-            useful_share=source.packing_report.useful_token_share,
-            share=float(share),
-        )
-        for (name, source), share in zip(rows.items(), share_D, strict=True)
+        name: source if isinstance(source, str) else SourceWork.of(source, share)
+        for (name, source), share in zip(rows.items(), share_D.tolist(), strict=True)
     }
 
 
 def _rows(config: RunConfig, name: str, tokenizer: Tokenizer) -> PackedRows | str:
-    """The packed rows of a source that is prepared as the run wants it, or why it is not."""
-    alone = dataclasses.replace(config.data, sources={name: config.data.sources[name]})
-    only = dataclasses.replace(config, data=alone)
+    """Return the packed rows of a source that is prepared as the run wants it, or why it is not."""
+    files = [file for file in source_files(config) if file.name == name]
     try:
-        list(prepared_sources(only, tokenizer))
-        return build_rows(only, tokenizer, probe=False)[0]
+        for file in files:
+            check_prepared(config, file, tokenizer)
+        return pack_file(config, files[0], tokenizer)
     except InputError as error:
         return str(error)
 
 
 def _instead(config: RunConfig, world_size: int, checker: Checker, gpu_bytes: int | None) -> str:
-    """Layouts that can run on these ranks; empty if none could, whatever the memory."""
+    """Return layouts that can run on these ranks; empty if none could, whatever the memory."""
     proposals = propose(config, world_size, checker.host, checker, gpu_bytes)
     if proposals:
         lines = [f"what can run on {world_size} ranks:", *(f"  {found.describe()}" for found in proposals)]
@@ -226,6 +214,6 @@ def _instead(config: RunConfig, world_size: int, checker: Checker, gpu_bytes: in
 
 
 def _near(config: RunConfig, world_size: int, checker: Checker) -> str:
-    """Other numbers of ranks that the layout asked for can run on; empty if there are none."""
+    """Return other numbers of ranks that the layout asked for can run on; empty if there are none."""
     near = nearest_world_sizes(config, world_size, checker)
     return f"\nthis layout can run on {' or '.join(map(str, near))} ranks" if near else ""

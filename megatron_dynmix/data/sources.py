@@ -50,16 +50,16 @@ class SourceFile:
 
     @property
     def label(self) -> str:
-        """How reports call it."""
+        """Return what reports call it."""
         return f"{self.name} (probe)" if self.is_probe else self.name
 
     @property
     def is_prepared(self) -> bool:
-        """Whether `path` is the prefix of a prepared source."""
+        """Tell whether `path` is the prefix of a prepared source."""
         return not self.path.is_file() and Path(f"{self.path}.idx").is_file()
 
     def prefix(self, config: RunConfig) -> Path:
-        """Where its prepared form is, or will be."""
+        """Return where its prepared form is, or will be."""
         if not self.is_prepared:
             source = Path(config.data.prepared_dir) / self.name
             return probe_prefix(source) if self.is_probe else source
@@ -67,7 +67,7 @@ class SourceFile:
 
 
 def source_files(config: RunConfig) -> Iterator[SourceFile]:
-    """All inputs of a run, training rows first, in the order of their dataset_id."""
+    """Yield all inputs of a run, training rows first, in the order of their dataset_id."""
     for name, source in config.data.sources.items():
         yield SourceFile(name, False, Path(source.path))
     for name, source in config.data.sources.items():
@@ -138,28 +138,21 @@ def prepare_sources(
         yield report
 
 
-def prepared_sources(config: RunConfig, tokenizer: Tokenizer) -> Iterator[SourceReport]:
-    """The reports of all inputs as they are on disk; nothing is prepared.
-
-    Raises:
-        InputError: one is not prepared, or from other rows or in another way.
-
-    """
-    for file in source_files(config):
-        prefix = file.prefix(config)
-        report = load_report(prefix)
-        _refuse_other_recipe(file, report, _recipe(config, file, tokenizer))
-        reads_rows = not (file.is_prepared or file.is_held_out)
-        if reads_rows and current_report(prefix, find_inputs(file.path), report.recipe) is None:
-            raise InputError(
-                f"source {file.label}: {file.path} was changed since it was prepared; run `megatron-dynmix "
-                "prepare` for it"
-            )
-        yield report
+def check_prepared(config: RunConfig, file: SourceFile, tokenizer: Tokenizer) -> None:
+    """Refuse an input that is not prepared, or from other rows or in another way; nothing is prepared."""
+    prefix = file.prefix(config)
+    report = load_report(prefix)
+    _refuse_other_recipe(file, report, _recipe(config, file, tokenizer))
+    reads_rows = not (file.is_prepared or file.is_held_out)
+    if reads_rows and current_report(prefix, find_inputs(file.path), report.recipe) is None:
+        raise InputError(
+            f"source {file.label}: {file.path} was changed since it was prepared; run `megatron-dynmix "
+            "prepare` for it"
+        )
 
 
 def _recipe(config: RunConfig, file: SourceFile, tokenizer: Tokenizer) -> Recipe:
-    """How an input is to be prepared."""
+    """Return how an input is to be prepared."""
     data = config.data
     return Recipe(
         tokenizer=tokenizer.fingerprint,
@@ -170,7 +163,7 @@ def _recipe(config: RunConfig, file: SourceFile, tokenizer: Tokenizer) -> Recipe
 
 
 def _refuse_other_recipe(file: SourceFile, report: SourceReport, recipe: Recipe) -> None:
-    """Refuse a prepared source that was made otherwise; of which format its rows were does not matter."""
+    """Refuse a prepared source that was made otherwise; the format that its rows had does not matter."""
     names = {
         "tokenizer": "tokenizer",
         "template": "template",
@@ -190,25 +183,26 @@ def _refuse_other_recipe(file: SourceFile, report: SourceReport, recipe: Recipe)
 
 
 def build_rows(config: RunConfig, tokenizer: Tokenizer, *, probe: bool) -> list[PackedRows]:
-    """Packed rows of each source's training (or held-out) examples; packings are cached."""
-    return [
-        PackedRows.build(
-            name=file.label,
-            prefix=file.prefix(config),
-            seq_length=config.data.seq_length,
-            seed=config.training.seed,
-            overlong=config.data.overlong,
-            cache_dir=Path(config.data.prepared_dir) / "packing",
-            pad_id=tokenizer.pad_id,
-            packing=config.data.packing,
-        )
-        for file in source_files(config)
-        if file.is_probe == probe
-    ]
+    """Pack the training (or held-out) examples of each source; packings are cached."""
+    return [pack_file(config, file, tokenizer) for file in source_files(config) if file.is_probe == probe]
+
+
+def pack_file(config: RunConfig, file: SourceFile, tokenizer: Tokenizer) -> PackedRows:
+    """Pack the examples of a prepared input; the packing is cached."""
+    return PackedRows.build(
+        name=file.label,
+        prefix=file.prefix(config),
+        seq_length=config.data.seq_length,
+        seed=config.training.seed,
+        overlong=config.data.overlong,
+        cache_dir=Path(config.data.prepared_dir) / "packing",
+        pad_id=tokenizer.pad_id,
+        packing=config.data.packing,
+    )
 
 
 def build_blend(config: RunConfig, rows: list[PackedRows], weights_D: np.ndarray) -> DynamicBlendedDataset:
-    """The blend of a fresh run that begins with these weights."""
+    """Build the blend of a fresh run that begins with these weights."""
     assert config.training.global_batch_size is not None, "checked before start"
     return DynamicBlendedDataset(
         rows,

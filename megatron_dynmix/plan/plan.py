@@ -9,6 +9,7 @@ from typing import Any
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.host import Host
 from megatron_dynmix.config.megatron import moe_layers
+from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.mixing.strategy import HALVES
 from megatron_dynmix.plan.layout import Layout, bubble_share, group_text, micro_batches
 from megatron_dynmix.plan.memory import StageMemory, checkpoint_bytes, memory_by_stage
@@ -73,6 +74,12 @@ class SourceWork:
     """Tokens that are no padding, of all positions of the rows."""
     share: float
     """Of the rows drawn, at the start."""
+
+    @classmethod
+    def of(cls, rows: PackedRows, share: float) -> SourceWork:
+        """Return what is taken of these rows."""
+        useful = rows.packing_report.useful_token_share
+        return cls(name=rows.name, rows=len(rows), useful_share=useful, share=share)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,7 +82,7 @@ def _config_of(run_dir: Path) -> RunConfig:
 
 
 def on_one_rank(config: RunConfig) -> RunConfig:
-    """The configuration of the same model without any parallelism."""
+    """Return the configuration of the same model without any parallelism."""
     model = {name: value for name, value in config.model.megatron.items() if name not in STAGE_SETTINGS}
     return dataclasses.replace(
         config, parallel=ParallelConfig(), model=dataclasses.replace(config.model, megatron=model)
@@ -90,7 +90,7 @@ def on_one_rank(config: RunConfig) -> RunConfig:
 
 
 def _load_model(config: RunConfig, num_sources: int, source: Path) -> PassRunner:
-    """The model of a checkpoint, in evaluation mode."""
+    """Build the model of a checkpoint, in evaluation mode."""
     seed_iteration(config.training.seed, -1)  # building draws weights, which the checkpoint's then replace
     run = build_runner(config, num_sources, platform.start())
     optimizer, scheduler = build_optimizer(config, run.chunks)

@@ -1,11 +1,8 @@
-"""What strategies are given by file or by source name: reference losses, another run's weights, embeddings.
+"""From settings to what decides the weights of a run, and what it is told beside the measurements.
 
-Everything is turned into plain lists in the order of the sources, so that the ledger can hold it. Axes:
+Used by a run before it starts, by `update`, and by `verify` from the settings on record: what settings give
+by file or by source name becomes plain lists in the order of the sources, which the ledger can hold. Axes:
 D sources, V dimensions of an embedding.
-
-From settings to what decides a run's weights, and what it is told beside the measurements.
-
-Used by the run itself, before it starts, and by `verify`, from the settings on record. Axes: D sources.
 """
 
 from __future__ import annotations
@@ -41,12 +38,13 @@ if TYPE_CHECKING:
     from megatron_dynmix.data.rows import PackedRows
 
 
-def resolve_files(mixing: MixingConfig, sources: Sequence[str]) -> dict[str, Any]:
-    """Option of a strategy -> its value, for every setting of `RESOLVED` that is given.
+Resolved = Mapping[str, Any]
+"""Options that came from files; the sources' `max_epochs` (None: no cap) and, where weights are shares of
+examples, their `examples_per_row`, in the order of the sources."""
 
-    Args:
-        mixing: the settings.
-        sources: names, in the order of their dataset_id.
+
+def resolve_files(mixing: MixingConfig, sources: Sequence[str]) -> dict[str, Any]:
+    """Return the value of each option of `RESOLVED` whose setting is given.
 
     Raises:
         InputError: a file that cannot be read, does not match the sources, or holds what is no such value.
@@ -59,17 +57,17 @@ def resolve_files(mixing: MixingConfig, sources: Sequence[str]) -> dict[str, Any
         "embeddings": read_embeddings,
     }
     resolved: dict[str, Any] = {
-        RESOLVED[setting]: read(Path(getattr(mixing, setting)), sources)
+        RESOLVED[setting]: read(Path(path), sources)
         for setting, read in readers.items()
-        if getattr(mixing, setting) is not None
+        if (path := getattr(mixing, setting)) is not None
     }
     if mixing.schedule is not None:
-        resolved[RESOLVED["schedule"]] = plan(mixing.schedule, sources)
+        resolved[RESOLVED["schedule"]] = schedule_points(mixing.schedule, sources)
     return resolved
 
 
 def read_losses(path: Path, sources: Sequence[str]) -> list[float]:
-    """Losses of all sources in nats from a JSON file {source: loss}, or a run's ``evaluation.json``."""
+    """Read losses of all sources, in nats, from a JSON file {source: loss} or a run's ``evaluation.json``."""
     content = read_json(path)
     if isinstance(content, dict) and "iteration" in content and isinstance(content.get("sources"), dict):
         content = {name: measured.get("loss") for name, measured in content["sources"].items()}
@@ -85,7 +83,7 @@ def read_losses(path: Path, sources: Sequence[str]) -> list[float]:
 
 
 def last_weights(run_dir: Path, sources: Sequence[str]) -> list[float]:
-    """The weights that another run ended with, by the names of its sources."""
+    """Read the weights that another run ended with, by the names of its sources."""
     path = run_dir / "mixing.jsonl"
     if not path.is_file():
         raise InputError(f"{run_dir} holds no mixing.jsonl; give the --run-dir of a run")
@@ -106,7 +104,7 @@ def last_weights(run_dir: Path, sources: Sequence[str]) -> list[float]:
 
 
 def read_embeddings(path: Path, sources: Sequence[str]) -> list[list[float]]:
-    """One vector per source, from a JSON file {source: [number, ...]} or an .npz of one array per source."""
+    """Read a vector of each source from a JSON file {source: [number, ...]} or an .npz of an array each."""
     content = _by_source(path, _read_npz(path) if path.suffix == ".npz" else read_json(path), sources)
     vectors = []
     for name in sources:
@@ -128,8 +126,8 @@ def read_embeddings(path: Path, sources: Sequence[str]) -> list[list[float]]:
     return vectors
 
 
-def plan(points: Sequence[Any], sources: Sequence[str]) -> list[list[Any]]:
-    """`[[iteration, {source: weight}], ...]` with the weights in the order of the sources."""
+def schedule_points(points: Sequence[Any], sources: Sequence[str]) -> list[list[Any]]:
+    """Return `[[iteration, {source: weight}], ...]` with the weights in the order of the sources."""
     resolved = []
     for point in points:
         if (
@@ -170,11 +168,6 @@ def _by_source(path: Path, content: Any, sources: Sequence[str]) -> dict[str, An
             f"{', '.join(unknown) or 'none'}; give one value for each of {', '.join(sources)}"
         )
     return dict(content)
-
-
-Resolved = Mapping[str, Any]
-"""Options that came from files; the sources' `max_epochs` (None: no cap) and, where weights are shares of
-examples, their `examples_per_row`, in the order of the sources."""
 
 
 def resolve(config: RunConfig) -> dict[str, Any]:
@@ -229,7 +222,7 @@ def refusing(mixing: MixingConfig, where: str = "mixing", sources: Sequence[str]
 
 
 def strategy_of(chosen: Chosen, resolved: Resolved) -> Strategy:
-    """A strategy with its options, those from files included.
+    """Build a strategy with its options, those from files included.
 
     Raises:
         ValueError: an option that it cannot take.
@@ -250,12 +243,12 @@ def strategy_of(chosen: Chosen, resolved: Resolved) -> Strategy:
 
 
 def examples_per_row(resolved: Resolved) -> NDArray[np.float64] | None:
-    """Of each source, where weights are shares of examples; None where they are shares of rows."""
+    """Return those of each source where weights are shares of examples, None where they are of rows."""
     return np.array(resolved["examples_per_row"]) if "examples_per_row" in resolved else None
 
 
 def in_rows(weights_D: NDArray[np.float64], resolved: Resolved) -> NDArray[np.float64]:
-    """Weights that a user has written, in the unit of the run, as shares of the rows."""
+    """Return weights that a user has written, in the unit of the run, as shares of the rows."""
     per_row_D = examples_per_row(resolved)
     return weights_D if per_row_D is None else row_shares(weights_D, per_row_D)
 
@@ -263,7 +256,7 @@ def in_rows(weights_D: NDArray[np.float64], resolved: Resolved) -> NDArray[np.fl
 def guardrails_of(
     mixing: MixingConfig, resolved: Resolved, sources: Sequence[str], size_D: NDArray[np.int64]
 ) -> Guardrails:
-    """The limits on the weights.
+    """Build the limits on the weights.
 
     Raises:
         ValueError: a limit out of range, or a prior that does not name the sources.
@@ -298,14 +291,14 @@ def controller_of(
     *,
     without: Container[str] = (),
 ) -> MixingController:
-    """Strategy, guardrails and shadows of a run, at its first weights.
+    """Build strategy, guardrails and shadows of a run, at the weights given.
 
     Args:
         mixing: the settings.
         resolved: what they say by file and by source.
         sources: names, in the order of their dataset_id.
         size_D: rows of each source.
-        weights_D: shares given.
+        weights_D: shares of the rows.
         without: labels of shadows to leave out.
 
     Raises:
@@ -345,7 +338,7 @@ class Horizon:
 
     @classmethod
     def of(cls, config: RunConfig, resolved: Resolved, size_D: NDArray[np.int64]) -> Horizon:
-        """The horizon of a configuration that was checked."""
+        """Return the horizon of a configuration that was checked."""
         assert config.training.train_iters is not None, "checked before start"
         caps = resolved.get("max_epochs", [None] * len(size_D))
         return cls(
@@ -359,11 +352,11 @@ class Horizon:
 
     @property
     def run_rows(self) -> int:
-        """Rows of the whole run."""
+        """Return the rows of the whole run."""
         return self.schedule.samples_after(self.train_iters)
 
     def signal(self, iteration: int, consumed_samples: int, drawn_D: NDArray[np.int64]) -> Signal:
-        """What a strategy is told beside the measurements."""
+        """Return what a strategy is told beside the measurements."""
         return Signal(
             iteration=iteration,
             train_iters=self.train_iters,
@@ -375,10 +368,10 @@ class Horizon:
         )
 
     def _interval_rows(self, iteration: int, consumed_samples: int, drawn_D: NDArray[np.int64]) -> int:
-        """Rows until the next weights.
+        """Return the rows until the next weights.
 
-        A whole interval's, though the run may end before: it may be resumed with more iterations, and the
-        caps must hold then too. Only where the caps leave less than that, what the run itself still takes.
+        Those of a whole interval, though the run may end before: it may be resumed with more iterations,
+        and the caps must hold then too. Only where the caps leave less, what the run itself still takes.
         """
 
         def rows(iterations: int) -> int:

@@ -70,29 +70,22 @@ def report_start(prepared: PreparedRun, run_dir: Path, changes: Sequence[str], n
 def overview(prepared: PreparedRun, world_size: int) -> str:
     """Return model, layout, epochs of each source and memory, as `plan` estimates them."""
     config = prepared.config
-    sources = {
-        source.name: SourceWork(
-            name=source.name,
-            rows=len(source),
-            useful_share=source.packing_report.useful_token_share,
-            share=float(share),
-        )
-        for source, share in zip(prepared.data.train, prepared.mix.first_D, strict=True)
-    }
+    shares = prepared.mix.first_D.tolist()
+    works = [SourceWork.of(rows, share) for rows, share in zip(prepared.data.train, shares, strict=True)]
     here = platform.start()
     host = Host(cuda=here.device.type == "cuda", transformer_engine=here.transformer_engine)
     rows = BatchSchedule.of(config.training).samples_after(config.training.train_iters or 0)
     try:
-        plan = Plan.of(config, world_size, host, run_rows=rows, sources=sources)
-    except InputError as error:  # a model that can be trained, but not reckoned
+        plan = Plan.of(config, world_size, host, run_rows=rows, sources={work.name: work for work in works})
+    except InputError as error:  # a model that can be trained, but not estimated
         return f"memory unknown: {error}"
     needs = needs_line(plan.largest, host)
-    lines = [model_line(plan), f"layout   {plan.layout.describe()}", epochs_table(plan, [*sources.values()])]
+    lines = [model_line(plan), f"layout   {plan.layout.describe()}", epochs_table(plan, works)]
     return "\n".join([*lines, memory_text(plan), needs])
 
 
 def written(config: RunConfig) -> str:
-    """What a run writes into its directory, and beside it."""
+    """Return what a run writes into its directory, and beside it."""
     every = config.checkpoint.save_interval
     when = f"every {every} iterations and at the end" if every else "at the end"
     places = {
@@ -109,7 +102,7 @@ def written(config: RunConfig) -> str:
 
 
 def prepared_table(reports: Sequence[SourceReport]) -> str:
-    """What became of each input's examples; the first broken rows by file and line."""
+    """Show what became of each input's examples; the first broken rows by file and line."""
     header = [
         *("source", "examples", "tokens", "trained", "mean length", "longest"),
         *("broken", "untrained", "duplicates", "split", "held out"),
@@ -127,7 +120,7 @@ def prepared_table(reports: Sequence[SourceReport]) -> str:
 
 
 def shared_lines(files: Sequence[SourceFile], config: RunConfig) -> list[str]:
-    """A line for each two inputs that have texts in common, from the digests beside their prepared files."""
+    """Return a line for each two inputs with texts in common, from the digests beside their files."""
     digests = [read_digests(file_of(file.prefix(config), "digests")) for file in files]
     lines = []
     for shared in shared_texts(digests):
@@ -141,7 +134,7 @@ def shared_lines(files: Sequence[SourceFile], config: RunConfig) -> list[str]:
 
 
 def mix_warnings(config: RunConfig) -> list[str]:
-    """A line for each setting with which the strategy changes weights late, or never."""
+    """Return a line for each setting with which the strategy changes weights late, or never."""
     mixing, lines = config.mixing, late_changes(config.mixing)
     if not any(mixing.chosen.needs):
         return lines
@@ -160,7 +153,7 @@ def mix_warnings(config: RunConfig) -> list[str]:
 
 
 def late_changes(mixing: MixingConfig) -> list[str]:
-    """A line if a plan made beforehand is to change weights where there is no update."""
+    """Return a line if a plan made beforehand is to change weights where there is no update."""
     points: dict[str, list[int]] = {
         "schedule": [point[0] for point in mixing.schedule or ()],
         "sequential": [mixing.options.get("every", 0)],
@@ -175,7 +168,7 @@ def late_changes(mixing: MixingConfig) -> list[str]:
 
 
 def share_table(rows: Sequence[PackedRows], row_shares_D: NDArray[np.float64]) -> str:
-    """What the sources' weights mean before a strategy changes them: of the rows, and of the examples."""
+    """Show the sources' weights before a strategy changes them: shares of the rows, and of the examples."""
     per_row_D = np.array([source.mean_examples_per_row for source in rows])
     shares = zip(rows, per_row_D, row_shares_D, example_shares(row_shares_D, per_row_D), strict=True)
     lines = [
@@ -186,7 +179,7 @@ def share_table(rows: Sequence[PackedRows], row_shares_D: NDArray[np.float64]) -
 
 
 def packed_table(sources: Sequence[PackedRows]) -> str:
-    """What became of each source's examples when they were packed, and a line where many were lost."""
+    """Show what became of each source's examples in packing, and a line where many were lost."""
     header = ["source", "rows", "examples", "over-long dropped", "truncated", "untrained", "useful tokens"]
     reports = [(rows.name, rows.packing_report) for rows in sources]
     lines = [
