@@ -1,6 +1,6 @@
 """What of a run needs neither a process group nor a model: checked, read and made once.
 
-`train` goes on from it; `compare` asks it of every variant before a cell is started.
+`train` trains from it; `compare` asks it of every variant before a cell is started.
 """
 
 from __future__ import annotations
