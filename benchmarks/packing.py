@@ -29,7 +29,7 @@ from megatron_dynmix.records.text_table import table
 platform.start()  # before anything that imports megatron.core
 
 from megatron_dynmix.data.packing import Packing, pack  # noqa: E402
-from megatron_dynmix.data.prepare.conversation import parse_sharegpt  # noqa: E402
+from megatron_dynmix.data.prepare.formats import parse_sharegpt  # noqa: E402
 from megatron_dynmix.data.prepare.prepare import prepare_source  # noqa: E402
 from megatron_dynmix.data.prepare.readers import raw_rows  # noqa: E402
 from megatron_dynmix.data.prepare.template import render  # noqa: E402

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix.data.prepare.prepare import prepare_source
     from megatron_dynmix.data.prepare.readers import find_inputs
-    from megatron_dynmix.data.prepare.report import load_report, probe_prefix
+    from megatron_dynmix.data.prepared import load_report, probe_prefix
     from megatron_dynmix.data.rows import PackedRows
     from megatron_dynmix.data.tokenizer.load import load_tokenizer
     from megatron_dynmix.training.start_report import packed_table, prepared_table

@@ -156,7 +156,7 @@ def _train_tokenizer(files: Iterable[Path], output_dir: Path) -> None:
     Without those words the template alone would take more than half of a row.
     """
     # here, not above: they bring in transformers, which takes seconds and which generating text does not need
-    from megatron_dynmix.data.prepare.conversation import parse_sharegpt
+    from megatron_dynmix.data.prepare.formats import parse_sharegpt
     from megatron_dynmix.data.prepare.template import render
     from megatron_dynmix.data.tokenizer.fast import train_bpe
 

@@ -14,7 +14,7 @@ from megatron_dynmix.checkpoint.run_state import read_run_state
 from megatron_dynmix.compare.grid import Variant
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import load_config, to_dict
-from megatron_dynmix.data.prepare.report import SourceReport
+from megatron_dynmix.data.prepared import SourceReport
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.training.evaluate import EVALUATION
 from megatron_dynmix.training.resume import identity

@@ -12,7 +12,7 @@ from megatron_dynmix.compare.results import read_result, summarise
 from megatron_dynmix.compare.schedule import Task, run_tasks
 from megatron_dynmix.config.check import check_run
 from megatron_dynmix.config.load import to_dict
-from megatron_dynmix.data.prepare.report import SourceReport
+from megatron_dynmix.data.prepared import SourceReport
 from megatron_dynmix.data.sources import Data
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import write_atomically

@@ -47,7 +47,7 @@ from megatron_dynmix.convert.to_hugging_face import size_in_bytes, write_weights
 from megatron_dynmix.convert.to_megatron import write_checkpoint
 from megatron_dynmix.convert.verdict import Verdict, compare_values
 from megatron_dynmix.convert.weight_map import EMBEDDING, WeightMap
-from megatron_dynmix.data.prepare.progress import Progress
+from megatron_dynmix.data.prepare.progress import ProgressBar
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import write_atomically
 
@@ -91,14 +91,14 @@ def hf_to_megatron(
     with Staging(destination, plan, say) as staging:
         staging.check_space(total + sum(path.stat().st_size for path in carried_files(source).values()))
         target = folder_of(staging.folder, 0)
-        with Progress("writing", total) as progress:
+        with ProgressBar("writing", total) as progress:
             order = _reading_order(folder, names)
             sums = write_checkpoint(wanted, order, staging, target.name, advance=progress.advance)
         _write_beside(target, folder, settings, dtype, sums)
         groups = logits = None
         if verify:
             written = MegatronCheckpoint(target)
-            with Progress("comparing", total) as progress:
+            with ProgressBar("comparing", total) as progress:
                 groups = compare_values(read, AsHuggingFace(written, names), names, progress.advance)
             rounded = dtype not in (None, "float32") and {*folder.dtypes.values()} != {*read.dtypes.values()}
             logits = compare_logits(source, read, written, model_of(settings), rounded=rounded)
@@ -150,7 +150,7 @@ def megatron_to_hf(
     }
     with Staging(destination, plan, say) as staging:
         staging.check_space(total + sum(path.stat().st_size for path in origin.files.values()))
-        with Progress("writing", total) as progress:
+        with ProgressBar("writing", total) as progress:
             write_weights(
                 wanted,
                 staging.folder,
@@ -163,7 +163,7 @@ def megatron_to_hf(
         groups = logits = None
         if verify:
             written = HuggingFaceFolder(staging.folder)
-            with Progress("comparing", total) as progress:
+            with ProgressBar("comparing", total) as progress:
                 groups = compare_values(wanted, written, names, progress.advance)
             logits = compare_logits(staging.folder, written, export.held, model_of(export.settings))
         rows, vocab = names.megatron_shapes[EMBEDDING][0], export.settings["vocab_size"]
@@ -243,7 +243,7 @@ def _check_contents(checkpoint: Path) -> None:
     """Read a checkpoint against its checksums: what is made of it would be as wrong, and compare as equal."""
     sums = read_checksums(checkpoint)
     try:
-        with Progress("checking", sum(size for size, _ in sums.values())) as progress:
+        with ProgressBar("checking", sum(size for size, _ in sums.values())) as progress:
             for name, (size, _) in sums.items():
                 check_contents(checkpoint, sums, [name])
                 progress.advance(size)

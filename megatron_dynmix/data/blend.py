@@ -1,13 +1,9 @@
-"""A permutation of 0..size-1 that costs no memory: reshuffles the later epochs of a source.
+"""The blend as a pure function: global sample -> (dataset_id, row), from (seed, sizes, stages).
 
-A Feistel network over the next power of four, with cycle walking. It is integer arithmetic of our own,
-so the order of a run does not depend on the release of a library.
-
-The blend as a pure function: global sample -> (dataset_id, row), from (seed, sizes, stages).
-
-The weights of a run are a list of stages. A stage is materialised one chunk at a time; from chunk to
-chunk and from stage to stage only two small vectors go on: how many rows of each source were drawn, and
-the fraction of a row that rounding still owes it. Axes: D sources, N samples of a chunk.
+The weights of a run are a list of stages. A stage is materialized one chunk at a time; from chunk to
+chunk and from stage to stage only two small vectors carry over: how many rows of each source were drawn,
+and the fraction of a row that rounding still owes it. Later epochs of a source are reshuffled by a
+permutation that takes no memory. Axes: D sources, N samples of a chunk.
 """
 
 from __future__ import annotations
@@ -20,60 +16,6 @@ from megatron.core.datasets import helpers
 from numpy.typing import NDArray
 
 _ROUNDS = 4
-_MASK = (1 << 64) - 1
-
-
-def _mix(x: int) -> int:
-    """splitmix64's finaliser (Steele, Lea and Flood, 2014), on Python integers."""
-    x = (x + 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
-
-
-def _round_keys(seed: int, dataset_id: int, epoch: int) -> list[np.uint64]:
-    key = _mix(_mix(_mix(seed & _MASK) ^ dataset_id) ^ epoch)
-    return [np.uint64(_mix(key + number)) for number in range(_ROUNDS)]
-
-
-def permute(
-    position_N: NDArray[np.int64], *, size: int, seed: int, dataset_id: int, epoch: int
-) -> NDArray[np.int64]:
-    """Where the shuffle of one epoch of one source puts each position.
-
-    Args:
-        position_N: positions inside the epoch, 0 <= position < size.
-        size: rows of the source.
-        seed: seed of the run.
-        dataset_id: index of the source.
-        epoch: which pass over the source; every epoch has its own permutation.
-
-    Returns:
-        Row of each position, int64; a bijection of 0..size-1.
-
-    """
-    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    keys = _round_keys(seed, dataset_id, epoch)
-    value_N = position_N.astype(np.uint64)
-    todo = np.arange(value_N.size)
-    while todo.size:  # values outside the range walk on along their cycle until they fall inside
-        value_N[todo] = _feistel(value_N[todo], keys, shift, mask)
-        todo = todo[value_N[todo] >= size]
-    return value_N.astype(np.int64)
-
-
-def _feistel(
-    value_N: NDArray[np.uint64], keys: list[np.uint64], shift: np.uint64, mask: np.uint64
-) -> NDArray[np.uint64]:
-    left, right = value_N >> shift, value_N & mask
-    for key in keys:
-        mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-        left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
-    return (left << shift) | right
-
-
 MAX_STRAY = 2.0
 """No prefix of a stage may be this many rows off its weights, for any source."""
 
@@ -99,13 +41,13 @@ class Cursor:
 
     @classmethod
     def start(cls, num_sources: int) -> Cursor:
-        """The cursor of a run that has drawn nothing."""
+        """Return the cursor of a run that has drawn nothing."""
         return cls(0, np.zeros(num_sources, np.int64), np.zeros(num_sources))
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """The next samples of a stage: which source each comes from, and its ordinal within that source."""
+    """The next samples of a stage: the source of each, and its ordinal among all rows of that source."""
 
     start: Cursor
     weights_D: NDArray[np.float64]
@@ -118,7 +60,7 @@ class Chunk:
         return self.start.sample + len(self.dataset_index_N)
 
     def cursor_at(self, sample: int) -> Cursor:
-        """The cursor after the samples before `sample`; a chunk need not be used up."""
+        """Return the cursor after the samples before `sample`; a chunk need not be used up."""
         used = sample - self.start.sample
         assert 0 <= used <= len(self.dataset_index_N), "sample lies outside the chunk"
         counts_D = np.bincount(self.dataset_index_N[:used], minlength=len(self.weights_D))
@@ -141,14 +83,7 @@ def build_chunk(start: Cursor, weights_D: NDArray[np.float64], length: int) -> C
     to within one row. Once in a thousand chunks its own unevenness and the row it has to pay back add up
     to a prefix two rows off; such a chunk is drawn by deadline instead, which is slower and never is.
 
-    Args:
-        start: cursor at the first sample.
-        weights_D: shares, summing to 1; a source of weight 0 is paused and never drawn.
-        length: samples of the chunk, N > 0.
-
-    Returns:
-        The chunk; `ordinal_N` counts the rows of a source over the whole run.
-
+    `weights_D` sums to 1; a source of weight 0 is paused and never drawn.
     """
     drawn_from_D = weights_D > 0
     # What paused sources are owed waits for them: the others bear it in equal parts, not by their weights.
@@ -161,7 +96,7 @@ def build_chunk(start: Cursor, weights_D: NDArray[np.float64], length: int) -> C
 
 
 def chunks_until(start: Cursor, weights_D: NDArray[np.float64], chunk_size: int, end: int) -> Iterator[Chunk]:
-    """The chunks of a stage that hold the samples from `start` to `end`; the last may go beyond it."""
+    """Yield the chunks of a stage with the samples from `start` to `end`; the last may go beyond it."""
     while start.sample < end:
         chunk = build_chunk(start, weights_D, chunk_size)
         yield chunk
@@ -169,7 +104,7 @@ def chunks_until(start: Cursor, weights_D: NDArray[np.float64], chunk_size: int,
 
 
 def advance(start: Cursor, weights_D: NDArray[np.float64], chunk_size: int, sample: int) -> Cursor:
-    """The cursor at `sample`, from one at the start of a chunk before it."""
+    """Return the cursor at `sample`, from one at the start of a chunk before it."""
     cursor = start
     for chunk in chunks_until(start, weights_D, chunk_size, sample):
         cursor = chunk.cursor_at(min(sample, chunk.end_sample))
@@ -181,9 +116,7 @@ def _draw_greedily(
 ) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
     """Draw with Megatron-Core's helper, then correct its last rows.
 
-    Returns:
-        Source of each sample, and how many samples of the chunk before it have the same source.
-
+    Return the source of each sample, and how many samples of the chunk before it have the same source.
     """
     # In shares, not rows: with nothing owed they are the weights bit for bit, as a stock blend has them.
     share_D = np.where(weights_D > 0, np.maximum(weights_D + owed_D / length, 0.0), 0.0)
@@ -204,7 +137,7 @@ def _draw_greedily(
 def _draw_by_deadline(
     weights_D: NDArray[np.float64], owed_D: NDArray[np.float64], length: int
 ) -> NDArray[np.int16]:
-    """Of the sources that are behind, always take the one that would first be a whole row behind.
+    """Always take, among the sources that are behind, the one that would first be a whole row behind.
 
     This is Tijdeman's rule for the chairman assignment problem (Discrete Math. 32, 1980): what is drawn
     of a source stays within one row of what is due, at every sample.
@@ -224,7 +157,7 @@ def _draw_by_deadline(
 def _worst_prefix(
     weights_D: NDArray[np.float64], dataset_index_N: NDArray[np.int16], count_N: NDArray[np.int64]
 ) -> float:
-    """Most rows by which any source, in any prefix of the chunk, is off its weight.
+    """Return the most rows by which any source, in any prefix of the chunk, is off its weight.
 
     A source is furthest behind just before one of its rows (or at the end), furthest ahead just after.
     """
@@ -240,13 +173,13 @@ def _worst_prefix(
 
 
 def stray(chunk: Chunk, used: int) -> float:
-    """Most rows by which any source, in any prefix of the first `used` samples, is off its weight."""
+    """Return the most rows by which any source is off its weight in a prefix of the first `used` samples."""
     ids_N = chunk.dataset_index_N[:used]
     return _worst_prefix(chunk.weights_D, ids_N, chunk.ordinal_N[:used] - chunk.start.drawn_D[ids_N])
 
 
 def _running_count(dataset_index_N: NDArray[np.int16]) -> NDArray[np.int64]:
-    """How many samples before each one have the same source."""
+    """Count the samples before each one that have the same source."""
     order_N = np.argsort(dataset_index_N, kind="stable")
     sizes_D = np.bincount(dataset_index_N)
     count_N = np.empty(len(order_N), np.int64)
@@ -255,7 +188,7 @@ def _running_count(dataset_index_N: NDArray[np.int16]) -> NDArray[np.int64]:
 
 
 def largest_remainder(due_D: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Whole numbers with the same sum, each less than one away; ties go to the lowest index."""
+    """Return whole numbers with the same sum, each less than one away; ties go to the lowest index."""
     counts_D = np.floor(due_D).astype(np.int64)
     missing = round(float(due_D.sum())) - int(counts_D.sum())
     counts_D[np.argsort(counts_D - due_D, kind="stable")[:missing]] += 1
@@ -263,7 +196,7 @@ def largest_remainder(due_D: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def _exchange_last_rows(dataset_index_N: NDArray[np.int16], counts_D: NDArray[np.int64]) -> int:
-    """Make the index hold exactly `counts_D`, in place; returns the first sample that was changed."""
+    """Make the index hold exactly `counts_D`, in place; return the first sample that was changed."""
     surplus_D = np.bincount(dataset_index_N, minlength=len(counts_D)) - counts_D
     ahead = np.repeat(np.arange(len(counts_D)), np.maximum(surplus_D, 0))
     behind = np.repeat(np.arange(len(counts_D)), np.maximum(-surplus_D, 0))
@@ -282,18 +215,11 @@ def rows_of(
     shuffle_ids_D: NDArray[np.int64],
     seed: int,
 ) -> NDArray[np.int64]:
-    """Which row of its source each drawn sample is.
+    """Return which row of its source each drawn sample is.
 
     The first epoch takes the rows in their order (packing has shuffled them); each later epoch has its own
-    permutation, so every row is drawn once before any is drawn twice.
-
-    Args:
-        dataset_id_N: source of each sample.
-        ordinal_N: how many rows of that source were drawn before it.
-        sizes_D: rows of each source.
-        shuffle_ids_D: names the shuffles of each source; unlike its index it never changes.
-        seed: seed of the run.
-
+    permutation, so every row is drawn once before any is drawn twice. `shuffle_ids_D` names the shuffles of
+    each source; unlike its index it never changes.
     """
     epoch_N, row_N = np.divmod(ordinal_N, sizes_D[dataset_id_N])
     later = np.flatnonzero(epoch_N)
@@ -313,3 +239,43 @@ def rows_of(
             epoch=int(epoch_N[here[0]]),
         )
     return row_N
+
+
+def permute(
+    position_N: NDArray[np.int64], *, size: int, seed: int, dataset_id: int, epoch: int
+) -> NDArray[np.int64]:
+    """Return the row at each position, 0 <= position < size, of the shuffle of one epoch of one source.
+
+    A Feistel network over the next power of four, with cycle walking: a bijection of 0..size-1. It is
+    integer arithmetic of our own, so the order of a run does not depend on the release of a library.
+    """
+    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    key = splitmix64(np.array([seed % 2**64] * _ROUNDS, np.uint64))
+    key = splitmix64(splitmix64(key ^ np.uint64(dataset_id)) ^ np.uint64(epoch))
+    keys = splitmix64(key + np.array(range(_ROUNDS), np.uint64))
+    value_N = position_N.astype(np.uint64)
+    todo = np.arange(value_N.size)
+    while todo.size:  # values outside the range walk on along their cycle until they fall inside
+        value_N[todo] = _feistel(value_N[todo], keys, shift, mask)
+        todo = todo[value_N[todo] >= size]
+    return value_N.astype(np.int64)
+
+
+def _feistel(
+    value_N: NDArray[np.uint64], keys: NDArray[np.uint64], shift: np.uint64, mask: np.uint64
+) -> NDArray[np.uint64]:
+    left, right = value_N >> shift, value_N & mask
+    for key in keys:
+        mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+        left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+    return (left << shift) | right
+
+
+def splitmix64(value_N: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return splitmix64's finalizer (Steele, Lea and Flood, 2014) of each number."""
+    value_N = value_N + np.uint64(0x9E3779B97F4A7C15)
+    value_N = (value_N ^ (value_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value_N = (value_N ^ (value_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value_N ^ (value_N >> np.uint64(31))

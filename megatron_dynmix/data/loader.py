@@ -79,17 +79,10 @@ class BlendLoader:
     def step(
         self, consumed_samples: int, num_micro_batches: int, until: int | None = None
     ) -> list[MicroBatch]:
-        """The micro-batches of the step that begins at `consumed_samples`.
+        """Return this rank's micro-batches of the step that begins at `consumed_samples`.
 
-        Args:
-            consumed_samples: global samples drawn before; steps may differ in size.
-            num_micro_batches: this rank's.
-            until: first sample whose weights are not decided yet; None if the weights never change.
-
-        Returns:
-            `num_micro_batches` dicts of `dataset_id`, `row` and `half` [B] and the row arrays [B, S] of
-            `PackedRows`.
-
+        Each holds `dataset_id`, `row` and `half` [B] and the arrays [B, S] of `PackedRows`. Steps may differ
+        in size. `until` is the first sample whose weights are not decided yet, None if they never change.
         """
         self.blend.advance_to(consumed_samples)
         end = consumed_samples + num_micro_batches * self._sampler.micro_batch_size * self._sampler.dp_size
@@ -106,7 +99,7 @@ class BlendLoader:
 
 
 def _outlive_a_request_to_stop(worker: int) -> None:
-    """In a worker: a signal to the whole process group is the rank's to answer, which goes on reading.
+    """Leave a signal to the whole process group to the rank, which keeps reading from this worker.
 
     The rank's own SIGTERM ends the worker, as torch's clean-up wants it. Where a signal's sender cannot be
     known (macOS), a worker ends at any.

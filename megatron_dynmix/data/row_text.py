@@ -7,7 +7,7 @@ of one example, S positions of a row.
 import os
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from io import TextIOWrapper
 from itertools import groupby
 from typing import NamedTuple
@@ -34,12 +34,12 @@ class Span(NamedTuple):
 
 
 def border(text: str) -> Span:
-    """A line of its own that says what follows."""
+    """Return a line of its own that says what follows."""
     return Span(f"{printable(text)}\n", border=True)
 
 
 def printable(text: str) -> str:
-    """Line ends stay; whatever else is not printable becomes its escape: terminals obey some of it."""
+    """Escape what is not printable, but for line ends: terminals obey some of it."""
     return "".join(
         char if char == "\n" or char.isprintable() else char.encode("unicode_escape").decode()
         for char in text
@@ -49,14 +49,7 @@ def printable(text: str) -> str:
 def example_spans(
     ids_T: NDArray[np.integer], trained_T: NDArray[np.bool_], tokenizer: Tokenizer
 ) -> list[Span]:
-    """Decode an example run by run.
-
-    Args:
-        ids_T: its tokens.
-        trained_T: which of them are trained on.
-        tokenizer: the one that made them.
-
-    """
+    """Decode an example run by run."""
     ids, specials = [int(token) for token in ids_T], tokenizer.special_ids
     kinds = [(bool(trained), token in specials) for token, trained in zip(ids, trained_T, strict=True)]
     spans, start = [], 0
@@ -71,7 +64,7 @@ def example_spans(
 
 
 def _decode(ids: Sequence[int], start: int, stop: int, tokenizer: Tokenizer) -> str:
-    """The text of some tokens; the one before them tells whether their first word has a space in front."""
+    """Decode some tokens; the one before them tells whether their first word has a space in front."""
     if start == 0:
         return tokenizer.decode(ids[:stop])
     before, both = tokenizer.decode(ids[start - 1 : start]), tokenizer.decode(ids[start - 1 : stop])
@@ -80,16 +73,16 @@ def _decode(ids: Sequence[int], start: int, stop: int, tokenizer: Tokenizer) -> 
 
 
 def example_text(indexed: IndexedDataset, number: int, tokenizer: Tokenizer) -> list[Span]:
-    """An example of a prepared source, whole."""
+    """Return a whole example of a prepared source."""
     ids_T, modes_T = read_example(indexed, number)
     trained_T = modes_T == 1
     trained_T[:1] = False  # the first token is an input only
     head = f"example {number}: {len(ids_T):,} tokens, {int(trained_T.sum()):,} trained"
-    return [border(head), *_ended(example_spans(ids_T, trained_T, tokenizer))]
+    return [border(head), *example_spans(ids_T, trained_T, tokenizer), Span("\n")]
 
 
 def row_text(rows: PackedRows, row: int, tokenizer: Tokenizer) -> list[Span]:
-    """A packed row as a model is given it: segment by segment, padding as a count."""
+    """Return a packed row as a model is given it: segment by segment, padding as a count."""
     arrays, examples = rows[row], rows.examples_of(row)
     padding = int(arrays["padding_mask"].sum())
     size, trained = len(arrays["tokens"]), int(arrays["loss_mask"].sum())
@@ -103,17 +96,12 @@ def row_text(rows: PackedRows, row: int, tokenizer: Tokenizer) -> list[Span]:
         whole = len(read_example(rows.dataset, number)[0])
         cut = "" if whole == len(ids_T) else f", cut from {whole:,}"
         head = f"--- example {number}: {len(ids_T):,} tokens{cut}, {int(trained_T.sum()):,} trained"
-        spans += [border(head), *_ended(example_spans(ids_T, trained_T, tokenizer))]
+        spans += [border(head), *example_spans(ids_T, trained_T, tokenizer), Span("\n")]
     return [*spans, border(f"--- {padding:,} positions of padding")]
 
 
-def _ended(spans: list[Span]) -> Iterator[Span]:
-    yield from spans
-    yield Span("\n")
-
-
 def plain(spans: Sequence[Span]) -> str:
-    """As text with marks: ``[[trained]]``, ``{{special token}}``."""
+    """Return a text with marks: ``[[trained]]``, ``{{special token}}``."""
     parts = []
     for trained, group in groupby(spans, key=lambda span: span.trained):
         text = "".join(f"{{{{{span.text}}}}}" if span.special else span.text for span in group)
@@ -122,7 +110,7 @@ def plain(spans: Sequence[Span]) -> str:
 
 
 def coloured(spans: Sequence[Span]) -> Text:
-    """As text in colours, for a terminal: trained green, special tokens inverted, borders cyan."""
+    """Return a text in colors, for a terminal: trained green, special tokens inverted, borders cyan."""
     text = Text()
     for span in spans:
         style = "cyan" if span.border else "green" if span.trained else ""
@@ -131,7 +119,7 @@ def coloured(spans: Sequence[Span]) -> Text:
 
 
 def show(spans: Sequence[Span], *, in_colour: bool = True) -> None:
-    """Print in colours where that is wanted and a terminal reads it, with marks everywhere else."""
+    """Print in colors where that is wanted and a terminal reads it, with marks everywhere else."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding lacks is shown all the same
     console = Console(highlight=False)
@@ -146,7 +134,7 @@ def show(spans: Sequence[Span], *, in_colour: bool = True) -> None:
 
 
 def excerpt(text: str, lines: int, width: int = 110) -> str:
-    """The first lines of a text, wrapped to a width, and how many there are more."""
+    """Return the first lines of a text, wrapped to a width, and how many more there are."""
     every = [
         piece
         for line in text.rstrip("\n").split("\n")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from megatron_dynmix.config.run_config import Overlong
 from megatron_dynmix.data.packing import Packing, one_per_row, pack
-from megatron_dynmix.data.prepare.report import load_report
+from megatron_dynmix.data.prepared import load_report
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import replacing, sha256
 
@@ -138,11 +138,6 @@ class PackedRows(MegatronDataset):
             packing_report=report,
             pad_id=pad_id,
         )
-
-    @property
-    def num_examples(self) -> int:
-        """Number of examples in all rows."""
-        return self.packing_report.examples
 
     @property
     def mean_examples_per_row(self) -> float:

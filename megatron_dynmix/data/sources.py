@@ -10,16 +10,11 @@ import numpy as np
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
+from megatron_dynmix.data.prepare.inputs import current_report
 from megatron_dynmix.data.prepare.prepare import prepare_source, refuse_broken
 from megatron_dynmix.data.prepare.readers import find_inputs
-from megatron_dynmix.data.prepare.report import (
-    Recipe,
-    SourceReport,
-    current_report,
-    load_report,
-    probe_prefix,
-)
 from megatron_dynmix.data.prepare.template import Renderer
+from megatron_dynmix.data.prepared import Recipe, SourceReport, load_report, probe_prefix
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.errors import InputError
@@ -119,7 +114,7 @@ def prepare_sources(
             report = load_report(prefix)
             _refuse_other_recipe(file, report, recipe)
             if data.strict:
-                refuse_broken(report)
+                refuse_broken(report.name, report.first_broken)
         else:
             report = prepare_source(
                 name=file.label,

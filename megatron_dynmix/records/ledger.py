@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from numpy.typing import NDArray
 
 from megatron_dynmix.config.run_config import MixingConfig
-from megatron_dynmix.data.blend import Cursor
+from megatron_dynmix.data.blend import Cursor, splitmix64
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
 from megatron_dynmix.data.loader import MicroBatch
 from megatron_dynmix.data.source_set import SourceSet
@@ -68,17 +68,9 @@ def sample_hash(
     sample_N: NDArray[np.int64], dataset_id_N: NDArray[np.int16], row_N: NDArray[np.int64]
 ) -> NDArray[np.uint64]:
     """Return one number per sample from its place in the run, its source and its row in the source."""
-    value_N = _mix(sample_N.astype(np.uint64))
-    value_N = _mix(value_N ^ dataset_id_N.astype(np.uint64))
-    return _mix(value_N ^ row_N.astype(np.uint64))
-
-
-def _mix(value_N: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's finaliser (Steele, Lea and Flood, 2014)."""
-    value_N = value_N + np.uint64(0x9E3779B97F4A7C15)
-    value_N = (value_N ^ (value_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value_N = (value_N ^ (value_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value_N ^ (value_N >> np.uint64(31))
+    value_N = splitmix64(sample_N.astype(np.uint64))
+    value_N = splitmix64(value_N ^ dataset_id_N.astype(np.uint64))
+    return splitmix64(value_N ^ row_N.astype(np.uint64))
 
 
 def newest_stage(

@@ -13,7 +13,7 @@ from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict
 from megatron_dynmix.config.presets import other_shape
 from megatron_dynmix.config.run_config import MixingConfig
-from megatron_dynmix.data.prepare.report import SourceReport
+from megatron_dynmix.data.prepared import SourceReport
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.strategies.fixed import Fixed
 from megatron_dynmix.mixing.strategies.table import STRATEGIES

@@ -15,8 +15,7 @@ from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.host import Host
 from megatron_dynmix.config.load import to_yaml
 from megatron_dynmix.config.run_config import MixingConfig
-from megatron_dynmix.data.prepare.examples import read_digests, shared_texts
-from megatron_dynmix.data.prepare.report import SourceReport, file_of
+from megatron_dynmix.data.prepared import SourceReport, file_of, read_digests, shared_texts
 from megatron_dynmix.data.row_text import excerpt, plain, row_text
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.sources import SourceFile, source_files

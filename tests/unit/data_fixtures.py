@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_dynmix.data.prepare.prepare import SourceReport, prepare_source
+from megatron_dynmix.data.prepare.prepare import prepare_source
+from megatron_dynmix.data.prepared import SourceReport
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.data.tokenizer.fast import train_bpe
 from megatron_dynmix.data.tokenizer.load import load_tokenizer

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from data_fixtures import sharegpt
 
-from megatron_dynmix.data.prepare.conversation import Conversation, Turn, parse_sharegpt
+from megatron_dynmix.data.prepare.conversation import Conversation, Turn
+from megatron_dynmix.data.prepare.formats import parse_sharegpt
 from megatron_dynmix.data.prepare.readers import raw_rows
 from megatron_dynmix.errors import InputError
 

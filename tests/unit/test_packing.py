@@ -99,7 +99,7 @@ def test_no_examples() -> None:
 
 @pytest.mark.parametrize("lengths", [[0, 3], [9], [-1]])
 def test_length_out_of_range(lengths: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"1\.\.8 \(the capacity\)"):
+    with pytest.raises(AssertionError):
         pack(np.array(lengths), 8, 0)
 
 

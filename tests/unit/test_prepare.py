@@ -20,9 +20,10 @@ from transformers import AutoTokenizer
 
 from megatron_dynmix.data.prepare import encode as encode_module
 from megatron_dynmix.data.prepare import prepare as prepare_module
-from megatron_dynmix.data.prepare.conversation import Conversation, parse_sharegpt
-from megatron_dynmix.data.prepare.report import load_report
+from megatron_dynmix.data.prepare.conversation import Conversation
+from megatron_dynmix.data.prepare.formats import parse_sharegpt
 from megatron_dynmix.data.prepare.template import Rendered, Renderer, render, token_mask
+from megatron_dynmix.data.prepared import load_report
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.data.tokenizer.fast import FastTokenizer
 from megatron_dynmix.errors import InputError

@@ -14,7 +14,7 @@ from data_fixtures import (  # noqa: F401
 
 from megatron_dynmix.cli import main
 from megatron_dynmix.commands import prepare as prepare_command
-from megatron_dynmix.data.prepare.report import load_report
+from megatron_dynmix.data.prepared import load_report
 
 
 @pytest.fixture(name="run_yaml")

@@ -18,23 +18,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from megatron_dynmix.data.prepare import inputs
 from megatron_dynmix.data.prepare import prepare as prepare_module
-from megatron_dynmix.data.prepare import report
 from megatron_dynmix.data.prepare.conversation import Conversation, Turn
 from megatron_dynmix.data.prepare.encode import split_conversation
-from megatron_dynmix.data.prepare.examples import (
+from megatron_dynmix.data.prepare.examples import Examples, HeldOut, join, pack_examples
+from megatron_dynmix.data.prepare.index_writer import IndexedWriter
+from megatron_dynmix.data.prepared import (
     DIGEST,
-    Examples,
-    HeldOut,
     Shared,
     count_duplicates,
-    join,
-    pack_examples,
+    load_report,
+    probe_prefix,
     read_digests,
     shared_texts,
 )
-from megatron_dynmix.data.prepare.index_writer import IndexedWriter
-from megatron_dynmix.data.prepare.report import load_report, probe_prefix
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.errors import CommandFailed, InputError
 
@@ -241,7 +239,7 @@ def test_unchanged_source_is_skipped_and_a_changed_one_is_not(
     prefix.with_name("source.bin").touch()
     assert again()
     with monkeypatch.context() as patch:
-        patch.setattr(report.hashlib, "sha256", None)  # the bytes are not read again
+        patch.setattr(inputs.hashlib, "sha256", None)  # the bytes are not read again
         patch.setattr(prepare_module.Renderer, "fingerprint", "vicuna")
         assert not again()
     print_before = load_report(prefix).fingerprint

@@ -35,17 +35,17 @@ def test_output_is_bit_equal_for_any_number_of_workers(
     rows = [*varied_rows(60), "{", *varied_rows(20, seed=1)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     reports = []
-    for workers in (1, 2, 3):
+    for workers in (1, 3):
         folder = tmp_path / str(workers)
         folder.mkdir()
         options = {"inputs": [path], "held_out": 5, "workers": workers}
         reports.append(prepare(folder, [], tokenizer, **options))
-    assert reports[0] == reports[1] == reports[2]
+    assert reports[0] == reports[1]
     assert (reports[0].broken, reports[0].first_broken[0].split(":")[1]) == (1, "61")
     for suffix in ("bin", "idx", "digests", "probe.bin", "probe.idx", "json"):
-        first, *others = [(tmp_path / f"{n}/source.{suffix}").read_bytes() for n in (1, 2, 3)]
+        one, several = [(tmp_path / f"{n}/source.{suffix}").read_bytes() for n in (1, 3)]
         if suffix != "json":
-            assert all(other == first for other in others), suffix
+            assert one == several, suffix
 
 
 def test_a_worker_that_dies_is_one_message_and_leaves_no_process() -> None:

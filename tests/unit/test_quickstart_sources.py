@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from megatron_dynmix.commands.quickstart import in_words, make_quickstart, write_run_yaml, write_sources
-from megatron_dynmix.data.prepare.conversation import parse_sharegpt
+from megatron_dynmix.data.prepare.formats import parse_sharegpt
 from megatron_dynmix.data.prepare.template import render
 from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.errors import InputError

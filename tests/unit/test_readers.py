@@ -234,6 +234,6 @@ def test_progress_gives_a_share_only_where_the_size_of_the_text_is_known(
 ) -> None:
     assert is_compressed(Path(name)) == (total is None)
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
-    with progress.Progress("code", total) as shown:
+    with progress.ProgressBar("code", total) as shown:
         shown.advance(2 << 20, 7)
     assert f"code: {said}, 7 examples" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from data_fixtures import (  # noqa: F401
 )
 from torch.utils.data import DataLoader
 
-from megatron_dynmix.data.prepare.conversation import parse_sharegpt
+from megatron_dynmix.data.prepare.formats import parse_sharegpt
 from megatron_dynmix.data.prepare.template import render, token_mask
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.tokenizer.base import Tokenizer
@@ -80,7 +80,7 @@ def test_every_example_is_in_the_rows_once(tmp_path: Path, tokenizer: Tokenizer)
     assert report.rows == len(packed) < 60
     assert report.tokens == sum(len(tokens) for tokens, _, _ in segments)
     assert report.useful_token_share == report.tokens / (512 * len(packed))
-    assert packed.num_examples == 60
+    assert packed.packing_report.examples == 60
     assert packed.mean_examples_per_row == 60 / len(packed)
 
 
@@ -114,7 +114,7 @@ def test_without_packing_each_row_holds_one_example(tmp_path: Path, tokenizer: T
     rows = varied_rows(40)
     prepare(tmp_path, rows, tokenizer)
     alone = build(tmp_path, 512, packing=False)
-    assert len(alone) == alone.num_examples == 40
+    assert len(alone) == alone.packing_report.examples == 40
     assert all(alone[row]["segment_ids"].max() == 0 for row in range(len(alone)))
     assert set(segments_of(alone)) == examples_of(rows, tokenizer, 512)
     assert segments_of(alone) == segments_of(build(tmp_path, 512, packing=False))
@@ -127,7 +127,7 @@ def test_overlong_error(tmp_path: Path, tokenizer: Tokenizer) -> None:
     longest = prepare(tmp_path, rows, tokenizer).max_length - 1
     with pytest.raises(InputError, match=f"1 of 2 examples .* longest takes {longest} positions"):
         build(tmp_path, longest - 1, overlong="error")
-    assert build(tmp_path, longest, overlong="error").num_examples == 2
+    assert build(tmp_path, longest, overlong="error").packing_report.examples == 2
 
 
 def test_nothing_trained_left_after_truncation(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -203,6 +203,6 @@ def test_pickle_reopens_the_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
 def test_worker_processes(tmp_path: Path, tokenizer: Tokenizer) -> None:
     prepare(tmp_path, varied_rows(40), tokenizer)
     packed = build(tmp_path, 300)
-    rows = list(DataLoader(packed, batch_size=None, num_workers=1, multiprocessing_context="spawn"))
+    rows = list(DataLoader(packed, batch_size=None, num_workers=1, multiprocessing_context="fork"))
     assert len(rows) == len(packed)
     assert all(np.array_equal(row["tokens"], packed[number]["tokens"]) for number, row in enumerate(rows))

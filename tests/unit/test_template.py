@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from megatron_dynmix.data.prepare.conversation import Conversation, Turn, parse_sharegpt
-from megatron_dynmix.data.prepare.formats import parse_messages
+from megatron_dynmix.data.prepare.conversation import Conversation, Turn
+from megatron_dynmix.data.prepare.formats import parse_messages, parse_sharegpt
 from megatron_dynmix.data.prepare.template import Rendered, Renderer, render, token_mask
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.data.tokenizer.fast import FastTokenizer

@@ -1,4 +1,7 @@
-"""A conversation: an optional system turn, then user and assistant turns by turns, an answer last."""
+"""A conversation: an optional system turn, then user and assistant by turns, an answer last.
+
+What cannot be one is a ValueError with a short reason, without a location.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,15 +12,6 @@ from typing import Any, Literal
 Role = Literal["system", "user", "assistant", "tool", "text"]
 
 NO_FIELDS: Mapping[str, str] = MappingProxyType({})
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-}
-_SYSTEM_KEYS = ("system_prompt", "system")
 
 
 @dataclass(frozen=True)
@@ -41,58 +35,15 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = ()
 
 
-def parse_sharegpt(row: object, fields: Mapping[str, str] = NO_FIELDS) -> Conversation:
-    """Read one ShareGPT row: ``{"conversations": [{"from": ..., "value": ...}, ...]}``.
-
-    The system text may stand in the key ``system_prompt`` or ``system``, or be the first turn; null
-    or blank means none. Other unknown keys are left alone. Role names: system; human, user; gpt,
-    assistant, chatgpt (lower case).
-
-    Args:
-        row: the value that was read.
-        fields: other names of ``conversations``, ``from``, ``value`` and ``system`` in the row.
-
-    Raises:
-        ValueError: the row cannot be trained on; the message is a short reason without a location.
-
-    """
-    row = checked_object(row)
-    key = fields.get("conversations", "conversations")
-    systems = system_turns(row, (fields["system"],) if "system" in fields else _SYSTEM_KEYS)
-    turns = systems + [
-        _turn_of_item(position, item, fields)
-        for position, item in enumerate(checked_items(row, key), start=1)
-    ]
-    return checked_conversation(turns)
-
-
-def _turn_of_item(position: int, item: Any, fields: Mapping[str, str]) -> Turn:
-    where = f"turn {position}"
-    if not isinstance(item, dict):
-        raise ValueError(f"{where} must be an object, not {kind(item)}")
-    from_key, value_key = fields.get("from", "from"), fields.get("value", "value")
-    for key in (from_key, value_key):
-        if key not in item:
-            raise ValueError(f'{where} has no key "{key}"')
-        if not isinstance(item[key], str):
-            raise ValueError(f'{where}: "{key}" must be a string, not {kind(item[key])}')
-    if item[from_key] not in _ROLES:
-        raise ValueError(f"{where}: unknown role {item[from_key]!r} (known: {', '.join(_ROLES)})")
-    role = _ROLES[item[from_key]]
-    if role != "system" and not item[value_key].strip():
-        raise ValueError(f"{where}: the {role}'s text is empty")
-    return Turn(role, checked_text(where, item[value_key]))
-
-
 def checked_object(row: object) -> dict[str, Any]:
-    """Return the row if it is a JSON object; a ValueError says what it is otherwise."""
+    """Return the row if it is a JSON object."""
     if not isinstance(row, dict):
         raise ValueError(f"a row must be a JSON object, not {kind(row)}")
     return row
 
 
 def checked_items(row: Mapping[str, Any], key: str) -> list[Any]:
-    """Return the row's list of turns; a ValueError says why there is none."""
+    """Return the row's list of turns."""
     if key not in row:
         raise ValueError(f'no key "{key}"')
     items = row[key]
@@ -104,7 +55,7 @@ def checked_items(row: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def checked_text(where: str, text: object) -> str:
-    """Return the text if it is a string that a tokenizer takes; a ValueError says why not."""
+    """Return the text if it is a string that a tokenizer takes."""
     if not isinstance(text, str):
         raise ValueError(f"{where} must be a string, not {kind(text)}")
     try:
@@ -121,7 +72,7 @@ def system_turns(row: Mapping[str, Any], keys: Sequence[str]) -> list[Turn]:
 
 
 def checked_conversation(turns: Sequence[Turn], tools: tuple[Mapping[str, Any], ...] = ()) -> Conversation:
-    """Return the turns, without a blank system prompt; a ValueError says what is out of order."""
+    """Return the turns in order, without a blank system prompt."""
     kept = [turn for turn in turns if turn.role != "system" or turn.text.strip()]
     _check_order(kept)
     return Conversation(tuple(kept), tools)

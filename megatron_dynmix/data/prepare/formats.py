@@ -1,4 +1,8 @@
-"""The shapes of a row: which keys it has, and how they become a conversation."""
+"""The shapes of a row: which keys it has, and how they become a conversation.
+
+Every ``parse_...`` takes the value of a row and ``fields``, other names of our keys in it; a row that cannot
+be trained on is a ValueError with a short reason, without a location.
+"""
 
 import json
 import sys
@@ -18,7 +22,6 @@ from megatron_dynmix.data.prepare.conversation import (
     checked_object,
     checked_text,
     kind,
-    parse_sharegpt,
     system_turns,
 )
 from megatron_dynmix.data.prepare.readers import parsed_rows
@@ -32,6 +35,15 @@ _MESSAGE_ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "tool": "tool",
 }
+_SHAREGPT_ROLES: dict[str, Role] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+}
+_SYSTEM_KEYS = ("system_prompt", "system")
 _TOOL_KEYS = ("tool_calls", "tool_call_id", "name")
 
 
@@ -41,35 +53,66 @@ def parse_messages(row: object, fields: Mapping[str, str] = NO_FIELDS) -> Conver
     Roles: system, developer (the same), user, assistant, tool. ``content`` may be null beside
     ``tool_calls``, whose arguments may be an object or JSON in a string; templates get the object.
     ``tools``, too, may be a list or JSON in a string. Unknown keys are left alone, ``weight`` included.
-
-    Args:
-        row: the value that was read.
-        fields: other names of ``messages``, ``role``, ``content`` and ``tools`` in the row.
-
-    Raises:
-        ValueError: the row cannot be trained on; the message is a short reason without a location.
-
     """
     row = checked_object(row)
-    items = checked_items(row, fields.get("messages", "messages"))
     tools = _json_objects('"tools"', row.get(fields.get("tools", "tools")))
-    turns = [_turn_of_message(position, item, fields) for position, item in enumerate(items, start=1)]
+    turns = _turns(row, fields.get("messages", "messages"), _turn_of_message, fields)
     return checked_conversation(turns, tuple(tools))
 
 
-def _turn_of_message(position: int, item: Any, fields: Mapping[str, str]) -> Turn:
-    where = f"turn {position}"
-    if not isinstance(item, dict):
-        raise ValueError(f"{where} must be an object, not {kind(item)}")
-    role_key, content_key = fields.get("role", "role"), fields.get("content", "content")
-    if role_key not in item:
-        raise ValueError(f'{where} has no key "{role_key}"')
-    given = item[role_key]
-    if not isinstance(given, str):
-        raise ValueError(f'{where}: "{role_key}" must be a string, not {kind(given)}')
-    if given not in _MESSAGE_ROLES:
-        raise ValueError(f"{where}: unknown role {given!r} (known: {', '.join(_MESSAGE_ROLES)})")
-    role = _MESSAGE_ROLES[given]
+def parse_sharegpt(row: object, fields: Mapping[str, str] = NO_FIELDS) -> Conversation:
+    """Read one ShareGPT row: ``{"conversations": [{"from": ..., "value": ...}, ...]}``.
+
+    The system text may be under the key ``system_prompt`` or ``system``, or be the first turn; null
+    or blank means none. Other unknown keys are left alone. Role names: system; human, user; gpt,
+    assistant, chatgpt (lower case).
+    """
+    row = checked_object(row)
+    systems = system_turns(row, (fields["system"],) if "system" in fields else _SYSTEM_KEYS)
+    key = fields.get("conversations", "conversations")
+    return checked_conversation(systems + _turns(row, key, _turn_of_item, fields))
+
+
+def _turns(
+    row: Mapping[str, Any],
+    key: str,
+    turn_of: Callable[[str, dict[str, Any], Mapping[str, str]], Turn],
+    fields: Mapping[str, str],
+) -> list[Turn]:
+    turns = []
+    for position, item in enumerate(checked_items(row, key), start=1):
+        where = f"turn {position}"
+        if not isinstance(item, dict):
+            raise ValueError(f"{where} must be an object, not {kind(item)}")
+        turns.append(turn_of(where, item, fields))
+    return turns
+
+
+def _string_at(where: str, item: dict[str, Any], key: str) -> str:
+    if key not in item:
+        raise ValueError(f'{where} has no key "{key}"')
+    if not isinstance(item[key], str):
+        raise ValueError(f'{where}: "{key}" must be a string, not {kind(item[key])}')
+    return str(item[key])
+
+
+def _role(where: str, given: str, roles: Mapping[str, Role]) -> Role:
+    if given not in roles:
+        raise ValueError(f"{where}: unknown role {given!r} (known: {', '.join(roles)})")
+    return roles[given]
+
+
+def _turn_of_item(where: str, item: dict[str, Any], fields: Mapping[str, str]) -> Turn:
+    said_by, text = (_string_at(where, item, fields.get(key, key)) for key in ("from", "value"))
+    role = _role(where, said_by, _SHAREGPT_ROLES)
+    if role != "system" and not text.strip():
+        raise ValueError(f"{where}: the {role}'s text is empty")
+    return Turn(role, checked_text(where, text))
+
+
+def _turn_of_message(where: str, item: dict[str, Any], fields: Mapping[str, str]) -> Turn:
+    content_key = fields.get("content", "content")
+    role = _role(where, _string_at(where, item, fields.get("role", "role")), _MESSAGE_ROLES)
     extra = {key: item[key] for key in _TOOL_KEYS if item.get(key) is not None}
     calls = _tool_calls(where, extra.pop("tool_calls", None))
     if calls:
@@ -131,11 +174,7 @@ def parse_alpaca(row: object, fields: Mapping[str, str] = NO_FIELDS) -> Conversa
     """Read one Alpaca row: ``{"instruction": ..., "input": ..., "output": ...}``.
 
     A non-blank ``input`` (it may be null or absent) follows the instruction after an empty line;
-    ``system`` is optional. Any of the keys may have another name in the row: ``fields``.
-
-    Raises:
-        ValueError: the row cannot be trained on; the message is a short reason without a location.
-
+    ``system`` is optional.
     """
     row = checked_object(row)
     prompt = _text(row, fields.get("instruction", "instruction"))
@@ -146,26 +185,14 @@ def parse_alpaca(row: object, fields: Mapping[str, str] = NO_FIELDS) -> Conversa
 
 
 def parse_prompt_completion(row: object, fields: Mapping[str, str] = NO_FIELDS) -> Conversation:
-    """Read one row ``{"prompt": ..., "completion": ...}``; ``system`` is optional.
-
-    Any of the keys may have another name in the row: ``fields``.
-
-    Raises:
-        ValueError: the row cannot be trained on; the message is a short reason without a location.
-
-    """
+    """Read one row ``{"prompt": ..., "completion": ...}``; ``system`` is optional."""
     row = checked_object(row)
     prompt = _text(row, fields.get("prompt", "prompt"))
     return _one_round(row, fields, prompt, _text(row, fields.get("completion", "completion")))
 
 
 def parse_text(row: object, fields: Mapping[str, str] = NO_FIELDS) -> Conversation:
-    """Read one row ``{"text": ...}``, all of which is trained on.
-
-    Raises:
-        ValueError: the row cannot be trained on; the message is a short reason without a location.
-
-    """
+    """Read one row ``{"text": ...}``, all of it trained on."""
     return Conversation((Turn("text", _text(checked_object(row), fields.get("text", "text"))),))
 
 
@@ -213,22 +240,12 @@ class Format:
     fields: Mapping[str, str] = field(default_factory=dict)
 
     def parse(self, row: object) -> Conversation:
-        """Return the row as a conversation.
-
-        Raises:
-            ValueError: it cannot be trained on; the message is a short reason without a location.
-
-        """
+        """Return the row as a conversation."""
         return _SHAPES[self.name].parse(row, self.fields)
 
 
 def check_format(name: str, fields: Mapping[str, str]) -> None:
-    """Refuse a format (``auto``: by the rows) or a field name that there is not.
-
-    Raises:
-        InputError: what is wrong, and the names that there are.
-
-    """
+    """Refuse a format (``auto``: by the rows) or a field name that does not exist."""
     if name != "auto" and name not in FORMATS:
         raise InputError(f"format {name!r} is unknown; use auto, {', '.join(FORMATS)}")
     shapes = [shape for known, shape in _SHAPES.items() if name in ("auto", known)]
@@ -244,11 +261,8 @@ def check_format(name: str, fields: Mapping[str, str]) -> None:
 def find_format(rows: Iterable[tuple[str, object]], fields: Mapping[str, str] = NO_FIELDS) -> Format:
     """Return the format of a file by its first row that has the keys of one.
 
-    Rows before it, and later ones of another shape, are bad rows to whoever parses them.
-
-    Args:
-        rows: ``(place, value)`` of each row, in order; a ValueError in place of a row that is no JSON.
-        fields: names that keys have in the rows.
+    ``rows`` are as `parsed_rows` gives them. Rows before it, and later ones of another shape, are bad rows to
+    whoever parses them.
 
     Raises:
         InputError: no row has the keys of a format, or one has those of two chat formats.
@@ -293,12 +307,7 @@ def _fields_of(name: FormatName, fields: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_conversations(path: Path) -> Iterator[Conversation]:
-    """The good rows of one file, in its own format; each row that is left out is named on stderr.
-
-    Raises:
-        InputError: a file that cannot be read, or of no known format.
-
-    """
+    """Yield the good rows of one file, in its own format; each row that is left out is named on stderr."""
     shape = find_format(parsed_rows(path))
     for place, value in parsed_rows(path):
         try:

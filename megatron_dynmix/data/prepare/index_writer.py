@@ -6,22 +6,22 @@ in files of its own. The bytes are the same. Shape legend: Q sequences, N docume
 
 import struct
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
 from numpy.typing import NDArray
 
-from megatron_dynmix.data.prepare.examples import DIGEST_BYTES, Examples
-from megatron_dynmix.data.prepare.report import file_of
+from megatron_dynmix.data.prepare.examples import Examples
+from megatron_dynmix.data.prepared import DIGEST_BYTES, file_of
 
 _INDEX_VERSION = 1
 _PIECE_BYTES = 1 << 20
 
 
-class IndexedWriter:
+class IndexedWriter(AbstractContextManager["IndexedWriter"]):
     """Writes examples to ``prefix.bin``, ``.idx`` and ``.digests``; one document each, modes as given."""
 
     def __init__(self, prefix: Path, dtype: type[np.integer]) -> None:
@@ -29,24 +29,12 @@ class IndexedWriter:
         self._prefix = prefix
         self._dtype = dtype
         self._sequences = 0
-        names = ("bin", "digests", "lengths", "modes", "ends")
-        self._files: dict[str, IO[bytes]] = {}
-        try:
-            for name in names:
-                self._files[name] = file_of(prefix, name).open("wb")
-        except OSError:
-            self.close()
-            raise
-
-    def __enter__(self) -> "IndexedWriter":
-        """Return the writer."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the files, also where they cannot be flushed any more."""
-        self.close()
+        with ExitStack() as opened:  # what was opened is closed if the next cannot be
+            self._files: dict[str, IO[bytes]] = {
+                name: opened.enter_context(file_of(prefix, name).open("wb"))
+                for name in ("bin", "digests", "lengths", "modes", "ends")
+            }
+            self._opened = opened.pop_all()
 
     def add(self, examples: Examples) -> None:
         """Append examples."""
@@ -65,12 +53,7 @@ class IndexedWriter:
         self.documents += len(examples)
 
     def finish(self) -> None:
-        """Write the index; the prefix is complete then.
-
-        Raises:
-            OSError: a file cannot be written, for want of space as a rule.
-
-        """
+        """Write the index; the prefix is complete then."""
         for file in self._files.values():
             file.flush()
         with file_of(self._prefix, "idx").open("wb") as index:
@@ -93,15 +76,11 @@ class IndexedWriter:
         for name in ("lengths", "modes", "ends"):
             file_of(self._prefix, name).unlink()
         assert file_of(self._prefix, "digests").stat().st_size == self.documents * DIGEST_BYTES
-        self.close()
 
-    def close(self) -> None:
+    def __exit__(self, *raised: object) -> None:
         """Close the files, also where they cannot be flushed any more."""
-        for file in self._files.values():
-            try:
-                file.close()
-            except OSError:  # the disk is full: what is in the buffer is lost, and the draft goes anyway
-                continue
+        with suppress(OSError):  # the disk is full: what is in the buffer is lost, and the draft goes anyway
+            self._opened.close()
 
     def _pieces(self, name: str) -> Iterator[bytes]:
         with file_of(self._prefix, name).open("rb") as file:

@@ -53,7 +53,7 @@ class ChatTemplate:
                 f"the chat template is no Jinja: {error.message} in line {error.lineno}"
             ) from error
         self._names = meta.find_undeclared_variables(tree)
-        self.has_generation = any(True for _ in tree.find_all(nodes.CallBlock) if _is_generation(_))
+        self.has_generation = any(map(_is_generation, tree.find_all(nodes.CallBlock)))
         self._source = source
 
     def knows(self, name: str) -> bool:
@@ -68,17 +68,11 @@ class ChatTemplate:
         names: Mapping[str, str],
         add_generation_prompt: bool = False,
     ) -> tuple[str, tuple[tuple[int, int], ...]]:
-        """Return the text, and the half-open character ranges that stand in `{% generation %}`.
+        """Return the text, and the half-open character ranges that are in `{% generation %}`.
 
-        Args:
-            messages: ``{"role", "content", ...}`` of each turn.
-            tools: JSON schemas.
-            names: special tokens, such as ``eos_token``.
-            add_generation_prompt: whether to end with what an answer starts with.
-
-        Raises:
-            InputError: the template refuses the messages, or cannot be rendered.
-
+        ``messages`` are ``{"role", "content", ...}``, ``tools`` JSON schemas, ``names`` special tokens such
+        as ``eos_token``. With ``add_generation_prompt`` the text ends with what an answer starts with. A
+        template that refuses the messages, or fails, is an InputError.
         """
         try:
             text = self._template.render(

@@ -18,29 +18,28 @@ from megatron.core.datasets.indexed_dataset import DType
 
 from megatron_dynmix.config.run_config import RowFormat
 from megatron_dynmix.data.prepare.conversation import NO_FIELDS
-from megatron_dynmix.data.prepare.encode import Chunk, Encoded, Encoder
-from megatron_dynmix.data.prepare.examples import Examples, HeldOut, count_duplicates, read_digests
+from megatron_dynmix.data.prepare.encode import Encoded, Encoder, RowChunk
+from megatron_dynmix.data.prepare.examples import Examples, HeldOut
 from megatron_dynmix.data.prepare.formats import Format, check_format, find_format
 from megatron_dynmix.data.prepare.index_writer import IndexedWriter
-from megatron_dynmix.data.prepare.progress import Progress
+from megatron_dynmix.data.prepare.inputs import current_report, read_input, refuse_changed, refuse_overwriting
+from megatron_dynmix.data.prepare.progress import ProgressBar
 from megatron_dynmix.data.prepare.readers import RawRow, is_compressed, parsed_rows, raw_rows
-from megatron_dynmix.data.prepare.report import (
+from megatron_dynmix.data.prepare.template import Renderer, TrainOn
+from megatron_dynmix.data.prepare.workers import available_cores, map_in_order
+from megatron_dynmix.data.prepared import (
     FORMAT_VERSION,
     WRITTEN,
     InputFile,
     Recipe,
     SourceReport,
-    current_report,
+    count_duplicates,
     file_of,
     load_report,
     probe_prefix,
-    read_input,
-    refuse_changed,
-    refuse_overwriting,
+    read_digests,
     write_report,
 )
-from megatron_dynmix.data.prepare.template import Renderer, TrainOn
-from megatron_dynmix.data.prepare.workers import available_cores, map_in_order
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.errors import CommandFailed, InputError
 
@@ -78,18 +77,18 @@ def prepare_source(
     ``prefix.json`` a source counts as not prepared.
 
     Args:
-        name: how the source is called in messages.
+        name: what messages call the source.
         inputs: its files.
         prefix: where it is written.
         tokenizer: makes tokens.
         template: makes text of conversations; see `Renderer`.
         train_on: which answers are trained on; see `Renderer`.
-        format: shape of the rows; found out for each file by its first rows if not given.
+        format: shape of the rows; `auto` finds it out for each file by its first rows.
         fields: names that our keys have in the rows.
         split_length: positions above which a conversation is split at turn borders.
         held_out: different texts that are kept from training and written to ``prefix.probe``.
         strict: refuse the source for the first row that cannot be used.
-        workers: processes that encode; one for each core, but few for a small input, if not given.
+        workers: processes that encode; by default one for each core, but few for a small input.
 
     Raises:
         InputError: an input cannot be read, the template does not fit, or no example is left.
@@ -102,6 +101,7 @@ def prepare_source(
         raise InputError(f"workers is {workers}; it must be 1 or more")
     check_format(format, fields)
     renderer = Renderer(tokenizer, template, train_on)
+    encoder = Encoder(renderer, split_length, DType.optimal_dtype(tokenizer.vocab_size))
     recipe = Recipe(
         tokenizer=tokenizer.fingerprint,
         template=renderer.fingerprint,
@@ -115,21 +115,19 @@ def prepare_source(
         with _locked(prefix):
             report = current_report(prefix, inputs, recipe)
             if report is None:
-                report = _Preparation(name, inputs, prefix, renderer, recipe, strict).run(workers)
+                report = _Preparation(name, inputs, prefix, recipe, strict, encoder).run(workers)
     if strict:
-        refuse_broken(report)
+        refuse_broken(report.name, report.first_broken)
     return report
 
 
-def refuse_broken(report: SourceReport) -> None:
-    """Refuse a source for the first of its rows that cannot be used.
-
-    Raises:
-        InputError: there is one; the message names its file and line.
-
-    """
-    if report.first_broken:
-        raise InputError(_strict_message(report.name, report.first_broken[0]))
+def refuse_broken(name: str, first_broken: Sequence[str]) -> None:
+    """Refuse a source for the first of its rows that cannot be used, by its file and line."""
+    if first_broken:
+        raise InputError(
+            f"{first_broken[0]} (source {name} is strict: every row must be good; leave out strict to count "
+            "bad rows)"
+        )
 
 
 @dataclass
@@ -141,7 +139,7 @@ class _Counts:
     untrained: int = 0
     split: int = 0
     split_parts: int = 0
-    first_broken: list[str] = field(default_factory=list)
+    first_broken: tuple[str, ...] = ()
 
     def add(self, encoded: Encoded) -> None:
         self.rows += encoded.rows
@@ -149,8 +147,8 @@ class _Counts:
         self.untrained += len(encoded.untrained)
         self.split += encoded.split
         self.split_parts += encoded.split_parts
-        shown = [f"{bad.place}: {bad.reason}" for bad in (*encoded.broken, *encoded.untrained)]
-        self.first_broken += shown[: _BROKEN_SHOWN - len(self.first_broken)]
+        bad = (*self.first_broken, *encoded.broken, *encoded.untrained)
+        self.first_broken = bad[:_BROKEN_SHOWN]
 
 
 @dataclass
@@ -169,30 +167,17 @@ class _Sizes:
         self.max_length = max(self.max_length, int(examples.sizes_N.max(initial=0)))
 
 
+@dataclass
 class _Preparation:
     """One source being prepared."""
 
-    def __init__(
-        self,
-        name: str,
-        inputs: Sequence[Path],
-        prefix: Path,
-        renderer: Renderer,
-        recipe: Recipe,
-        strict: bool,
-    ) -> None:
-        self.name = name
-        self.inputs = [Path(path) for path in inputs]
-        self.prefix = prefix
-        self.recipe = recipe
-        self.strict = strict
-        self.counts = _Counts()
-        self.dtype = DType.optimal_dtype(renderer.tokenizer.vocab_size)
-        self.encoder = Encoder(
-            renderer=renderer,
-            split_length=recipe.split_length,
-            dtype=self.dtype,
-        )
+    name: str
+    inputs: Sequence[Path]
+    prefix: Path
+    recipe: Recipe
+    strict: bool
+    encoder: Encoder
+    counts: _Counts = field(default_factory=_Counts)
 
     def run(self, workers: int | None) -> SourceReport:
         files = tuple(read_input(path) for path in self.inputs)
@@ -226,13 +211,13 @@ class _Preparation:
         )
         with (
             closing(chunks),
-            Progress(self.name, None if any(map(is_compressed, self.inputs)) else size) as progress,
-            IndexedWriter(draft, self.dtype) as writer,
+            ProgressBar(self.name, None if any(map(is_compressed, self.inputs)) else size) as progress,
+            IndexedWriter(draft, self.encoder.dtype) as writer,
         ):
             for encoded in chunks:
                 self.counts.add(encoded)
-                if self.strict and self.counts.first_broken:
-                    raise InputError(_strict_message(self.name, self.counts.first_broken[0]))
+                if self.strict:
+                    refuse_broken(self.name, self.counts.first_broken)
                 examples = sieve.sift(encoded.examples)
                 writer.add(examples)
                 sizes.add(examples)
@@ -244,7 +229,7 @@ class _Preparation:
     def _write_probe(self, draft: Path, probe: Examples, files: tuple[InputFile, ...]) -> None:
         sizes = _Sizes()
         sizes.add(probe)
-        with IndexedWriter(draft, self.dtype) as writer:
+        with IndexedWriter(draft, self.encoder.dtype) as writer:
             writer.add(probe)
             writer.finish()
         self.counts = _Counts(rows=len(probe))
@@ -271,21 +256,12 @@ class _Preparation:
         held_out: int = 0,
         probe_of: str | None = None,
     ) -> SourceReport:
-        counts = self.counts
         return SourceReport(
             name=name,
-            rows=counts.rows,
-            examples=sizes.examples,
-            tokens=sizes.tokens,
-            trained_tokens=sizes.trained_tokens,
-            max_length=sizes.max_length,
-            untrained=counts.untrained,
+            **vars(self.counts),
+            **vars(sizes),
             duplicates=count_duplicates(read_digests(file_of(draft, "digests"))),
-            broken=counts.broken,
-            split=counts.split,
-            split_parts=counts.split_parts,
             held_out=held_out,
-            first_broken=tuple(counts.first_broken),
             inputs=files,
             recipe=self.recipe,
             probe_of=probe_of,
@@ -295,11 +271,7 @@ class _Preparation:
         )
 
 
-def _strict_message(name: str, first: str) -> str:
-    return f"{first} (source {name} is strict: every row must be good; leave out strict to count bad rows)"
-
-
-def _chunks(inputs: Sequence[Path], recipe: Recipe) -> Iterator[Chunk]:
+def _chunks(inputs: Sequence[Path], recipe: Recipe) -> Iterator[RowChunk]:
     """Yield the rows of all files, in order, in pieces that one worker encodes at once."""
     for path in inputs:
         shape = _format_of(path, recipe)
@@ -309,10 +281,10 @@ def _chunks(inputs: Sequence[Path], recipe: Recipe) -> Iterator[Chunk]:
             rows.append(row)
             size += len(row.content) if isinstance(row.content, bytes) else _ROW_BYTES
             if size >= CHUNK_BYTES:
-                yield Chunk(rows, shape, size)
+                yield RowChunk(rows, shape, size)
                 rows, size = [], 0
         if rows:
-            yield Chunk(rows, shape, size)
+            yield RowChunk(rows, shape, size)
 
 
 def _format_of(path: Path, recipe: Recipe) -> Format:
@@ -332,7 +304,7 @@ def _locked(prefix: Path) -> Iterator[None]:
 
 @contextmanager
 def _draft(prefix: Path) -> Iterator[Path]:
-    """A prefix to write to; what is left of it at the end, or was left by a process that was killed, goes."""
+    """Yield a prefix to write to; what is left there at the end, or by a process that was killed, goes."""
     folder = prefix.with_name(f".{prefix.name}.draft")
     shutil.rmtree(folder, ignore_errors=True)  # nobody else writes there: the lock is held
     folder.mkdir()

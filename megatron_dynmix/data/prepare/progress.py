@@ -2,18 +2,18 @@
 
 import sys
 import time
-from types import TracebackType
+from contextlib import AbstractContextManager
 
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 15.0
 
 
-class Progress:
+class ProgressBar(AbstractContextManager["ProgressBar"]):
     """Shows how much is done, on standard error."""
 
     def __init__(self, name: str, total_bytes: int | None) -> None:
-        """``total_bytes`` is None where it is not known, as of compressed files."""
+        """Begin at 0; ``total_bytes`` is None where it is not known, as for compressed files."""
         self._name = name
         self._total = total_bytes
         self._done = self._examples = 0
@@ -27,18 +27,8 @@ class Progress:
             disable=not sys.stderr.isatty(),
         )
 
-    def __enter__(self) -> "Progress":
-        """Return the progress."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Take the bar away."""
-        self._bar.close()
-
     def advance(self, done_bytes: int, examples: int = 0) -> None:
-        """Tell that so many more bytes are done, of which so many examples came."""
+        """Add what is done: bytes, and the examples that came of them."""
         self._done += done_bytes
         self._examples += examples
         self._bar.update(done_bytes)
@@ -47,3 +37,7 @@ class Progress:
             far = f"{self._done / self._total:.0%}" if self._total else f"{self._done >> 20} MiB"
             made = f", {self._examples} examples" if self._examples else ""
             print(f"{self._name}: {far}{made}", file=sys.stderr, flush=True)
+
+    def __exit__(self, *raised: object) -> None:
+        """Take the bar away."""
+        self._bar.close()

@@ -1,8 +1,7 @@
-"""Strict reading of JSON: one value per line, or the items of one array; nothing guessed, nothing lost.
+"""The files that rows come in: which of them a path means, and their rows one by one, whatever the container.
 
-The files that rows come in: which of them a path means, and their rows one by one, whatever the container.
-
-What a file holds decides how it is read; a name that says otherwise (`.jsonl`, but compressed) is refused.
+JSON is read strictly: one value per line, or the items of one array; nothing guessed, nothing lost. What a
+file holds decides how it is read; a name that says otherwise (`.jsonl`, but compressed) is refused.
 """
 
 import glob
@@ -205,12 +204,7 @@ class RawRow:
     content: bytes | dict[str, Any]
 
     def parse(self) -> Any:
-        """Return the row's value.
-
-        Raises:
-            ValueError: not strict JSON; the message is a short reason without a location.
-
-        """
+        """Return the row's value; what is not strict JSON is a ValueError with a short reason."""
         return parse_json(self.content) if isinstance(self.content, bytes) else self.content
 
 
@@ -219,11 +213,7 @@ def find_inputs(path: str | Path) -> list[Path]:
 
     They come in the order of their names. Of a folder, all files with a name that rows are read from;
     hidden ones (``.`` or ``_`` in front) and folders in it are not read. A dataset that Hugging Face
-    `datasets` saved to a folder is one input, the folder itself.
-
-    Raises:
-        InputError: there is none.
-
+    `datasets` saved to a folder is one input, the folder itself. None at all is an InputError.
     """
     path = Path(path)
     if path.is_dir():

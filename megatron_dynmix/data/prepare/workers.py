@@ -35,17 +35,8 @@ def map_in_order(
     With one worker everything happens in this process. With more, each gets a copy of ``function``
     once; a few items per worker are under way at a time, so memory does not grow with their number.
     When the iterator is closed, at an error or an interrupt no process is left behind, nor when this
-    process is killed.
-
-    Args:
-        function: what is done; it and what it returns can be pickled.
-        items: what it is done to; taken as room appears.
-        workers: processes.
-        preload: module that the workers need, imported once for all of them.
-
-    Raises:
-        CommandFailed: a worker died.
-
+    process is killed. ``function`` and its results can be pickled; ``preload`` is the module that the
+    workers need, imported once for all of them. A worker that dies is a CommandFailed.
     """
     if workers == 1:
         with one_tokenizer_thread():

@@ -52,9 +52,7 @@ class SpecialTokens:
     def guard(self, text: str) -> str:
         """Return what somebody wrote, with each literal special token as its guard.
 
-        Raises:
-            ValueError: the text holds characters that are used for guards.
-
+        A text that holds characters that are used for guards is a ValueError.
         """
         if not text.isascii() and (found := _PRIVATE.search(text)):
             raise ValueError(
@@ -97,11 +95,9 @@ class SpecialTokens:
 
 
 def join_pieces(pieces: Sequence[TextPiece], texts: Sequence[str]) -> tuple[str, NDArray[np.int64]]:
-    """Join what is written for pieces that follow one another.
+    """Join what is written for consecutive pieces, and say where its characters stand in the guarded text.
 
-    Returns:
-        The text, and where each of its characters, and its end, stand in the guarded text.
-
+    The second result has one position more than there are characters: the end.
     """
     origins = [
         # what takes more room than the guard that it is written for all stands where that does
