@@ -137,7 +137,7 @@ def _draw_greedily(
 def _draw_by_deadline(
     weights_D: NDArray[np.float64], owed_D: NDArray[np.float64], length: int
 ) -> NDArray[np.int16]:
-    """Always take, among the sources that are behind, the one that would first be a whole row behind.
+    """Draw, at each sample, from the source among those behind that would first be a whole row behind.
 
     This is Tijdeman's rule for the chairman assignment problem (Discrete Math. 32, 1980): what is drawn
     of a source stays within one row of what is due, at every sample.

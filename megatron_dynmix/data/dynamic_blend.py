@@ -98,15 +98,10 @@ class DynamicBlendedDataset(BlendedDataset):
         seed: int,
         chunk_size: int,
     ) -> None:
-        """Start a run's blend at sample 0.
+        """Start a run's blend at sample 0; every dataset has rows, and a weight of 0 pauses a source.
 
-        Args:
-            datasets: one per source; every one has rows.
-            weights_D: initial shares, summing to 1; 0 pauses a source.
-            seed: seeds the reshuffling of later epochs.
-            chunk_size: samples materialised at a time: interval x global batch size. It belongs to the
-                order, not to the batch: it stays what it was when a run is resumed.
-
+        `chunk_size`, the samples materialized at a time (interval x global batch size), belongs to the order,
+        not to the batch: it stays what it was when a run is resumed.
         """
         # The parent's constructor refuses weight 0 and builds the index of the whole run; not called.
         if len(datasets) > np.iinfo(np.int16).max - 1:

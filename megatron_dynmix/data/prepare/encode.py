@@ -30,6 +30,10 @@ class RowChunk(NamedTuple):
     size: int
 
 
+Masked = tuple[NDArray[np.integer], NDArray[np.bool_]]
+"""Tokens ``ids_T`` and ``trained_T``, whether each is trained on."""
+
+
 class _Read(NamedTuple):
     place: str
     conversation: Conversation
@@ -117,16 +121,14 @@ class Encoder:
             split_parts=split_parts,
         )
 
-    def _tokens(self, rendered: Sequence[Rendered]) -> list[tuple[NDArray[np.integer], NDArray[np.bool_]]]:
+    def _tokens(self, rendered: Sequence[Rendered]) -> list[Masked]:
         encoded = self.renderer.tokenizer.encode_batch([one.text for one in rendered])
         return [
             (ids_T, token_mask(char_starts_T, one.trained_spans))
             for one, (ids_T, char_starts_T) in zip(rendered, encoded, strict=True)
         ]
 
-    def _split(
-        self, conversation: Conversation
-    ) -> tuple[list[Rendered], list[tuple[NDArray[np.integer], NDArray[np.bool_]]]]:
+    def _split(self, conversation: Conversation) -> tuple[list[Rendered], list[Masked]]:
         assert self.split_length is not None, "asked for by the caller"
 
         def tokens(part: Conversation) -> int:

@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from megatron_dynmix.errors import InputError
 
 OPEN, CLOSE = "\U0010fffe", "\U0010ffff"
-"""Noncharacters, which no text holds, put around what stands in `{% generation %}`."""
+"""Noncharacters, which no text holds, put around what is in `{% generation %}`."""
 
 
 class _Generation(Extension):

@@ -38,9 +38,7 @@ def split_lines(file: IO[bytes], name: object) -> Iterator[tuple[int, bytes]]:
         InputError: a line is too long to be a row; ``name`` is how the message calls the file.
 
     """
-    number = 0
-    while raw := file.readline(_MAX_ROW_BYTES):
-        number += 1
+    for number, raw in enumerate(iter(lambda: file.readline(_MAX_ROW_BYTES), b""), start=1):
         if number == 1:
             raw = raw.removeprefix(UTF8_BOM)
         if len(raw) >= _MAX_ROW_BYTES:
@@ -60,10 +58,9 @@ def split_array(file: IO[bytes], name: object) -> Iterator[tuple[int, bytes]]:
     """
     scanner = _ArrayScanner(file, name)
     number = 0
-    for raw in scanner.items():
-        number += 1
+    for number, raw in enumerate(scanner.items(), start=1):
         yield number, raw
-    if scanner.rest():
+    if scanner.next_sign():
         raise InputError(
             f"{name}: something follows the array after item {number}; a .json file may hold one array, or "
             "one JSON object per line"
@@ -81,7 +78,7 @@ class _ArrayScanner:
         self.number = 1
 
     def items(self) -> Iterator[bytes]:
-        opening = self._until_not_space()
+        opening = self.next_sign()
         assert opening == b"[", "the caller looked"
         depth, start, seen = 0, self.position, False
         while True:
@@ -109,10 +106,6 @@ class _ArrayScanner:
                 raise InputError(
                     f"{self.name}: item {self.number}: a closing brace that nothing opened; correct the file"
                 )
-
-    def rest(self) -> bytes:
-        """Return the first byte behind the array that is no space, or nothing."""
-        return self._until_not_space()
 
     def _next(self, start: int) -> tuple[bytes, int, int] | None:
         """Return the next sign outside strings, where it is, and where ``start`` is now; None at the end."""
@@ -153,7 +146,8 @@ class _ArrayScanner:
         self.position -= start
         return bool(chunk)
 
-    def _until_not_space(self) -> bytes:
+    def next_sign(self) -> bytes:
+        """Return the next byte that is no space, or nothing at the end."""
         while True:
             while self.position < len(self.buffer):
                 sign = self.buffer[self.position : self.position + 1]
@@ -193,7 +187,7 @@ _HEAD_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row as it stands in its file, not parsed yet: cheap to hand to another process.
+    """A row as it is in its file, not parsed yet: cheap to hand to another process.
 
     ``place`` is ``file:line`` or ``file:item n``, ``number`` the line or item (from 1), ``content`` the
     bytes of a JSON text, or the row itself where the container is not JSON.

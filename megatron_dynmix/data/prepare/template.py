@@ -275,7 +275,7 @@ def token_mask(char_starts_T: NDArray[np.int64], spans: Sequence[tuple[int, int]
     """Return for each token whether it is trained on: whether its first character lies in a span.
 
     ``char_starts_T`` are starts as :meth:`Tokenizer.encode_batch` gives them, ``spans`` half-open,
-    disjoint and in order. The text is tokenised as a whole, so a token may reach over a border.
+    disjoint and in order. The text is tokenized as a whole, so a token may reach over a border.
     """
     if not spans:
         return np.zeros(len(char_starts_T), dtype=bool)
