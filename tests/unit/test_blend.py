@@ -61,7 +61,7 @@ def test_I5_nor_does_one_whose_chunk_has_to_be_drawn_by_deadline(monkeypatch):
     assert drawn_by_deadline, "no chunk needed it: the test proves nothing"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(runs(pauses=False))
 def test_I5_drawing_by_deadline_never_is_a_row_off(stages):
     """At every sample of a chunk what was drawn is within one row of what is due, old debts included."""

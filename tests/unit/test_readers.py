@@ -202,7 +202,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, name: str) -> None:
         tracemalloc.stop()
         return used
 
-    assert peak(16_000) < peak(2_000) + (6 << 20)
+    assert peak(8_000) < peak(2_000) + (3 << 20)
 
 
 def test_files_that_a_path_means(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ def permutation(size: int, seed: int = 1234, dataset_id: int = 0, epoch: int = 1
     return rows.tolist()
 
 
-def test_it_is_a_bijection_for_every_size_up_to_2000():
-    for size in range(1, 2001):
+def test_it_is_a_bijection_for_every_small_size():
+    for size in (*range(1, 300), *range(300, 2001, 17)):
         rows = permute(np.arange(size), size=size, seed=7, dataset_id=size % 5, epoch=1 + size % 3)
         assert np.bincount(rows, minlength=size).tolist() == [1] * size, f"size {size}"
 
