@@ -65,7 +65,7 @@ class SourceReport:
     """What became of a source's rows.
 
     ``examples`` are written. ``untrained`` (no token to train on) and ``broken`` (no usable
-    conversation) rows are not; the first few stand in ``first_broken`` as ``file:line: reason``.
+    conversation) rows are not; the first few are in ``first_broken`` as ``file:line: reason``.
     ``split`` conversations became ``split_parts`` examples; ``held_out`` examples are in the probe's
     files. So ``rows - split + split_parts = examples + held_out + untrained + broken``.
     ``duplicates`` counts written examples whose text was written before. ``tokens``,
@@ -101,11 +101,6 @@ class SourceReport:
         return self.recipe.tokenizer
 
     @property
-    def template(self) -> str:
-        """Fingerprint of the template, and of what is trained on."""
-        return self.recipe.template
-
-    @property
     def mean_length(self) -> float:
         """Tokens of an example, on average."""
         return self.tokens / self.examples
@@ -124,7 +119,7 @@ def file_of(prefix: Path, suffix: str) -> Path:
 
 
 def probe_prefix(prefix: Path) -> Path:
-    """Where the examples that were held out of a source are."""
+    """Return where the examples that were held out of a source are."""
     return file_of(prefix, "probe")
 
 
