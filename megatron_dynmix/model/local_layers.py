@@ -137,9 +137,12 @@ class LocalNorm:
 class FullWidthNorm(torch.nn.Module):
     """RMSNorm of queries or keys over all heads together, as OLMoE has it (its `q_norm` and `k_norm`)."""
 
-    def __init__(self, num_heads: int, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+    heads: str
+    """Setting that says how many heads there are."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__()
-        self.norm = LocalNorm(config, num_heads * hidden_size, eps)
+        self.norm = LocalNorm(config, getattr(config, self.heads) * hidden_size, eps)
 
     def forward(self, heads: torch.Tensor) -> torch.Tensor:
         """Normalize over the last two axes of `[S, B, N, H]`."""
@@ -149,12 +152,10 @@ class FullWidthNorm(torch.nn.Module):
 class FullWidthQueryNorm(FullWidthNorm):
     """`FullWidthNorm` of the queries."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
-        super().__init__(config.num_attention_heads, config, hidden_size, eps)
+    heads = "num_attention_heads"
 
 
 class FullWidthKeyNorm(FullWidthNorm):
     """`FullWidthNorm` of the keys."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
-        super().__init__(config.num_query_groups, config, hidden_size, eps)
+    heads = "num_query_groups"
