@@ -9,9 +9,9 @@ from convert_fixtures import InMemory
 from safetensors.torch import load_file, save_file
 
 from megatron_dynmix.cli import main
+from megatron_dynmix.config.check import check_settings
 from megatron_dynmix.config.hugging_face import hugging_face_config, model_settings
 from megatron_dynmix.config.load import load_config, to_yaml
-from megatron_dynmix.config.megatron import transformer_config
 from megatron_dynmix.config.presets import COMMON
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
 from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron
@@ -111,7 +111,7 @@ def test_a_rotary_embedding_that_is_unknown_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
     config = load(tmp_path, {**good_settings(tmp_path), "model": {"preset": "./", "rope_type": "linear"}})
     with pytest.raises(InputError, match="rope_type is 'linear'; it must be rope or yarn"):
-        transformer_config(config)
+        check_settings(config, 2)
 
 
 def test_what_a_run_resolves_is_read_back_though_a_width_is_null(tmp_path):
