@@ -14,7 +14,8 @@ from typing import Any
 import mpmath
 
 from megatron_dynmix.compare.cell import Cell, read_json
-from megatron_dynmix.records.jsonl import read_records
+from megatron_dynmix.records.jsonl import read_lines, read_records
+from megatron_dynmix.records.schema import MixingUpdate, StageLine, TrainingRecord, step_seconds
 from megatron_dynmix.training.evaluate import EVALUATION
 
 CONFIDENCE = 0.95
@@ -115,8 +116,8 @@ def read_result(cell: Cell) -> CellResult:
     """Read a finished cell's records."""
     evaluation = read_json(cell.run_dir / EVALUATION)
     assert evaluation is not None, "a cell is finished when it is evaluated"
-    metrics = read_records(cell.run_dir / "metrics.jsonl")
-    updates = read_records(cell.run_dir / "mixing.jsonl")
+    metrics = read_lines(cell.run_dir / "metrics.jsonl", TrainingRecord)
+    updates = read_lines(cell.run_dir / "mixing.jsonl", MixingUpdate)
     ledger = read_records(cell.run_dir / "ledger.jsonl")
     names = ("mean_loss", "worst_loss", "token_loss", "perplexity")
     values = {name: evaluation[name] for name in names}
@@ -127,20 +128,12 @@ def read_result(cell: Cell) -> CellResult:
         metrics={name: float(value) for name, value in values.items() if value is not None},
         worst_source=evaluation["worst_source"],
         weights=tuple(
-            (line["iteration"], tuple(line["weights"])) for line in ledger if line["kind"] == "stage"
+            (stage.iteration, tuple(stage.weights))
+            for stage in (StageLine.from_json(line) for line in ledger if line["kind"] == "stage")
         ),
-        tokens=sum(metrics[-1]["tokens"].values()),
-        seconds=_step_seconds(metrics) + sum(sum(update["seconds"].values()) for update in updates),
+        tokens=sum(metrics[-1].tokens.values()),
+        seconds=step_seconds(metrics) + sum(sum(update.seconds.values()) for update in updates),
     )
-
-
-def _step_seconds(metrics: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds of all steps: records hold the mean over the iterations since the one before."""
-    total, before = 0.0, 0
-    for record in metrics:
-        total += record["seconds"] * (record["iteration"] - before)
-        before = record["iteration"]
-    return total
 
 
 def summarise(

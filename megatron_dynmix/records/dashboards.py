@@ -1,8 +1,6 @@
-"""What a run's records are called on a dashboard: Megatron-LM's tags, and ours under `dynmix/`.
+"""A run's records on TensorBoard and on Weights & Biases: the same numbers under the same names.
 
-TensorBoard events under Megatron-LM's own tags, and ours beside them under `dynmix/`.
-
-The same numbers under the same names for Weights & Biases; the extra `wandb`.
+The names are Megatron-LM's own tags, and ours beside them under `dynmix/`.
 """
 
 from __future__ import annotations
@@ -162,7 +160,7 @@ class TensorBoardWriter:
 
 
 class WeightsAndBiasesWriter:
-    """One run on Weights & Biases; a resumed run goes on with it.
+    """One run on Weights & Biases; a resumed run continues it.
 
     Points are placed by the metric `iteration`. What the service has already cannot be taken back, so
     iterations that a resumed run trains again, which bring the same numbers, are not sent twice.

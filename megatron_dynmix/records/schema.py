@@ -7,7 +7,7 @@ what can be read of it, for those who have to show a run that is damaged, old, o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from types import NoneType, UnionType
@@ -87,6 +87,16 @@ class TrainingRecord(Line):
     def losses(self) -> dict[str, float]:
         """`source_loss`, with NaN for a source that was not drawn."""
         return {name: math.nan if loss is None else loss for name, loss in self.source_loss.items()}
+
+
+def step_seconds(metrics: Sequence[TrainingRecord]) -> float:
+    """Return the seconds of all training steps; what is not known of a log interval counts as none."""
+    total, before = 0.0, 0
+    for record in metrics:
+        seconds = record.seconds * (record.iteration - before)
+        total += seconds if math.isfinite(seconds) else 0.0
+        before = record.iteration
+    return total
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -196,7 +196,7 @@ def recorded(
     Args:
         run_dir: the run's directory.
         iteration: tells how many iterations are done.
-        resumed: whether it goes on from a checkpoint.
+        resumed: whether it resumes from a checkpoint.
         notes: changed settings, checkpoints that were not good.
 
     Raises:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.records.jsonl import count_lines, found_records
-from megatron_dynmix.records.schema import Event, MixingUpdate, StageLine, TrainingRecord
+from megatron_dynmix.records.schema import Event, MixingUpdate, StageLine, TrainingRecord, step_seconds
 from megatron_dynmix.records.signals import SIGNALS, with_signal
 from megatron_dynmix.report import REPORT
 
@@ -236,13 +236,8 @@ class Run:
 
     @property
     def step_seconds(self) -> float:
-        """Of all training steps; a record holds the mean over the iterations since the one before."""
-        total, before = 0.0, 0
-        for record in self.metrics:
-            seconds = record.seconds * (record.iteration - before)
-            total += seconds if math.isfinite(seconds) else 0.0
-            before = record.iteration
-        return total
+        """Of all training steps."""
+        return step_seconds(self.metrics)
 
     @property
     def mixing_seconds(self) -> float:

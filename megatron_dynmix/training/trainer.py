@@ -9,7 +9,7 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
@@ -53,50 +53,32 @@ from megatron_dynmix.training.step import (
 )
 
 
+@dataclass(kw_only=True, eq=False)
 class Trainer:
     """Trains one rank's part of the model."""
 
-    def __init__(
-        self,
-        *,
-        config: RunConfig,
-        run: PassRunner,
-        optimizer: MegatronOptimizer,
-        scheduler: OptimizerParamScheduler,
-        loader: BlendLoader,
-        reweighting: Reweighting,
-        checkpointer: Checkpointer,
-        writer: MetricsWriter | None,
-        identity: Identity,
-        progress: Progress,
-        interval: LogInterval,
-        drawn: DrawnSamples,
-        live: LiveLine,
-    ) -> None:
-        self.config = config
-        self.run = run
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.loader = loader
-        self.reweighting = reweighting
-        self.checkpointer = checkpointer
-        self.writer = writer
-        self.identity = identity
-        self.progress = progress
-        self._interval = interval
-        self._drawn = drawn
-        self._schedule = BatchSchedule.of(config.training)
-        self.live = live
-        self.say = live.say
-        self.saving = Saving(config, checkpointer, live.say)
+    config: RunConfig
+    run: PassRunner
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    loader: BlendLoader
+    reweighting: Reweighting
+    checkpointer: Checkpointer
+    writer: MetricsWriter | None
+    identity: Identity
+    progress: Progress
+    interval: LogInterval
+    drawn: DrawnSamples
+    live: LiveLine
+
+    def __post_init__(self) -> None:
+        self.say = self.live.say
+        self.saving = Saving(self.config, self.checkpointer, self.say)
+        self._schedule = BatchSchedule.of(self.config.training)
         self._grad_norm = math.nan
 
     def fit(self, stop: StopRequest, heartbeat: Heartbeat) -> None:
-        """Train to the last iteration; a checkpoint is written at the end.
-
-        Args:
-            stop: whether this rank is asked to stop; all ranks do when one is.
-            heartbeat: told of each iteration.
+        """Train to the last iteration, or until any rank is asked to stop; write a checkpoint at the end.
 
         Raises:
             TrainingStopped: the loss, or the new weights, cannot be used.
@@ -161,12 +143,12 @@ class Trainer:
         else:
             before.restore()
             self._skip(stats.lm_loss)
-        self._drawn.fold(micro_batches, progress.consumed_samples)
+        self.drawn.fold(micro_batches, progress.consumed_samples)
         progress.iteration += 1
         progress.consumed_samples += batch_size
         seconds = time.perf_counter() - start
-        self._interval.iterations += 1
-        self._interval.seconds += seconds
+        self.interval.iterations += 1
+        self.interval.seconds += seconds
         tokens = float(stats.tokens_D.sum())
         self.live.step(stats.lm_loss, tokens / seconds, self.reweighting.blend.weights_D)
         return stopping
@@ -180,10 +162,10 @@ class Trainer:
         self.progress.tokens_D += stats.tokens_D
         self.reweighting.observe(stats)
         self.progress.skipped_in_row = 0
-        self._interval.stats += stats
-        self._interval.samples += get_current_global_batch_size()
-        self._interval.micro_batches_here += get_num_microbatches()
-        self._interval.skipped += not stepped
+        self.interval.stats += stats
+        self.interval.samples += get_current_global_batch_size()
+        self.interval.micro_batches_here += get_num_microbatches()
+        self.interval.skipped += not stepped
 
     def _skip(self, lm_loss: float) -> None:
         """Go on without a batch that is not finite, where that is wanted and has not become the rule."""
@@ -199,7 +181,7 @@ class Trainer:
         self.say(f" WARNING: {what}: the batch is skipped and changes nothing")
         progress.skipped_in_row += 1
         self._grad_norm = math.nan
-        self._interval.skipped += 1
+        self.interval.skipped += 1
 
     def _first_undecided_sample(self) -> int:
         """Where the next weight update may change the mix."""
@@ -207,7 +189,7 @@ class Trainer:
         return self._schedule.samples_after(iterations, self.progress.consumed_samples)
 
     def _log(self, total: int) -> None:
-        progress, interval = self.progress, self._interval
+        progress, interval = self.progress, self.interval
         aux_losses = {}
         if interval.micro_batches_here:  # none if every batch was skipped
             aux_losses = take_aux_losses(self.run.chunks[0].config, interval.micro_batches_here)
@@ -232,16 +214,16 @@ class Trainer:
             self.writer.training(record)
         self.say(training_line(record, total, datetime.now()))
         self.say(source_loss_line(record))
-        self._interval = LogInterval(SourceStats.zero(len(sources)))
+        self.interval = LogInterval(SourceStats.zero(len(sources)))
         self._log_samples()
 
     def _log_samples(self) -> None:
         """Put on record which samples were trained on since the last time."""
         progress = self.progress
-        line = self._drawn.line(progress.iteration, progress.consumed_samples, self.run.platform.device)
+        line = self.drawn.line(progress.iteration, progress.consumed_samples, self.run.platform.device)
         if self.writer is not None:
             self.writer.ledger(line)
-        self._drawn = DrawnSamples(progress.consumed_samples, carried=0)
+        self.drawn = DrawnSamples(progress.consumed_samples, carried=0)
 
     def record_stage(self, why: Why, iteration: int, changes: Sequence[str] = ()) -> None:
         """Put the stage that has just begun on record."""
@@ -296,9 +278,9 @@ class Trainer:
             **vars(self.identity),
             progress=replace(self.progress),
             mix=self.reweighting.state,
-            log_interval=self._interval,
+            log_interval=self.interval,
             drawn=DrawnState(
-                first_sample=self._drawn.first_sample, digest=self._drawn.digest(self.run.platform.device)
+                first_sample=self.drawn.first_sample, digest=self.drawn.digest(self.run.platform.device)
             ),
         )
 
@@ -328,7 +310,7 @@ class Trainer:
         which an iteration was trained.
         """
         # A checkpoint of this iteration, if there is one, holds the log interval as it was: it stays open.
-        if self._interval.micro_batches_here and self.progress.iteration != self.saving.newest:
+        if self.interval.micro_batches_here and self.progress.iteration != self.saving.newest:
             self._log(self.config.training.train_iters or 0)
         try:
             text = f"{why}. The state before is kept in {self.save(last=True)}"

@@ -1,8 +1,4 @@
-"""How far a run is proven, and how that is said.
-
-How a proof ends early, and how exact it is.
-
-Whether a run drew what its weights call for, and whether its weights follow from what was measured.
+"""Whether a run drew what its weights call for, and whether its weights follow from what was measured.
 
 Everything is drawn again from the ledger's stages, from sample 0 on, and compared line by line. The first
 thing that does not agree ends the proof. Axes: D sources, E experts.
@@ -99,7 +95,7 @@ class _Proof:
         self._refuse_unmatched_updates(before=last + 1)
         if self._updates:
             self.verdict.notes.append(
-                f"mixing.jsonl goes on to iteration {self._updates[-1]}, the ledger does not"
+                f"mixing.jsonl continues to iteration {self._updates[-1]}, the ledger does not"
             )
         beyond = [
             samples for samples in self.records.consumed_samples.values() if samples > self.verdict.samples
@@ -110,7 +106,7 @@ class _Proof:
                 "metrics.jsonl); their rows count as drawn"
             )
         if beyond:
-            self.verdict.notes.append(f"metrics.jsonl goes on to sample {max(beyond)}, the ledger does not")
+            self.verdict.notes.append(f"metrics.jsonl continues to sample {max(beyond)}, the ledger does not")
 
     def finish(self) -> None:
         """Fill in what was drawn, as far as the replay came."""
@@ -231,7 +227,7 @@ class _Proof:
         change = SourceChange.between(last.source_set, sources.names, sources.fingerprints, sources.sizes)
         cursor = change.cursor(self.replay.cursor)
         if change.after != sources:
-            raise NotProven(f"{where}: the sources do not go on from those before (sizes or shuffle ids)")
+            raise NotProven(f"{where}: the sources do not continue those before (sizes or shuffle ids)")
         self._check_cursor(cursor_of(line), cursor, where)
         weights_D = np.array(line.weights)
         if np.abs(change.weights_D(last.weights, weights_D) - weights_D).max() > TOLERANCE:
