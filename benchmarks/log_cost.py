@@ -57,7 +57,10 @@ def build_trainer(folder: Path, iterations: int) -> Trainer:
     run_yaml = make_quickstart(folder / "data")
     config = load_config(
         run_yaml,
-        ["--train-iters", str(iterations), "--expert-model-parallel-size", "1", "--num-workers", "0"],
+        [
+            *("--train-iters", str(iterations), "--lr-warmup-iters", "0"),
+            *("--expert-model-parallel-size", "1", "--num-workers", "0"),
+        ],
     )
     run.join_job(config)
     return run.build_trainer(prepare_run(check_before_start(config)), folder / "run")
