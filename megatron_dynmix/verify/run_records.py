@@ -45,14 +45,21 @@ def read_run(run_dir: Path) -> RunRecords:
 
     """
     files = {name: run_dir / f"{name}.jsonl" for name in ("ledger", "mixing", "metrics")}
-    missing = [path.name for path in (*files.values(), run_dir / SIGNALS) if not path.is_file()]
+    missing = [path.name for path in files.values() if not path.is_file()]
+    mixing = [] if missing else read_records(files["mixing"])
+    if any(record.get("block") for record in mixing) and not (run_dir / SIGNALS).is_file():
+        missing = [SIGNALS]
     if missing:
         raise InputError(
             f"{run_dir} is no whole run directory: {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not in it; give the --run-dir of a run"
         )
-    ledger, mixing = (read_records(files[name]) for name in ("ledger", "mixing"))
-    metrics = read_lines(files["metrics"], TrainingRecord)
+    if any("note" in record for record in mixing):
+        raise InputError(
+            f"{files['mixing']} was written by an earlier version, which kept in it what was measured; use "
+            "that version to verify the run"
+        )
+    ledger, metrics = read_records(files["ledger"]), read_lines(files["metrics"], TrainingRecord)
     if not ledger:
         raise InputError(
             f"{files['ledger']} is empty: the run ended before it began, there is nothing to prove"
@@ -103,19 +110,13 @@ def mixing_update(record: Record) -> MixingUpdate:
     """Read the record of an update.
 
     Raises:
-        InputError: it was written before records had kinds and signals a file of their own.
         NotProven: it is none.
 
     """
-    where = f"mixing.jsonl, iteration {record['iteration']}"
-    if "note" in record:
-        raise InputError(
-            f"{where}: an earlier version wrote this run, with its signals in this file; only that version "
-            "can verify it"
-        )
     try:
         return MixingUpdate.from_json(record)
     except ValueError as error:
+        where = f"mixing.jsonl, iteration {record['iteration']}"
         raise NotProven(f"{where} is no record of an update: {error}") from None
 
 

@@ -1,6 +1,7 @@
 """`verify` proves what a run wrote, and names the first thing that does not agree."""
 
 import copy
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -368,6 +369,15 @@ def test_what_is_no_run_directory_is_refused(damage, message, tmp_path, capsys):
     with pytest.raises(InputError, match=message):
         read_run(folder) and verify(folder)
     assert main(["verify", str(folder)]) == 2
+
+
+def test_a_run_of_an_earlier_version_is_refused_in_plain_words(tmp_path):
+    folder = fake_run(4).write(tmp_path / "run")
+    (folder / "signals.bin").unlink()
+    line = {"iteration": 3, "note": None, "events": [], "signal": {"half_counts": [[[[1]]]]}}
+    (folder / "mixing.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(InputError, match="written by an earlier version"):
+        verify(folder)
 
 
 def test_the_replay_holds_one_chunk_however_long_the_run():
