@@ -10,9 +10,6 @@ import numpy as np
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
-from megatron_dynmix.data.prepare.inputs import current_report
-from megatron_dynmix.data.prepare.prepare import prepare_source, refuse_broken
-from megatron_dynmix.data.prepare.readers import find_inputs
 from megatron_dynmix.data.prepare.template import Renderer
 from megatron_dynmix.data.prepared import Recipe, SourceReport, load_report, probe_prefix
 from megatron_dynmix.data.rows import PackedRows
@@ -114,8 +111,13 @@ def prepare_sources(
             report = load_report(prefix)
             _refuse_other_recipe(file, report, recipe)
             if data.strict:
+                from megatron_dynmix.data.prepare.prepare import refuse_broken
+
                 refuse_broken(report.name, report.first_broken)
         else:
+            from megatron_dynmix.data.prepare.prepare import prepare_source
+            from megatron_dynmix.data.prepare.readers import find_inputs
+
             report = prepare_source(
                 name=file.label,
                 inputs=find_inputs(file.path),
@@ -138,8 +140,12 @@ def check_prepared(config: RunConfig, file: SourceFile, tokenizer: Tokenizer) ->
     prefix = file.prefix(config)
     report = load_report(prefix)
     _refuse_other_recipe(file, report, _recipe(config, file, tokenizer))
-    reads_rows = not (file.is_prepared or file.is_held_out)
-    if reads_rows and current_report(prefix, find_inputs(file.path), report.recipe) is None:
+    if file.is_prepared or file.is_held_out:
+        return
+    from megatron_dynmix.data.prepare.inputs import current_report
+    from megatron_dynmix.data.prepare.readers import find_inputs
+
+    if current_report(prefix, find_inputs(file.path), report.recipe) is None:
         raise InputError(
             f"source {file.label}: {file.path} was changed since it was prepared; run `megatron-dynmix "
             "prepare` for it"

@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ARCHITECTURE = PACKAGE.parent / "docs/architecture.md"
 FROM_ANYWHERE = {"errors", "files", "__version__"}
 """Parts that every other part may import, and that import none."""
+PREPARING = {f"megatron_dynmix.data.prepare.{name}" for name in ("prepare", "readers", "inputs")}
+"""Imported by `data.sources` in functions that a run of prepared sources never calls."""
+NOT_IN_TRAINING = ("convert.logits", "commands.planning", "data.prepare.encode", "data.prepare.workers")
+MOST_FILES, MOST_LINES = 112, 19_800
+"""Of the project, reached by `train`."""
 ALARM_FILE_LINES = 400
 ALARM_FUNCTION_LINES = 60
 
@@ -183,31 +189,52 @@ def test_long_files_and_functions_are_pointed_out():
             warnings.warn(f"{place} is long: does it have one reason to change?", stacklevel=1)
 
 
+def module_of(path: Path) -> str:
+    name = ".".join(("megatron_dynmix", *path.relative_to(PACKAGE).with_suffix("").parts))
+    return name.removesuffix(".__init__")
+
+
+def modules_needed(path: Path, modules: Collection[str]) -> set[str]:
+    """Modules of the project that a file imports, in functions too, but not for type checking alone."""
+    package = ("megatron_dynmix", *path.relative_to(PACKAGE).parent.parts)
+    found, nodes = set(), [ast.parse(path.read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        nodes += ast.iter_child_nodes(node)
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {
+                name if (name := f"{module}.{alias.name}") in modules else module for alias in node.names
+            }
+    return (found & set(modules)) - {"megatron_dynmix"}
+
+
 def test_no_module_needs_itself():
     """No circle of imports, not even one that imports inside functions would hide."""
-    modules = {}
-    for path in FILES:
-        name = ".".join(("megatron_dynmix", *path.relative_to(PACKAGE).with_suffix("").parts))
-        modules[name.removesuffix(".__init__")] = path
-
-    def imported(path: Path) -> set[str]:
-        found = set()
-        package = ("megatron_dynmix", *path.relative_to(PACKAGE).parent.parts)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom):
-                base = package[: len(package) - node.level + 1] if node.level else ()
-                module = ".".join([*base, *([node.module] if node.module else [])])
-                found |= {
-                    name if (name := f"{module}.{alias.name}") in modules else module for alias in node.names
-                }
-        return (found & modules.keys()) - {"megatron_dynmix"}
-
-    graph = {name: imported(path) - {name} for name, path in modules.items()}
+    modules = {module_of(path): path for path in FILES}
+    graph = {name: modules_needed(path, modules) - {name} for name, path in modules.items()}
     while leaves := {name for name, needs in graph.items() if not needs & graph.keys()}:
         graph = {name: needs for name, needs in graph.items() if name not in leaves}
     while tops := graph.keys() - set().union(*graph.values()):
         graph = {name: needs for name, needs in graph.items() if name not in tops}
     assert not graph, f"these need one another: {sorted(graph)}"
+
+
+def test_training_prepared_sources_needs_none_of_what_prepares_them():
+    """Imports in functions count as well, but for one door: what unprepared sources are prepared with."""
+    modules = {module_of(path): path for path in FILES}
+    reached, todo = set(), ["megatron_dynmix.commands.train"]
+    while todo:
+        name = todo.pop()
+        if name not in reached and name not in PREPARING:
+            reached.add(name)
+            todo += modules_needed(modules[name], modules)
+    lines = sum(len(modules[name].read_text(encoding="utf-8").splitlines()) for name in reached)
+    assert not reached & {f"megatron_dynmix.{name}" for name in NOT_IN_TRAINING}
+    assert len(reached) <= MOST_FILES and lines <= MOST_LINES, f"{len(reached)} files, {lines} lines"
 
 
 def test_only_the_platform_asks_for_cuda():
