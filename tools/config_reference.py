@@ -23,7 +23,7 @@ from typing import Any
 from megatron_dynmix.config import megatron_fields as known
 from megatron_dynmix.config import run_config as tree
 from megatron_dynmix.config import settings as leaves
-from megatron_dynmix.mixing.strategies.table import STRATEGIES
+from megatron_dynmix.mixing.strategies import STRATEGIES
 
 HEAD = """# Configuration reference
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.mixing.strategies.table import STRATEGIES, build_strategy
+from megatron_dynmix.mixing.strategies import STRATEGIES, build_strategy
 
 RESOLVED = {
     "reference": "reference_D",

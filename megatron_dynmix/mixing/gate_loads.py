@@ -1,9 +1,12 @@
-"""Gate load: the share of a source's routed tokens that each expert received.
+"""From counts to gate loads, from gate loads to distances, from distances to the score of each source.
 
-Axes: D sources, L MoE layers, E experts; H = 2 halves may stand before them.
+A gate load is the share of a source's routed tokens that each expert received. Axes: D sources, L MoE layers,
+E experts; H = 2 halves may stand before them. Loads are compared as vectors: all layers and experts of a
+source are one vector of V = L * E.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -102,3 +105,248 @@ def _refuse(load_DGE: NDArray[np.float64]) -> NoReturn:
         if not load_GE.any(axis=1).all():
             raise SourceError([dataset_id], "has no routed tokens; measure it on some rows")
     raise ValueError("the counts of a source are too large to be added")
+
+
+PUBLISHED_EXPERTS = 8
+"""Experts per layer of the model for which the published step size was chosen."""
+CLOSE = 0.1
+"""Squared distance, relative to the squared lengths, below which rounding would show in a product form."""
+
+
+def l2_distance(load_DLE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return distance_DD, delta_ij = ||O_i - O_j||_2, Zhu et al. (2025), section 3.
+
+    Like every distance here it is symmetric, with a diagonal of exactly 0.
+
+    Raises:
+        ValueError: a NaN or infinite load.
+
+    """
+    load_DV = load_DLE.reshape(len(load_DLE), -1)
+    # All pairs by one matrix product, about their mean: |a - b|^2 = |a|^2 + |b|^2 - 2 ab. Where that would
+    # cancel digits the pair is taken again by its difference.
+    centered_DV = load_DV - load_DV.mean(axis=0)
+    product_DD = centered_DV @ centered_DV.T
+    _check_finite(product_DD)
+    lengths_DD = product_DD.diagonal()[:, None] + product_DD.diagonal()
+    squared_DD = np.triu(lengths_DD - 2 * product_DD, k=1)
+    for i, j in np.argwhere(np.triu(squared_DD <= CLOSE * lengths_DD, k=1)):
+        difference_V = load_DV[i] - load_DV[j]
+        squared_DD[i, j] = difference_V @ difference_V
+    distance_DD = np.sqrt(squared_DD)
+    return np.asarray(distance_DD + distance_DD.T)
+
+
+def l2_scale(load_DLE: NDArray[np.float64]) -> float:
+    """Return the factor that makes l2 distances comparable over numbers of experts.
+
+    Let the load of an expert be (1 + u) / n, n experts in all. Then ||O_i - O_j||_2 is
+    sqrt(sum (u_i - u_j)^2) / n = rms(u_i - u_j) / sqrt(n): for the same relative deviations from an even
+    load, l2 falls like 1 / sqrt(n). sqrt(n) undoes that, and dividing by sqrt(8) leaves l2 as it is for the 8
+    experts of one layer, for which the published step size was chosen.
+    """
+    return math.sqrt(load_DLE[0].size / PUBLISHED_EXPERTS)
+
+
+def scaled_l2_distance(load_DLE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return `l2_distance` times `l2_scale`: the same for 8 experts."""
+    return l2_distance(load_DLE) * l2_scale(load_DLE)
+
+
+def cosine_distance(load_DLE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return one minus the cosine similarity of every two loads.
+
+    Raises:
+        SourceError: a load of zeros, which has no direction.
+        ValueError: a NaN or infinite load.
+
+    """
+    load_DV = load_DLE.reshape(len(load_DLE), -1)
+    length_D = np.linalg.norm(load_DV, axis=1)
+    if (length_D == 0).any():
+        raise SourceError([int(np.argmin(length_D))], "has a load of zeros: no direction")
+    # For unit vectors 1 - cos = |u - v|^2 / 2. This form gives 0 for equal loads and keeps the digits
+    # of close ones, which 1 - u.v loses.
+    return l2_distance(load_DV / length_D[:, None]) ** 2 / 2
+
+
+def hellinger_distance(load_DLE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return ||sqrt(O_i) - sqrt(O_j)||_2 / sqrt(2), from 0 to 1 (no expert in common)."""
+    return l2_distance(np.sqrt(load_DLE)) / math.sqrt(2)
+
+
+def js_distance(load_DLE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the square root of the Jensen-Shannon divergence in nats, from 0 to sqrt(log 2).
+
+    With m = (p + q) / 2, JS = (KL(p || m) + KL(q || m)) / 2 (Lin 1991; Endres and Schindelin 2003 for its
+    root being a metric).
+    """
+    return _row_by_row(load_DLE, lambda p_V, q_DV: np.sqrt(_js_divergence(p_V, q_DV)))
+
+
+def tv_distance(load_DLE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return sum |O_i - O_j| / 2, the share of choices that would have to move; from 0 to 1."""
+    return _row_by_row(load_DLE, lambda p_V, q_DV: np.abs(q_DV - p_V).sum(axis=1) / 2)
+
+
+def _row_by_row(
+    load_DLE: NDArray[np.float64],
+    distance: Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]],
+) -> NDArray[np.float64]:
+    """Compare one load with those after it. All pairs at once would take D * D * V floats."""
+    _check_finite(load_DLE)
+    load_DV = load_DLE.reshape(len(load_DLE), -1)
+    distance_DD = np.zeros((len(load_DV), len(load_DV)))
+    for i in range(len(load_DV) - 1):
+        distance_DD[i, i + 1 :] = distance(load_DV[i], load_DV[i + 1 :])
+    return distance_DD + distance_DD.T
+
+
+def _check_finite(values: NDArray[np.float64]) -> None:
+    if not np.isfinite(values).all():
+        raise ValueError("loads must be finite; a source has a NaN or infinite one")
+
+
+def _js_divergence(p_V: NDArray[np.float64], q_DV: NDArray[np.float64]) -> NDArray[np.float64]:
+    # With x = (p - q) / (p + q), p log(p / m) = m (1 + x) log(1 + x), and q the same with -x. For close loads
+    # this keeps digits that entropies would lose, and it is 0 for equal ones.
+    sum_DV = p_V + q_DV
+    x_DV = _quotient(p_V - q_DV, sum_DV)
+    terms_DV = _xlog(1 + x_DV, x_DV) + _xlog(1 - x_DV, -x_DV)
+    return np.asarray(np.maximum((sum_DV * terms_DV).sum(axis=-1) / 4, 0.0))
+
+
+def _xlog(factor: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return ``factor * log(1 + x)``, 0 where the factor is 0."""
+    return factor * np.log1p(x, out=np.zeros_like(x), where=factor > 0)
+
+
+def _quotient(numerator: NDArray[np.float64], divisor: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Divide, giving 0 where the divisor is 0."""
+    return np.asarray(np.divide(numerator, divisor, out=np.zeros_like(numerator), where=divisor > 0))
+
+
+DISTANCES: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+    "l2": l2_distance,
+    "scaled-l2": scaled_l2_distance,
+    "cos": cosine_distance,
+    "hellinger": hellinger_distance,
+    "js": js_distance,
+    "tv": tv_distance,
+}
+
+
+def gradient(metric: str, load_DLE: NDArray[np.float64], source: int) -> NDArray[np.float64]:
+    """Return how the distances of one source's load p to all loads q_j change with p.
+
+    0 where it does not exist: for equal loads, and for experts that the source leaves idle.
+    """
+    q_DV = load_DLE.reshape(len(load_DLE), -1)
+    return _gradient(metric, q_DV[source], q_DV, load_DLE).reshape(load_DLE.shape)
+
+
+def _gradient(
+    metric: str, p_V: NDArray[np.float64], q_DV: NDArray[np.float64], load_DLE: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    difference_DV = p_V - q_DV
+    match metric:
+        case "l2":
+            return _unit(difference_DV)
+        case "scaled-l2":
+            return _unit(difference_DV) * l2_scale(load_DLE)
+        case "cos":
+            length = np.linalg.norm(p_V)
+            p_V, q_DV = p_V / length, q_DV / np.linalg.norm(q_DV, axis=1, keepdims=True)
+            return np.asarray(((q_DV @ p_V)[:, None] * p_V - q_DV) / length)
+        case "hellinger":
+            root_V = np.sqrt(p_V)
+            steep_V = np.divide(1, 2 * root_V, out=np.zeros_like(p_V), where=p_V > 0)
+            return np.asarray(_unit(root_V - np.sqrt(q_DV)) * steep_V / math.sqrt(2))
+        case "js":
+            distance_D1 = np.sqrt(_js_divergence(p_V, q_DV))[:, None]
+            x_DV = np.divide(difference_DV, p_V + q_DV, out=np.zeros_like(q_DV), where=p_V > 0)
+            return _quotient(np.log1p(x_DV), 4 * distance_D1)
+        case "tv":
+            return np.asarray(np.sign(difference_DV) / 2)
+    raise AssertionError(f"metric {metric} has no gradient")
+
+
+def _unit(vector_DV: NDArray[np.float64]) -> NDArray[np.float64]:
+    return _quotient(vector_DV, np.linalg.norm(vector_DV, axis=1, keepdims=True))
+
+
+REFERENCE_GAP = 1 / 64
+"""Gap between scores after normalization: the published rule's, with 4 sources and 8 experts, are of this
+size, so that the published step size stays what it is."""
+NO_GAP = 1e-9
+"""Gaps below this part of the scores are rounding, and are not blown up."""
+AGGREGATES = ("mean", "max", "min", "others-mean", "others-min")
+
+
+def source_delta(distance_DD: NDArray[np.float64], aggregate: str) -> NDArray[np.float64]:
+    """Score each source: larger means further from the others, hence less redundant.
+
+    Args:
+        distance_DD: symmetric distances, diagonal 0; for ``others-*`` of at least two sources.
+        aggregate: ``"mean"`` is Delta_i = sum_j delta_ij / D of Zhu et al. (2025), section 3: divided by D,
+            though only D - 1 terms can be positive. ``"max"`` and ``"min"`` are the official code's other
+            two: the furthest source, and the nearest with the source itself among them, so always 0.
+            ``"others-mean"`` and ``"others-min"`` leave the source itself out.
+
+    Raises:
+        ValueError: not a square finite matrix, or another aggregate.
+
+    """
+    square = distance_DD.ndim == 2 and len(distance_DD) == distance_DD.shape[1]
+    if not square or not np.isfinite(distance_DD).all():
+        raise ValueError(f"distances of shape {distance_DD.shape} must be [sources, sources] and finite")
+    match aggregate:
+        case "mean":
+            return np.asarray(distance_DD.mean(axis=1))
+        case "max":
+            return np.asarray(distance_DD.max(axis=1))
+        case "min":
+            return np.asarray(distance_DD.min(axis=1))
+        case "others-mean":
+            return np.asarray(distance_DD.sum(axis=1) / (len(distance_DD) - 1))
+        case "others-min":
+            return np.asarray(_without_self(distance_DD).min(axis=1))
+    raise ValueError(f"aggregate {aggregate!r} is unknown; give one of {AGGREGATES}")
+
+
+def delta_shares(distance_DD: NDArray[np.float64], aggregate: str) -> NDArray[np.float64]:
+    """Return how much of each distance is in each score of `source_delta`: d delta_i / d distance_ij.
+
+    For a furthest or nearest source that is 1, even where two are equally far.
+    """
+    number = len(distance_DD)
+    match aggregate:
+        case "mean":
+            return np.full_like(distance_DD, 1 / number)
+        case "others-mean":
+            return np.full_like(distance_DD, 1 / (number - 1))
+        case "min":
+            return np.zeros_like(distance_DD)
+        case "others-min":
+            return np.asarray(np.eye(number)[_without_self(distance_DD).argmin(axis=1)])
+    return np.asarray(np.eye(number)[distance_DD.argmax(axis=1)])
+
+
+def gap_scale(delta_D: NDArray[np.float64]) -> float:
+    """Return the factor that brings the gaps between scores to `REFERENCE_GAP`; 1 where they are rounding.
+
+    Only the gaps delta_i - mean(delta) move weights. Their size, for the same differences between sources,
+    depends on what is no property of the sources. For n experts l2 falls like 1 / sqrt(n), see `l2_scale`. If
+    sources differ at random, with deviations u of the same size for every expert, then |u_i - u_j|^2 also
+    comes closer to its mean relative to it, by another 1 / sqrt(n): so gaps fall like 1 / sqrt(n) to 1 / n.
+    A mean over D with the source itself adds (D - 1) / D. No formula in D and n fits all of that, so the size
+    that is expected of a gap is taken from the scores themselves: their standard deviation over the sources.
+
+    A step is then the same in size however alike the sources are; noise must be kept out by other means.
+    """
+    spread = float(delta_D.std())
+    return REFERENCE_GAP / spread if spread > NO_GAP * float(np.abs(delta_D).max()) else 1.0
+
+
+def _without_self(distance_DD: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.where(np.eye(len(distance_DD), dtype=bool), np.inf, distance_DD)

@@ -210,7 +210,7 @@ def needs(strategy: Strategy) -> set[str]:
         return set()
     asked = {
         TOKENS: strategy.needs_gate_load,
-        HALVES: getattr(strategy, "needs_halves", False),
+        HALVES: strategy.needs_halves,
         LOSS: strategy.needs_loss,
     }
     return {what for what, needed in asked.items() if needed}

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dynmix.mixing.distance import gradient, l2_scale
+from megatron_dynmix.mixing.gate_loads import gradient, l2_scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ def delta_error(
     Args:
         load_DLE: measured loads.
         noise: their noise.
-        metric: a key of `distance.DISTANCES`.
+        metric: a key of `gate_loads.DISTANCES`.
         distance_DD: distances of the measured loads by that metric, not debiased.
         share_DD: w, how much of each distance is in each score, see `delta_shares`; the diagonal is ignored.
 

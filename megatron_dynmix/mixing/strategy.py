@@ -1,18 +1,16 @@
 """What a mixing strategy is given, what it answers, and what it must offer.
 
 Axes: H halves, D sources, L MoE layers, E experts.
-
-What strategies need of a signal, or a refusal that says what is missing.
-
-Axes: D sources.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron_dynmix.mixing.weights import example_shares, row_shares
 
 Counts = NDArray[np.int64] | NDArray[np.float64]
 HALVES = 2
@@ -21,60 +19,6 @@ HALVES = 2
 def half_of(ordinal: Any) -> Any:
     """Return the half of its source, 0 or 1, in which the row with that number is counted."""
     return ordinal % HALVES
-
-
-class SourceError(ValueError):
-    """Something is wrong with some sources, which `mixing` knows by their numbers only.
-
-    Attributes:
-        dataset_ids: the sources.
-
-    """
-
-    def __init__(self, dataset_ids: Sequence[int], problem: str, *, before: str = "") -> None:
-        """Say `before`, then which sources, then `problem`."""
-        self.dataset_ids = tuple(int(number) for number in dataset_ids)
-        self._before, self._problem = before, problem
-        numbers = str(self.dataset_ids[0]) if len(self.dataset_ids) == 1 else str(list(self.dataset_ids))
-        super().__init__(self._sentence(f"{numbers} (counted from 0)"))
-
-    def named(self, sources: Sequence[str]) -> str:
-        """Return the message with the names of the run's sources in it."""
-        return self._sentence(", ".join(sources[number] for number in self.dataset_ids))
-
-    def within(self, where: str) -> "SourceError":
-        """Return the same error, its message beginning with `where`."""
-        return SourceError(self.dataset_ids, self._problem, before=f"{where}: {self._before}")
-
-    def _sentence(self, which: str) -> str:
-        noun = "source" if len(self.dataset_ids) == 1 else "sources"
-        return f"{self._before}{noun} {which} {self._problem}"
-
-
-RemarkKind = Literal[
-    # what changed a proposal
-    "override",
-    "max_epochs",
-    "floor",
-    "entropy",
-    "kl_step",
-    # what a reader must know about an update
-    "kept",
-    "shadow_kept",
-    "last_known",
-    "shadow_failed",
-    "few_tokens",
-    "override_not_followed",
-    "override_unusable",
-]
-
-
-@dataclass(frozen=True)
-class Remark:
-    """A line about one update: for programs its kind, for people its text."""
-
-    kind: RemarkKind
-    text: str
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -131,40 +75,27 @@ class Proposal:
     delta_error_D: NDArray[np.float64] | None = None
 
 
-class Strategy(Protocol):
+class Strategy:
     """A rule from current weights and a signal to new weights.
 
     It keeps nothing itself: what it must remember goes out with the proposal and comes back with the next
     call, so that a checkpoint holds it and a replay of the recorded signals gives the same weights.
-
-    A strategy on gate loads may also have `needs_halves`, whether `Signal.half_counts_HDLE` must be measured
-    (without it: no), and `layers`, those that it reads, see `select_layers` (without it: all).
     """
 
-    @property
-    def name(self) -> str:
-        """Name in configuration and logs."""
-        ...
-
-    @property
-    def needs_gate_load(self) -> bool:
-        """Whether `Signal.counts_DLE` must be measured."""
-        ...
-
-    @property
-    def needs_loss(self) -> bool:
-        """Whether `Signal.loss_D` must be measured."""
-        ...
-
-    @property
-    def starts(self) -> bool:
-        """Whether it chooses the first weights too, asked at iteration 0 with nothing measured."""
-        ...
-
-    @property
-    def updates(self) -> bool:
-        """False if the weights never change after the start, so that nothing need be measured at all."""
-        ...
+    name: str
+    """Name in configuration and logs."""
+    needs_gate_load: bool = False
+    """Whether `Signal.counts_DLE` must be measured."""
+    needs_halves: bool = False
+    """Whether `Signal.half_counts_HDLE` must be measured too."""
+    needs_loss: bool = False
+    """Whether `Signal.loss_D` must be measured."""
+    layers: str | Sequence[int] = "all"
+    """MoE layers whose loads it reads, see `gate_loads.select_layers`."""
+    starts: bool = False
+    """Whether it chooses the first weights too, asked at iteration 0 with nothing measured."""
+    updates: bool = True
+    """False if the weights never change after the start, so that nothing need be measured at all."""
 
     def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Propose the next weights; must not change its arguments.
@@ -178,15 +109,127 @@ class Strategy(Protocol):
             ValueError: the signal lacks what the strategy needs, or holds values it cannot use.
 
         """
-        ...
+        raise NotImplementedError
+
+
+class Wrapped(Strategy):
+    """A strategy that offers what another object does, with the defaults for what that lacks."""
+
+    REQUIRED = ("name", "needs_gate_load", "needs_loss", "starts", "updates", "propose")
+    OPTIONAL = ("needs_halves", "layers")
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        for part in (*self.REQUIRED[:-1], *self.OPTIONAL):
+            if hasattr(inner, part):
+                setattr(self, part, getattr(inner, part))
+
+    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
+        """Propose what the other does."""
+        proposal: Proposal = self.inner.propose(weights_D, signal, state)
+        return proposal
+
+
+class InExamples(Wrapped):
+    """A strategy whose weights, sizes and draws count examples, in a run that counts rows.
+
+    To all others it is a strategy like any other.
+    """
+
+    def __init__(self, inner: Strategy, examples_per_row_D: NDArray[np.float64]) -> None:
+        """Wrap `inner`, a row of each source holding that many examples on average."""
+        super().__init__(inner)
+        self.examples_per_row_D = examples_per_row_D
+
+    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
+        """Ask it in examples; shares of rows in and out."""
+        shares_D = example_shares(weights_D, self.examples_per_row_D)
+        proposal = super().propose(shares_D, in_examples(signal, weights_D, self.examples_per_row_D), state)
+        return replace(proposal, weights_D=row_shares(proposal.weights_D, self.examples_per_row_D))
+
+
+def in_examples(
+    signal: Signal, row_weights_D: NDArray[np.float64], examples_per_row_D: NDArray[np.float64]
+) -> Signal:
+    """Count sizes, draws and what is still to be drawn in examples instead of rows.
+
+    How many examples so many rows will bring is estimated at the weights in force: it depends on those that
+    are still to be found.
+    """
+    mean = float(row_weights_D @ examples_per_row_D)
+
+    def examples(rows_D: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
+        return None if rows_D is None else np.rint(rows_D * examples_per_row_D).astype(np.int64)
+
+    return replace(
+        signal,
+        interval_rows=round(signal.interval_rows * mean),
+        run_rows=round(signal.run_rows * mean),
+        size_D=examples(signal.size_D),
+        drawn_D=examples(signal.drawn_D),
+    )
+
+
+RemarkKind = Literal[
+    # what changed a proposal
+    "override",
+    "max_epochs",
+    "floor",
+    "entropy",
+    "kl_step",
+    # what a reader must know about an update
+    "kept",
+    "shadow_kept",
+    "last_known",
+    "shadow_failed",
+    "few_tokens",
+    "override_not_followed",
+    "override_unusable",
+]
+
+
+@dataclass(frozen=True)
+class Remark:
+    """A line about one update: for programs its kind, for people its text."""
+
+    kind: RemarkKind
+    text: str
+
+
+class SourceError(ValueError):
+    """Something is wrong with some sources, which `mixing` knows by their numbers only.
+
+    Attributes:
+        dataset_ids: the sources.
+
+    """
+
+    def __init__(self, dataset_ids: Sequence[int], problem: str, *, before: str = "") -> None:
+        """Say `before`, then which sources, then `problem`."""
+        self.dataset_ids = tuple(int(number) for number in dataset_ids)
+        self._before, self._problem = before, problem
+        numbers = str(self.dataset_ids[0]) if len(self.dataset_ids) == 1 else str(list(self.dataset_ids))
+        super().__init__(self._sentence(f"{numbers} (counted from 0)"))
+
+    def named(self, sources: Sequence[str]) -> str:
+        """Return the message with the names of the run's sources in it."""
+        return self._sentence(", ".join(sources[number] for number in self.dataset_ids))
+
+    def within(self, where: str) -> "SourceError":
+        """Return the same error, its message beginning with `where`."""
+        return SourceError(self.dataset_ids, self._problem, before=f"{where}: {self._before}")
+
+    def _sentence(self, which: str) -> str:
+        noun = "source" if len(self.dataset_ids) == 1 else "sources"
+        return f"{self._before}{noun} {which} {self._problem}"
 
 
 def loss_of(signal: Signal, num_sources: int, strategy: str) -> NDArray[np.float64]:
-    """The losses of the signal, one finite number of nats >= 0 per source.
+    """Return the losses of the signal, one finite number of nats >= 0 per source.
 
     Raises:
-        ValueError: not measured, another number of sources, or a source (named by its index) whose loss is
-            NaN (nothing of it was ever measured), infinite or negative.
+        SourceError: a loss that is NaN (nothing of the source was ever measured), infinite or negative.
+        ValueError: not measured, or another number of sources.
 
     """
     if signal.loss_D is None:
@@ -207,23 +250,13 @@ def loss_of(signal: Signal, num_sources: int, strategy: str) -> NDArray[np.float
 
 
 def size_of(signal: Signal, num_sources: int, strategy: str) -> NDArray[np.float64]:
-    """Rows in one epoch of each source, all >= 1.
-
-    Raises:
-        ValueError: not given, another number of sources, or a source without a row.
-
-    """
+    """Return the rows in one epoch of each source, all >= 1, or raise ValueError."""
     need = f"{strategy} mixing needs the size of every source in rows"
     return _rows(signal.size_D, num_sources, need, lowest=1)
 
 
 def drawn_of(signal: Signal, num_sources: int, strategy: str) -> NDArray[np.float64]:
-    """Rows of each source drawn so far, all >= 0.
-
-    Raises:
-        ValueError: not given, another number of sources, or a negative number.
-
-    """
+    """Return the rows of each source drawn so far, all >= 0, or raise ValueError."""
     need = f"{strategy} mixing needs the rows drawn of every source"
     return _rows(signal.drawn_D, num_sources, need, lowest=0)
 
@@ -240,10 +273,11 @@ def _rows(
 
 
 def numbers_of(values: object, what: str, *, lowest: float = -np.inf) -> NDArray[np.float64]:
-    """A list of numbers given as an option, as a flat finite array.
+    """Return a list of numbers given as an option as a flat finite array.
 
     Raises:
-        ValueError: not a flat list of numbers, none at all, or one that is not finite or below ``lowest``.
+        SourceError: a number that is not finite, or below ``lowest``.
+        ValueError: not a flat list of numbers, or none at all.
 
     """
     try:

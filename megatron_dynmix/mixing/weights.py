@@ -1,10 +1,7 @@
-"""The exponentiated-gradient step that turns scores into weights.
+"""Sampling weights: making them, updating them, keeping them within bounds, measuring them.
 
-Axes: D sources.
-
-Sampling weights: making them, keeping them within bounds, measuring them.
-
-Axes: D sources.
+A weight is a share of the rows drawn. All rows are equally long, so it is a share of the tokens, padding
+included; sources differ in how many examples one of their rows holds. Axes: D sources.
 """
 
 import math
@@ -12,6 +9,72 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+SUM_TOLERANCE = 1e-9
+
+
+def normalise_weights(
+    weights: Mapping[str, float] | ArrayLike, sources: Sequence[str] | None = None
+) -> NDArray[np.float64]:
+    """Scale non-negative numbers so that they sum to 1; a weight of 0 is kept: the source is paused.
+
+    Args:
+        weights: D numbers in any unit, or a mapping from source name to number.
+        sources: the D source names. A mapping is read in this order (without names, in its own order), and
+            must hold exactly these names; an array must have this length.
+
+    Raises:
+        ValueError: a negative, NaN or infinite weight, no positive weight, or the wrong number or names.
+
+    """
+    if isinstance(weights, Mapping):
+        names = list(weights) if sources is None else list(sources)
+        missing = [name for name in names if name not in weights]
+        unknown = [name for name in weights if name not in names]
+        if missing or unknown:
+            raise ValueError(
+                f"weights do not match the sources: missing {missing}, unknown {unknown}; "
+                "give one weight per source"
+            )
+        weights = [weights[name] for name in names]
+    weights_D = np.array(weights, dtype=np.float64)
+    if weights_D.ndim != 1 or weights_D.size == 0:
+        raise ValueError(f"weights have shape {weights_D.shape}; give a flat list with one weight per source")
+    if sources is not None and len(weights_D) != len(sources):
+        raise ValueError(
+            f"{len(weights_D)} weights for {len(sources)} sources {list(sources)}; give one each"
+        )
+    if not np.isfinite(weights_D).all() or (weights_D < 0).any():
+        raise ValueError(
+            f"weights {weights_D.tolist()} hold a negative, NaN or infinite value; give numbers >= 0"
+        )
+    with np.errstate(over="ignore"):  # an infinite sum is refused on the next line
+        total = float(weights_D.sum())
+    if not 0 < total < np.inf:
+        raise ValueError(
+            f"weights {weights_D.tolist()} sum to {total}; at least one must be > 0, the sum finite"
+        )
+    return weights_D / total
+
+
+def check_weights(weights_D: ArrayLike, num_sources: int) -> NDArray[np.float64]:
+    """Return a read-only copy of weights that already are shares of ``num_sources`` sources.
+
+    Raises:
+        ValueError: wrong length, a negative, NaN or infinite weight, or a sum further than 1e-9 from 1.
+
+    """
+    checked_D = np.array(weights_D, dtype=np.float64)
+    if checked_D.shape != (num_sources,):
+        raise ValueError(f"weights have shape {checked_D.shape}; need one for each of {num_sources} sources")
+    if not np.isfinite(checked_D).all() or (checked_D < 0).any():
+        raise ValueError(f"weights {checked_D.tolist()} hold a negative, NaN or infinite value")
+    if abs(float(checked_D.sum()) - 1) > SUM_TOLERANCE:
+        raise ValueError(
+            f"weights {checked_D.tolist()} sum to {checked_D.sum()}, not to 1; normalise them first"
+        )
+    checked_D.setflags(write=False)
+    return checked_D
 
 
 def check_step_size(eta: float, smoothing: float) -> None:
@@ -27,7 +90,7 @@ def check_step_size(eta: float, smoothing: float) -> None:
 def reweight(
     weights_D: NDArray[np.float64], delta_D: NDArray[np.float64], *, eta: float, smoothing: float
 ) -> NDArray[np.float64]:
-    """One weight update, Zhu et al. (2025), section 3: w' = (1 - c) softmax(log w + eta delta) + c / D.
+    """Make one weight update, Zhu et al. (2025), section 3: w' = (1 - c) softmax(log w + eta delta) + c / D.
 
     Args:
         weights_D: current weights, >= 0, summing to 1. A weight of 0 stays 0 before smoothing.
@@ -63,82 +126,10 @@ def reweight(
     return np.asarray(smoothed_D / smoothed_D.sum())
 
 
-SUM_TOLERANCE = 1e-9
-
-
-def normalise_weights(
-    weights: Mapping[str, float] | ArrayLike, sources: Sequence[str] | None = None
-) -> NDArray[np.float64]:
-    """Scale non-negative numbers so that they sum to 1.
-
-    Args:
-        weights: D numbers in any unit, or a mapping from source name to number.
-        sources: the D source names. A mapping is read in this order (without names, in its own order), and
-            must hold exactly these names; an array must have this length.
-
-    Returns:
-        weights_D, float64. A weight of 0 is kept: the source is paused.
-
-    Raises:
-        ValueError: a negative, NaN or infinite weight, no positive weight, or the wrong number or names.
-
-    """
-    if isinstance(weights, Mapping):
-        names = list(weights) if sources is None else list(sources)
-        missing = [name for name in names if name not in weights]
-        unknown = [name for name in weights if name not in names]
-        if missing or unknown:
-            raise ValueError(
-                f"weights do not match the sources: missing {missing}, unknown {unknown}; "
-                "give one weight per source"
-            )
-        values: ArrayLike = [weights[name] for name in names]
-    else:
-        values = weights
-    weights_D = np.array(values, dtype=np.float64)
-    if weights_D.ndim != 1 or weights_D.size == 0:
-        raise ValueError(f"weights have shape {weights_D.shape}; give a flat list with one weight per source")
-    if sources is not None and len(weights_D) != len(sources):
-        raise ValueError(
-            f"{len(weights_D)} weights for {len(sources)} sources {list(sources)}; give one each"
-        )
-    if not np.isfinite(weights_D).all() or (weights_D < 0).any():
-        raise ValueError(
-            f"weights {weights_D.tolist()} hold a negative, NaN or infinite value; give numbers >= 0"
-        )
-    with np.errstate(over="ignore"):  # an infinite sum is refused on the next line
-        total = float(weights_D.sum())
-    if not 0 < total < np.inf:
-        raise ValueError(
-            f"weights {weights_D.tolist()} sum to {total}; at least one must be > 0, the sum finite"
-        )
-    return weights_D / total
-
-
-def check_weights(weights_D: ArrayLike, num_sources: int) -> NDArray[np.float64]:
-    """Read-only copy of weights that already are shares of ``num_sources`` sources.
-
-    Raises:
-        ValueError: wrong length, a negative, NaN or infinite weight, or a sum further than 1e-9 from 1.
-
-    """
-    checked_D = np.array(weights_D, dtype=np.float64)
-    if checked_D.shape != (num_sources,):
-        raise ValueError(f"weights have shape {checked_D.shape}; need one for each of {num_sources} sources")
-    if not np.isfinite(checked_D).all() or (checked_D < 0).any():
-        raise ValueError(f"weights {checked_D.tolist()} hold a negative, NaN or infinite value")
-    if abs(float(checked_D.sum()) - 1) > SUM_TOLERANCE:
-        raise ValueError(
-            f"weights {checked_D.tolist()} sum to {checked_D.sum()}, not to 1; normalise them first"
-        )
-    checked_D.setflags(write=False)
-    return checked_D
-
-
 def fit_shares(
     weights_D: NDArray[np.float64], least_D: NDArray[np.float64], most_D: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Weights within bounds, otherwise in proportion to what they were: water-filling.
+    """Bring weights within bounds, otherwise in proportion to what they were: water-filling.
 
     Solves sum_i clip(s w_i, least_i, most_i) = 1 for s by fixing variables (Bitran and Hax, Management
     Science 27, 1981): sources outside their bounds on the side that weighs more are fixed there, and the
@@ -178,14 +169,55 @@ def fit_shares(
     return fitted_D
 
 
+def row_shares(
+    weights_D: NDArray[np.float64], examples_per_row_D: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the shares of the rows that give shares `weights_D` of the examples.
+
+    A row of source i brings n_i examples on average, so r_i = (w_i / n_i) / sum_j (w_j / n_j). Exact over
+    whole epochs, in which every example is drawn once; within an epoch, as even as the rows are. With equal
+    `examples_per_row_D` they are `weights_D`, bit for bit.
+
+    Raises:
+        ValueError: weights that are no shares, other lengths, or fewer than one example per row.
+
+    """
+    return _in_proportion(weights_D, examples_per_row_D, -1)
+
+
+def example_shares(
+    row_weights_D: NDArray[np.float64], examples_per_row_D: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the shares of the examples in rows drawn by `row_weights_D`: the inverse of `row_shares`."""
+    return _in_proportion(row_weights_D, examples_per_row_D, 1)
+
+
+def _in_proportion(
+    weights_D: NDArray[np.float64], examples_per_row_D: NDArray[np.float64], power: int
+) -> NDArray[np.float64]:
+    weights_D = check_weights(weights_D, len(weights_D))
+    if examples_per_row_D.shape != weights_D.shape:
+        raise ValueError(
+            f"examples per row have shape {examples_per_row_D.shape}; need one for each of "
+            f"{len(weights_D)} sources"
+        )
+    # every row holds at least one example; NaN is refused too
+    if not (np.isfinite(examples_per_row_D) & (examples_per_row_D >= 1)).all():
+        raise ValueError(f"examples per row {examples_per_row_D.tolist()} must be finite, and 1 or more")
+    if (examples_per_row_D == examples_per_row_D[0]).all():
+        return weights_D
+    scaled_D = weights_D * examples_per_row_D**power
+    return np.asarray(scaled_D / scaled_D.sum())
+
+
 def entropy(weights_D: NDArray[np.float64]) -> float:
-    """Shannon entropy of the mix in nats, between 0 (one source) and log D (uniform); 0 log 0 = 0."""
+    """Return the Shannon entropy of the mix in nats, from 0 (one source) to log D (uniform); 0 log 0 = 0."""
     positive = weights_D[weights_D > 0]
     return max(0.0, -float(np.sum(positive * np.log(positive))))
 
 
 def kl_divergence(new_D: NDArray[np.float64], old_D: NDArray[np.float64]) -> float:
-    """Size of a step from ``old_D`` to ``new_D``: KL(new || old) in nats.
+    """Return the size of a step from ``old_D`` to ``new_D``: KL(new || old) in nats.
 
     0 log 0 = 0. A source that comes back from weight 0 makes the step infinite.
 

@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dynmix.mixing.controller import Decision, MixingController
-from megatron_dynmix.mixing.example_shares import example_shares
 from megatron_dynmix.mixing.gate_loads import select_layers
 from megatron_dynmix.mixing.override import Override
 from megatron_dynmix.mixing.strategy import Remark, Signal, Strategy
-from megatron_dynmix.mixing.weights import entropy, kl_divergence
+from megatron_dynmix.mixing.weights import entropy, example_shares, kl_divergence
 from megatron_dynmix.records.schema import Measured, MixingUpdate
 
 TOLD = ("train_iters", "interval_rows", "run_rows")
@@ -24,11 +23,11 @@ TOLD = ("train_iters", "interval_rows", "run_rows")
 
 
 def layers_read(strategies: Iterable[Strategy], num_layers: int) -> list[int]:
-    """Return the MoE layers whose loads any of the strategies reads; all, for one that does not say which."""
+    """Return the MoE layers whose loads any of the strategies reads."""
     read: set[int] = set()
     for strategy in strategies:
         if strategy.needs_gate_load:
-            read.update(select_layers(getattr(strategy, "layers", "all"), num_layers))
+            read.update(select_layers(strategy.layers, num_layers))
     return sorted(read)
 
 

@@ -25,12 +25,11 @@ from megatron_dynmix.config.strategies import RESOLVED, Chosen, resolved_options
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import read_json
 from megatron_dynmix.mixing.controller import ControllerState, MixingController
-from megatron_dynmix.mixing.example_shares import InExamples, example_shares, row_shares
 from megatron_dynmix.mixing.gate_loads import select_layers
 from megatron_dynmix.mixing.guardrails import Guardrails
-from megatron_dynmix.mixing.strategies.table import build_strategy
-from megatron_dynmix.mixing.strategy import Signal, SourceError, Strategy
-from megatron_dynmix.mixing.weights import normalise_weights
+from megatron_dynmix.mixing.strategies import build_strategy
+from megatron_dynmix.mixing.strategy import InExamples, Signal, SourceError, Strategy
+from megatron_dynmix.mixing.weights import example_shares, normalise_weights, row_shares
 from megatron_dynmix.records.jsonl import read_records
 from megatron_dynmix.records.schema import MixingUpdate
 
@@ -398,9 +397,9 @@ def check_mix(config: RunConfig, num_layers: int) -> dict[str, Any]:
     resolved = resolve(config)
     with refusing(mixing, sources=names):
         for chosen in (mixing.chosen, *mixing.shadows):
-            layers = getattr(strategy_of(chosen, resolved), "layers", None)
-            if layers is not None:
-                select_layers(layers, num_layers)
+            strategy = strategy_of(chosen, resolved)
+            if strategy.needs_gate_load:
+                select_layers(strategy.layers, num_layers)
         guardrails_of(mixing, resolved, names, np.ones(len(names), np.int64)).check(len(names))
     return resolved
 

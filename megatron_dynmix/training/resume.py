@@ -15,8 +15,8 @@ from megatron_dynmix.config.presets import other_shape
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.data.prepared import SourceReport
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.mixing.strategies.fixed import Fixed
-from megatron_dynmix.mixing.strategies.table import STRATEGIES
+from megatron_dynmix.mixing.strategies import STRATEGIES
+from megatron_dynmix.mixing.strategies.planned import Fixed
 from megatron_dynmix.training.source_change import differences as source_differences
 
 Resume = Literal["no", "must", "auto"]

@@ -20,7 +20,7 @@ from megatron_dynmix.data.row_text import excerpt, plain, row_text
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.sources import SourceFile, source_files
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.mixing.example_shares import example_shares
+from megatron_dynmix.mixing.weights import example_shares
 from megatron_dynmix.plan.plan import Plan, SourceWork
 from megatron_dynmix.plan.text import epochs_table, memory_text, model_line, needs_line
 from megatron_dynmix.records.text_table import table

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from megatron_dynmix.mixing.strategies.table import STRATEGIES, build_strategy
+from megatron_dynmix.mixing.strategies import STRATEGIES, build_strategy
 from megatron_dynmix.mixing.strategy import Signal
 
 NAMES = sorted(STRATEGIES)

@@ -12,8 +12,8 @@ import yaml
 
 from megatron_dynmix.compare.grid import variants_from_file
 from megatron_dynmix.config.load import load_config
+from megatron_dynmix.mixing.strategies import build_strategy
 from megatron_dynmix.mixing.strategies.gate_load import GateLoad
-from megatron_dynmix.mixing.strategies.table import build_strategy
 from megatron_dynmix.mixing.strategy import Signal
 
 STUDY = Path(__file__).parents[2] / "examples/study"

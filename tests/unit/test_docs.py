@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_dynmix.cli import COMMANDS, parser_of
-from megatron_dynmix.mixing.distance import AGGREGATES, DISTANCES
-from megatron_dynmix.mixing.strategies.odm import VARIANTS
+from megatron_dynmix.mixing.gate_loads import AGGREGATES, DISTANCES
+from megatron_dynmix.mixing.strategies.losses import VARIANTS
 from megatron_dynmix.mixing.strategies.planned import INTERPOLATIONS
 from tests.docs_blocks import NEEDS, PAGES, SERVED, TAKES, all_blocks, blocks_of
 

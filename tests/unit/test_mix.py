@@ -10,7 +10,7 @@ from config_fixtures import good_settings, load
 from megatron_dynmix.cli import main
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.controller import MixingController
-from megatron_dynmix.mixing.strategy import Proposal, Signal, SourceError
+from megatron_dynmix.mixing.strategy import Proposal, Signal, SourceError, Strategy
 from megatron_dynmix.records.mixing_update import update_record
 from megatron_dynmix.training.mix_setup import Mix, check_mix, initial_shares, reason
 from megatron_dynmix.training.start_report import mix_warnings
@@ -62,10 +62,10 @@ def test_update_takes_a_users_own_rule_with_its_options(capsys, tmp_path):
     assert "no licence" in capsys.readouterr().err
 
 
-class Misshapen(Careless):
+class Misshapen(Strategy):
     """Its numbers about the update are not what the records hold."""
 
-    starts = False
+    name = "misshapen"
 
     def __init__(self, **parts):
         self.parts = parts

@@ -9,9 +9,9 @@ import pytest
 from megatron_dynmix.mixing.controller import ControllerState, MixingController
 from megatron_dynmix.mixing.guardrails import Guardrails
 from megatron_dynmix.mixing.override import Override
-from megatron_dynmix.mixing.strategies.fixed import Fixed
 from megatron_dynmix.mixing.strategies.gate_load import GateLoad
-from megatron_dynmix.mixing.strategy import Proposal, Remark, Signal
+from megatron_dynmix.mixing.strategies.planned import Fixed
+from megatron_dynmix.mixing.strategy import Proposal, Remark, Signal, Strategy
 
 SOURCES = ("code", "math", "chat")
 THIRDS_D = np.full(3, 1 / 3)
@@ -19,15 +19,11 @@ COUNTS_DLE = np.array([[[9, 1, 2]], [[3, 4, 5]], [[4, 4, 4]]])
 
 
 @dataclass
-class Scripted:
+class Scripted(Strategy):
     """Proposes whatever the test says, from no signal."""
 
     proposal: Proposal
     name: str = "scripted"
-    needs_gate_load: bool = False
-    needs_loss: bool = False
-    starts: bool = False
-    updates: bool = True
 
     def propose(self, weights_D, signal, state: object):
         return self.proposal
@@ -206,14 +202,11 @@ def test_controller_refusals(sources, weights):
 
 
 @dataclass
-class ByLoss:
+class ByLoss(Strategy):
     """Weights in proportion to the losses; counts its updates in its state."""
 
     name: str = "by-loss"
-    needs_gate_load: bool = False
     needs_loss: bool = True
-    starts: bool = False
-    updates: bool = True
 
     def propose(self, weights_D, signal, state):
         assert np.isfinite(signal.loss_D).all()

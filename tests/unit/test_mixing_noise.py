@@ -6,16 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dynmix.mixing import noise as noise_module
-from megatron_dynmix.mixing.distance import (
+from megatron_dynmix.mixing.gate_loads import (
     AGGREGATES,
     DISTANCES,
     delta_shares,
     gap_scale,
+    gate_load,
     gradient,
     l2_distance,
     source_delta,
 )
-from megatron_dynmix.mixing.gate_loads import gate_load
 from megatron_dynmix.mixing.noise import Noise, debiased_l2, delta_error, measure_noise, shrink_gaps
 from megatron_dynmix.mixing.strategies.gate_load import GateLoad, Inverse
 from megatron_dynmix.mixing.strategy import Signal, SourceError

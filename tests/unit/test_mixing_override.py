@@ -9,8 +9,8 @@ import pytest
 from megatron_dynmix.mixing.controller import ControllerState, MixingController
 from megatron_dynmix.mixing.guardrails import Guardrails
 from megatron_dynmix.mixing.override import Override, parse_override
-from megatron_dynmix.mixing.strategies.fixed import Fixed, Uniform
 from megatron_dynmix.mixing.strategies.gate_load import GateLoad
+from megatron_dynmix.mixing.strategies.planned import Fixed, Uniform
 from megatron_dynmix.mixing.strategy import Remark, Signal
 
 SOURCES = ("code", "math", "chat")

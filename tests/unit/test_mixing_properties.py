@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from megatron_dynmix.mixing.distance import AGGREGATES, DISTANCES
+from megatron_dynmix.mixing.gate_loads import AGGREGATES, DISTANCES
 from megatron_dynmix.mixing.strategies.gate_load import GateLoad
 from megatron_dynmix.mixing.strategy import Signal
 from megatron_dynmix.mixing.weights import entropy, kl_divergence, normalise_weights, reweight

@@ -5,10 +5,16 @@ import math
 import numpy as np
 import pytest
 
-from megatron_dynmix.mixing.distance import cosine_distance, l2_distance, source_delta
-from megatron_dynmix.mixing.gate_loads import at_layers, gate_load, select_layers
-from megatron_dynmix.mixing.strategies.fixed import Fixed, Uniform
+from megatron_dynmix.mixing.gate_loads import (
+    at_layers,
+    cosine_distance,
+    gate_load,
+    l2_distance,
+    select_layers,
+    source_delta,
+)
 from megatron_dynmix.mixing.strategies.gate_load import GateLoad
+from megatron_dynmix.mixing.strategies.planned import Fixed, Uniform
 from megatron_dynmix.mixing.strategy import Signal
 from megatron_dynmix.mixing.weights import check_weights, entropy, kl_divergence, normalise_weights, reweight
 

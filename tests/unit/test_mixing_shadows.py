@@ -7,8 +7,7 @@ import pytest
 
 from megatron_dynmix.mixing.controller import MixingController
 from megatron_dynmix.mixing.strategies.gate_load import GateLoad
-from megatron_dynmix.mixing.strategies.losses import LossSoftmax
-from megatron_dynmix.mixing.strategies.odm import OnlineDataMixing
+from megatron_dynmix.mixing.strategies.losses import LossSoftmax, OnlineDataMixing
 from megatron_dynmix.mixing.strategy import Signal
 
 SOURCES = ("code", "math", "chat")

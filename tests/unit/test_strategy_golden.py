@@ -5,12 +5,23 @@ import pytest
 from strategy_fixtures import uniform
 
 from megatron_dynmix.mixing.strategies.ado import Ado
-from megatron_dynmix.mixing.strategies.balanced import Balanced, balancing_weights
-from megatron_dynmix.mixing.strategies.fixed import DataSize, FinalStatic, Temperature, UniMax
-from megatron_dynmix.mixing.strategies.gate_load import GateLoad, SentenceEmbedding
-from megatron_dynmix.mixing.strategies.losses import LossSoftmax, RefLoss, Sheared
-from megatron_dynmix.mixing.strategies.odm import OnlineDataMixing
-from megatron_dynmix.mixing.strategies.planned import Random, RandomBatch, Schedule, Sequential
+from megatron_dynmix.mixing.strategies.gate_load import (
+    Balanced,
+    GateLoad,
+    balancing_weights,
+)
+from megatron_dynmix.mixing.strategies.losses import LossSoftmax, OnlineDataMixing, RefLoss, Sheared
+from megatron_dynmix.mixing.strategies.planned import (
+    DataSize,
+    FinalStatic,
+    Random,
+    RandomBatch,
+    Schedule,
+    SentenceEmbedding,
+    Sequential,
+    Temperature,
+    UniMax,
+)
 from megatron_dynmix.mixing.strategy import Signal
 
 COUNTS_DLE = np.array(

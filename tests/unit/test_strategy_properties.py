@@ -19,7 +19,7 @@ from strategy_fixtures import (
 )
 
 from megatron_dynmix.mixing.controller import ControllerState, MixingController
-from megatron_dynmix.mixing.strategies.table import STRATEGIES, build_strategy
+from megatron_dynmix.mixing.strategies import STRATEGIES, build_strategy
 
 checked = settings(max_examples=25, deadline=None, derandomize=True)
 every_strategy = pytest.mark.parametrize("name", NAMES)

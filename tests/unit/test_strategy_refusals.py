@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from strategy_fixtures import NAMES, later, options_for, signal_for, strategy_for, uniform
 
+from megatron_dynmix.mixing.strategies import STRATEGIES, build_strategy
 from megatron_dynmix.mixing.strategies.ado import MAX_POINTS, Ado, fit
-from megatron_dynmix.mixing.strategies.fixed import UniMax
-from megatron_dynmix.mixing.strategies.losses import RefLoss
-from megatron_dynmix.mixing.strategies.odm import OnlineDataMixing
-from megatron_dynmix.mixing.strategies.table import STRATEGIES, build_strategy
-from megatron_dynmix.mixing.strategy import Proposal, Signal
+from megatron_dynmix.mixing.strategies.losses import OnlineDataMixing, RefLoss
+from megatron_dynmix.mixing.strategies.planned import UniMax
+from megatron_dynmix.mixing.strategy import Proposal, Signal, Strategy
 
 NEED_LOSS = [name for name in NAMES if STRATEGIES[name].needs_loss]
 
@@ -139,6 +138,8 @@ def test_an_option_has_one_type_in_all_strategies():
         ("own_rules:number", {}, "neither a class nor a function"),
         ("own_rules:even", {"eta": 1}, "function and has no options"),
         ("own_rules:Half", {}, "lacks needs_gate_load, needs_loss, starts, updates"),
+        ("own_rules:Nameless", {}, "lacks name;"),
+        ("own_rules:Ruleless", {}, "lacks a propose that can be called"),
         ("own_rules:Plain", {"powr": 2}, "no option 'powr'; did you mean power"),
         ("own_rules:Plain", {}, "missing a required argument: 'power'"),
         ("own_rules:Fails", {}, "own_rules:Fails cannot be made .*KeyError: 'no table'"),
@@ -176,6 +177,24 @@ class Half:
         raise AssertionError("a strategy without all parts must not be asked")
 
 
+class Based(Strategy):
+    """A user's strategy that takes the defaults of the base class."""
+
+    name = "based"
+
+    def propose(self, weights_D, signal, state):
+        return Proposal(weights_D=weights_D, delta_D=np.zeros(len(weights_D)))
+
+
+class Nameless(Strategy):
+    def propose(self, weights_D, signal, state):
+        raise AssertionError("a strategy without all parts must not be asked")
+
+
+class Ruleless(Strategy):
+    name = "ruleless"
+
+
 @dataclass
 class Anything(Plain):
     power: float = 0.0
@@ -188,7 +207,7 @@ class Anything(Plain):
 def own_rules(monkeypatch):
     module = ModuleType("own_rules")
     module.Plain, module.Half, module.Anything, module.number = Plain, Half, Anything, 3
-    module.Fails = Fails
+    module.Fails, module.Based, module.Nameless, module.Ruleless = Fails, Based, Nameless, Ruleless
     module.even = lambda weights_D, signal: np.full(len(weights_D), 1 / len(weights_D))
     module.words = lambda weights_D, signal: {"code": 1}
     monkeypatch.setitem(sys.modules, "own_rules", module)
@@ -199,6 +218,9 @@ def test_own_strategies_are_built_with_their_options(own_rules):
     for name in ("own_rules:Plain", "own_rules:Anything"):
         plain = build_strategy(name, {"power": 0.0})
         assert plain.propose(before_D, Signal(), {}).weights_D.tolist() == uniform(3).tolist()
+    assert (plain.layers, plain.needs_halves, plain.updates) == ("all", False, True)
+    based = build_strategy("own_rules:Based", {})
+    assert isinstance(based, Based) and based.updates and not (based.starts or based.needs_gate_load)
     even = build_strategy("own_rules:even", {})
     assert even.propose(before_D, Signal(), {}).weights_D.tolist() == uniform(3).tolist()
     with pytest.raises(ValueError, match="give one number per source"):
@@ -308,3 +330,12 @@ def test_the_fit_shrugs_off_an_outlier():
     spoilt_T[15] *= 3
     law, spoilt = fit(n_T, loss_T[:, None]), fit(n_T, spoilt_T[:, None])
     np.testing.assert_allclose(spoilt.slope_D(), law.slope_D(), rtol=0.05)
+
+
+def test_strategies_are_found_in_the_files_of_their_families_in_this_order():
+    assert list(STRATEGIES) == [
+        *("gate-load", "inverse", "balanced", "uniform", "fixed", "final-static", "data-size", "temperature"),
+        *("unimax", "sent-emb", "schedule", "sequential", "random", "random-batch", "ref-loss", "sheared"),
+        *("loss-softmax", "odm", "ado"),
+    ]
+    assert all(kind.name == name for name, kind in STRATEGIES.items())

@@ -7,11 +7,10 @@ from run_fixtures import INTERVAL, fake_run
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.controller import MixingController
-from megatron_dynmix.mixing.example_shares import InExamples, example_shares, in_examples, row_shares
-from megatron_dynmix.mixing.strategies.fixed import DataSize
 from megatron_dynmix.mixing.strategies.gate_load import GateLoad
-from megatron_dynmix.mixing.strategy import Signal
-from megatron_dynmix.mixing.weights import normalise_weights, reweight
+from megatron_dynmix.mixing.strategies.planned import DataSize
+from megatron_dynmix.mixing.strategy import InExamples, Signal, in_examples
+from megatron_dynmix.mixing.weights import example_shares, normalise_weights, reweight, row_shares
 from megatron_dynmix.training.mix_setup import strategy_of
 from megatron_dynmix.training.reweighting import read_override
 from megatron_dynmix.verify.verify import verify_records

@@ -1,21 +1,17 @@
-"""A power law through a source's losses: L(n) = E + A n^-a.
+"""Adaptive data optimization: weight goes where a scaling law says that the loss still falls.
 
-Axes: T points, D sources, G exponents tried.
-
-Adaptive data optimisation: weight goes where a scaling law says that the loss still falls.
-
-Axes: T points of the history, D sources.
+The law of a source is L(n) = E + A n^-a. Axes: T points of the history, D sources, G exponents tried.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dynmix.mixing.strategies.odm import check_warmup
-from megatron_dynmix.mixing.strategy import Proposal, Signal, drawn_of, loss_of, size_of
+from megatron_dynmix.mixing.strategies.losses import check_warmup
+from megatron_dynmix.mixing.strategy import Proposal, Signal, Strategy, drawn_of, loss_of, size_of
 
 HUBER_WIDTH = 1e-3
 """Log residual above which a point counts by its size and no longer by its square, as published."""
@@ -44,7 +40,7 @@ class ScalingLaw:
     n_last: float
 
     def slope_D(self) -> NDArray[np.float64]:
-        """How fast each loss falls per row at the last point: a (L - E) / n, a at least 0.05 as published."""
+        """Return how fast each loss falls per row at the last point: a (L - E) / n, a at least 0.05."""
         return np.maximum(self.exponent_D, 0.05) * self.drop_D / self.n_last
 
 
@@ -84,7 +80,7 @@ def _fit_source(basis_GT: NDArray[np.float64], loss_T: NDArray[np.float64]) -> t
 def _least_squares(
     basis_GT: NDArray[np.float64], loss_T: NDArray[np.float64], weight_GT: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """E and A >= 0 of L = E + A basis, weighted; for each exponent at once."""
+    """Return E and A >= 0 of L = E + A basis, weighted; for each exponent at once."""
     total_G = weight_GT.sum(axis=1)
     mean_basis_G = (weight_GT * basis_GT).sum(axis=1) / total_G
     mean_loss_G = (weight_GT * loss_T).sum(axis=1) / total_G
@@ -111,11 +107,11 @@ MAX_POINTS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ado:
+class Ado(Strategy):
     """ADO (Jiang et al., 2025): sources by how fast a fitted power law says that their loss falls.
 
     Each source's losses over the rows drawn n (of all sources, as published) are fitted by
-    L(n) = E + A n^-a (`scaling_law.fit`). With mu the shares of the sizes and h the running share drawn,
+    L(n) = E + A n^-a (`fit`). With mu the shares of the sizes and h the running share drawn,
 
         rho_i ~ mu_i h_i^0.5 a_i (L_i - E_i) / n,   at least 0.01 each,
         w = 0.9 avg + 0.1 rho,   avg <- (1 - 1/(t + 1)) avg + rho / (t + 1),   h <- 0.9 h + 0.1 drawn share.
@@ -127,24 +123,19 @@ class Ado:
     Attributes:
         warmup: share of the run's iterations whose losses are left out, from 0 to 1.
 
-    Raises:
-        ValueError: on construction, for a warm-up out of range.
-
     """
 
     warmup: float = 1 / 60
 
-    name: ClassVar[str] = "ado"
-    needs_gate_load: ClassVar[bool] = False
-    needs_loss: ClassVar[bool] = True
-    starts: ClassVar[bool] = True
-    updates: ClassVar[bool] = True
+    name = "ado"
+    needs_loss = True
+    starts = True
 
     def __post_init__(self) -> None:
         check_warmup(self.warmup)
 
     def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
-        """Losses -> laws -> slopes -> weights; the shares of the sizes at first.
+        """Turn losses into laws, slopes and weights; propose the shares of the sizes at first.
 
         The state holds the running averages and at most 64 points of the history.
 
@@ -182,7 +173,7 @@ class Ado:
 def _averages(
     prior_D: NDArray[np.float64], drawn_D: NDArray[np.float64], state: Mapping[str, Any]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The running share drawn, this interval included, and the running average of rho."""
+    """Return the running share drawn, this interval included, and the running average of rho."""
     before_D = np.array(state["drawn"]) if state else np.zeros(len(prior_D))
     credit_D = np.array(state["credit"]) if state else prior_D
     average_D = np.array(state["average"]) if state else prior_D
@@ -193,7 +184,7 @@ def _averages(
 
 
 def _slopes(point_T: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How fast each loss falls per row; zeros while too few points are known."""
+    """Return how fast each loss falls per row; zeros while too few points are known."""
     n_T, loss_TD = point_T[:, 0], point_T[:, 1:]
     if len(np.unique(n_T)) < MIN_POINTS:
         return np.zeros(loss_TD.shape[1])
@@ -201,14 +192,14 @@ def _slopes(point_T: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _instant(score_D: NDArray[np.float64], prior_D: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Shares of the scores, none below the floor; the prior where all are 0."""
+    """Return shares of the scores, none below the floor; the prior where all are 0."""
     rho_D = score_D / score_D.sum() if score_D.any() else prior_D
     rho_D = np.maximum(rho_D, FLOOR)
     return np.asarray(rho_D / rho_D.sum())
 
 
 def _thinned(points: list[list[float]], update: int, stride: int) -> tuple[list[list[float]], int]:
-    """The points to keep: every ``stride``-th update's, the stride doubled when they are too many."""
+    """Return the points to keep: every ``stride``-th update's, the stride doubled when they are too many."""
     if update % stride:
         return points[:-1], stride
     if len(points) < MAX_POINTS:

@@ -1,33 +1,29 @@
-"""The paper's strategy: sources that load the experts differently from the rest gain weight.
+"""Strategies on gate loads: the paper's, which favors sources that load the experts unlike the rest, and kin.
 
 Axes: H = 2 halves, D sources, L chosen layers, E experts, G groups of layers that are compared as one.
-
-The paper's rule with sentence embeddings in place of gate loads, applied once.
-
-Axes: D sources, V dimensions of an embedding.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dynmix.mixing.distance import (
+from megatron_dynmix.mixing.gate_loads import (
     AGGREGATES,
     DISTANCES,
-    cosine_distance,
+    at_layers,
+    check_layers,
     delta_shares,
     gap_scale,
-    l2_distance,
+    gate_load,
     l2_scale,
     source_delta,
 )
-from megatron_dynmix.mixing.gate_loads import at_layers, check_layers, gate_load
 from megatron_dynmix.mixing.noise import Noise, debiased_l2, delta_error, measure_noise, shrink_gaps
-from megatron_dynmix.mixing.strategy import Counts, Proposal, Signal, SourceError
+from megatron_dynmix.mixing.strategy import Counts, Proposal, Signal, SourceError, Strategy
 from megatron_dynmix.mixing.weights import check_step_size, reweight
 
 MIN_SOURCES = 3
@@ -37,7 +33,7 @@ NORMALISATIONS = ("none", "scale")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateLoad:
+class GateLoad(Strategy):
     """Dynamic mixing by gate load: Zhu et al. (2025), Algorithm 1. The defaults are what they published.
 
     Attributes:
@@ -68,11 +64,8 @@ class GateLoad:
     min_gap: float = 0.0
     normalise: str = "none"
 
-    name: ClassVar[str] = "gate-load"
-    needs_gate_load: ClassVar[bool] = True
-    needs_loss: ClassVar[bool] = False
-    starts: ClassVar[bool] = False
-    updates: ClassVar[bool] = True
+    name = "gate-load"
+    needs_gate_load = True
 
     def __post_init__(self) -> None:
         check_step_size(self.eta, self.smoothing)
@@ -95,12 +88,12 @@ class GateLoad:
             )
 
     @property
-    def needs_halves(self) -> bool:
+    def needs_halves(self) -> bool:  # type: ignore[override]
         """Whether `Signal.half_counts_HDLE` must be measured."""
         return self.debias or self.min_gap > 0
 
     def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
-        """Counts -> loads -> distances -> deltas -> weights.
+        """Turn counts into loads, distances, deltas and weights.
 
         With halves of the counts in the signal the proposal has errors of the deltas, needed or not.
 
@@ -145,13 +138,13 @@ class GateLoad:
         return gate_load(counts_DLE, self.layers, by_layer=self.layer_mix == "mean")
 
     def _groups(self, load_DLE: NDArray[np.float64]) -> list[NDArray[np.float64]]:
-        """Loads that are compared as one: each layer for itself, or all together."""
+        """Split off what is compared as one: each layer for itself, or all together."""
         if self.layer_mix == "mean":
             return [load_DLE[:, layer : layer + 1] for layer in range(load_DLE.shape[1])]
         return [load_DLE]
 
     def _noises(self, load_DLE: NDArray[np.float64], half_counts_HDLE: Counts | None) -> list[Noise] | None:
-        """Noise of each group of layers; None where it is not known, and not needed."""
+        """Measure the noise of each group of layers; None where it cannot be known, and is not needed."""
         if half_counts_HDLE is None:
             return None
         total_HDL = at_layers(half_counts_HDLE, self.layers).sum(axis=3)
@@ -164,8 +157,8 @@ class GateLoad:
                 )
             return None
         groups = self._groups(load_DLE), self._groups(self._loads(half_counts_HDLE[0]))
-        totals_HDG = total_HDL if self.layer_mix == "mean" else total_HDL.sum(axis=2, keepdims=True)
-        share_GD = (totals_HDG[0] / totals_HDG.sum(axis=0)).T
+        total_HDG = total_HDL if self.layer_mix == "mean" else total_HDL.sum(axis=2, keepdims=True)
+        share_GD = (total_HDG[0] / total_HDG.sum(axis=0)).T
         return [
             measure_noise(load, first, share_D)
             for load, first, share_D in zip(*groups, share_GD, strict=True)
@@ -174,7 +167,7 @@ class GateLoad:
     def _scores(
         self, load_DLE: NDArray[np.float64], noises: Sequence[Noise] | None
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]:
-        """Distances, deltas and, where the noise is known, their errors."""
+        """Return distances, deltas and, where the noise is known, their errors."""
         groups = self._groups(load_DLE)
         measured = [DISTANCES[self.metric](load) for load in groups]
         distances = measured
@@ -201,7 +194,7 @@ class GateLoad:
     def _directed(
         self, delta_D: NDArray[np.float64], error_D: NDArray[np.float64] | None
     ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-        """Scores and errors as the weights are to follow them; for those who would turn them round."""
+        """Return scores and errors as the weights are to follow them."""
         return delta_D, error_D
 
 
@@ -214,7 +207,7 @@ class Inverse(GateLoad):
     share the mean of what they would get, so that it does not matter which of them comes first.
     """
 
-    name: ClassVar[str] = "inverse"
+    name = "inverse"
 
     def _directed(
         self, delta_D: NDArray[np.float64], error_D: NDArray[np.float64] | None
@@ -230,67 +223,101 @@ class Inverse(GateLoad):
         return swapped(delta_D), None if error_D is None else swapped(error_D)
 
 
-EMBEDDING_DISTANCES = {"l2": l2_distance, "cos": cosine_distance}
-"""Distances that mean something for vectors of any sign; the others of `DISTANCES` want shares."""
+RIDGE = 1e-8
+"""Added to the diagonal, relative to its mean: of several solutions (equal sources) it picks the even one."""
+ROUNDING = 1e-12
+"""Gain that counts as none; below what the ridge makes of two equal sources."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SentenceEmbedding:
-    """Static weights from one embedding per source, by one update of Zhu et al. (2025), Algorithm 1.
+class Balanced(Strategy):
+    """The mix that is closest to all sources: min over w of sum_i (sum_j w_j delta_ij)^2.
 
-    The SentEmb baseline of section 4: mean distance to the other sources' embeddings, softmax of
-    log w + eta times that, smoothed by c; then the weights stay. The embeddings are used as given; the paper
-    does not name its encoder.
+    The Balanced baseline of Zhu et al. (2025), section 4.6.1, equation 4, which minimizes the squared sums of
+    distances between loads over w without saying how the loads depend on w. This is the plain reading: each
+    source's distance to the mix is the weighted mean of its distances to the others. It is a quadratic
+    problem over the simplex, solved exactly where the paper used SGD; equally distant sources get equal
+    weights, outliers little or none. Nothing is accumulated. The paper computed it once and kept it.
 
     Attributes:
-        embeddings_DV: one vector per source, in the order of the sources; usually the mean over its examples.
-        eta: step size >= 0.
-        smoothing: c, the share spread evenly over the sources, from 0 to 1.
-        metric: distance between embeddings: ``l2`` or ``cos``.
+        metric: distance between loads: ``l2``, ``scaled-l2``, ``cos``, ``hellinger``, ``js`` or ``tv``.
+        layers: MoE layers whose loads count: ``last``, ``all``, or a list of them, counted from 0.
 
     Raises:
-        ValueError: on construction, for embeddings that are no finite matrix, or an option out of range.
+        ValueError: on construction, for another metric or layers.
 
     """
 
-    embeddings_DV: Sequence[Sequence[float]]
-    eta: float = 10.0
-    smoothing: float = 0.05
     metric: str = "l2"
+    layers: str | Sequence[int] = "last"
 
-    name: ClassVar[str] = "sent-emb"
-    needs_gate_load: ClassVar[bool] = False
-    needs_loss: ClassVar[bool] = False
-    starts: ClassVar[bool] = True
-    updates: ClassVar[bool] = False
+    name = "balanced"
+    needs_gate_load = True
 
     def __post_init__(self) -> None:
-        check_step_size(self.eta, self.smoothing)
-        if self.metric not in EMBEDDING_DISTANCES:
-            raise ValueError(
-                f"metric {self.metric!r} cannot compare embeddings; give one of {sorted(EMBEDDING_DISTANCES)}"
-            )
-        try:
-            vectors_DV = np.asarray(self.embeddings_DV, dtype=np.float64)
-        except (TypeError, ValueError):
-            raise ValueError("the embeddings are not number vectors of one length, one per source") from None
-        if vectors_DV.ndim != 2 or not np.isfinite(vectors_DV).all():
-            raise ValueError(
-                f"the embeddings have shape {vectors_DV.shape}; give one finite vector per source"
-            )
+        if self.metric not in DISTANCES:
+            raise ValueError(f"metric {self.metric!r} is unknown; give one of {sorted(DISTANCES)}")
+        check_layers(self.layers)
 
     def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
-        """Embeddings -> distances -> deltas -> weights; to be asked once, for it starts and never updates.
+        """Turn counts into loads, distances and weights; the current weights are not read.
 
         Raises:
-            ValueError: embeddings of another number of sources.
+            ValueError: no counts, counts of another number of sources, or counts that `gate_load` refuses.
 
         """
-        if len(self.embeddings_DV) != len(weights_D):
-            raise ValueError(
-                f"{len(self.embeddings_DV)} embeddings for {len(weights_D)} sources; give one each"
-            )
-        distance_DD = EMBEDDING_DISTANCES[self.metric](np.asarray(self.embeddings_DV, dtype=np.float64))
-        delta_D = source_delta(distance_DD, "mean")
-        new_D = reweight(weights_D, delta_D, eta=self.eta, smoothing=self.smoothing)
-        return Proposal(weights_D=new_D, delta_D=delta_D, distance_DD=distance_DD)
+        if signal.counts_DLE is None or len(signal.counts_DLE) != len(weights_D):
+            raise ValueError(f"balanced mixing needs token counts per expert of {len(weights_D)} sources")
+        load_DLE = gate_load(signal.counts_DLE, self.layers)
+        distance_DD = DISTANCES[self.metric](load_DLE)
+        return Proposal(
+            weights_D=balancing_weights(distance_DD),
+            delta_D=np.zeros(len(weights_D)),
+            load_DLE=load_DLE,
+            distance_DD=distance_DD,
+        )
+
+
+def balancing_weights(distance_DD: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the shares w that minimize ||distance_DD w||; uniform if all distances are 0.
+
+    Scaling w scales the objective, so with Q = distance^T distance the shares are those of the minimizer of
+    u'Qu / 2 - sum u over u >= 0, found by an active set (Lawson & Hanson, 1974, chapter 23).
+    """
+    num_sources = len(distance_DD)
+    largest = distance_DD.max()
+    if largest == 0:
+        return np.full(num_sources, 1 / num_sources)
+    scaled_DD = distance_DD / largest
+    quadratic_DD = scaled_DD.T @ scaled_DD
+    quadratic_DD += RIDGE * quadratic_DD.trace() / num_sources * np.eye(num_sources)
+    used = np.zeros(num_sources, dtype=bool)
+    solution_D = np.zeros(num_sources)
+    while not used.all():
+        gain_D = np.where(used, -np.inf, 1 - quadratic_DD @ solution_D)
+        entering = int(np.argmax(gain_D))
+        if gain_D[entering] <= ROUNDING:
+            break
+        used[entering] = True
+        solution_D = _step(quadratic_DD, solution_D, used)
+        if not used[entering]:  # its gain was rounding, for it left at once; it would enter again for ever
+            break
+    return np.asarray(solution_D / solution_D.sum())
+
+
+def _step(
+    quadratic_DD: NDArray[np.float64], solution_D: NDArray[np.float64], used: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Minimize over the used sources; drop (from ``used`` too) those that would become negative."""
+    while True:
+        wanted_D = np.zeros_like(solution_D)
+        wanted_D[used] = np.linalg.solve(quadratic_DD[np.ix_(used, used)], np.ones(int(used.sum())))
+        negative = used & (wanted_D <= 0)
+        if not negative.any():
+            return wanted_D
+        # As far towards the wanted point as all stay >= 0; the source that stops it leaves.
+        room_D = np.where(negative, solution_D / np.where(negative, solution_D - wanted_D, 1), np.inf)
+        stopping = int(np.argmin(room_D))
+        solution_D = solution_D + room_D[stopping] * (wanted_D - solution_D)
+        solution_D[stopping] = 0
+        used[stopping] = False
