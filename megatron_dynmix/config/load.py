@@ -15,7 +15,6 @@ import yaml
 
 from megatron_dynmix.config import run_config as tree
 from megatron_dynmix.config import settings as leaves
-from megatron_dynmix.config.presets import complete_model, has_tokenizer, is_folder
 from megatron_dynmix.config.strategies import option_hints
 from megatron_dynmix.errors import InputError
 
@@ -135,6 +134,8 @@ def _is_path(name: str, value: Any) -> bool:
     if name == "template":
         return str(value).endswith(tree.JINJA_SUFFIXES)
     if name == "preset":
+        from megatron_dynmix.config.presets import is_folder
+
         return is_folder(value)
     return name in PATH_LEAVES and not str(value).startswith(tree.HUB)
 
@@ -248,6 +249,8 @@ def _refuse(message: str) -> None:
 
 def _build(values: Values) -> tree.RunConfig:
     """Return the tree from checked values: the model's shape filled in, Megatron's fields apart from ours."""
+    from megatron_dynmix.config.presets import complete_model, has_tokenizer  # `update` has no model
+
     values["model"] = complete_model(values["model"])
     load_hf = values["model"].get("load_hf")
     if load_hf is not None and has_tokenizer(Path(load_hf)):

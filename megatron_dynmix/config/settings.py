@@ -19,7 +19,6 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from megatron_dynmix.config import run_config as tree
-from megatron_dynmix.config.megatron_fields import SECTIONS, megatron_fields
 from megatron_dynmix.config.strategies import option_hints
 from megatron_dynmix.errors import InputError
 
@@ -93,6 +92,8 @@ def mixing_leaves() -> dict[str, Leaf]:
 @functools.cache
 def all_leaves() -> dict[str, Leaf]:
     """Return name -> leaf, ours first."""
+    from megatron_dynmix.config.megatron_fields import SECTIONS, megatron_fields  # not for `update`
+
     leaves: dict[str, Leaf] = {}
     for section in dataclasses.fields(tree.RunConfig):
         leaves |= _own_leaves(section.name, getattr(tree, f"{section.name.capitalize()}Config"))

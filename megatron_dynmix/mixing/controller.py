@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_dynmix.mixing.guardrails import Guardrails
+from megatron_dynmix.mixing.guardrails import Guardrails, Override
 from megatron_dynmix.mixing.last_known import (
     FILLS,
     HALVES,
@@ -28,7 +28,6 @@ from megatron_dynmix.mixing.last_known import (
     needs,
     waits,
 )
-from megatron_dynmix.mixing.override import Override
 from megatron_dynmix.mixing.strategy import Proposal, Remark, Signal, Strategy
 from megatron_dynmix.mixing.weights import check_weights
 

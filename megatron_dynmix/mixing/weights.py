@@ -169,6 +169,57 @@ def fit_shares(
     return fitted_D
 
 
+RIDGE = 1e-8
+"""Added to the diagonal, relative to its mean: of several solutions (equal sources) it picks the even one."""
+ROUNDING = 1e-12
+"""Gain that counts as none; below what the ridge makes of two equal sources."""
+
+
+def balancing_weights(distance_DD: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the shares w that minimize ||distance_DD w||; uniform if all distances are 0.
+
+    Scaling w scales the objective, so with Q = distance^T distance the shares are those of the minimizer of
+    u'Qu / 2 - sum u over u >= 0, found by an active set (Lawson & Hanson, 1974, chapter 23).
+    """
+    num_sources = len(distance_DD)
+    largest = distance_DD.max()
+    if largest == 0:
+        return np.full(num_sources, 1 / num_sources)
+    scaled_DD = distance_DD / largest
+    quadratic_DD = scaled_DD.T @ scaled_DD
+    quadratic_DD += RIDGE * quadratic_DD.trace() / num_sources * np.eye(num_sources)
+    used = np.zeros(num_sources, dtype=bool)
+    solution_D = np.zeros(num_sources)
+    while not used.all():
+        gain_D = np.where(used, -np.inf, 1 - quadratic_DD @ solution_D)
+        entering = int(np.argmax(gain_D))
+        if gain_D[entering] <= ROUNDING:
+            break
+        used[entering] = True
+        solution_D = _step(quadratic_DD, solution_D, used)
+        if not used[entering]:  # its gain was rounding, for it left at once; it would enter again for ever
+            break
+    return np.asarray(solution_D / solution_D.sum())
+
+
+def _step(
+    quadratic_DD: NDArray[np.float64], solution_D: NDArray[np.float64], used: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Minimize over the used sources; drop (from ``used`` too) those that would become negative."""
+    while True:
+        wanted_D = np.zeros_like(solution_D)
+        wanted_D[used] = np.linalg.solve(quadratic_DD[np.ix_(used, used)], np.ones(int(used.sum())))
+        negative = used & (wanted_D <= 0)
+        if not negative.any():
+            return wanted_D
+        # As far towards the wanted point as all stay >= 0; the source that stops it leaves.
+        room_D = np.where(negative, solution_D / np.where(negative, solution_D - wanted_D, 1), np.inf)
+        stopping = int(np.argmin(room_D))
+        solution_D = solution_D + room_D[stopping] * (wanted_D - solution_D)
+        solution_D[stopping] = 0
+        used[stopping] = False
+
+
 def row_shares(
     weights_D: NDArray[np.float64], examples_per_row_D: NDArray[np.float64]
 ) -> NDArray[np.float64]:

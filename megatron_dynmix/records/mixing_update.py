@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_dynmix.mixing.controller import Decision, MixingController
 from megatron_dynmix.mixing.gate_loads import select_layers
-from megatron_dynmix.mixing.override import Override
+from megatron_dynmix.mixing.guardrails import Override
 from megatron_dynmix.mixing.strategy import Remark, Signal, Strategy
 from megatron_dynmix.mixing.weights import entropy, example_shares, kl_divergence
 from megatron_dynmix.records.schema import Measured, MixingUpdate

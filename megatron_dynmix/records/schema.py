@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.data.source_set import SourceSet
-from megatron_dynmix.mixing.override import Override
+from megatron_dynmix.mixing.guardrails import Override
 from megatron_dynmix.mixing.strategy import Remark
 
 AnyLine = TypeVar("AnyLine", bound="Line")

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dynmix.config import RunConfig
-from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.config.strategies import RESOLVED, Chosen, resolved_options
 from megatron_dynmix.errors import InputError
@@ -30,10 +29,9 @@ from megatron_dynmix.mixing.guardrails import Guardrails
 from megatron_dynmix.mixing.strategies import build_strategy
 from megatron_dynmix.mixing.strategy import InExamples, Signal, SourceError, Strategy
 from megatron_dynmix.mixing.weights import example_shares, normalise_weights, row_shares
-from megatron_dynmix.records.jsonl import read_records
-from megatron_dynmix.records.schema import MixingUpdate
 
 if TYPE_CHECKING:
+    from megatron_dynmix.config.batch_schedule import BatchSchedule
     from megatron_dynmix.data.rows import PackedRows
 
 
@@ -83,6 +81,9 @@ def read_losses(path: Path, sources: Sequence[str]) -> list[float]:
 
 def last_weights(run_dir: Path, sources: Sequence[str]) -> list[float]:
     """Read the weights that another run ended with, by the names of its sources."""
+    from megatron_dynmix.records.jsonl import read_records  # `update` needs no record of a run
+    from megatron_dynmix.records.schema import MixingUpdate
+
     path = run_dir / "mixing.jsonl"
     if not path.is_file():
         raise InputError(f"{run_dir} holds no mixing.jsonl; give the --run-dir of a run")
@@ -338,6 +339,8 @@ class Horizon:
     @classmethod
     def of(cls, config: RunConfig, resolved: Resolved, size_D: NDArray[np.int64]) -> Horizon:
         """Return the horizon of a configuration that was checked."""
+        from megatron_dynmix.config.batch_schedule import BatchSchedule
+
         assert config.training.train_iters is not None, "checked before start"
         caps = resolved.get("max_epochs", [None] * len(size_D))
         return cls(

@@ -21,7 +21,7 @@ from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
 from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.files import parse_json
 from megatron_dynmix.mixing.controller import Decision, MixingController
-from megatron_dynmix.mixing.override import Override, parse_override
+from megatron_dynmix.mixing.guardrails import Override, parse_override
 from megatron_dynmix.mixing.strategy import Remark, Signal
 from megatron_dynmix.moe.counter import reduce_counts
 from megatron_dynmix.records.mixing_update import TOLD, update_record

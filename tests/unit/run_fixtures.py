@@ -17,7 +17,7 @@ from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
 from megatron_dynmix.data.source_set import SourceSet, fingerprint
 from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.files import sha256
-from megatron_dynmix.mixing.override import Override
+from megatron_dynmix.mixing.guardrails import Override
 from megatron_dynmix.records.ledger import newest_stage, sample_hash
 from megatron_dynmix.records.mixing_update import update_record
 from megatron_dynmix.records.schema import Block, MixingUpdate, SamplesLine, TrainingRecord

@@ -97,6 +97,18 @@ assert not {"torch", "numpy", "megatron.core"} & sys.modules.keys()
     assert done.returncode == 0, done.stderr
 
 
+def test_update_reaches_at_most_25_files(tmp_path):
+    """One NumPy step must stay readable as one: no model, no data, no records of a run."""
+    load = json_file(tmp_path, "load.json", GOLDEN_LOADS)
+    program = (
+        "import sys; from megatron_dynmix.cli import main\n"
+        f"main(['update', '--load', {load!r}])\n"
+        "print(*sorted(name for name in sys.modules if name.startswith('megatron_dynmix')), file=sys.stderr)"
+    )
+    reached = fresh_python("-c", program).stderr.split()
+    assert "megatron_dynmix.mixing.controller" in reached and len(reached) <= 25, reached
+
+
 def test_prepare_says_nothing_but_what_is_wrong_in_a_process_of_its_own(tmp_path):
     done = fresh_python("-m", "megatron_dynmix", "prepare", str(tmp_path / "gone.yaml"))
     assert done.returncode == 2

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_dynmix.mixing.controller import ControllerState, MixingController
-from megatron_dynmix.mixing.guardrails import Guardrails
-from megatron_dynmix.mixing.override import Override
+from megatron_dynmix.mixing.guardrails import Guardrails, Override
 from megatron_dynmix.mixing.strategies.gate_load import GateLoad
 from megatron_dynmix.mixing.strategies.planned import Fixed
 from megatron_dynmix.mixing.strategy import Proposal, Remark, Signal, Strategy

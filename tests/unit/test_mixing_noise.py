@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dynmix.mixing import noise as noise_module
 from megatron_dynmix.mixing.gate_loads import (
     AGGREGATES,
     DISTANCES,
@@ -16,8 +15,16 @@ from megatron_dynmix.mixing.gate_loads import (
     l2_distance,
     source_delta,
 )
-from megatron_dynmix.mixing.noise import Noise, debiased_l2, delta_error, measure_noise, shrink_gaps
-from megatron_dynmix.mixing.strategies.gate_load import GateLoad, Inverse
+from megatron_dynmix.mixing.strategies import gate_load as noise_module
+from megatron_dynmix.mixing.strategies.gate_load import (
+    GateLoad,
+    Inverse,
+    Noise,
+    debiased_l2,
+    delta_error,
+    measure_noise,
+    shrink_gaps,
+)
 from megatron_dynmix.mixing.strategy import Signal, SourceError
 
 checked = settings(max_examples=30, deadline=None, derandomize=True)

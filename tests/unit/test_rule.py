@@ -8,7 +8,7 @@ from run_fixtures import INTERVAL, fake_run
 
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.config.strategies import RESOLVED, resolved_options
-from megatron_dynmix.mixing.override import Override
+from megatron_dynmix.mixing.guardrails import Override
 from megatron_dynmix.mixing.strategies import STRATEGIES
 from megatron_dynmix.verify.verify import verify_records
 

@@ -8,7 +8,6 @@ from megatron_dynmix.mixing.strategies.ado import Ado
 from megatron_dynmix.mixing.strategies.gate_load import (
     Balanced,
     GateLoad,
-    balancing_weights,
 )
 from megatron_dynmix.mixing.strategies.losses import LossSoftmax, OnlineDataMixing, RefLoss, Sheared
 from megatron_dynmix.mixing.strategies.planned import (
@@ -23,6 +22,7 @@ from megatron_dynmix.mixing.strategies.planned import (
     UniMax,
 )
 from megatron_dynmix.mixing.strategy import Signal
+from megatron_dynmix.mixing.weights import balancing_weights
 
 COUNTS_DLE = np.array(
     [
