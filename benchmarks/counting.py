@@ -1,10 +1,11 @@
-"""What counting gate loads costs: iterations of the tiny MoE with it and without it, in one process.
+"""What counting gate loads costs: passes of the tiny MoE with it and without it, in one process.
 
-The iteration is the trainer's own (reading, forward, backward, optimizer). Each pair trains twice on the
-same micro-batches, once counting and once not, in an order that is swapped from pair to pair. Both clocks
+A pass is the run's own, forward and backward; reading and the optimizer, which count nothing, are left out.
+Each pair runs the same micro-batches twice, once counting and once not, in an order that is swapped from pair
+to pair. Both clocks
 are read: wall time, which is what a user waits, and CPU time of the process, which other programs on the
 machine disturb less. Beside the ratio stands the time spent in the counter itself: a difference of two
-iterations drowns in noise, a sum of short spans does not.
+passes drowns in noise, a sum of short spans does not.
 
 Shape legend: P pairs; 2 clocks (wall, CPU).
 """
@@ -15,7 +16,8 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,7 @@ class Stopwatch:
         self.milliseconds_2 = np.zeros(2)
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, timed."""
+        """Return the same function, timed."""
 
         @wraps(function)
         def timed(*arguments: Any) -> Any:
@@ -61,7 +63,7 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Timings:
-    """Milliseconds of each pair of iterations."""
+    """Milliseconds of each pair of passes."""
 
     on_P2: NDArray[np.float64]
     off_P2: NDArray[np.float64]
@@ -69,7 +71,7 @@ class Timings:
     """Part of `on_P2` that was spent in the counter."""
 
     def row(self, clock: int) -> list[object]:
-        """What one clock says, for the table."""
+        """Return what one clock says, for the table."""
         on_P, off_P, counter_P = (times[:, clock] for times in (self.on_P2, self.off_P2, self.counter_P2))
         return [
             *(f"{np.median(times_P):.1f}" for times_P in (on_P, off_P)),
@@ -80,42 +82,36 @@ class Timings:
 
 
 def clocks() -> NDArray[np.float64]:
-    """Milliseconds on the wall and of this process, once the device has done its work."""
+    """Return milliseconds on the wall and of this process, once the device has done its work."""
     HERE.synchronize()
     return 1e3 * np.array([time.perf_counter(), time.process_time()])
 
 
-def build_trainer(folder: Path, run_yaml: Path, seq_length: int, pairs: int) -> Trainer:
-    """A one-rank run on the quickstart's sources, as `train` builds it."""
+def build_trainer(folder: Path, run_yaml: Path, seq_length: int) -> Trainer:
+    """Build a one-rank run on the quickstart's sources, as `train` does."""
     rows = max(MICRO_BATCH_POSITIONS // seq_length, 1)
-    steps = 2 * pairs  # also the interval: one chunk of the blend holds all of them
     flags = f"--seq-length {seq_length} --micro-batch-size {rows} --global-batch-size {MICRO_BATCHES * rows}"
-    flags += f" --train-iters {steps} --interval {steps} --signal train"
-    # reading is part of the iteration here, not beside it
-    flags += " --num-workers 0 --expert-model-parallel-size 1"
+    flags += " --signal train --num-workers 0 --expert-model-parallel-size 1"
     config = load_config(run_yaml, flags.split())
     run.join_job(config)
     return run.build_trainer(prepare_run(check_before_start(config)), folder / f"run-{seq_length}")
 
 
 def measure(trainer: Trainer, pairs: int, warmup: int) -> Timings:
-    """Time `pairs` pairs of iterations, after `warmup` more that are not reported."""
+    """Time `pairs` pairs of passes, after `warmup` more that are not reported."""
     counter, stopwatch = trainer.run.counter, Stopwatch()
     for name in ("set_sources", "add"):
         setattr(counter, name, stopwatch.around(getattr(counter, name)))
-    mixing = trainer.reweighting.mixing
-    signals = {"on": "train", "off": "probe"}
+    micro_batches = trainer.loader.step(0, MICRO_BATCHES)
     times: dict[str, list[NDArray[np.float64]]] = {"on": [], "off": [], "counter": []}
     for pair in range(pairs + warmup):
         for name in ("on", "off") if pair % 2 else ("off", "on"):
-            trainer.reweighting.mixing = replace(mixing, signal=signals[name])
-            assert trainer.reweighting.counts_training == (name == "on")
-            # Every other batch only, or the loader would go on in one of the two and start anew in the other.
-            trainer.progress.iteration = 2 * pair
-            trainer.progress.consumed_samples = 2 * pair * trainer.config.training.global_batch_size
+            for chunk in trainer.run.chunks:
+                chunk.zero_grad_buffer()
             stopwatch.milliseconds_2 = np.zeros(2)
             start_2 = clocks()
-            trainer._train_step()
+            with counter.recording() if name == "on" else nullcontext():
+                trainer.run(micro_batches, forward_only=False)
             times[name].append(clocks() - start_2)
             if name == "on":
                 times["counter"].append(stopwatch.milliseconds_2)
@@ -125,20 +121,20 @@ def measure(trainer: Trainer, pairs: int, warmup: int) -> Timings:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seq-lengths", type=int, nargs="+", default=[128, 1024])
-    parser.add_argument("--pairs", type=int, default=60, help="pairs of iterations for each length")
+    parser.add_argument("--pairs", type=int, default=60, help="pairs of passes for each length")
     parser.add_argument("--warmup", type=int, default=4, help="pairs before the first that is timed")
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as name:
         run_yaml = make_quickstart(Path(name) / "data")
         for seq_length in arguments.seq_lengths:
-            trainer = build_trainer(Path(name), run_yaml, seq_length, arguments.pairs + arguments.warmup)
+            trainer = build_trainer(Path(name), run_yaml, seq_length)
             timings = measure(trainer, arguments.pairs, arguments.warmup)
             rows += [[f"{seq_length:,} {clock}", *timings.row(c)] for c, clock in enumerate(CLOCKS)]
             trainer.writer.close()
     print(
         f"Gate-load counting: tiny MoE, one {HERE.device.type} rank, {MICRO_BATCHES} micro-batches of "
-        f"{MICRO_BATCH_POSITIONS:,} positions,\n{arguments.pairs} pairs of iterations, in milliseconds. "
+        f"{MICRO_BATCH_POSITIONS:,} positions,\n{arguments.pairs} pairs of passes, in milliseconds. "
         f"Target: median of on/off at most {TARGET}.\n"
         "'by counter' is the ratio that follows from the time spent in the counter.\n"
     )

@@ -27,7 +27,7 @@ SEED = 1234
 
 
 def signals(arguments: argparse.Namespace) -> list[Signal]:
-    """What is measured for each of the updates."""
+    """Make what is measured for each of the updates."""
     rng = np.random.default_rng(SEED)
     load_DLE = rng.dirichlet(np.full(arguments.experts, 2.0), size=(arguments.sources, arguments.layers))
     size_D = rng.integers(10_000, 100_000, size=arguments.sources)
@@ -48,7 +48,7 @@ def signals(arguments: argparse.Namespace) -> list[Signal]:
 
 
 def new_controller(arguments: argparse.Namespace, *, everything: bool) -> MixingController:
-    """The rule on all layers, alone or with all that can be had beside it; shadows as published."""
+    """Build the rule on all layers, alone or with all that can be had beside it; shadows as published."""
     sources = [f"source-{index}" for index in range(arguments.sources)]
     weights_D = np.full(arguments.sources, 1 / arguments.sources)
     if not everything:
@@ -80,7 +80,7 @@ def milliseconds(call: Callable[[Signal], object], measured: list[Signal]) -> ND
 
 
 def report(arguments: argparse.Namespace) -> str:
-    """The table, and the share of the floor."""
+    """Return the table, and the share of the floor."""
     measured = signals(arguments)
     times = {
         "everything": milliseconds(new_controller(arguments, everything=True).update, measured),

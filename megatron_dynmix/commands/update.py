@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 def update_once(
     flags: Sequence[str], *, load: Path | None, loss: Path | None, weights: Path | None
 ) -> dict[str, Any]:
-    """The weights after one update, and the numbers they came from, by source.
+    """Return the weights after one update, and the numbers they came from, by source.
 
     Args:
         flags: settings of the mixing section, `--strategy ref-loss --eta 1`.
@@ -110,7 +110,7 @@ def _weights(
 
 
 def _loads(content: Mapping[str, Any], sources: Sequence[str]) -> NDArray[np.float64]:
-    """`[D, L, E]` of one layer or several."""
+    """Return `[D, L, E]` of one layer or several."""
     loads = [content[name] for name in sources]
     if len({np.shape(load) for load in loads}) != 1:
         raise ValueError("every source must have the same number of experts, and of layers")
@@ -121,12 +121,7 @@ def _loads(content: Mapping[str, Any], sources: Sequence[str]) -> NDArray[np.flo
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object that holds something.
-
-    Raises:
-        InputError: it is none.
-
-    """
+    """Read a JSON object that holds something, or raise InputError."""
     content = read_json(path)
     if not isinstance(content, dict) or not content:
         raise InputError(f'{path} holds {content!r}; it must hold an object: {{"source": ..., ...}}')

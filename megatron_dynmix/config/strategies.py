@@ -21,19 +21,19 @@ RESOLVED = {
 
 
 def is_own(strategy: str) -> bool:
-    """Whether it is a user's own: `module:name`."""
+    """Tell whether it is a user's own: `module:name`."""
     return ":" in strategy
 
 
 def option_hints() -> dict[str, Any]:
-    """Every option of every built-in strategy that can be written flat in the mixing section -> its type."""
+    """Return every flat option of the mixing section, of any built-in strategy -> its type."""
     return {
         name: hint for kind in STRATEGIES.values() for name, hint in _hints(kind).items() if _is_flat(name)
     }
 
 
 def option_defaults(strategy: str) -> dict[str, Any]:
-    """The options of a strategy that can be written flat -> their published defaults; none of a user's."""
+    """Return the flat options of a strategy -> their published defaults; none of a user's own."""
     if is_own(strategy):
         return {}
     fields = dataclasses.fields(STRATEGIES[strategy])  # type: ignore[arg-type]
@@ -41,7 +41,7 @@ def option_defaults(strategy: str) -> dict[str, Any]:
 
 
 def resolved_options(strategy: str) -> dict[str, bool]:
-    """The settings of `RESOLVED` that a strategy uses -> whether it cannot do without."""
+    """Return the settings of `RESOLVED` that a strategy uses -> whether it cannot do without."""
     if is_own(strategy):
         return {}
     fields = {field.name: field for field in dataclasses.fields(STRATEGIES[strategy])}  # type: ignore[arg-type]
@@ -54,12 +54,7 @@ def resolved_options(strategy: str) -> dict[str, bool]:
 
 
 def complete_options(strategy: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The options given, and the published defaults of all others.
-
-    Args:
-        strategy: a built-in one, or `module:name`.
-        given: options by name.
-        where: what the message of a refusal calls them.
+    """Return the options given, and the published defaults of all others; `where` begins a refusal.
 
     Raises:
         InputError: an unknown strategy, or an option that it does not have.
@@ -118,7 +113,7 @@ class Chosen:
 
 
 def chosen_shadow(entry: str | Mapping[str, Any]) -> Chosen:
-    """One entry of `mixing.shadow`.
+    """Read one entry of `mixing.shadow`.
 
     Raises:
         InputError: no strategy, one that never changes weights, or an option that it does not have.

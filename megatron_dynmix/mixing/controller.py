@@ -1,8 +1,4 @@
-"""The course of one strategy through a run: the weights it goes on from, and what it remembers.
-
-Axes: D sources.
-
-The mixing controller: holds the weights, asks the strategy for new ones, and checks the answer.
+"""The mixing controller: holds the weights, asks the strategy for new ones, and checks the answer.
 
 Axes: D sources.
 """
@@ -37,7 +33,7 @@ class Course:
     """Where a strategy stands.
 
     Attributes:
-        weights_D: what it goes on from, which need not be what it proposed.
+        weights_D: what it starts its next update from, which need not be what it proposed.
         first_D: what it began the run with; a strategy that never updates stays with them.
         state: `Proposal.state` of its last update.
 
@@ -48,14 +44,14 @@ class Course:
     state: Mapping[str, Any] = field(default_factory=dict)
 
     def start(self, strategy: Strategy, signal: Signal) -> Proposal:
-        """Its first weights: its own choice if it starts, otherwise those given."""
+        """Propose the first weights: the strategy's own choice if it starts, otherwise those given."""
         # A strategy that never updates is asked too: it may have to refuse the weights that it is to keep.
         if strategy.starts or not strategy.updates:
             return checked(strategy.propose(self.weights_D, signal, {}), strategy, len(self.weights_D))
         return self._kept(self.weights_D)
 
     def update(self, strategy: Strategy, signal: Signal, *, known: bool) -> Proposal:
-        """Its next weights; without all that it needs `known` of the sources, those it has.
+        """Propose the next weights; those it has, unless all is `known` that it needs to know of the sources.
 
         Raises:
             ValueError: it refuses the signal, or proposes something that cannot be adopted.
@@ -184,7 +180,7 @@ class ControllerState:
 
 
 def checked(proposal: Proposal, strategy: Strategy, num_sources: int) -> Proposal:
-    """The proposal, after all of it was found fit to adopt, record and save.
+    """Return the proposal, after all of it was found fit to adopt, record and save.
 
     Raises:
         ValueError: no proposal, weights that are no shares of so many sources, a score, load or distance that
@@ -213,7 +209,7 @@ def checked(proposal: Proposal, strategy: Strategy, num_sources: int) -> Proposa
 def _fit(
     what: str, values: ArrayLike | None, shape: tuple[int, ...], strategy: Strategy
 ) -> NDArray[np.float64] | None:
-    """One part of a proposal as an array of that shape, -1 being any length; None stays None."""
+    """Return one part of a proposal as an array of that shape, -1 being any length; None stays None."""
     if values is None:
         return None
     array = np.asarray(values, dtype=np.float64)
@@ -228,7 +224,7 @@ def _fit(
 
 
 def _check_state(state: Mapping[str, Any], strategy: Strategy) -> None:
-    """Now, not at the next checkpoint: a save that fails would lose what was trained since the last one."""
+    """Refuse now, not at the next checkpoint: a failed save would lose what was trained since the last."""
     try:
         survives = json.loads(json.dumps(state, allow_nan=False)) == state
     except (TypeError, ValueError):
@@ -271,8 +267,8 @@ class MixingController:
         weights_D: first weights, >= 0, summing to 1 (see `normalise_weights`).
         strategy: the rule for new weights.
         guardrails: limits on what it may do.
-        shadows: strategies by name that are asked beside it, each going on from its own last weights, and
-            change nothing.
+        shadows: strategies by name that are asked beside it, each from its own last weights, and change
+            nothing.
 
     Raises:
         ValueError: no source, a name twice, weights that are not shares of D sources, or guardrails that
@@ -396,7 +392,7 @@ class MixingController:
             known=not waits(self.strategy, unmeasured),
         )
         weights_D, events = self._guarded(self.guardrails, course.weights_D, proposal, signal, override)
-        # Of a shadow the weights are recorded, not how sure they are: most need no halves for that.
+        # A shadow's weights are recorded, not how sure they are: most need no halves for that.
         bare = replace(signal, half_counts_HDLE=None)
         shadow, failed = self._ask_shadows(
             lambda course, strategy: course.update(
@@ -426,7 +422,7 @@ class MixingController:
         )
 
     def _fill(self, signal: Signal) -> tuple[LastKnown, Signal, dict[str, Filled]]:
-        """Last known values for what the interval did not bring, and who was not measured."""
+        """Fill in last known values for what the interval did not bring, and say who was not measured."""
         known, unmeasured, needed = self.state.known, {}, self._needed()
         for what, fill in FILLS.items():
             if what not in needed:
@@ -490,7 +486,7 @@ class MixingController:
         return check_weights(guarded.weights_D, len(self.sources)), (*_pauses(override), *guarded.events)
 
     def _with_returned(self, override: Override | None) -> NDArray[np.float64]:
-        """Weights in force, and in them the old shares of sources whose pause has ended."""
+        """Return the weights in force, and in them the old shares of sources whose pause has ended."""
         weights_D = self.weights_D
         # Last paused, first back: this undoes the pauses exactly.
         for name, share in reversed(list(self.state.before_pause.items())):
@@ -502,7 +498,7 @@ class MixingController:
     def _shares_before_pause(
         self, weights_D: NDArray[np.float64], override: Override | None
     ) -> dict[str, float]:
-        """What the sources that are paused now will come back with."""
+        """Return the shares that the sources paused now will come back with."""
         paused = override.pause if override else ()
         lasting = {name: share for name, share in self.state.before_pause.items() if name in paused}
         for name in paused:
@@ -513,7 +509,7 @@ class MixingController:
         return lasting
 
     def resume(self, state: ControllerState) -> None:
-        """Go on from the state of a controller with the same sources in the same order.
+        """Resume from the state of a controller with the same sources in the same order.
 
         A shadow that it did not have begins at its weights.
 

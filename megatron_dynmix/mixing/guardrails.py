@@ -158,7 +158,7 @@ class Guardrails:
         paused_D: NDArray[np.bool_],
         sources: Sequence[str],
     ) -> tuple[NDArray[np.float64], list[Remark]]:
-        """Largest share of each source: 0 if paused, what its cap leaves for the next interval, or 1."""
+        """Return the largest share of each source: 0 if paused, what its cap leaves, or 1."""
         if paused_D.all():
             raise ValueError(f"all of {', '.join(sources)} are paused; leave at least one to be drawn")
         drawable_D = np.where(paused_D, 0.0, 1.0)
@@ -178,7 +178,7 @@ class Guardrails:
                 f"max_epochs leaves {int(left_D.sum())} rows of {', '.join(sources)} for the next interval, "
                 f"which draws {rows}; raise max_epochs, give more data or train for fewer iterations"
             )
-        # Of sources that can be used up in the interval a row is kept back, if the others can spare it.
+        # A row of each source that can be used up in the interval is kept back, if the others can spare it.
         scarce_D = (left_D > 0) & (left_D < rows)
         kept_back = min(ROUNDING_ROWS, spare / max(scarce_D.sum(), 1))
         most_D = np.maximum(left_D - kept_back * scarce_D, 0.0) / rows
@@ -195,7 +195,7 @@ class Guardrails:
     def _permitted(
         self, weights_D: NDArray[np.float64], most_D: NDArray[np.float64], sources: Sequence[str]
     ) -> tuple[NDArray[np.float64], list[Remark]]:
-        """Weights within floor and largest shares, and even enough."""
+        """Bring weights within floor and largest shares, and make them even enough."""
         events: list[Remark] = []
         least_D = np.minimum(self.floor, most_D)
         within_D = fit_shares(weights_D, least_D, most_D)
@@ -232,7 +232,7 @@ class Guardrails:
         most_D: NDArray[np.float64],
         sources: Sequence[str],
     ) -> tuple[NDArray[np.float64], list[Remark]]:
-        """As far from the old weights towards the target as the KL limit allows."""
+        """Go from the old weights towards the target as far as the KL limit allows."""
         assert self.max_kl_step is not None
         events: list[Remark] = []
         start_D = old_D

@@ -1,8 +1,6 @@
-"""What was last measured of each source, which stands in when an interval brings nothing of it.
+"""What was last measured of each source, which completes the signal when an interval brings nothing of it.
 
 Axes: H halves, D sources, L MoE layers, E experts.
-
-What a strategy needs to know of every source, and the signal as it is to see it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,12 +42,12 @@ class LastKnown:
 
     @classmethod
     def nothing(cls, sources: Sequence[str]) -> "LastKnown":
-        """Of sources of which nothing was ever measured."""
+        """Return what is known before anything was measured: nothing."""
         none = (None,) * len(sources)
         return cls(tuple(sources), none, none, none)
 
     def fill_counts(self, signal: Signal) -> tuple["LastKnown", Signal, Filled]:
-        """Remember the counts of the sources that have tokens, and stand in for those that have none.
+        """Remember the counts of the sources that have tokens, and complete the signal where there are none.
 
         Returns:
             What is known now; the signal, with 0 for sources that were never measured; who was not measured.
@@ -66,7 +64,7 @@ class LastKnown:
         return replace(self, counts=known), signal, self._filled(measured_D, known)
 
     def fill_halves(self, signal: Signal) -> tuple["LastKnown", Signal, Filled]:
-        """The same for the halves, of sources with tokens in both: one alone tells nothing of the noise."""
+        """Do the same for the halves of sources with tokens in both: one alone does not tell the noise."""
         halves_HDLE = self._checked_halves(signal)
         measured_D = np.all([self._totals(half_DLE) > 0 for half_DLE in halves_HDLE], axis=0)
         known = self._updated(self.halves, halves_HDLE.swapaxes(0, 1), measured_D, "halves of counts")
@@ -75,7 +73,7 @@ class LastKnown:
         return replace(self, halves=known), signal, self._filled(measured_D, known)
 
     def fill_losses(self, signal: Signal) -> tuple["LastKnown", Signal, Filled]:
-        """The same for losses, where NaN says that nothing of a source was trained on.
+        """Do the same for losses, where NaN says that nothing of a source was trained on.
 
         Raises:
             ValueError: no losses, not one per source, or an infinite one.
@@ -123,7 +121,7 @@ class LastKnown:
         return halves_HDLE
 
     def _totals(self, counts_DLE: Counts) -> NDArray[np.float64]:
-        """Tokens of each source, after every count was found to be one.
+        """Return the tokens of each source, after every count was found to be one.
 
         This comes before remembering: a broken row must not wait in the state until its source is needed.
         """
@@ -200,12 +198,12 @@ def _stacked(known: Sequence[Counts | None], like: Counts, axis: int) -> Counts:
 
 TOKENS, HALVES, LOSS = "tokens", "tokens in both halves", "loss"
 FILLS = {TOKENS: LastKnown.fill_counts, HALVES: LastKnown.fill_halves, LOSS: LastKnown.fill_losses}
-"""What may be needed of every source -> how last known values stand in for it."""
+"""What may be needed of every source -> how last known values complete it."""
 STAND_INS = {TOKENS: "counts", HALVES: "halves", LOSS: "losses"}
 
 
 def needs(strategy: Strategy) -> set[str]:
-    """What must be known of every source for a strategy to update: keys of `FILLS`."""
+    """Return what must be known of every source for a strategy to update: keys of `FILLS`."""
     if not strategy.updates:
         return set()
     asked = {
@@ -217,12 +215,12 @@ def needs(strategy: Strategy) -> set[str]:
 
 
 def waits(strategy: Strategy, unmeasured: Mapping[str, Filled]) -> bool:
-    """Whether a strategy needs what is not known of a source."""
+    """Tell whether a strategy needs what is not known of a source."""
     return any(unmeasured[what].unknown for what in needs(strategy) & unmeasured.keys())
 
 
 def matched(signal: Signal) -> tuple[Signal, Signal]:
-    """The signal for strategies that need the halves, and for others: with halves that add up to the counts.
+    """Return the signal for strategies that need the halves, and for others: halves add up to the counts.
 
     They may be of different intervals where a source had rows of one half only. Those that need the halves
     then get the older counts that belong to them, the others the newer counts alone.

@@ -1,4 +1,4 @@
-"""The router of LLaMA-MoE v1: two layers with a tanh between, and noise of a learnt size while training.
+"""The router of LLaMA-MoE v1: two layers with a tanh between, and noise of a learned size while training.
 
 Axes: S positions, B rows of this rank's micro-batch, H hidden size, E experts.
 Source: the modelling code published with the model (pjlab-sys4nlp/llama-moe, class `TopKBalancedNoisyGate`)
@@ -52,7 +52,7 @@ class MlpRouter(GateLoadRouter):
         return parameter
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
-        """Router logits `[S, B, E]` in `moe_router_dtype`, with noise while training.
+        """Return router logits `[S, B, E]` in `moe_router_dtype`, with noise while training.
 
         Args:
             input: `[S, B, H]`, this rank's slice of the sequence.

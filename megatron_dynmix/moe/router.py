@@ -1,4 +1,4 @@
-"""The one router class of ours: Megatron-Core's, and it counts.
+"""The router: Megatron-Core's, and it counts.
 
 Axes: T tokens of this rank's micro-batch (index s * B + b), E experts.
 """
@@ -17,7 +17,7 @@ from megatron_dynmix.moe.counter import GateLoadCounter
 
 
 def in_backward() -> bool:
-    """Whether autograd is running: then a forward pass is a recomputation of one already counted.
+    """Tell whether autograd is running: then a forward pass is a recomputation of one already counted.
 
     `torch.is_grad_enabled` would not do: it is false in the first pass of a recomputed layer and true in
     the second, when the pipeline may already be at another micro-batch.
@@ -42,12 +42,12 @@ class ChoiceBeforeDropping:
         group_topk: int | None,
         choose: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores and experts as `choose` has them."""
+        """Return scores and experts as `choose` has them."""
         scores_TK, self.choice_TK = choose(scores_TE, topk, num_groups=num_groups, group_topk=group_topk)
         return scores_TK, self.choice_TK
 
     def take_map_TE(self, num_experts: int) -> torch.Tensor:
-        """The last choice as a routing map."""
+        """Return the last choice as a routing map."""
         assert self.choice_TK is not None, "no choice was made: the fused router makes none here"
         choice_TK, self.choice_TK = self.choice_TK, None
         chosen_TE = torch.zeros(len(choice_TK), num_experts, dtype=torch.bool, device=choice_TK.device)
@@ -97,7 +97,7 @@ class GateLoadRouter(TopKRouter):
         return probs, routing_map_TE
 
     def _own_padding(self, logits: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
-        """The padding mask of the tokens that `logits` is of, also where Megatron-Core brings another."""
+        """Return the padding mask of the tokens of `logits`, also where Megatron-Core brings another."""
         if padding_mask is None:
             # Recomputation `block` gives no mask to the layers that it does not recompute. Those run once,
             # when the announced micro-batch is theirs.
@@ -110,13 +110,13 @@ class GateLoadRouter(TopKRouter):
         return padding_mask
 
     def _choice_TE(self, routing_map_TE: torch.Tensor) -> torch.Tensor:
-        """What was chosen, though some of it may have been dropped from the map."""
+        """Return what was chosen, though some of it may have been dropped from the map."""
         if isinstance(self.router_replay, ChoiceBeforeDropping):
             return self.router_replay.take_map_TE(self.config.num_moe_experts)
         return routing_map_TE
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
-        """Router logits; without Transformer Engine by a plain product.
+        """Return router logits; without Transformer Engine by a plain product.
 
         The parent's path names a Transformer Engine function that is not defined without it.
         """
