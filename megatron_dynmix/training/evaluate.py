@@ -104,7 +104,7 @@ def _load_model(config: RunConfig, num_sources: int, source: Path) -> PassRunner
 
 
 def held_out_stats(run: PassRunner, rows: Sequence[PackedRows], micro_batch_size: int) -> SourceStats:
-    """Loss sums and token counts over all rows of all sources; the model is in evaluation mode."""
+    """Sum losses and tokens over all rows of all sources; the model is in evaluation mode."""
     stats = SourceStats.zero(len(rows))
     with torch.no_grad():
         for dataset_id, held_out in enumerate(rows):
@@ -119,7 +119,7 @@ def held_out_stats(run: PassRunner, rows: Sequence[PackedRows], micro_batch_size
 
 
 def summarise(config: RunConfig, stats: SourceStats) -> dict[str, Any]:
-    """The numbers of `evaluate` from sums over the held-out rows, in the order of their sources.
+    """Return the numbers of `evaluate` from sums over the held-out rows, in the order of their sources.
 
     Raises:
         CommandFailed: a loss that is not finite, or has no perplexity.

@@ -1,7 +1,4 @@
-"""Where a run starts: at its checkpoint, at another run's weights, at a Hugging Face model, or at nothing.
-
-One rank of a run: join the job, build everything, train.
-"""
+"""One rank of a run: join the job, build everything at the state it starts from, train."""
 
 from __future__ import annotations
 
@@ -170,7 +167,7 @@ def train(
 
 
 def join_job(config: RunConfig, store: torch.distributed.Store | None = None) -> None:
-    """Process groups, micro-batch arithmetic and one thread per rank."""
+    """Make process groups and micro-batch arithmetic; give each rank one thread."""
     torch.set_num_threads(1)  # ranks share the cores; more threads would also change the order of sums
     platform.init_process_group(config.parallel.distributed_timeout_minutes, store)
     size, parallel = config.parallel.size, config.parallel.megatron
@@ -275,7 +272,7 @@ def _build_reweighting(
 
 
 def build_runner(config: RunConfig, num_sources: int, here: platform.Platform) -> PassRunner:
-    """The model, and the counter that its routers write into."""
+    """Build the model, and the counter that its routers write into."""
     transformer = transformer_config(config)
     chunks = build_model(config, transformer, here)
     layers = moe_layers(transformer)
