@@ -89,7 +89,9 @@ class Frame:
 
 def by_name(sources: Sequence[str], values: Sequence[float] | None) -> dict[str, float]:
     """Return values by name of the source; none where a record has none, or not one for each."""
-    return dict(zip(sources, values)) if values is not None and len(values) == len(sources) else {}  # noqa: B905
+    return (
+        dict(zip(sources, values, strict=True)) if values is not None and len(values) == len(sources) else {}
+    )
 
 
 def thinned(length: int, most: int) -> list[int]:
@@ -330,7 +332,7 @@ def _read_updates(run: Run) -> None:
                 update = with_signal(update, run.path / SIGNALS)
             except InputError as error:
                 lost.append(str(error))
-        load = _checked(update.load, sources) if place in drawn | frames else None
+        load = _checked(update.load, len(new)) if place in drawn | frames else None
         if not run.weights:
             run.weights.append(Weights(0, by_name(sources, update.old_weights)))
         run.weights.append(Weights(update.iteration, new))
@@ -344,7 +346,7 @@ def _read_updates(run: Run) -> None:
             for note in update.notes
         ]
         if place in frames:
-            _add_frames(run, update, load)
+            _add_frames(run, update, load, tuple(new))
     run.load_frames, run.distance_frames = _few(run.load_frames), _few(run.distance_frames)
     if odd:
         run.missing.append(
@@ -356,11 +358,9 @@ def _read_updates(run: Run) -> None:
         )
 
 
-def _checked(load: NDArray[np.float64] | None, sources: Sequence[str]) -> NDArray[np.float64] | None:
+def _checked(load: NDArray[np.float64] | None, sources: int) -> NDArray[np.float64] | None:
     """Gate loads, if they are some of so many sources."""
-    return (
-        load if load is not None and load.ndim in (2, 3) and len(load) == len(sources) and load.size else None
-    )
+    return load if load is not None and load.ndim in (2, 3) and len(load) == sources and load.size else None
 
 
 def _update(update: MixingUpdate, load: NDArray[np.float64] | None) -> Update:
@@ -375,7 +375,9 @@ def _update(update: MixingUpdate, load: NDArray[np.float64] | None) -> Update:
         seconds=update.seconds,
         entropy=update.entropy,
         kl_step=update.kl_step,
-        imbalance=_imbalance(load, np.array([*old.values()])) if old and load is not None else (),
+        imbalance=_imbalance(load, np.array([*old.values()]))
+        if load is not None and len(old) == len(load)
+        else (),
     )
 
 
@@ -389,8 +391,10 @@ def _imbalance(load: NDArray[np.float64], weights_D: NDArray[np.float64]) -> tup
     return tuple((mixed_LE.max(axis=-1) / mean_L).tolist())
 
 
-def _add_frames(run: Run, update: MixingUpdate, load: NDArray[np.float64] | None) -> None:
-    iteration, sources = update.iteration, tuple(update.sources)
+def _add_frames(
+    run: Run, update: MixingUpdate, load: NDArray[np.float64] | None, sources: tuple[str, ...]
+) -> None:
+    iteration = update.iteration
     if load is not None:
         run.load_frames.append(Frame(iteration, sources, flat_load(load)))
         if load.ndim == 3:
