@@ -39,13 +39,12 @@ This page is written by `python tools/config_reference.py docs/configuration.md`
 def reference() -> str:
     """Return the whole page as Markdown."""
     parts = [HEAD]
-    for section in dataclasses.fields(tree.RunConfig):
-        owner = getattr(tree, f"{section.name.capitalize()}Config")
-        parts += [f"## {section.name}\n", first_sentence(owner) + "\n", table(own_rows(owner))]
-        if section.name == "data":
+    for section, owner in tree.SECTIONS.items():
+        parts += [f"## {section}\n", first_sentence(owner) + "\n", table(own_rows(owner))]
+        if section == "data":
             parts += ["### data.sources.NAME\n", first_sentence(tree.SourceConfig) + "\n"]
             parts += [table(own_rows(tree.SourceConfig))]
-        if section.name == "mixing":
+        if section == "mixing":
             parts += list(strategies())
     parts += list(megatron_fields())
     parts += ["## What cannot be set\n", table([(f"`{name}`", why) for name, why in leaves.DECIDED.items()])]
@@ -83,7 +82,7 @@ def megatron_fields() -> Iterator[str]:
     """Yield the fields of Megatron-Core's own dataclasses, by the section they are given in."""
     yield "## Fields of Megatron-Core\n"
     yield "They stand in the section named, beside our settings; Megatron-Core 0.16.1 says what they mean.\n"
-    ours = {item.name for section in dataclasses.fields(tree.RunConfig) for item in own_fields(section.name)}
+    ours = {item.name for owner in tree.SECTIONS.values() for item in dataclasses.fields(owner)}
     listed = {*ours, *leaves.DECIDED}
     for owner, given in known.megatron_fields().items():
         rows = [
@@ -94,11 +93,6 @@ def megatron_fields() -> Iterator[str]:
         listed |= given.keys()
         yield f"### {known.SECTIONS[owner]}: {owner}\n"
         yield table(rows)
-
-
-def own_fields(section: str) -> tuple[dataclasses.Field[Any], ...]:
-    """Return the fields of one of our sections."""
-    return dataclasses.fields(getattr(tree, f"{section.capitalize()}Config"))
 
 
 def attribute_docs(owner: type) -> dict[str, str]:

@@ -6,11 +6,12 @@ config.json of a Hugging Face model <-> our `model` section; what we cannot run 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_dynmix.config import deepseek, llama_moe
+from megatron_dynmix.config.megatron_fields import megatron_fields
 from megatron_dynmix.config.run_config import ModelConfig
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import read_object
@@ -34,34 +35,23 @@ FIXED: dict[str, Any] = {
     "add_bias_linear": False,
 }
 """Settings that are the same in every family."""
-PLAIN: dict[str, Any] = {
-    **FIXED,
-    "layernorm_zero_centered_gamma": False,
-    "apply_residual_connection_post_layernorm": False,
-    "rotary_interleaved": False,
-    "window_size": None,
-    "softmax_scale": None,
-    "multi_latent_attention": False,
-    "attention_output_gate": False,
-    "moe_router_score_function": "softmax",
-    "moe_router_topk_scaling_factor": None,
-    "moe_router_num_groups": None,
-    "moe_router_enable_expert_bias": False,
-    "moe_apply_probs_on_input": False,
-    "moe_router_topk_limited_devices": None,
-    "moe_latent_size": None,
-    "softmax_type": "vanilla",
-    "no_rope_freq": None,
-    "linear_attention_freq": None,
-    "experimental_attention_variant": None,
-    "activation_func_clamp_value": None,
-    "glu_linear_offset": 0.0,
-    "mtp_num_layers": None,
-    "heterogeneous_block_specs": False,
-    "router_network": "linear",
-    "router_noise": None,
+USUAL: dict[str, Any] = {
+    "qk_layernorm": False,
+    "add_qkv_bias": False,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_shared_expert_gate": False,
 }
-"""Settings that change what a model computes, and that config.json means without a word for them."""
+"""Settings of the families that say nothing else."""
+PLAIN = (
+    *("layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm", "rotary_interleaved"),
+    *("window_size", "softmax_scale", "multi_latent_attention", "attention_output_gate"),
+    *("moe_router_score_function", "moe_router_topk_scaling_factor", "moe_router_num_groups"),
+    *("moe_router_enable_expert_bias", "moe_apply_probs_on_input", "moe_router_topk_limited_devices"),
+    *("moe_latent_size", "softmax_type", "no_rope_freq", "linear_attention_freq"),
+    *("experimental_attention_variant", "activation_func_clamp_value", "glu_linear_offset"),
+    *("mtp_num_layers", "heterogeneous_block_specs", "router_network", "router_noise"),
+)
+"""Settings that change what a model computes, and that config.json means the default of without a word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,25 +81,22 @@ class Dialect:
 
 PRE_SOFTMAX = {"moe_router_pre_softmax": ("norm_topk_prob", False, True)}
 """Weights of the chosen experts that sum to 1 are a softmax over these alone, taken after the choice."""
+TIED = ("tie_word_embeddings", False, True)
 QWEN_EXPERTS = {"num_moe_experts": "num_experts", "moe_ffn_hidden_size": "moe_intermediate_size"}
-NO_SHARED = {"moe_shared_expert_intermediate_size": None, "moe_shared_expert_gate": False}
-DEEPSEEK_EXPERTS = {"num_moe_experts": "n_routed_experts", "moe_ffn_hidden_size": "moe_intermediate_size"}
-LATENT_ATTENTION = {
-    "multi_latent_attention": True,
-    "qk_layernorm": True,
-    "add_qkv_bias": False,
-    "moe_shared_expert_gate": False,
-}
+DEEPSEEK_V2 = Dialect(
+    architecture="DeepseekV2ForCausalLM",
+    names={"num_moe_experts": "n_routed_experts", "moe_ffn_hidden_size": "moe_intermediate_size"},
+    fixed={"multi_latent_attention": True, "qk_layernorm": True, "moe_router_pre_softmax": True},
+    must=deepseek.V2_ONLY,
+    plain=deepseek.in_common_words,
+    own=deepseek.own_settings,
+    published=deepseek.in_own_words,
+)
 DIALECTS: dict[str, Dialect] = {
     "mixtral": Dialect(
         architecture="MixtralForCausalLM",
         names={"num_moe_experts": "num_local_experts"},
-        fixed={
-            "moe_router_pre_softmax": False,
-            "qk_layernorm": False,
-            "add_qkv_bias": False,
-            **NO_SHARED,
-        },
+        fixed={"moe_router_pre_softmax": False},
         must={"router_jitter_noise": 0.0, "attention_bias": False},
         rope_theta=1e6,
     ),
@@ -117,7 +104,7 @@ DIALECTS: dict[str, Dialect] = {
         architecture="Qwen3MoeForCausalLM",
         names=QWEN_EXPERTS,
         switches=PRE_SOFTMAX,
-        fixed={"qk_layernorm": True, "add_qkv_bias": False, **NO_SHARED},
+        fixed={"qk_layernorm": True},
         must={"attention_bias": False},
         mixed=True,
     ),
@@ -125,7 +112,7 @@ DIALECTS: dict[str, Dialect] = {
         architecture="OlmoeForCausalLM",
         names={"num_moe_experts": "num_experts"},
         switches=PRE_SOFTMAX,
-        fixed={"qk_layernorm": True, "qk_layernorm_full_width": True, "add_qkv_bias": False, **NO_SHARED},
+        fixed={"qk_layernorm": True, "qk_layernorm_full_width": True},
         must={"attention_bias": False, "clip_qkv": None},
     ),
     "qwen2_moe": Dialect(
@@ -135,46 +122,28 @@ DIALECTS: dict[str, Dialect] = {
             "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size",
         },
         switches={**PRE_SOFTMAX, "add_qkv_bias": ("qkv_bias", True, False)},
-        fixed={"qk_layernorm": False, "moe_shared_expert_gate": True},
+        fixed={"moe_shared_expert_gate": True},
         mixed=True,
     ),
     "llama_moe": Dialect(
         architecture="LlamaMoEForCausalLM",
         names={"num_moe_experts": "num_experts"},
-        fixed={
-            "moe_router_pre_softmax": False,
-            "qk_layernorm": False,
-            "add_qkv_bias": False,
-            "router_network": "mlp",
-            **NO_SHARED,
-        },
+        fixed={"moe_router_pre_softmax": False, "router_network": "mlp"},
         must=llama_moe.ONLY,
         plain=llama_moe.in_common_words,
         own=llama_moe.router_settings,
         published=llama_moe.in_own_words,
     ),
-    "deepseek_v2": Dialect(
-        architecture="DeepseekV2ForCausalLM",
-        names=DEEPSEEK_EXPERTS,
-        fixed={**LATENT_ATTENTION, "moe_router_pre_softmax": True},
-        must=deepseek.V2_ONLY,
-        plain=deepseek.in_common_words,
-        own=deepseek.own_settings,
-        published=deepseek.in_own_words,
-    ),
-    "deepseek_v3": Dialect(
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_v3": replace(
+        DEEPSEEK_V2,
         architecture="DeepseekV3ForCausalLM",
-        names=DEEPSEEK_EXPERTS,
         fixed={
-            **LATENT_ATTENTION,
-            "moe_router_pre_softmax": True,
+            **DEEPSEEK_V2.fixed,
             "moe_router_score_function": "sigmoid",
             "moe_router_enable_expert_bias": True,
         },
         must=deepseek.V3_ONLY,
-        plain=deepseek.in_common_words,
-        own=deepseek.own_settings,
-        published=deepseek.in_own_words,
     ),
 }
 """The `model_type` of config.json -> how that family says it."""
@@ -189,12 +158,7 @@ SIZES = {
 
 
 def read_config(path: Path, remedy: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what a config.json holds, and the `model` section that it means.
-
-    Raises:
-        InputError: a file that cannot be read, with the remedy; a model that we do not have.
-
-    """
+    """Return what a config.json holds, and the `model` section that it means."""
     config = read_object(path, remedy)
     try:
         return config, model_settings(config)
@@ -203,16 +167,10 @@ def read_config(path: Path, remedy: str) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def model_settings(config: Values) -> dict[str, Any]:
-    """Our `model` section for a Hugging Face model: what decides its tensors and what it computes.
+    """Return our `model` section for a Hugging Face model: what decides its tensors and what it computes.
 
-    What only training reads (the coefficient of the balance loss) is not taken over.
-
-    Args:
-        config: what config.json holds, as transformers 4 or 5 writes it.
-
-    Raises:
-        InputError: a family that is not known, a setting that we cannot run, one that is missing.
-
+    What only training reads (the coefficient of the balance loss) is not taken over. A family that is not
+    known, a setting that we cannot run and one that is missing are refused.
     """
     dialect = _dialect(config)
     config = dialect.plain(config)
@@ -232,20 +190,18 @@ def model_settings(config: Values) -> dict[str, Any]:
             f"num_key_value_heads is {groups}, which does not divide num_attention_heads {heads}; the "
             "config.json is not that of the model"
         )
-    for ours, (theirs, default, opposite) in dialect.switches.items():
+    switches = {**dialect.switches, "untie_embeddings_and_output_weights": TIED}
+    for ours, (theirs, default, opposite) in switches.items():
         value = config.get(theirs, default)
         if not isinstance(value, bool):
             raise InputError(f"{theirs} is {value!r}; it must be true or false")
         settings[ours] = value is not opposite
     settings["rotary_base"] = _rotary_base(config, dialect)
-    tied = config.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        raise InputError(f"tie_word_embeddings is {tied!r}; it must be true or false")
-    settings["untie_embeddings_and_output_weights"] = not tied
     settings["attention_dropout"] = config.get("attention_dropout", 0.0)
     _check_numbers(config, settings)
     settings["moe_layer_freq"] = _moe_layer_freq(config, settings["num_layers"]) if dialect.mixed else 1
-    settings |= {"qk_layernorm_full_width": False, **FIXED, **dialect.fixed, **dialect.own(config)}
+    usual = {"qk_layernorm_full_width": False, **FIXED, **USUAL}
+    settings = {**usual, **settings, **dialect.fixed, **dialect.own(config)}
     if settings["moe_router_topk"] == 1 and not settings["moe_router_pre_softmax"]:
         raise InputError(
             "num_experts_per_tok is 1 and norm_topk_prob true: every weight would be 1 and the router learn "
@@ -254,31 +210,19 @@ def model_settings(config: Values) -> dict[str, Any]:
     return settings
 
 
-def flat_settings(model: ModelConfig) -> dict[str, Any]:
-    """Return the `model` section as one mapping: our fields, and those of `TransformerConfig` beside them."""
-    own = {item.name: getattr(model, item.name) for item in fields(model) if item.name != "megatron"}
-    return {**own, **model.megatron}
-
-
 def hugging_face_config(settings: Values) -> dict[str, Any]:
-    """config.json of a model that did not come from Hugging Face: of the first family that is the same.
+    """Return config.json for a flat `model` section: of the first family that computes what the model does.
 
-    Token ids are null: a model does not know its tokenizer.
-
-    Args:
-        settings: the `model` section, flat; `flat_settings` of a `ModelConfig`.
-
-    Raises:
-        InputError: no family computes what this model does; the message says what none has.
-
+    Token ids are null: a model does not know its tokenizer. If no family has all of it, the refusal says what
+    the closest has not.
     """
-    given = _completed(settings)
+    defaults = _defaults()
+    given = _completed(settings, defaults)
     wrong: dict[str, list[str]] = {}
     for model_type, dialect in DIALECTS.items():
-        means = {**PLAIN, **dialect.fixed}
-        for name in dialect.own({}):
-            means.pop(name, None)
-        wrong[model_type] = [name for name, value in means.items() if given.get(name) != value]
+        means = {**{name: defaults[name] for name in PLAIN}, **FIXED, **USUAL, **dialect.fixed}
+        said = {*dialect.names, *dialect.switches, *dialect.own({})}
+        wrong[model_type] = [name for name in means if name not in said and given[name] != means[name]]
         if given["num_moe_experts"] is None:
             wrong[model_type].append("num_moe_experts")
         if not wrong[model_type]:
@@ -295,31 +239,22 @@ def hugging_face_config(settings: Values) -> dict[str, Any]:
     )
 
 
-def _completed(settings: Values) -> dict[str, Any]:
+def _defaults() -> dict[str, Any]:
+    """Return what settings of the model are where nothing is said: Megatron-Core's, and ours."""
+    megatron = {name: field.default for name, field in megatron_fields()["TransformerConfig"].items()}
+    return {**megatron, **ModelConfig(preset=None).flat()}
+
+
+def _completed(settings: Values, defaults: Values) -> dict[str, Any]:
     """Return the settings, those not given filled in as Megatron-Core would."""
     heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
     inner = settings.get("ffn_hidden_size") or 4 * hidden
     filled: dict[str, Any] = {
-        **PLAIN,
-        "normalization": "LayerNorm",
-        "gated_linear_unit": False,
-        "add_bias_linear": True,
-        "layernorm_epsilon": 1e-5,
+        **defaults,
         "num_query_groups": heads,
         "kv_channels": hidden // heads,
         "ffn_hidden_size": inner,
-        "num_moe_experts": None,
         "moe_ffn_hidden_size": inner,
-        "moe_shared_expert_intermediate_size": None,
-        "moe_shared_expert_gate": False,
-        "moe_router_topk": 2,
-        "moe_router_pre_softmax": False,
-        "moe_layer_freq": 1,
-        "qk_layernorm": False,
-        "qk_layernorm_full_width": False,
-        "add_qkv_bias": False,
-        "attention_dropout": 0.1,
-        "untie_embeddings_and_output_weights": True,
         **{name: value for name, value in settings.items() if value is not None},
     }
     frequency = filled["moe_layer_freq"]
@@ -353,9 +288,7 @@ def _written(model_type: str, dialect: Dialect, given: Values) -> dict[str, Any]
         "tie_word_embeddings": not given["untie_embeddings_and_output_weights"],
         "sliding_window": None,
         **dialect.must,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
     return dialect.published(written, given)
 

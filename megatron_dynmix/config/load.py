@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import re
 import sys
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,31 +22,20 @@ PATH_LEAVES = (
     *("tokenizer", "prepared_dir", "pretrained_checkpoint", "load_hf"),
     *("reference", "target", "weights_from", "embeddings", "override_file"),
 )
-FLAT = ("megatron", "options")
-"""Mappings of a section that are written flat in YAML."""
-SECTIONS = tuple(field.name for field in dataclasses.fields(tree.RunConfig))
-Values = dict[str, dict[str, Any]]
 
 
 def load_config(path: Path, flags: Sequence[str] = ()) -> tree.RunConfig:
     """Read RUN.yaml, let the flags win over it, fill in the preset.
 
     Relative paths are taken from the folder of the YAML file, those in flags from the current folder;
-    `${NAME}` stands for an environment variable.
-
-    Args:
-        path: the YAML file.
-        flags: Megatron-LM spelled flags, `--train-iters 100 --bf16`.
-
-    Raises:
-        InputError: anything in the file or the flags that cannot be used.
-
+    `${NAME}` stands for an environment variable. Flags are spelled as Megatron-LM's: `--bf16`.
     """
-    raw = _read_yaml(path)
-    values: Values = {section: {} for section in SECTIONS}
-    for section, settings in raw.items():
-        if section not in SECTIONS:
-            raise InputError(f"{path}: {section} is no section{leaves.nearest(section, SECTIONS)}")
+    from megatron_dynmix.config.presets import complete_model, has_tokenizer  # `update` has no model
+
+    values: dict[str, dict[str, Any]] = {section: {} for section in tree.SECTIONS}
+    for section, settings in _read_yaml(path).items():
+        if section not in values:
+            raise InputError(f"{path}: {section} is no section{leaves.nearest(section, values)}")
         if not isinstance(settings, dict):
             raise InputError(f"{path}: section {section} holds {settings!r}; it must hold settings by name")
         for name, value in settings.items():
@@ -57,7 +46,12 @@ def load_config(path: Path, flags: Sequence[str] = ()) -> tree.RunConfig:
     for name, value in given.items():
         values[leaves.find(name).section][name] = value
     values["data"].setdefault("prepared_dir", _absolute("prepared", path.parent, "data.prepared_dir"))
-    return _build(values)
+    values["model"] = complete_model(values["model"])
+    load_hf = values["model"].get("load_hf")
+    if load_hf is not None and has_tokenizer(Path(load_hf)):
+        values["data"].setdefault("tokenizer", load_hf)
+    sections: dict[str, Any] = {name: kind.from_flat(values[name]) for name, kind in tree.SECTIONS.items()}
+    return tree.RunConfig(**sections)
 
 
 def _leave_options(path: Path, mixing: dict[str, Any], strategy: str) -> None:
@@ -88,13 +82,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: it cannot be read as a UTF-8 text file: {error}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: it is not valid YAML: {error}") from None
-    if raw is None:
-        raw = {}
-    if not isinstance(raw, dict):
+    if not isinstance(raw, dict | None):
         raise InputError(
-            f"{path}: it holds {type(raw).__name__}; it must hold sections: {', '.join(SECTIONS)}"
+            f"{path}: it holds {type(raw).__name__}; it must hold sections: {', '.join(tree.SECTIONS)}"
         )
-    return raw
+    return raw or {}
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -105,9 +97,8 @@ def _mapping_without_repeats(loader: StrictLoader, node: yaml.MappingNode) -> di
     keys = [loader.construct_object(key) for key, _ in node.value]
     for key in keys:
         if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key!r} is given twice", node.start_mark
-            )
+            said = f"the key {key!r} is given twice"
+            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark)
     return loader.construct_mapping(node, deep=True)
 
 
@@ -143,28 +134,20 @@ def _is_path(name: str, value: Any) -> bool:
 def _shadows(entries: tuple[str | dict[str, Any], ...], where: str) -> tuple[str | dict[str, Any], ...]:
     """Give the options of shadows the types of the same flat options."""
     hints = option_hints()
-    return tuple(
-        entry
-        if isinstance(entry, str)
-        else {
-            key: leaves.coerce(item, hints[key], f"{where}.{key}") if key in hints else item
-            for key, item in entry.items()
+
+    def typed(entry: dict[str, Any]) -> dict[str, Any]:
+        known = {
+            key: leaves.coerce(entry[key], hints[key], f"{where}.{key}") for key in entry if key in hints
         }
-        for entry in entries
-    )
+        return {**entry, **known}
+
+    return tuple(entry if isinstance(entry, str) else typed(entry) for entry in entries)
 
 
 def _sources(where: str, value: Any, folder: Path) -> dict[str, tree.SourceConfig]:
     if not isinstance(value, dict) or not value:
         raise InputError(f"{where} holds {value!r}; it must hold at least one source, as name: {{path: ...}}")
-    hints = {
-        "path": str,
-        "weight": float | None,
-        "probe": str | None,
-        "max_epochs": float | None,
-        "format": str,
-        "fields": dict,
-    }
+    hints = {**typing.get_type_hints(tree.SourceConfig), "format": str, "fields": dict}
     sources = {}
     for name, settings in value.items():
         at = f"{where}.{name}"
@@ -199,17 +182,8 @@ def _absolute(text: str | None, folder: Path, where: str) -> str | None:
 
 
 def parse_flags(flags: Sequence[str], known: Mapping[str, leaves.Leaf] | None = None) -> dict[str, Any]:
-    """Return leaf name -> value of flags.
-
-    Args:
-        flags: as on a command line.
-        known: the leaves that may be set; all if not given.
-
-    Raises:
-        InputError: an unknown flag (with the nearest), a missing or wrong value.
-
-    """
-    known = leaves.all_leaves() if known is None else known
+    """Return leaf name -> value of flags as on a command line; all leaves may be set if none are `known`."""
+    known = known or leaves.all_leaves()
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
     parser.error = _refuse  # type: ignore[assignment, method-assign]
     for leaf in known.values():
@@ -247,41 +221,14 @@ def _refuse(message: str) -> None:
     raise InputError(message)
 
 
-def _build(values: Values) -> tree.RunConfig:
-    """Return the tree from checked values: the model's shape filled in, Megatron's fields apart from ours."""
-    from megatron_dynmix.config.presets import complete_model, has_tokenizer  # `update` has no model
-
-    values["model"] = complete_model(values["model"])
-    load_hf = values["model"].get("load_hf")
-    if load_hf is not None and has_tokenizer(Path(load_hf)):
-        values["data"].setdefault("tokenizer", load_hf)
-    sections = {}
-    for field in dataclasses.fields(tree.RunConfig):
-        owner = getattr(tree, f"{field.name.capitalize()}Config")
-        own = {item.name for item in dataclasses.fields(owner)}
-        settings = values[field.name]
-        arguments = {name: value for name, value in settings.items() if name in own}
-        for rest in own.intersection(FLAT):
-            arguments[rest] = {name: value for name, value in settings.items() if name not in own}
-        sections[field.name] = owner(**arguments)
-    return tree.RunConfig(**sections)
-
-
 def to_dict(config: tree.RunConfig) -> dict[str, dict[str, Any]]:
     """Return the resolved configuration as plain values, flat as in RUN.yaml."""
-    sections = {}
-    for field in dataclasses.fields(config):
-        section = getattr(config, field.name)
-        flat = {item.name: getattr(section, item.name) for item in dataclasses.fields(section)}
-        for rest in FLAT:
-            flat.update(flat.pop(rest, {}))
-        sections[field.name] = {name: _plain(value) for name, value in flat.items()}
-    return sections
+    return {name: _plain(getattr(config, name).flat()) for name in tree.SECTIONS}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, tree.SourceConfig):
-        return {name: item for name, item in dataclasses.asdict(value).items() if item is not None}
+        return {name: item for name, item in value.flat().items() if item is not None}
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, tuple | list):

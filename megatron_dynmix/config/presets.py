@@ -68,15 +68,7 @@ def complete_model(given: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in what preset or folder say of the model; what is given beside them wins.
 
     What a folder says is written out in the result, whose preset is None: it then means the same on a machine
-    that does not have the folder.
-
-    Args:
-        given: settings of the model section; paths are absolute.
-
-    Raises:
-        InputError: an unknown preset, a folder without a model that we know, or settings beside it that
-            belong to another model.
-
+    that does not have the folder. Settings beside a folder that belong to another model are refused.
     """
     load_hf = given.get("load_hf")
     preset = given.get("preset", ModelConfig.preset if load_hf is None else None)
@@ -114,12 +106,7 @@ def _alone(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_shape(folder: Path) -> dict[str, Any]:
-    """Return our model section for the model that a folder's config.json describes.
-
-    Raises:
-        InputError: no such file, one that cannot be read, a model that we do not have.
-
-    """
+    """Return our model section for the model that a folder's config.json describes."""
     path = next((folder / name for name in CONFIG_FILES if (folder / name).is_file()), None)
     if path is None:
         what = "holds no config.json" if folder.is_dir() else "is no folder"
@@ -148,20 +135,20 @@ def other_shape(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     def value(settings: Mapping[str, Any], name: str) -> Any:
         found = settings.get(name, DEFAULTS.get(name)) or None
         if found is None and (one.get(name) or other.get(name)):
-            found = _implied(settings, name)
+            found = _implied(settings).get(name)
         return found is not None if name in PRESENCE else found
 
     return [name for name in SHAPE if value(one, name) != value(other, name)]
 
 
-def _implied(settings: Mapping[str, Any], name: str) -> Any:
-    """Return a size that Megatron-Core takes from others where it is not given; None for what is then off."""
+def _implied(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sizes that Megatron-Core takes from others where they are not given."""
     heads = settings.get("num_attention_heads")
-    if name == "num_query_groups":
-        return heads
-    if name == "kv_channels" and heads:
-        return settings["hidden_size"] // heads
-    return settings.get("ffn_hidden_size") if name == "moe_ffn_hidden_size" else None
+    return {
+        "num_query_groups": heads,
+        "kv_channels": settings["hidden_size"] // heads if heads else None,
+        "moe_ffn_hidden_size": settings.get("ffn_hidden_size"),
+    }
 
 
 def _refuse_other_shape(given: Mapping[str, Any], base: Mapping[str, Any], folder: str) -> None:

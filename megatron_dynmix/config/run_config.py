@@ -7,13 +7,39 @@ agree on is checked in `check.py`.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 from megatron_dynmix.config.strategies import Chosen, chosen_shadow, complete_options, is_own
 from megatron_dynmix.errors import InputError
+
+Overlong = Literal["drop", "truncate", "split", "error"]
+TrainOn = Literal["all", "last", "completion", "everything"]
+FormatName = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"]
+RowFormat = Literal["auto", FormatName]
+RouterNoise = Literal["idle", "training"]
+HUB = "hf://"
+"""What stands before the name of a tokenizer on the Hugging Face hub."""
+JINJA_SUFFIXES = (".jinja", ".j2")
+FLAT = ("megatron", "options")
+"""Mappings of a section that are written flat in YAML."""
+
+
+class Need(NamedTuple):
+    """What a value must be: in words, and as a test of one that is not None."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+T = TypeVar("T")
+S = TypeVar("S", bound="Section")
+Positive = Annotated[T, Need("a positive number", lambda value: value > 0 and math.isfinite(value))]
+NotNegative = Annotated[T, Need("0 or more", lambda value: value >= 0)]
 
 
 def require(condition: bool, name: str, value: object, need: str) -> None:
@@ -22,43 +48,49 @@ def require(condition: bool, name: str, value: object, need: str) -> None:
         raise InputError(f"{name} is {value!r}; it must be {need}")
 
 
-def one_of(name: str, value: str, kind: Any) -> None:
-    """Raise InputError unless `value` is one of the strings of the Literal `kind`."""
-    allowed = get_args(kind)
-    require(value in allowed, name, value, f"one of {', '.join(allowed)}")
-
-
-def positive(section: object, prefix: str, *names: str) -> None:
-    """Raise InputError unless these settings of a section are finite and above 0, or None."""
-    for name in names:
-        value = getattr(section, name)
-        good = value is None or (value > 0 and math.isfinite(value))
-        require(good, f"{prefix}.{name}", value, "a positive number")
-
-
-Overlong = Literal["drop", "truncate", "split", "error"]
-BuiltInTemplate = Literal["tokenizer", "vicuna", "chatml", "plain"]
-HUB = "hf://"
-"""What stands before the name of a tokenizer on the Hugging Face hub."""
-JINJA_SUFFIXES = (".jinja", ".j2")
-TrainOn = Literal["all", "last", "completion", "everything"]
-FormatName = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"]
-RowFormat = Literal["auto", FormatName]
-Nonfinite = Literal["stop", "skip"]
-DecayStyle = Literal["linear", "cosine", "constant", "inverse-square-root"]
-OnSaveError = Literal["stop", "continue"]
-SaveHF = Literal["end", "every"]
-RouterNetwork = Literal["linear", "mlp"]
-SignalName = Literal["probe", "train"]
-UnitName = Literal["tokens", "examples"]
-LoadTokens = Literal["all", "trained"]
-LoadMass = Literal["count", "probability"]
-ProbeRows = Literal["fixed", "rotating"]
-RouterNoise = Literal["idle", "training"]
+@functools.cache
+def _needs(section: type) -> dict[str, Need]:
+    """Return setting -> what its type says that it must be."""
+    needs = {}
+    for name, hint in typing.get_type_hints(section, include_extras=True).items():
+        for kind in (hint, *get_args(hint)):
+            if isinstance(kind, Need):
+                needs[name] = kind
+            elif typing.get_origin(kind) is Literal:
+                needs[name] = Need(f"one of {', '.join(get_args(kind))}", get_args(kind).__contains__)
+    return needs
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class Section:
+    """A part of the configuration: checks each value by the type of its field."""
+
+    def __post_init__(self) -> None:
+        kind: type = type(self)
+        section = kind.__name__.removesuffix("Config").lower()
+        for name, need in _needs(kind).items():
+            value = getattr(self, name)
+            require(value is None or need.holds(value), f"{section}.{name}", value, need.words)
+
+    def flat(self) -> dict[str, Any]:
+        """Return the section as in YAML: what `FLAT` holds beside the other settings."""
+        settings = {item.name: getattr(self, item.name) for item in fields(self)}
+        rest = {name: value for flat in FLAT for name, value in settings.pop(flat, {}).items()}
+        return {**settings, **rest}
+
+    @classmethod
+    def from_flat(cls: type[S], settings: Mapping[str, Any]) -> S:
+        """Read `flat` back, from JSON too, which has lists for tuples."""
+        own = {item.name for item in fields(cls)}
+        given = {name: value for name, value in settings.items() if name in own}
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        for flat in own.intersection(FLAT):
+            given[flat] = {name: value for name, value in settings.items() if name not in own}
+        return cls(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
     """Which model; any field of Megatron-Core's `TransformerConfig` may stand beside these."""
 
     preset: str | None = "tiny"
@@ -66,19 +98,19 @@ class ModelConfig:
     config.json of Hugging Face's; null for nothing but the settings beside it."""
     load_hf: str | None = None
     """Hugging Face folder whose weights a fresh run starts from, and whose shape the model has."""
-    vocab_size: int | None = None
+    vocab_size: Positive[int | None] = None
     """Rows of the embedding, before padding; the preset's if not given."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: Positive[int] = 128
     """The embedding is padded to a multiple of this times the tensor-parallel size."""
-    max_position_embeddings: int | None = None
+    max_position_embeddings: Positive[int | None] = None
     """Longest sequence the model allows; the preset's if not given."""
-    rotary_base: float | None = None
+    rotary_base: Positive[float | None] = None
     """Base of the rotary embedding; the preset's if not given."""
     untie_embeddings_and_output_weights: bool = True
     """Whether the output layer has weights of its own."""
     qk_layernorm_full_width: bool = False
     """Normalise queries and keys over all heads together, as OLMoE does, not head by head."""
-    router_network: RouterNetwork = "linear"
+    router_network: Literal["linear", "mlp"] = "linear"
     """How routers make their logits: by one matrix, or by two with a tanh between (LLaMA-MoE)."""
     router_noise: RouterNoise | None = None
     """Noise of a learnt size on the logits of `router_network: mlp`, while `training`; if `idle`, its weights
@@ -90,27 +122,20 @@ class ModelConfig:
     megatron: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `TransformerConfig`."""
 
-    def __post_init__(self) -> None:
-        positive(self, "model", "vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings")
-        positive(self, "model", "rotary_base")
-        one_of("model.router_network", self.router_network, RouterNetwork)
-        if self.router_noise is not None:
-            one_of("model.router_noise", self.router_noise, RouterNoise)
-
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
+class ParallelConfig(Section):
     """Layout; any field of `ModelParallelConfig` or `DistributedDataParallelConfig` may stand beside."""
 
     use_distributed_optimizer: bool = True
     """Shard the optimizer's state over the data-parallel ranks."""
-    distributed_timeout_minutes: float = 10.0
+    distributed_timeout_minutes: Positive[float] = 10.0
     """How long a collective waits for the other ranks."""
     megatron: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `ModelParallelConfig` and `DistributedDataParallelConfig`."""
 
     def __post_init__(self) -> None:
-        positive(self, "parallel", "distributed_timeout_minutes")
+        super().__post_init__()
         for name, value in self.megatron.items():
             if name.endswith("_parallel_size") and value is not None:
                 require(value >= 1, f"parallel.{name}", value, "1 or more")
@@ -132,7 +157,7 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceConfig:
+class SourceConfig(Section):
     """One named dataset."""
 
     path: str
@@ -145,21 +170,19 @@ class SourceConfig:
     """Initial share; uniform if no source has one."""
     probe: str | None = None
     """Held-out rows of the same kind, for `mixing.signal: probe` and for evaluation."""
-    max_epochs: float | None = None
+    max_epochs: Positive[float | None] = None
     """Epochs after which the source is drawn no more; its share goes to the others."""
 
     def __post_init__(self) -> None:
-        positive(self, "a source's", "max_epochs")
-        one_of("a source's format", self.format, RowFormat)
+        super().__post_init__()
         named = all(isinstance(name, str) for pair in self.fields.items() for name in pair)
-        require(named, "a source's fields", self.fields, "names, as {prompt: question}")
-        if self.weight is not None:
-            ok = math.isfinite(self.weight) and self.weight >= 0
-            require(ok, "a source's weight", self.weight, "a finite number, 0 or more")
+        require(named, "source.fields", self.fields, "names, as {prompt: question}")
+        good = self.weight is None or (math.isfinite(self.weight) and self.weight >= 0)
+        require(good, "source.weight", self.weight, "a finite number, 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section):
     """What is trained on."""
 
     tokenizer: str | None = None
@@ -172,18 +195,18 @@ class DataConfig:
     train_on: TrainOn = "all"
     """Which tokens are trained on: all answers, the last one, the only one of rows with one
     (`completion`), or everything."""
-    seq_length: int = 2048
+    seq_length: Positive[int] = 2048
     """Positions of a row."""
     packing: bool = True
     """Whether a row holds as many whole examples as fit; if not, each row holds one."""
     overlong: Overlong = "drop"
     """What to do with an example longer than a row: drop and count it, truncate it, split it at turn borders
     (what is too long even so is dropped), or stop."""
-    probe: int | None = None
+    probe: Positive[int | None] = None
     """Examples of each source without a `probe` file that are kept from training to be its probe."""
     strict: bool = False
     """Whether one row that cannot be used is an error; if not, such rows are counted and left out."""
-    num_workers: int = 1
+    num_workers: NotNegative[int] = 1
     """Processes that read rows, per rank."""
     prepared_dir: str = "prepared"
     """Where JSONL sources are prepared to, and packings cached."""
@@ -191,12 +214,10 @@ class DataConfig:
     """Name -> source, in the order of their dataset_id."""
 
     def __post_init__(self) -> None:
-        positive(self, "data", "seq_length", "probe")
-        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
-        one_of("data.overlong", self.overlong, Overlong)
-        if not self.template.endswith(JINJA_SUFFIXES):
-            one_of("data.template", self.template, BuiltInTemplate)
-        one_of("data.train_on", self.train_on, TrainOn)
+        super().__post_init__()
+        known = self.template in ("tokenizer", "vicuna", "chatml", "plain")
+        good = known or self.template.endswith(JINJA_SUFFIXES)
+        require(good, "data.template", self.template, "one of tokenizer, vicuna, chatml, plain")
 
     @property
     def probed(self) -> tuple[str, ...]:
@@ -205,26 +226,26 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixingConfig:
+class MixingConfig(Section):
     """How the weights change."""
 
     strategy: str = "gate-load"
     """A built-in one, or `module:name` of your own."""
-    interval: int = 100
+    interval: Positive[int] = 100
     """Iterations between two weight updates (the paper's m)."""
-    unit: UnitName = "tokens"
+    unit: Literal["tokens", "examples"] = "tokens"
     """What a weight is a share of: the tokens drawn (rows, all equally long), or the examples (the paper)."""
-    signal: SignalName = "probe"
+    signal: Literal["probe", "train"] = "probe"
     """Where gate loads are measured: on held-out rows, or while training."""
-    probe_tokens: int = 16384
+    probe_tokens: Positive[int] = 16384
     """Positions of each source's held-out rows that a probe reads."""
-    probe_rows: ProbeRows = "fixed"
+    probe_rows: Literal["fixed", "rotating"] = "fixed"
     """Whether every probe reads the same rows, or each goes on where the last one stopped."""
-    load_tokens: LoadTokens = "all"
+    load_tokens: Literal["all", "trained"] = "all"
     """Tokens that gate loads are made of: all but padding, or those whose label is trained on."""
-    load_mass: LoadMass = "count"
+    load_mass: Literal["count", "probability"] = "count"
     """What a token adds to the load of an expert it goes to: 1, or the weight its output gets."""
-    min_tokens: int = 1
+    min_tokens: NotNegative[int] = 1
     """Tokens of a source in an interval, for `signal: train`; with fewer its last known values are used."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of a built-in strategy, flat in YAML; those not given are filled in."""
@@ -256,13 +277,7 @@ class MixingConfig:
     """Strategies that are asked beside it and change nothing: a name, or {strategy: NAME, option: value}."""
 
     def __post_init__(self) -> None:
-        one_of("mixing.signal", self.signal, SignalName)
-        one_of("mixing.unit", self.unit, UnitName)
-        one_of("mixing.probe_rows", self.probe_rows, ProbeRows)
-        one_of("mixing.load_tokens", self.load_tokens, LoadTokens)
-        one_of("mixing.load_mass", self.load_mass, LoadMass)
-        positive(self, "mixing", "interval", "probe_tokens")
-        require(self.min_tokens >= 0, "mixing.min_tokens", self.min_tokens, "0 or more")
+        super().__post_init__()
         options = complete_options(self.strategy, self.options, "mixing")
         if self.strategy_options and not is_own(self.strategy):
             raise InputError(
@@ -274,26 +289,6 @@ class MixingConfig:
         for label in labels:
             if labels.count(label) > 1:
                 raise InputError(f"mixing.shadow holds {label} twice; give each another option, or only one")
-
-    def flat(self) -> dict[str, Any]:
-        """Return the section as in YAML: the strategy's options beside the other settings."""
-        settings = {item.name: getattr(self, item.name) for item in fields(self)}
-        options = settings.pop("options")
-        return {**settings, **options}
-
-    @classmethod
-    def from_flat(cls, settings: Mapping[str, Any]) -> MixingConfig:
-        """Read `flat` back, from JSON too.
-
-        Raises:
-            InputError: a setting that there is not.
-
-        """
-        own = {item.name for item in fields(cls)}
-        tuples = {name: tuple(settings[name]) for name in ("shadow", "schedule") if settings.get(name)}
-        known = {name: value for name, value in settings.items() if name in own}
-        options = {name: value for name, value in settings.items() if name not in own}
-        return cls(**{**known, **tuples}, options=options)
 
     @property
     def chosen(self) -> Chosen:
@@ -309,97 +304,83 @@ class MixingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Section):
     """Length, batch and precision."""
 
-    train_iters: int | None = None
+    train_iters: Positive[int | None] = None
     """Iterations of the run."""
-    micro_batch_size: int = 1
+    micro_batch_size: Positive[int] = 1
     """Rows that a rank runs at a time."""
-    global_batch_size: int | None = None
+    global_batch_size: Positive[int | None] = None
     """Rows of an iteration, over all ranks."""
     rampup_batch_size: tuple[int, ...] | None = None
     """Start, increment and samples: the batch grows to `global_batch_size` over so many samples."""
-    seed: int = 1234
+    seed: NotNegative[int] = 1234
     """Seed of the initial weights, dropout, and the order of the samples."""
     bf16: bool = False
     """Parameters and activations in bfloat16, master weights and gradients in float32."""
-    nonfinite: Nonfinite = "stop"
+    nonfinite: Literal["stop", "skip"] = "stop"
     """At a loss or gradient that is not finite: stop at the last good state, or skip the batch."""
 
     def __post_init__(self) -> None:
-        positive(self, "training", "train_iters", "micro_batch_size", "global_batch_size")
+        super().__post_init__()
         ramp = self.rampup_batch_size
         good = ramp is None or (len(ramp) == 3 and min(ramp) > 0)
         require(good, "training.rampup_batch_size", ramp, "START INCREMENT SAMPLES, each 1 or more")
-        require(self.seed >= 0, "training.seed", self.seed, "0 or more")
-        one_of("training.nonfinite", self.nonfinite, Nonfinite)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """Learning rate and its schedule; any field of Megatron-Core's `OptimizerConfig` may stand beside."""
 
-    lr: float = 2.0e-5
+    lr: Positive[float] = 2.0e-5
     """Highest learning rate, reached after the warm-up."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
-    lr_decay_style: DecayStyle = "cosine"
+    lr_decay_style: Literal["linear", "cosine", "constant", "inverse-square-root"] = "cosine"
     """Shape of the decay."""
-    lr_decay_iters: int | None = None
+    lr_decay_iters: Positive[int | None] = None
     """Iterations until `min_lr`; `train_iters` if not given."""
-    lr_warmup_iters: int = 0
+    lr_warmup_iters: NotNegative[int] = 0
     """Iterations over which the learning rate rises from 0."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative[float] = 0.0
     """Decoupled, as AdamW's; norms and biases have none."""
     megatron: Mapping[str, Any] = field(default_factory=dict)
     """Fields of Megatron-Core's `OptimizerConfig`."""
 
     def __post_init__(self) -> None:
-        positive(self, "optimizer", "lr", "lr_decay_iters")
+        super().__post_init__()
         require(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"from 0 to lr ({self.lr})")
-        require(self.lr_warmup_iters >= 0, "optimizer.lr_warmup_iters", self.lr_warmup_iters, "0 or more")
-        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
-        one_of("optimizer.lr_decay_style", self.lr_decay_style, DecayStyle)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """What is kept of a run, and what it starts from."""
 
-    save_interval: int | None = None
+    save_interval: Positive[int | None] = None
     """Iterations between two checkpoints; one is always written at the end."""
     pretrained_checkpoint: str | None = None
     """Checkpoint folder (the parent of `iter_*`) whose weights a fresh run starts from."""
     async_save: bool = False
     """Write checkpoints beside the training that goes on."""
-    keep_last: int | None = None
+    keep_last: Positive[int | None] = None
     """Checkpoints that are kept, the newest ones; all if not given."""
-    on_save_error: OnSaveError = "stop"
+    on_save_error: Literal["stop", "continue"] = "stop"
     """What a checkpoint that cannot be written does to the run; the last one always ends it."""
-    save_hf: SaveHF | None = None
+    save_hf: Literal["end", "every"] | None = None
     """Write the model as a Hugging Face folder too: at the end of the run, or with every checkpoint."""
-
-    def __post_init__(self) -> None:
-        if self.save_hf is not None:
-            one_of("checkpoint.save_hf", self.save_hf, SaveHF)
-        positive(self, "checkpoint", "save_interval", "keep_last")
-        one_of("checkpoint.on_save_error", self.on_save_error, OnSaveError)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoggingConfig:
+class LoggingConfig(Section):
     """How much is said."""
 
-    log_interval: int = 10
+    log_interval: Positive[int] = 10
     """Iterations between two log lines."""
     wandb_project: str | None = None
     """Project on Weights & Biases that gets the numbers too; needs the extra `wandb`."""
     wandb_exp_name: str | None = None
     """Name of the run there; that of its directory if not given."""
-
-    def __post_init__(self) -> None:
-        positive(self, "logging", "log_interval")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -414,3 +395,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+SECTIONS: dict[str, type[Section]] = typing.get_type_hints(RunConfig)
+"""Name of a section -> its settings."""

@@ -95,28 +95,24 @@ def all_leaves() -> dict[str, Leaf]:
     from megatron_dynmix.config.megatron_fields import SECTIONS, megatron_fields  # not for `update`
 
     leaves: dict[str, Leaf] = {}
-    for section in dataclasses.fields(tree.RunConfig):
-        leaves |= _own_leaves(section.name, getattr(tree, f"{section.name.capitalize()}Config"))
+    for section, owner in tree.SECTIONS.items():
+        leaves |= _own_leaves(section, owner)
     leaves |= mixing_leaves()
-    for owner, fields in megatron_fields().items():
+    for megatron, fields in megatron_fields().items():
         for name, field in fields.items():
-            leaves.setdefault(name, Leaf(name, SECTIONS[owner], field.hint))
+            leaves.setdefault(name, Leaf(name, SECTIONS[megatron], field.hint))
     return leaves
 
 
 def _own_leaves(section: str, owner: type) -> dict[str, Leaf]:
     hints = typing.get_type_hints(owner)
-    names = hints.keys() - {"megatron", "sources", "options"}
-    return {name: Leaf(name, section, hint) for name, hint in hints.items() if name in names}
+    return {
+        name: Leaf(name, section, hint) for name, hint in hints.items() if name not in (*tree.FLAT, "sources")
+    }
 
 
 def find(name: str) -> Leaf:
-    """Return the leaf of that name.
-
-    Raises:
-        InputError: an unknown name (with the nearest), or one that cannot be set (with the reason).
-
-    """
+    """Return the leaf of that name; refuse an unknown one, and one that cannot be set, with the reason."""
     if name in DECIDED:
         raise InputError(f"{name} cannot be set: {DECIDED[name]}")
     if name not in all_leaves():
@@ -135,12 +131,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def coerce(value: Any, hint: Any, name: str) -> Any:
-    """Return `value` as the type that `hint` asks for; never a value that changes its meaning.
-
-    Raises:
-        InputError: a value of another type.
-
-    """
+    """Return `value` as the type that `hint` asks for; refuse one whose meaning that would change."""
     try:
         return _adapter(hint).validate_python(value)
     except ValidationError:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from megatron_dynmix.checkpoint.checkpointer import Checkpointer
 from megatron_dynmix.config import RunConfig
-from megatron_dynmix.config.hugging_face import flat_settings
 from megatron_dynmix.config.megatron import padded_vocab_size
 from megatron_dynmix.config.presets import other_shape
 from megatron_dynmix.convert.families import prediction_text
@@ -25,7 +24,7 @@ def folder_for(folder: Path, config: RunConfig) -> HuggingFaceFolder:
 
     """
     source = HuggingFaceFolder(folder)
-    model = flat_settings(config.model)
+    model = config.model.flat()
     if differing := other_shape(source.settings, model):
         changes = ", ".join(
             f"{name} {source.settings.get(name)} (now {model.get(name)})" for name in differing

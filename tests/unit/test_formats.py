@@ -228,9 +228,9 @@ def test_settings_in_the_docs(tmp_path: Path) -> None:
     [
         (
             "sources: {a: {path: a, format: csv}}",
-            "a source's format is 'csv'; it must be one of auto, messages",
+            "source.format is 'csv'; it must be one of auto, messages",
         ),
-        ("sources: {a: {path: a, fields: {prompt: 3}}}", "a source's fields is {'prompt': 3}"),
+        ("sources: {a: {path: a, fields: {prompt: 3}}}", "source.fields is {'prompt': 3}"),
         ("template: llama", "data.template is 'llama'; it must be one of tokenizer, vicuna, chatml, plain"),
         ("train_on: first", "data.train_on|train_on.*'first'"),
     ],

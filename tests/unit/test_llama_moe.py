@@ -10,7 +10,7 @@ from config_fixtures import good_settings, load
 from convert_fixtures import InMemory
 
 from megatron_dynmix.config.check import check_run
-from megatron_dynmix.config.hugging_face import flat_settings, hugging_face_config, model_settings
+from megatron_dynmix.config.hugging_face import hugging_face_config, model_settings
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.config.megatron import optimizer_config
 from megatron_dynmix.config.presets import COMMON, PRESETS
@@ -155,7 +155,7 @@ def test_the_papers_example_is_the_published_setting(tmp_path, monkeypatch):
     config = load_config(EXAMPLE / "RUN.yaml")
     check_run(config, world_size=4)
     preset = {**COMMON, **PRESETS["llama-moe-3.5b-2-8"]}
-    model = flat_settings(config.model)
+    model = config.model.flat()
     assert {name: model[name] for name in preset} == {**preset, "moe_token_dispatcher_type": "alltoall"}
     assert model["freeze_router"] and model["freeze_expert_gate"]
     mixing = config.mixing
