@@ -39,19 +39,9 @@ def inspect(
     row: str | None,
     batch: int | None,
 ) -> list[Span]:
-    """Return what the command line asks for.
+    """Return what the command line asks of the prefix of a prepared source, a RUN.yaml or a run directory.
 
-    Args:
-        target: the prefix of a prepared source, a RUN.yaml, or a run directory.
-        flags: settings that win over those of a RUN.yaml.
-        tokenizer: its folder; has to be given with a prefix.
-        example: `N` of a prefix, `SOURCE:N` of a run; exactly one of this and the next two is given.
-        row: `SOURCE:N`.
-        batch: an iteration.
-
-    Raises:
-        InputError: what is wrong with them.
-
+    One of the last three is given. `flags` win over the settings of a RUN.yaml; a prefix needs its tokenizer.
     """
     if not target.is_dir() and target.suffix not in (".yaml", ".yml"):
         if example is None or tokenizer is None or flags:
@@ -88,12 +78,7 @@ def _number(text: str, flag: str) -> int:
 
 
 def inspect_prepared(prefix: Path, number: int, tokenizer_dir: Path) -> list[Span]:
-    """Return example `number` (from 0) of a prepared source.
-
-    Raises:
-        InputError: not a prepared source, another tokenizer than it was prepared with, or no such example.
-
-    """
+    """Return example `number` (from 0) of a source that was prepared with this tokenizer."""
     tokenizer, report = load_tokenizer(tokenizer_dir), load_report(prefix)
     if report.tokenizer != tokenizer.fingerprint:
         raise InputError(
@@ -123,12 +108,7 @@ class Inspection:
 
     @classmethod
     def of(cls, run: Path, flags: list[str]) -> Inspection:
-        """Open RUN.yaml, with flags, or a run directory.
-
-        Raises:
-            InputError: it is neither, or its sources are not prepared with its tokenizer and template.
-
-        """
+        """Open RUN.yaml, with flags, or a run directory; its sources must be prepared."""
         if run.is_dir():
             if not (run / "config.yaml").is_file():
                 raise InputError(
@@ -147,21 +127,11 @@ class Inspection:
         return cls(config, tokenizer)
 
     def example(self, name: str, number: int) -> list[Span]:
-        """Return example `number` of a source, from 0.
-
-        Raises:
-            InputError: no such source or example.
-
-        """
+        """Return example `number` of a source, from 0."""
         return _example(f"source {name}", self._file(name).prefix(self.config), number, self.tokenizer)
 
     def row(self, name: str, number: int) -> list[Span]:
-        """Return packed row `number` of a source, from 0.
-
-        Raises:
-            InputError: no such source or row.
-
-        """
+        """Return packed row `number` of a source, from 0."""
         rows = pack_file(self.config, self._file(name), self.tokenizer)
         _check_number(f"row {number} of source {name}", number, len(rows), "rows")
         return row_text(rows, number, self.tokenizer)
@@ -170,10 +140,6 @@ class Inspection:
         """Return the rows of the global batch of an iteration, from 1, in the order of their samples.
 
         The weights are those at the start, as if they never changed.
-
-        Raises:
-            InputError: no such iteration, or no first weights.
-
         """
         if iteration < 1:
             raise InputError(f"iteration {iteration}: the first one is 1")
@@ -187,9 +153,8 @@ class Inspection:
         weights = ", ".join(
             f"{name} {weight:.4f}" for name, weight in zip(names, mix.first_D.tolist(), strict=True)
         )
-        spans = [
-            border(f"iteration {iteration}: samples {first:,} to {last - 1:,}; shares of rows: {weights}")
-        ]
+        said = f"iteration {iteration}: samples {first:,} to {last - 1:,}; shares of rows: {weights}"
+        spans = [border(said)]
         for sample, (dataset_id, row, _) in enumerate(blend.draws(first, last), start=first):
             epoch = drawn_D[dataset_id] // len(rows[dataset_id])
             drawn_D[dataset_id] += 1

@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the ranks have: CUDA with Transformer Engine (default with bf16), CUDA without, or a CPU "
         "(default in float32)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument(
+        "--json", dest="as_json", action="store_true", help="print one JSON object instead of text"
+    )
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -29,12 +31,6 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     platform.start()
     from megatron_dynmix.commands.planning import plan_run
 
-    plan_run(
-        arguments.run_yaml,
-        rest,
-        world_size=arguments.world_size,
-        gpu_memory_gb=arguments.gpu_memory_gb,
-        host=arguments.host,
-        as_json=arguments.json,
-    )
+    given = {name: getattr(arguments, name) for name in ("world_size", "gpu_memory_gb", "host", "as_json")}
+    plan_run(arguments.run_yaml, rest, **given)
     return 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_dynmix import platform
@@ -23,7 +23,7 @@ from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.plan.parameters import transformer_here
 from megatron_dynmix.plan.plan import Plan, SourceWork
-from megatron_dynmix.plan.proposals import nearest_world_sizes, propose
+from megatron_dynmix.plan.proposals import Alternative, nearest_world_sizes, propose
 from megatron_dynmix.plan.text import needs_line, plan_text, size_text
 from megatron_dynmix.training.mix_setup import Mix, Resolved, check_mix, initial_weights
 from megatron_dynmix.training.resume import check_pretrained
@@ -47,11 +47,9 @@ def plan_run(
     host: str | None,
     as_json: bool = False,
 ) -> RunConfig:
-    """Print the plan of a run on `world_size` ranks of a kind of host; returns its configuration.
+    """Print the plan of a run on `world_size` ranks of a kind of host; return its configuration.
 
-    Raises:
-        InputError: it cannot run, or does not fit; with layouts that can, if there are any.
-
+    One that cannot run or does not fit is refused, with layouts that can, if there are any.
     """
     if world_size < 1:
         raise InputError(f"--world-size is {world_size}; give 1 or more")
@@ -66,52 +64,39 @@ def plan_run(
         )
     gpu_gb = gpu_memory_gb or GPU_MEMORY_GB
     gpu_bytes = int(gpu_gb * GIB) if ranks.cuda else None
-    checker = Checker(ranks)
+    check = functools.partial(_check, ranks)
+    alternatives = functools.partial(propose, config, world_size, ranks, check)
     try:
-        checker(config, world_size)
+        check(config, world_size)
     except InputError as error:
-        instead = _instead(config, world_size, checker, gpu_bytes) + _near(config, world_size, checker)
-        raise InputError(f"{error}{instead}") from None
+        near = nearest_world_sizes(config, world_size, check)
+        layout = [f"\nthis layout can run on {' or '.join(map(str, near))} ranks"] if near else []
+        raise InputError(
+            "".join([str(error), _instead(alternatives, world_size, gpu_bytes), *layout])
+        ) from None
     plan = plan_of(config, world_size, ranks)
     needs = needs_line(plan.largest, ranks, gpu_bytes)
     print(json.dumps(plan.as_json(), indent=2) if as_json else f"{plan_text(plan)}\n\n{needs}")
     if gpu_bytes is not None and not plan.fits(gpu_bytes):
         raise InputError(
             f"pipeline stage {plan.largest.stage} needs about {size_text(plan.largest.needed)} on each GPU, "
-            f"more than --gpu-memory-gb {gpu_gb:g}"
-            f"{_instead(config, world_size, checker, gpu_bytes)}"
+            f"more than --gpu-memory-gb {gpu_gb:g}{_instead(alternatives, world_size, gpu_bytes)}"
         )
     return config
 
 
-@dataclasses.dataclass(frozen=True)
-class Checker:
-    """What `train` would refuse on ranks of such hosts, before it looks at any file."""
-
-    host: Host
-
-    def __call__(self, config: RunConfig, world_size: int) -> None:
-        """Refuse a run that cannot work.
-
-        Raises:
-            InputError: the first thing found.
-
-        """
-        check_host(config, self.host)
-        here = platform.start()
-        machine = Host(cuda=here.device.type == "cuda", transformer_engine=here.transformer_engine)
-        runnable = without_unmet(config, machine)
-        check_settings(runnable, world_size)
-        check_with_megatron(runnable)
+def _check(host: Host, config: RunConfig, world_size: int) -> None:
+    """Refuse what `train` would on ranks of such hosts, before it looks at any file."""
+    check_host(config, host)
+    here = platform.start()
+    machine = Host(cuda=here.device.type == "cuda", transformer_engine=here.transformer_engine)
+    runnable = without_unmet(config, machine)
+    check_settings(runnable, world_size)
+    check_with_megatron(runnable)
 
 
 def plan_of(config: RunConfig, world_size: int, host: Host) -> Plan:
-    """Reckon a run whose settings were checked, with what is known of its data on this machine.
-
-    Raises:
-        InputError: files that are here and cannot be used.
-
-    """
+    """Plan a run whose settings were checked, with what is known of its data on this machine."""
     notes: list[str] = []
     tokenizer = _tokenizer(config, notes)
     resolved = _check_mix(config, notes)
@@ -157,16 +142,14 @@ def _check_mix(config: RunConfig, notes: list[str]) -> Resolved | None:
 def _check_weights(config: RunConfig, notes: list[str]) -> None:
     """Check what the run starts from, if it is here."""
     load_hf, pretrained = config.model.load_hf, config.checkpoint.pretrained_checkpoint
-    if load_hf is not None:
-        if any(Path(load_hf).glob("*.safetensors")):
-            check_load_hf(config)
-        else:
-            notes.append(f"model.load_hf is {load_hf}, whose weights are not on this machine")
-    if pretrained is not None:
-        if Path(pretrained).exists():
-            check_pretrained(config)
-        else:
-            notes.append(f"checkpoint.pretrained_checkpoint is {pretrained}, which is not on this machine")
+    if load_hf is None or any(Path(load_hf).glob("*.safetensors")):
+        check_load_hf(config)
+    else:
+        notes.append(f"model.load_hf is {load_hf}, whose weights are not on this machine")
+    if pretrained is None or Path(pretrained).exists():
+        check_pretrained(config)
+    else:
+        notes.append(f"checkpoint.pretrained_checkpoint is {pretrained}, which is not on this machine")
 
 
 def _sources(
@@ -201,19 +184,14 @@ def _rows(config: RunConfig, name: str, tokenizer: Tokenizer) -> PackedRows | st
         return str(error)
 
 
-def _instead(config: RunConfig, world_size: int, checker: Checker, gpu_bytes: int | None) -> str:
+def _instead(
+    alternatives: Callable[[int | None], list[Alternative]], world_size: int, gpu_bytes: int | None
+) -> str:
     """Return layouts that can run on these ranks; empty if none could, whatever the memory."""
-    proposals = propose(config, world_size, checker.host, checker, gpu_bytes)
-    if proposals:
-        lines = [f"what can run on {world_size} ranks:", *(f"  {found.describe()}" for found in proposals)]
-    elif propose(config, world_size, checker.host, checker, None):
+    if found := alternatives(gpu_bytes):
+        lines = [f"what can run on {world_size} ranks:", *(f"  {layout.describe()}" for layout in found)]
+    elif alternatives(None):
         lines = [f"no layout of {world_size} ranks fits into their memory; use more of them"]
     else:
         lines = []
     return "".join(f"\n{line}" for line in lines)
-
-
-def _near(config: RunConfig, world_size: int, checker: Checker) -> str:
-    """Return other numbers of ranks that the layout asked for can run on; empty if there are none."""
-    near = nearest_world_sizes(config, world_size, checker)
-    return f"\nthis layout can run on {' or '.join(map(str, near))} ranks" if near else ""

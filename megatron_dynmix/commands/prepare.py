@@ -13,6 +13,13 @@ if TYPE_CHECKING:  # `--help` must not wait for NumPy
     from megatron_dynmix.config.run_config import Overlong
 
 
+SETTINGS = (
+    *("tokenizer", "template", "train_on", "probe", "overlong", "seq_length"),
+    *("strict", "trust_remote_code"),
+)
+"""Arguments that are settings too, where there is a RUN.yaml."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags; beside a RUN.yaml every other setting of it is one, too."""
     parser.add_argument("run_yaml", nargs="?", type=Path, metavar="RUN.yaml")
@@ -34,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Prepare the sources of a RUN.yaml, or one source from files; returns the exit code."""
+    """Prepare the sources of a RUN.yaml, or one source from files."""
     from megatron_dynmix import platform
 
     platform.start()
@@ -54,6 +61,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from megatron_dynmix.config.run_config import require
     from megatron_dynmix.data.prepare.prepare import prepare_source
     from megatron_dynmix.data.prepare.readers import find_inputs
     from megatron_dynmix.data.prepared import load_report, probe_prefix
@@ -68,6 +76,7 @@ def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
         raise InputError(f"--{missing[0]} is missing; give RUN.yaml, or --input, --output and --tokenizer")
     prefix, seq_length = arguments.output, arguments.seq_length
     overlong = _checked_overlong(arguments.overlong, seq_length)
+    require(arguments.probe is None or arguments.probe >= 1, "--probe", arguments.probe, "1 or more")
     tokenizer = load_tokenizer(arguments.tokenizer, trust_remote_code=arguments.trust_remote_code)
     report = prepare_source(
         name=prefix.name,
@@ -79,13 +88,14 @@ def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
         format=arguments.format or "auto",
         fields=_checked_fields(arguments.fields or []),
         split_length=seq_length if overlong == "split" else None,
-        held_out=_count(arguments.probe),
+        held_out=arguments.probe or 0,
         strict=arguments.strict,
         workers=arguments.workers,
     )
-    prefixes = [prefix, *([probe_prefix(prefix)] if report.held_out else [])]
-    reports = [report, *map(load_report, prefixes[1:])]
-    print(prepared_table(reports))
+    made = {prefix: report}
+    if report.held_out:
+        made[probe_prefix(prefix)] = load_report(probe_prefix(prefix))
+    print(prepared_table(list(made.values())))
     if seq_length is not None:
         print(f"\nwhat training with --seq-length {seq_length} --overlong {overlong} makes of them:")
         rows = [
@@ -98,27 +108,20 @@ def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
                 cache_dir=None,
                 pad_id=tokenizer.pad_id,
             )
-            for report, prefix in zip(reports, prefixes, strict=True)
+            for prefix, report in made.items()
         ]
         print(packed_table(rows))
     return 0
 
 
-def _count(probe: int | None) -> int:
-    if probe is not None and probe < 1:
-        raise InputError(f"--probe is {probe}; it must be 1 or more")
-    return probe or 0
-
-
 def _checked_overlong(overlong: str | None, seq_length: int | None) -> Overlong:
-    from megatron_dynmix.config.run_config import Overlong
+    from megatron_dynmix.config.run_config import Overlong, require
 
-    if overlong is not None and overlong not in get_args(Overlong):
-        raise InputError(f"--overlong is {overlong!r}; it must be one of {', '.join(get_args(Overlong))}")
+    known = get_args(Overlong)
+    require(overlong in (None, *known), "--overlong", overlong, f"one of {', '.join(known)}")
     if overlong is not None and seq_length is None:
         raise InputError(f"--overlong {overlong} needs --seq-length, the positions of a row")
-    if seq_length is not None and seq_length < 1:
-        raise InputError(f"--seq-length is {seq_length}; it must be 1 or more")
+    require(seq_length is None or seq_length >= 1, "--seq-length", seq_length, "1 or more")
     return cast(Overlong, overlong or "drop")
 
 
@@ -143,30 +146,17 @@ def _prepare_run(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix.training.mix_setup import initial_shares
     from megatron_dynmix.training.start_report import packed_table, prepared_table, share_table, shared_lines
 
-    given = {
-        "--tokenizer": arguments.tokenizer,
-        "--template": arguments.template,
-        "--train-on": arguments.train_on,
-        "--probe": arguments.probe,
-        "--overlong": arguments.overlong,
-        "--seq-length": arguments.seq_length,
-    }
-    flags = [
-        *rest,
-        *(text for name, value in given.items() if value is not None for text in (name, str(value))),
-        *(["--strict"] if arguments.strict else []),
-        *(["--trust-remote-code"] if arguments.trust_remote_code else []),
-    ]
+    flags = list(rest)
+    for name in SETTINGS:
+        value, flag = getattr(arguments, name), f"--{name.replace('_', '-')}"
+        if value is not None and value is not False:
+            flags += [flag] if value is True else [flag, str(value)]
     config = load_config(arguments.run_yaml, flags)
     check_data(config)
     tokenizer = load_tokenizer(config.data.tokenizer or "", trust_remote_code=config.data.trust_remote_code)
     check_tokenizer(config, tokenizer.vocab_size)
     print(prepared_table(list(prepare_sources(config, tokenizer, arguments.workers))))
-    for line in shared_lines(list(source_files(config)), config):
-        print(line)
-    print()
+    print(*shared_lines(list(source_files(config)), config), "", sep="\n")
     train, probe = (build_rows(config, tokenizer, probe=probe) for probe in (False, True))
-    print(packed_table([*train, *probe]))
-    print()
-    print(share_table(train, initial_shares(config, train)))
+    print(packed_table([*train, *probe]), "", share_table(train, initial_shares(config, train)), sep="\n")
     return 0

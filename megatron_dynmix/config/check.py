@@ -10,63 +10,52 @@ import math
 from pathlib import Path
 
 from megatron_dynmix.config.megatron_fields import megatron_fields, model_settings, moe_layers
-from megatron_dynmix.config.run_config import HUB, MixingConfig, RunConfig, TrainingConfig, require
+from megatron_dynmix.config.run_config import HUB, MixingConfig, RunConfig, require
 from megatron_dynmix.config.strategies import Chosen, resolved_options
 from megatron_dynmix.errors import InputError
 
 
 def check_data(config: RunConfig) -> None:
     """Refuse data settings that cannot work; `prepare` needs no more than these."""
-    check_files(config)
     check_sources(config)
+    check_files(config)
+
+
+def check_sources(config: RunConfig) -> None:
+    """Refuse sources that are not named or cannot be drawn from, whatever their files hold."""
+    data = config.data
+    if not data.sources:
+        raise InputError("data.sources is missing; name at least one: {chat: {path: chat.jsonl}}")
+    if data.tokenizer is None:
+        raise InputError("data.tokenizer is missing; give the folder of a Hugging Face tokenizer")
+    without = [name for name, source in data.sources.items() if source.weight is None]
+    if 0 < len(without) < len(data.sources):
+        raise InputError(f"some sources have a weight, but not {', '.join(without)}; give all or none")
+    if not without and not any(source.weight for source in data.sources.values()):
+        raise InputError("all sources have weight 0; at least one must be drawn from")
 
 
 def check_files(config: RunConfig) -> None:
-    """Refuse a tokenizer or a source that is not here, or that is not named at all."""
-    data = config.data
-    _check_named(config)
-    assert data.tokenizer is not None, "checked above"
-    if not data.tokenizer.startswith(HUB) and not Path(data.tokenizer).exists():
+    """Refuse a tokenizer or a source that is not here."""
+    tokenizer = str(config.data.tokenizer)
+    if not tokenizer.startswith(HUB) and not Path(tokenizer).exists():
         raise InputError(
-            f"data.tokenizer is {data.tokenizer}, which does not exist; give a folder, a .model or .tiktoken "
+            f"data.tokenizer is {tokenizer}, which does not exist; give a folder, a .model or .tiktoken "
             f"file, or {HUB}ORGANISATION/NAME"
         )
-    for name, source in data.sources.items():
+    for name, source in config.data.sources.items():
         for key, path in (("path", source.path), ("probe", source.probe)):
-            if path is not None and not Path(f"{path}.idx").is_file() and not _exists(path):
+            if path is None or Path(f"{path}.idx").is_file() or Path(path).exists():
+                continue
+            if not glob.glob(path, recursive=True):
                 raise InputError(
                     f"source {name}: {key} is {path}, but there is no such file, folder or pattern, and no "
                     f"prepared {path}.idx"
                 )
 
 
-def check_sources(config: RunConfig) -> None:
-    """Refuse sources that cannot be drawn from, whatever their files hold."""
-    data = config.data
-    _check_named(config)
-    weights = [source.weight for source in data.sources.values()]
-    given = [weight for weight in weights if weight is not None]
-    if given and len(given) < len(weights):
-        without = [name for name, source in data.sources.items() if source.weight is None]
-        raise InputError(f"some sources have a weight, but not {', '.join(without)}; give all or none")
-    if given and sum(given) <= 0:
-        raise InputError("all sources have weight 0; at least one must be drawn from")
-
-
-def _check_named(config: RunConfig) -> None:
-    if not config.data.sources:
-        raise InputError("data.sources is missing; name at least one: {chat: {path: chat.jsonl}}")
-    if config.data.tokenizer is None:
-        raise InputError("data.tokenizer is missing; give the folder of a Hugging Face tokenizer")
-
-
-def _exists(path: str) -> bool:
-    return Path(path).exists() or bool(glob.glob(path, recursive=True))
-
-
-MIN_GATE_LOAD_SOURCES = 3
-BY_DISTANCE = ("gate-load", "inverse")
-"""Strategies whose scores are equal where there are two sources."""
+BY_DISTANCE, MIN_SOURCES = ("gate-load", "inverse"), 3
+"""Strategies whose scores are equal where there are two sources, and the sources that they need."""
 RESOLVED_FROM = {
     "reference": "a JSON file {source: loss of a reference model}",
     "target": "a JSON file {source: loss that is aimed at}",
@@ -74,56 +63,40 @@ RESOLVED_FROM = {
     "embeddings": "a JSON or .npz file {source: vector}",
     "schedule": "[[iteration, {source: weight}], ...]",
 }
-TWO_STAGES = 2
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
-    """Refuse a run that cannot work.
-
-    Args:
-        config: the resolved configuration.
-        world_size: ranks it is to run on.
-
-    Raises:
-        InputError: the first thing found, with what was given and what would work.
-
-    """
-    check_files(config)
+    """Refuse a run that cannot work on so many ranks: the first thing found, and what would work."""
+    check_data(config)
     check_settings(config, world_size)
 
 
 def check_settings(config: RunConfig, world_size: int) -> None:
-    """`check_run` without a look at the disk: the files may be on another machine."""
+    """Check a run without a look at the disk: the files may be on another machine."""
     check_sources(config)
-    _check_required(config)
-    _check_optimizer(config)
+    _check_length(config)
     _check_layout(config, world_size)
     _check_model(config)
     _check_router(config)
     _check_capacity(config)
-    _check_groups(config, world_size)
     _check_mixing(config)
     _check_lengths(config)
 
 
-def _check_optimizer(config: RunConfig) -> None:
-    name = config.optimizer.megatron.get("optimizer", "adam")
-    if name != "adam":
-        raise InputError(f"optimizer.optimizer is {name}, whose state checkpoints do not hold; use adam")
-
-
-def _check_required(config: RunConfig) -> None:
+def _check_length(config: RunConfig) -> None:
     for name in ("train_iters", "global_batch_size"):
         if getattr(config.training, name) is None:
             raise InputError(f"training.{name} is missing; give a whole number, 1 or more")
-    warmup = config.optimizer.lr_warmup_iters
-    decay = config.optimizer.lr_decay_iters or config.training.train_iters
+    optimizer = config.optimizer
+    warmup, decay = optimizer.lr_warmup_iters, optimizer.lr_decay_iters or config.training.train_iters
     assert decay is not None, "checked above"
     if warmup >= decay:
         raise InputError(
             f"optimizer.lr_warmup_iters is {warmup}, but the learning rate is to have decayed after {decay} "
             f"iterations; use {decay - 1} or less"
         )
+    if (name := optimizer.megatron.get("optimizer", "adam")) != "adam":
+        raise InputError(f"optimizer.optimizer is {name}, whose state checkpoints do not hold; use adam")
 
 
 def _check_layout(config: RunConfig, world_size: int) -> None:
@@ -141,11 +114,7 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
             "qk_layernorm_full_width normalises over all heads: tensor_model_parallel_size must be 1"
         )
     experts = config.model.megatron.get("num_moe_experts")
-    if ep > 1 and (not experts or experts % ep):
-        raise InputError(
-            f"num_moe_experts is {experts}, which expert_model_parallel_size {ep} does not divide; use "
-            f"{_divisors(experts or 1, 64)}"
-        )
+    _check_divides(f"num_moe_experts is {experts}", experts or 1, "expert_model_parallel_size", ep)
     for product, what in ((tp * pp * cp, "TP x PP x CP"), (etp * ep * pp, "expert TP x EP x PP")):
         if world_size % product:
             raise InputError(
@@ -153,17 +122,14 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
                 "(--nproc-per-node), or make the groups smaller"
             )
     _check_stages(config, pp)
-    _check_batch(config, world_size // (tp * pp * cp))
+    _check_batch(config, pp, world_size // (tp * pp * cp))
 
 
 def _check_stages(config: RunConfig, pp: int) -> None:
     layers = int(config.model.megatron["num_layers"])
     uneven = any(name.startswith("num_layers_in_") for name in config.model.megatron)
-    if pp > 1 and not uneven and layers % pp:
-        raise InputError(
-            f"num_layers is {layers}, which pipeline_model_parallel_size {pp} does not divide; use "
-            f"{_divisors(layers, 64)} stages"
-        )
+    if not uneven:
+        _check_divides(f"num_layers is {layers}", layers, "pipeline_model_parallel_size", pp)
     virtual, overlap = config.parallel.virtual_stages, config.parallel.overlap_p2p_comm
     if not virtual:
         if overlap:
@@ -177,71 +143,57 @@ def _check_stages(config: RunConfig, pp: int) -> None:
             f"virtual_pipeline_model_parallel_size is {virtual} with pipeline_model_parallel_size {pp}; an "
             "interleaved pipeline has 2 or more of both: leave it out, or raise them"
         )
-    if not uneven and layers // pp % virtual:
-        raise InputError(
-            f"num_layers is {layers}, {layers // pp} for each of {pp} pipeline stages, which "
-            f"virtual_pipeline_model_parallel_size {virtual} does not divide; use "
-            f"{_divisors(layers // pp, 64)}"
-        )
+    if not uneven:
+        each = layers // pp
+        said = f"num_layers is {layers}, {each} for each of {pp} pipeline stages"
+        _check_divides(said, each, "virtual_pipeline_model_parallel_size", virtual)
     if overlap and config.parallel.megatron.get("batch_p2p_comm"):
         raise InputError("overlap_p2p_comm and batch_p2p_comm are both true; leave out batch_p2p_comm")
-    if pp == TWO_STAGES and not overlap:
+    if pp == 2 and not overlap:
         raise InputError(
             "an interleaved pipeline of 2 stages without overlap_p2p_comm would mix their messages; leave "
             "out overlap_p2p_comm and batch_p2p_comm, or use 3 stages or more"
         )
 
 
-def _check_batch(config: RunConfig, dp: int) -> None:
-    training = config.training
-    assert training.global_batch_size is not None
+def _check_divides(said: str, number: int, name: str, size: int) -> None:
+    if number % size:
+        divisors = (str(divisor) for divisor in range(1, min(number, 64) + 1) if number % divisor == 0)
+        raise InputError(f"{said}, which {name} {size} does not divide; use {', '.join(divisors)}")
+
+
+def _check_batch(config: RunConfig, pp: int, dp: int) -> None:
+    training, batch = config.training, config.training.global_batch_size
+    assert batch is not None, "checked above"
     step = training.micro_batch_size * dp
-    if training.global_batch_size % step:
-        below = training.global_batch_size // step * step
+    sizes = f"micro_batch_size {training.micro_batch_size} x data-parallel size {dp}"
+    if batch % step:
+        below = batch // step * step
         raise InputError(
-            f"global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
-            f"{training.micro_batch_size} x data-parallel size {dp} = {step}; use "
+            f"global_batch_size {batch} is not a multiple of {sizes} = {step}; use "
             f"{f'{below} or ' if below else ''}{below + step}"
         )
-    _check_rampup(training, step)
-
-
-def _check_rampup(training: TrainingConfig, step: int) -> None:
-    """Refuse a ramp with a batch that is no whole number of micro-batches on every rank."""
-    if training.rampup_batch_size is None:
-        return
-    start, increment, _ = training.rampup_batch_size
-    end = training.global_batch_size
-    assert end is not None
-    given = f"rampup_batch_size cannot go from {start} in steps of {increment} to global_batch_size {end}"
-    if start >= end or (end - start) % increment:
-        raise InputError(f"{given}; start below {end}, a multiple of the step away from it")
+    start, increment, _ = training.rampup_batch_size or (batch, step, 0)
+    given = f"rampup_batch_size cannot go from {start} in steps of {increment} to global_batch_size {batch}"
+    if training.rampup_batch_size and (start >= batch or (batch - start) % increment):
+        raise InputError(f"{given}; start below {batch}, a multiple of the step away from it")
     if start % step or increment % step:
-        raise InputError(
-            f"{given} with micro_batch_size {training.micro_batch_size} x data-parallel size "
-            f"{step // training.micro_batch_size}; make start and step multiples of {step}"
-        )
+        raise InputError(f"{given} with {sizes}; make start and step multiples of {step}")
+    if config.parallel.virtual_stages:
+        _check_groups(config, pp, step, range(start, batch + 1, increment))
 
 
-def _check_groups(config: RunConfig, world_size: int) -> None:
+def _check_groups(config: RunConfig, pp: int, step: int, batch_sizes: range) -> None:
     """Refuse batches that an interleaved pipeline cannot run in groups.
 
     The last group may be shorter than the others, but must fill the pipeline.
     """
-    if not config.parallel.virtual_stages:
-        return
-    size, training = config.parallel.size, config.training
-    pp = size("pipeline_model_parallel_size")
     group = int(config.parallel.megatron.get("microbatch_group_size_per_vp_stage") or pp)
     if group < pp:
         raise InputError(
             f"microbatch_group_size_per_vp_stage is {group}; use pipeline_model_parallel_size ({pp}) or more"
         )
-    model_ranks = size("tensor_model_parallel_size") * pp * size("context_parallel_size")
-    step = training.micro_batch_size * (world_size // model_ranks)
-    assert training.global_batch_size is not None, "checked above"
-    start, increment, _ = training.rampup_batch_size or (training.global_batch_size, 1, 0)
-    for batch_size in range(start, training.global_batch_size + 1, increment):
+    for batch_size in batch_sizes:
         micro_batches = batch_size // step
         if micro_batches < group or 0 < micro_batches % group < pp:
             raise InputError(
@@ -264,11 +216,7 @@ def _check_model(config: RunConfig) -> None:
     if (rope := config.model.megatron.get("rope_type", "yarn")) not in ("rope", "yarn"):
         raise InputError(f"model.rope_type is {rope!r}; it must be rope or yarn")
     heads, groups = model.num_attention_heads, model.num_query_groups or 1
-    if heads % groups:
-        raise InputError(
-            f"num_attention_heads is {heads}, which num_query_groups {groups} does not divide; use "
-            f"{_divisors(heads, 64)}"
-        )
+    _check_divides(f"num_attention_heads is {heads}", heads, "num_query_groups", groups)
     experts, topk = model.num_moe_experts, model.moe_router_topk
     if experts and not 1 <= topk <= experts:
         raise InputError(f"moe_router_topk is {topk}, but there are {experts} experts; use 1 to {experts}")
@@ -276,22 +224,22 @@ def _check_model(config: RunConfig) -> None:
 
 def _check_router(config: RunConfig) -> None:
     """Refuse routers and frozen weights that the rest of the model does not fit."""
-    model = config.model
-    if model.router_network == "mlp" and not model.megatron.get("num_moe_experts"):
+    model, megatron = config.model, config.model.megatron
+    if model.router_network == "mlp" and not megatron.get("num_moe_experts"):
         raise InputError("router_network is mlp, but the model is dense: it has no routers; leave it out")
     if model.router_noise is not None and model.router_network != "mlp":
         raise InputError(
             f"router_noise is {model.router_noise} with router_network {model.router_network}, which has no "
             "weights for it; leave out router_noise, or set router_network to mlp"
         )
-    if model.freeze_router and model.megatron.get("moe_router_enable_expert_bias"):
+    if model.freeze_router and megatron.get("moe_router_enable_expert_bias"):
         raise InputError(
             "freeze_router keeps the routers as they are, but moe_router_enable_expert_bias goes on changing "
             "their choices; leave out one of them"
         )
     if not model.freeze_expert_gate:
         return
-    if not model.megatron.get("num_moe_experts") or not model.megatron.get("gated_linear_unit"):
+    if not (megatron.get("num_moe_experts") and megatron.get("gated_linear_unit")):
         raise InputError(
             "freeze_expert_gate is true, but the model has no experts with a gate projection; leave it out"
         )
@@ -300,7 +248,7 @@ def _check_router(config: RunConfig) -> None:
             f"freeze_expert_gate keeps the experts' gate projections as they are, but weight_decay "
             f"{config.optimizer.weight_decay} would shrink them; set weight_decay to 0"
         )
-    if model.megatron.get("moe_use_legacy_grouped_gemm"):
+    if megatron.get("moe_use_legacy_grouped_gemm"):
         raise InputError(
             "freeze_expert_gate with moe_use_legacy_grouped_gemm, which keeps all experts in one matrix, is "
             "not supported; leave out moe_use_legacy_grouped_gemm"
@@ -308,9 +256,10 @@ def _check_router(config: RunConfig) -> None:
 
 
 def _check_capacity(config: RunConfig) -> None:
-    if config.model.megatron.get("moe_expert_capacity_factor") is None:
+    model = config.model.megatron
+    if model.get("moe_expert_capacity_factor") is None:
         return
-    if config.model.megatron.get("moe_router_fusion"):
+    if model.get("moe_router_fusion"):
         raise InputError(
             "moe_expert_capacity_factor with moe_router_fusion would count only the tokens that were not "
             "dropped: the fused router does not tell what it chose; leave out moe_router_fusion"
@@ -341,21 +290,19 @@ def _check_signal(config: RunConfig, chosen: Chosen, what: str, layers: list[int
             f"{what} {chosen.label}, but the model is dense: it has no gates to read; set "
             "num_moe_experts, or use strategy uniform or fixed"
         )
-    if chosen.strategy in BY_DISTANCE and len(sources) < MIN_GATE_LOAD_SOURCES:
+    if chosen.strategy in BY_DISTANCE and len(sources) < MIN_SOURCES:
         raise InputError(
             f"{what} {chosen.label} with {len(sources)} source{'s' * (len(sources) > 1)}; it needs "
-            f"{MIN_GATE_LOAD_SOURCES}: "
-            "two are always equally far apart, so their weights never change; add a source, or use strategy "
-            "fixed"
+            f"{MIN_SOURCES}: two are always equally far apart, so their weights never change; add a source, "
+            "or use strategy fixed"
         )
-    if (needs_gate_load or needs_loss) and config.mixing.signal == "probe":
-        for name in sources:
-            if name not in config.data.probed:
-                raise InputError(
-                    f"{what} {chosen.label} and mixing.signal probe, but source {name} has no probe; add "
-                    f"data.sources.{name}.probe (held-out rows of the same kind), hold some out with "
-                    "data.probe (--probe), or use signal train"
-                )
+    unprobed = [name for name in sources if name not in config.data.probed]
+    if (needs_gate_load or needs_loss) and config.mixing.signal == "probe" and unprobed:
+        raise InputError(
+            f"{what} {chosen.label} and mixing.signal probe, but source {unprobed[0]} has no probe; add "
+            f"data.sources.{unprobed[0]}.probe (held-out rows of the same kind), hold some out with "
+            "data.probe (--probe), or use signal train"
+        )
 
 
 def _check_resolved(mixing: MixingConfig) -> None:
@@ -397,13 +344,7 @@ def _check_lengths(config: RunConfig) -> None:
 
 
 def check_tokenizer(config: RunConfig, tokenizer_size: int) -> None:
-    """Refuse a tokenizer with ids that the embedding has no row for.
-
-    Args:
-        config: the resolved configuration.
-        tokenizer_size: tokens of the tokenizer, added ones included.
-
-    """
+    """Refuse a tokenizer with more tokens, added ones included, than the embedding has rows."""
     vocab_size = config.model.vocab_size
     assert vocab_size is not None, "the preset gives one"
     if tokenizer_size > vocab_size:
@@ -411,7 +352,3 @@ def check_tokenizer(config: RunConfig, tokenizer_size: int) -> None:
             f"the tokenizer {config.data.tokenizer} has {tokenizer_size} tokens, but model.vocab_size is "
             f"{vocab_size}: its ids would have no embedding; set vocab_size to {tokenizer_size} or more"
         )
-
-
-def _divisors(number: int, largest: int) -> str:
-    return ", ".join(str(divisor) for divisor in range(1, min(number, largest) + 1) if number % divisor == 0)

@@ -43,14 +43,8 @@ BEST_OF_GROUP = 2
 
 
 def in_common_words(config: Values) -> dict[str, Any]:
-    """Say what `config` says as the other families do; what they have no words for stands under `yarn`.
-
-    Raises:
-        InputError: a width or a setting of the experts that is missing; one that is no number.
-
-    """
-    needed = ("n_routed_experts", "moe_intermediate_size", *WIDTHS.values())
-    for name in needed:
+    """Say what `config` says as the other families do; what they have no words for stands under `yarn`."""
+    for name in ("n_routed_experts", "moe_intermediate_size", *WIDTHS.values()):
         if not isinstance(config.get(name), int):
             raise InputError(f"{name} is {config.get(name)!r}; it must be a whole number, 1 or more")
     predicting = config.get("num_nextn_predict_layers")
@@ -69,19 +63,13 @@ def in_common_words(config: Values) -> dict[str, Any]:
 
 
 def _yarn(rope: Values) -> dict[str, Any]:
-    """Our settings of a rotary embedding stretched by YaRN.
-
-    Raises:
-        InputError: a setting that is missing, or that Megatron-Core has not.
-
-    """
+    """Return our settings of a rotary embedding stretched by YaRN."""
     given = {name: value for name, value in rope.items() if value is not None}
     known = {theirs for theirs, _ in YARN.values()} | {"type", "rope_type", "rope_theta"}
     settings = {ours: given.get(theirs, default) for ours, (theirs, default) in YARN.items()}
-    for name in sorted(
-        given.keys() - known - {name for name, value in HARMLESS.items() if given.get(name) == value}
-    ):
-        raise InputError(f"rope_scaling says {name} {given[name]!r}, which Megatron-Core does not have")
+    for name in sorted(given.keys() - known):
+        if name not in HARMLESS or given[name] != HARMLESS[name]:
+            raise InputError(f"rope_scaling says {name} {given[name]!r}, which Megatron-Core does not have")
     for ours in ("rotary_scaling_factor", "original_max_position_embeddings"):
         if not isinstance(settings[ours], int | float):
             raise InputError(
@@ -98,22 +86,17 @@ def _yarn(rope: Values) -> dict[str, Any]:
 
 
 def own_settings(config: Values) -> dict[str, Any]:
-    """Our settings of latent attention, rotary embedding and experts.
-
-    Raises:
-        InputError: groups of experts that are chosen in another way than Megatron-Core does.
-
-    """
-    settings = {ours: config.get(theirs) for ours, theirs in WIDTHS.items()}
+    """Return our settings of latent attention, rotary embedding and experts."""
     yarn = config.get("yarn")
-    settings["q_lora_rank"] = config.get("q_lora_rank")
-    settings["rope_type"] = "yarn" if yarn else "rope"
-    settings |= yarn or {}
     dense = config.get("first_k_dense_replace") or 0
     layers = config.get("num_hidden_layers") or 0
     shared = config.get("n_shared_experts") or 0
     scale = float(config.get("routed_scaling_factor", 1.0))
-    return settings | {
+    return {
+        **{ours: config.get(theirs) for ours, theirs in WIDTHS.items()},
+        "q_lora_rank": config.get("q_lora_rank"),
+        "rope_type": "yarn" if yarn else "rope",
+        **(yarn or {}),
         "moe_layer_freq": [int(layer >= dense) for layer in range(layers)] if dense else 1,
         "moe_shared_expert_intermediate_size": shared * config.get("moe_intermediate_size", 0) or None,
         "moe_router_topk_scaling_factor": None if scale == 1 else scale,
@@ -135,13 +118,7 @@ def _groups(config: Values) -> dict[str, Any]:
 
 
 def in_own_words(config: Values, settings: Values) -> dict[str, Any]:
-    """Undo `in_common_words`, and say what `own_settings` reads.
-
-    Args:
-        config: config.json as the other families have it.
-        settings: our `model` section.
-
-    """
+    """Undo `in_common_words`, and say what `own_settings` reads from our `model` section."""
     frequency, expert = settings["moe_layer_freq"], settings["moe_ffn_hidden_size"]
     shared = settings.get("moe_shared_expert_intermediate_size") or 0
     said = {name: value for name, value in config.items() if name not in ("head_dim", "sliding_window")}

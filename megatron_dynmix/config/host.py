@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_dynmix.config.run_config import RunConfig
 from megatron_dynmix.errors import InputError
@@ -25,91 +25,73 @@ class Host:
     wandb: bool = False
 
 
-@dataclass(frozen=True)
-class Need:
+class Need(NamedTuple):
     """A setting that not every host can follow."""
 
     setting: str
     values: Callable[[Any], bool]
     """Whether a value asks for what is needed."""
-    met: Callable[[Host, RunConfig], bool]
     what: str
+    """What is needed: a key of `_offered`."""
     instead: str
 
 
-def _cuda(host: Host, _: RunConfig) -> bool:
-    return host.cuda
-
-
-def _te(host: Host, _: RunConfig) -> bool:
-    return host.cuda and host.transformer_engine
-
-
-def _te_attention(host: Host, config: RunConfig) -> bool:
-    return _te(host, config) and config.parallel.size("context_parallel_size") == 1
-
-
-def _te_norms(host: Host, config: RunConfig) -> bool:
-    return _te(host, config) and not config.model.qk_layernorm_full_width
-
-
-def _deep_ep(host: Host, _: RunConfig) -> bool:
-    return host.cuda and host.deep_ep
-
-
-def _is(*wanted: Any) -> Callable[[Any], bool]:
-    return lambda value: value in wanted
-
-
+_CUDA, _NCCL, _DEEP_EP = "CUDA", "NCCL", "CUDA and DeepEP"
 _TE = "Transformer Engine on a CUDA device"
+_TE_NORMS = "Transformer Engine's norms"
 _TE_ATTENTION = "Transformer Engine's attention: CUDA, and context_parallel_size 1"
 _OUT = "leave it out"
 
 NEEDS = (
-    Need("moe_token_dispatcher_type", _is("flex"), _deep_ep, "CUDA and DeepEP", "use alltoall or allgather"),
-    Need("moe_grouped_gemm", bool, _te, _TE, "leave it out: experts then run one after another"),
-    Need("moe_use_legacy_grouped_gemm", bool, _te, _TE, _OUT),
-    Need("moe_permute_fusion", bool, _te, _TE, _OUT),
-    Need("moe_router_fusion", bool, _te, _TE, _OUT),
-    Need("moe_latent_size", bool, _te, _TE, _OUT),
-    Need("recompute_modules", lambda modules: "moe_act" in (modules or []), _te, _TE, "use [moe] instead"),
-    Need("use_precision_aware_optimizer", bool, _te, _TE, _OUT),
-    Need("apply_rope_fusion", bool, _te, _TE, _OUT),
-    Need("gradient_accumulation_fusion", bool, _te, _TE, _OUT),
-    Need("tp_comm_overlap", bool, _te, _TE, _OUT),
-    Need("cpu_offloading", bool, _te, _TE, _OUT),
-    Need("use_te_rng_tracker", bool, _te, _TE, _OUT),
-    Need("use_te_activation_func", bool, _te, _TE, _OUT),
-    Need("cross_entropy_fusion_impl", _is("te"), _te, _TE, "use native"),
-    Need("fp8", bool, _te, _TE, "use --bf16"),
-    Need("fp4", bool, _te, _TE, "use --bf16"),
-    Need("layernorm_zero_centered_gamma", bool, _te_norms, "Transformer Engine's norms", _OUT),
-    Need("window_size", bool, _te_attention, _TE_ATTENTION, _OUT),
-    Need("softmax_type", lambda kind: kind != "vanilla", _te_attention, _TE_ATTENTION, "use vanilla"),
-    Need("qk_clip", bool, _te_attention, _TE_ATTENTION, _OUT),
-    Need("log_max_attention_logit", bool, _te_attention, _TE_ATTENTION, _OUT),
-    Need("fp8_dot_product_attention", bool, _te_attention, _TE_ATTENTION, _OUT),
-    Need("masked_softmax_fusion", bool, _te_attention, _TE_ATTENTION, _OUT),
-    Need("apply_query_key_layer_scaling", bool, _te_attention, _TE_ATTENTION, _OUT),
-    Need("fine_grained_activation_offloading", bool, _cuda, "CUDA", _OUT),
-    Need("nccl_ub", bool, _cuda, "NCCL", _OUT),
-    Need("pipeline_model_parallel_comm_backend", bool, _cuda, "NCCL", _OUT),
+    Need("moe_token_dispatcher_type", lambda kind: kind == "flex", _DEEP_EP, "use alltoall or allgather"),
+    Need("moe_grouped_gemm", bool, _TE, "leave it out: experts then run one after another"),
+    Need("recompute_modules", lambda modules: "moe_act" in (modules or []), _TE, "use [moe] instead"),
+    Need("cross_entropy_fusion_impl", lambda kind: kind == "te", _TE, "use native"),
+    Need("fp8", bool, _TE, "use --bf16"),
+    Need("fp4", bool, _TE, "use --bf16"),
+    *(
+        Need(setting, bool, _TE, _OUT)
+        for setting in (
+            *("moe_use_legacy_grouped_gemm", "moe_permute_fusion", "moe_router_fusion", "moe_latent_size"),
+            *("use_precision_aware_optimizer", "apply_rope_fusion", "gradient_accumulation_fusion"),
+            *("tp_comm_overlap", "cpu_offloading", "use_te_rng_tracker", "use_te_activation_func"),
+        )
+    ),
+    Need("layernorm_zero_centered_gamma", bool, _TE_NORMS, _OUT),
+    Need("softmax_type", lambda kind: kind != "vanilla", _TE_ATTENTION, "use vanilla"),
+    *(
+        Need(setting, bool, _TE_ATTENTION, _OUT)
+        for setting in (
+            *("window_size", "qk_clip", "log_max_attention_logit", "fp8_dot_product_attention"),
+            *("masked_softmax_fusion", "apply_query_key_layer_scaling"),
+        )
+    ),
+    Need("fine_grained_activation_offloading", bool, _CUDA, _OUT),
+    Need("nccl_ub", bool, _NCCL, _OUT),
+    Need("pipeline_model_parallel_comm_backend", bool, _NCCL, _OUT),
 )
-SHAPES = {"moe_latent_size", "multi_latent_attention"}
-"""Those of `NEEDS` that decide which tensors the model has."""
+
+
+def _offered(host: Host, config: RunConfig) -> dict[str, bool]:
+    """Return whether each thing needed is there for the run on such a host."""
+    engine = host.cuda and host.transformer_engine
+    return {
+        _CUDA: host.cuda,
+        _NCCL: host.cuda,
+        _DEEP_EP: host.cuda and host.deep_ep,
+        _TE: engine,
+        _TE_NORMS: engine and not config.model.qk_layernorm_full_width,
+        _TE_ATTENTION: engine and config.parallel.size("context_parallel_size") == 1,
+    }
 
 
 def check_host(config: RunConfig, host: Host) -> None:
-    """Refuse a setting that this host cannot follow.
-
-    Raises:
-        InputError: the first one found, with what it needs and what would do instead.
-
-    """
+    """Refuse a setting that this host cannot follow: the first one found, and what would do instead."""
+    offered = _offered(host, config)
     given = {**config.model.megatron, **config.parallel.megatron, **config.optimizer.megatron}
     for need in NEEDS:
         value = given.get(need.setting)
-        if value is not None and need.values(value) and not need.met(host, config):
+        if value is not None and need.values(value) and not offered[need.what]:
             shown = str(value).lower() if isinstance(value, bool) else value
             raise InputError(f"{need.setting} is {shown}, which needs {need.what}; {need.instead}")
     if config.parallel.virtual_stages and not config.parallel.overlap_p2p_comm and not host.cuda:
@@ -131,11 +113,9 @@ def without_unmet(config: RunConfig, host: Host) -> RunConfig:
     Ways to compute are left out (Megatron-Core refuses some of them without Transformer Engine); shapes and
     group sizes stay.
     """
-    unmet = {
-        need.setting: need.values
-        for need in NEEDS
-        if need.setting not in SHAPES and not need.met(host, config)
-    }
+    offered = _offered(host, config)
+    unmet = {need.setting: need.values for need in NEEDS if not offered[need.what]}
+    unmet.pop("moe_latent_size", None)  # a shape
 
     def kept(section: Any) -> Any:
         settings = section.megatron.items()

@@ -29,10 +29,6 @@ def in_common_words(config: Values) -> dict[str, Any]:
     """Say what `config` says of its experts as the other families do.
 
     `intermediate_size` is the width of LLaMA's feed-forward layer, which the experts share out.
-
-    Raises:
-        InputError: experts that are not all of one size, or as many as there are.
-
     """
     said = dict(config)
     width, experts = config.get("intermediate_size"), config.get("num_experts")
@@ -51,12 +47,7 @@ def in_common_words(config: Values) -> dict[str, Any]:
 
 
 def router_settings(config: Values) -> dict[str, Any]:
-    """Our settings of the router.
-
-    Raises:
-        InputError: a scale of the scores that is not the same number in every layer.
-
-    """
+    """Return our settings of the router; the scores must have the same scale in every layer."""
     scale = config.get("score_scale_factor", 1.0)
     scales = set(scale) if isinstance(scale, list) else {scale}
     if len(scales) != 1 or not all(isinstance(item, int | float) and item > 0 for item in scales):
@@ -71,13 +62,7 @@ def router_settings(config: Values) -> dict[str, Any]:
 
 
 def in_own_words(config: Values, settings: Values) -> dict[str, Any]:
-    """Undo `in_common_words`, and say what `router_settings` reads.
-
-    Args:
-        config: config.json as the other families have it.
-        settings: our `model` section.
-
-    """
+    """Undo `in_common_words`, and say what `router_settings` reads from our `model` section."""
     said = {name: value for name, value in config.items() if name != "num_experts_per_tok"}
     width, experts = config["intermediate_size"], config["num_experts"]
     return said | {

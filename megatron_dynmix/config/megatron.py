@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,35 +24,25 @@ STAGE_SETTINGS = (
 """Settings of the model section that speak of pipeline stages."""
 
 
-def _fields(owner: type) -> set[str]:
-    return {field.name for field in dataclasses.fields(owner)}
+def _part(settings: Mapping[str, Any], owner: type) -> dict[str, Any]:
+    """Return the settings that are fields of `owner`."""
+    return {field.name: settings[field.name] for field in dataclasses.fields(owner) if field.name in settings}
 
 
 def check_with_megatron(config: RunConfig) -> None:
-    """Refuse what only Megatron-Core knows cannot work; `check.py` has looked at the rest.
-
-    Raises:
-        InputError: a combination that Megatron-Core refuses, in its own words.
-
-    """
+    """Refuse what only Megatron-Core knows cannot work, in its words; `check.py` has looked at the rest."""
     transformer_config(config)
     optimizer_config(config)
 
 
 def params_dtype(config: RunConfig) -> torch.dtype:
-    """Type of parameters and activations."""
+    """Return the type of parameters and activations."""
     return torch.bfloat16 if config.training.bf16 else torch.float32
 
 
 def transformer_config(config: RunConfig) -> TransformerConfig:
-    """Megatron-Core's model configuration, layout included.
-
-    Raises:
-        InputError: a combination that Megatron-Core refuses, in its own words.
-
-    """
-    parallel = config.parallel.megatron
-    layout = {name: value for name, value in parallel.items() if name in _fields(ModelParallelConfig)}
+    """Return Megatron-Core's model configuration, layout included."""
+    layout = _part(config.parallel.megatron, ModelParallelConfig)
     derived: dict[str, Any] = {
         "activation_func": torch.nn.functional.silu,
         "calculate_per_token_loss": True,
@@ -74,22 +65,14 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
 
 
 def ddp_config(config: RunConfig) -> DistributedDataParallelConfig:
-    """Megatron-Core's data-parallel configuration: gradients are reduced in float32."""
-    known = _fields(DistributedDataParallelConfig)
-    settings = {name: value for name, value in config.parallel.megatron.items() if name in known}
-    settings.setdefault("grad_reduce_in_fp32", True)
-    return DistributedDataParallelConfig(
-        **settings, use_distributed_optimizer=config.parallel.use_distributed_optimizer
-    )
+    """Return Megatron-Core's data-parallel configuration: gradients are reduced in float32."""
+    given = _part(config.parallel.megatron, DistributedDataParallelConfig)
+    ours = {"use_distributed_optimizer": config.parallel.use_distributed_optimizer}
+    return DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True, **given, **ours})
 
 
 def optimizer_config(config: RunConfig) -> OptimizerConfig:
-    """Megatron-Core's optimizer configuration.
-
-    Raises:
-        InputError: a combination that Megatron-Core refuses, in its own words.
-
-    """
+    """Return Megatron-Core's optimizer configuration."""
     ours = config.optimizer
     try:
         return OptimizerConfig(
@@ -103,13 +86,13 @@ def optimizer_config(config: RunConfig) -> OptimizerConfig:
 
 
 def padded_vocab_size(config: RunConfig) -> int:
-    """Rows of the embedding in memory: a multiple that every tensor-parallel rank gets an equal part of."""
+    """Return the rows of the embedding in memory: a multiple of what every tensor-parallel rank gets."""
     assert config.model.vocab_size is not None, "the preset gives one"
     multiple = config.model.make_vocab_size_divisible_by * config.parallel.size("tensor_model_parallel_size")
     return -(-config.model.vocab_size // multiple) * multiple
 
 
 def micro_batch_group(transformer: TransformerConfig) -> int:
-    """Micro-batches that the interleaved pipeline runs at a time; 1 without it."""
+    """Return the micro-batches that the interleaved pipeline runs at a time; 1 without it."""
     interleaved = bool(transformer.virtual_pipeline_model_parallel_size)
     return int(transformer.microbatch_group_size_per_vp_stage) if interleaved else 1

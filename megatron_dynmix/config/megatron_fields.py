@@ -56,12 +56,7 @@ def model_settings(config: RunConfig) -> SimpleNamespace:
 def moe_layers(settings: Any) -> list[int]:
     """Return the 0-based decoder layers that are MoE, from `moe_layer_freq`; none for a dense model.
 
-    Args:
-        settings: those of `model_settings`, or a `TransformerConfig`.
-
-    Raises:
-        InputError: a frequency that does not say of every layer which it is.
-
+    The settings are those of `model_settings`, or a `TransformerConfig`.
     """
     if not settings.num_moe_experts:
         return []

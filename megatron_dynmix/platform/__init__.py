@@ -45,12 +45,7 @@ _started: Platform | None = None
 
 
 def start() -> Platform:
-    """Decide once per process, and on CPU install the stand-ins.
-
-    Returns:
-        The platform; later calls return the same one.
-
-    """
+    """Decide once per process, and on CPU install the stand-ins; later calls return the same platform."""
     global _started  # the stand-ins are process-wide, so is the decision
     if _started is None:
         _silence_expected_warnings()
@@ -118,14 +113,8 @@ def _correct_latent_attention() -> None:
 def rendezvous(timeout_minutes: float) -> torch.distributed.Store:
     """Return the store where the ranks of `torchrun`'s variables meet; a private one for a rank alone.
 
-    It does not wait for the other ranks, so that who is missing can be said.
-
-    Args:
-        timeout_minutes: how long to try to reach it, and how long it waits for an answer.
-
-    Raises:
-        torch.distributed.DistError: it cannot be reached.
-
+    It does not wait for the other ranks, so that who is missing can be said. What takes longer than the
+    timeout, to reach it or to get an answer, raises DistError.
     """
     if torch.distributed.is_initialized():
         return torch.distributed.distributed_c10d._get_default_store()
@@ -146,10 +135,7 @@ def rendezvous(timeout_minutes: float) -> torch.distributed.Store:
 def init_process_group(timeout_minutes: float, store: torch.distributed.Store | None = None) -> None:
     """Join the job that `torchrun`'s variables describe; alone, if there are none.
 
-    Args:
-        timeout_minutes: how long a collective waits for the other ranks.
-        store: where the ranks have met, if they have.
-
+    A collective waits so long for the other ranks; `store` is where they have met, if they have.
     """
     if torch.distributed.is_initialized():
         return

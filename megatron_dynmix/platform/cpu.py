@@ -27,34 +27,24 @@ def _nothing(self: Any, *args: Any, **kwargs: Any) -> None:
     """Wait for nothing: on a CPU, work is done when the call returns."""
 
 
-class Event:
-    """An event that has already happened."""
+class Idle:
+    """The one stream of a CPU, always idle; and an event, which has already happened."""
 
-    __init__ = record = wait = synchronize = _nothing
+    __init__ = record = wait = synchronize = wait_stream = wait_event = __exit__ = _nothing
 
     def query(self) -> bool:
-        """Return that it has happened."""
+        """Return that it has nothing left to do."""
         return True
 
     def elapsed_time(self, other: Any) -> float:
         """Return the milliseconds between two events: not measured on a CPU."""
         return 0.0
 
-
-class Stream:
-    """The one stream of a CPU: always idle."""
-
-    __init__ = wait_stream = wait_event = synchronize = __exit__ = _nothing
-
-    def query(self) -> bool:
-        """Return that it is idle."""
-        return True
-
-    def record_event(self, event: Event | None = None) -> Event:
+    def record_event(self, event: Idle | None = None) -> Idle:
         """Return an event that has happened."""
-        return event or Event()
+        return event or Idle()
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> Idle:
         return self
 
 
@@ -70,8 +60,8 @@ def install() -> None:
 
 
 def _replace_torch_cuda() -> None:
-    cuda, stream = torch.cuda, Stream()
-    cuda.Stream, cuda.Event = Stream, Event
+    cuda, stream = torch.cuda, Idle()
+    cuda.Stream = cuda.Event = Idle
     cuda.current_stream = cuda.default_stream = lambda device=None: stream
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.current_device = lambda: CPU
