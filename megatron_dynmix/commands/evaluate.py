@@ -18,19 +18,19 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     platform.start()
     from megatron_dynmix.job.launch import end_with_launcher
     from megatron_dynmix.records.text_table import table
-    from megatron_dynmix.training.evaluate import EVALUATION, evaluate
+    from megatron_dynmix.training.evaluate import Evaluation, evaluate
 
     end_with_launcher()
     result = evaluate(arguments.run_dir)
     rows = [
-        [name, f"{found['loss']:.4f}", f"{found['perplexity']:.2f}", found["tokens"]]
-        for name, found in result["sources"].items()
+        [name, f"{found.loss:.4f}", f"{found.perplexity:.2f}", found.tokens]
+        for name, found in result.sources.items()
         if found is not None
     ]
-    rows.append(["all tokens", f"{result['token_loss']:.4f}", f"{result['perplexity']:.2f}", ""])
+    rows.append(["all tokens", f"{result.token_loss:.4f}", f"{result.perplexity:.2f}", ""])
     print(table(["source", "held-out loss", "perplexity", "tokens"], rows))
     print(
-        f"mean over sources {result['mean_loss']:.4f}, worst {result['worst_loss']:.4f} "
-        f"({result['worst_source']}); written to {arguments.run_dir / EVALUATION}"
+        f"mean over sources {result.mean_loss:.4f}, worst {result.worst_loss:.4f} ({result.worst_source}); "
+        f"written to {Evaluation.path(arguments.run_dir)}"
     )
     return 0

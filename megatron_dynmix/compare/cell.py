@@ -16,7 +16,7 @@ from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import load_config, to_dict
 from megatron_dynmix.data.prepared import SourceReport
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.training.evaluate import EVALUATION
+from megatron_dynmix.training.evaluate import Evaluation
 from megatron_dynmix.training.resume import identity
 
 
@@ -112,9 +112,9 @@ class Cell:
         return state.progress.iteration == self.config.training.train_iters
 
     def is_evaluated(self) -> bool:
-        """Whether its `evaluation.json` is of its last iteration."""
-        found = read_json(self.run_dir / EVALUATION)
-        return found is not None and found.get("iteration") == self.config.training.train_iters
+        """Tell whether its last iteration has been evaluated."""
+        found = Evaluation.read(self.run_dir)
+        return found is not None and found.iteration == self.config.training.train_iters
 
     def train_command(self) -> list[str]:
         """The command line that trains it, or goes on training."""
@@ -129,15 +129,6 @@ class Cell:
     def evaluate_command(self) -> list[str]:
         """The command line that evaluates it."""
         return [sys.executable, "-m", "megatron_dynmix", "evaluate", str(self.run_dir)]
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no such file, or half of one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from typing import Any
 
 import mpmath
 
-from megatron_dynmix.compare.cell import Cell, read_json
+from megatron_dynmix.compare.cell import Cell
 from megatron_dynmix.records.jsonl import read_lines, read_records
 from megatron_dynmix.records.schema import MixingUpdate, StageLine, TrainingRecord, step_seconds
-from megatron_dynmix.training.evaluate import EVALUATION
+from megatron_dynmix.training.evaluate import Evaluation
 
 CONFIDENCE = 0.95
 
@@ -114,19 +114,20 @@ class CellResult:
 
 def read_result(cell: Cell) -> CellResult:
     """Read a finished cell's records."""
-    evaluation = read_json(cell.run_dir / EVALUATION)
+    evaluation = Evaluation.read(cell.run_dir)
     assert evaluation is not None, "a cell is finished when it is evaluated"
     metrics = read_lines(cell.run_dir / "metrics.jsonl", TrainingRecord)
     updates = read_lines(cell.run_dir / "mixing.jsonl", MixingUpdate)
     ledger = read_records(cell.run_dir / "ledger.jsonl")
     names = ("mean_loss", "worst_loss", "token_loss", "perplexity")
-    values = {name: evaluation[name] for name in names}
-    values |= {f"loss/{name}": source and source["loss"] for name, source in evaluation["sources"].items()}
     return CellResult(
         variant=cell.variant.name,
         seed=cell.seed,
-        metrics={name: float(value) for name, value in values.items() if value is not None},
-        worst_source=evaluation["worst_source"],
+        metrics={
+            **{name: getattr(evaluation, name) for name in names},
+            **{f"loss/{name}": held.loss for name, held in evaluation.sources.items() if held},
+        },
+        worst_source=evaluation.worst_source,
         weights=tuple(
             (stage.iteration, tuple(stage.weights))
             for stage in (StageLine.from_json(line) for line in ledger if line["kind"] == "stage")

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,18 +36,58 @@ from megatron_dynmix.training.run import build_runner, join_job
 from megatron_dynmix.training.step import PassRunner
 from megatron_dynmix.training.trainer import seed_iteration
 
-EVALUATION = "evaluation.json"
 MOST_NATS = 700.0
 """The perplexity of a higher loss is no number that a float can hold."""
 
 
-def evaluate(run_dir: Path) -> dict[str, Any]:
-    """Evaluate the newest checkpoint of a run with the run's own configuration; writes `evaluation.json`.
+@dataclass(frozen=True)
+class HeldOut:
+    """A source's mean loss over the trained tokens of all its held-out rows, in nats."""
 
-    Returns:
-        What was written: `iteration`; `sources`: for each its mean `loss` over the trained tokens of all
-        held-out rows (nats), `perplexity` and `tokens` (trained), or None without held-out rows; `mean_loss`
-        over the sources, `worst_loss` and `worst_source`, `token_loss` over all tokens and its `perplexity`.
+    loss: float
+    perplexity: float
+    tokens: int
+    """Trained ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `evaluation.json` holds."""
+
+    iteration: int
+    sources: Mapping[str, HeldOut | None]
+    """None without held-out rows."""
+    mean_loss: float
+    """Over the sources."""
+    worst_loss: float
+    worst_source: str
+    token_loss: float
+    """Over all tokens."""
+    perplexity: float
+
+    @staticmethod
+    def path(run_dir: Path) -> Path:
+        """Return where a run's evaluation is."""
+        return run_dir / "evaluation.json"
+
+    def write(self, run_dir: Path) -> None:
+        """Write the run's evaluation."""
+        text = json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False)
+        write_atomically(self.path(run_dir), text + "\n")
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Evaluation | None:
+        """Return a run's evaluation; None without a whole one of this version."""
+        try:
+            content = json.loads(cls.path(run_dir).read_text(encoding="utf-8"))
+            sources = {name: held and HeldOut(**held) for name, held in content["sources"].items()}
+            return cls(**content | {"sources": sources})
+        except (OSError, ValueError, TypeError, LookupError, AttributeError):
+            return None
+
+
+def evaluate(run_dir: Path) -> Evaluation:
+    """Evaluate the newest checkpoint of a run with the run's own configuration; write `evaluation.json`.
 
     Raises:
         InputError: no run or no checkpoint in the directory, or no source has held-out rows.
@@ -67,9 +107,9 @@ def evaluate(run_dir: Path) -> dict[str, Any]:
     point = restore_point.verified(run_dir / "checkpoints")
     run = _load_model(config, len(rows), point.source)
     stats = held_out_stats(run, rows, config.training.micro_batch_size)
-    result = {"iteration": read_run_state(point.source).progress.iteration, **summarise(config, stats)}
-    write_atomically(run_dir / EVALUATION, json.dumps(result, indent=2, allow_nan=False) + "\n")
-    return result
+    evaluation = summarise(config, stats, read_run_state(point.source).progress.iteration)
+    evaluation.write(run_dir)
+    return evaluation
 
 
 def _config_of(run_dir: Path) -> RunConfig:
@@ -118,7 +158,7 @@ def held_out_stats(run: PassRunner, rows: Sequence[PackedRows], micro_batch_size
     return stats
 
 
-def summarise(config: RunConfig, stats: SourceStats) -> dict[str, Any]:
+def summarise(config: RunConfig, stats: SourceStats, iteration: int) -> Evaluation:
     """Return the numbers of `evaluate` from sums over the held-out rows, in the order of their sources.
 
     Raises:
@@ -136,17 +176,15 @@ def summarise(config: RunConfig, stats: SourceStats) -> dict[str, Any]:
                 "to evaluate; train again with a lower learning rate"
             )
     worst = max(known, key=known.__getitem__)
-    sources = {
-        name: {"loss": known[name], "perplexity": math.exp(known[name]), "tokens": int(trained[name])}
-        if name in known
-        else None
-        for name in config.data.sources
-    }
-    return {
-        "sources": sources,
-        "mean_loss": math.fsum(known.values()) / len(known),
-        "worst_loss": known[worst],
-        "worst_source": worst,
-        "token_loss": stats.lm_loss,
-        "perplexity": math.exp(stats.lm_loss),
-    }
+    return Evaluation(
+        iteration=iteration,
+        sources={
+            name: HeldOut(known[name], math.exp(known[name]), int(trained[name])) if name in known else None
+            for name in config.data.sources
+        },
+        mean_loss=math.fsum(known.values()) / len(known),
+        worst_loss=known[worst],
+        worst_source=worst,
+        token_loss=stats.lm_loss,
+        perplexity=math.exp(stats.lm_loss),
+    )

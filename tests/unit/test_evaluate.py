@@ -11,7 +11,7 @@ from megatron_dynmix.errors import CommandFailed, InputError
 
 platform.start()
 from megatron_dynmix.data.source_stats import SourceStats  # noqa: E402
-from megatron_dynmix.training.evaluate import summarise  # noqa: E402
+from megatron_dynmix.training.evaluate import Evaluation, summarise  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:moe_ffn_hidden_size")
 
@@ -20,15 +20,28 @@ def summary(tmp_path, *loss_sums):
     config = load(tmp_path, good_settings(tmp_path))
     trained_D = torch.tensor([10.0, 20.0, 0.0], dtype=torch.float64)
     stats = SourceStats(torch.tensor(loss_sums, dtype=torch.float64), trained_D, trained_D)
-    return summarise(config, stats)
+    return summarise(config, stats, 7)
 
 
 def test_a_source_without_trained_tokens_is_in_no_mean(tmp_path):
     found = summary(tmp_path, 10.0, 60.0, 0.0)
-    assert found["sources"]["code"] is None and found["mean_loss"] == 2.0
-    assert (found["worst_source"], found["worst_loss"]) == ("math", 3.0)
-    assert found["token_loss"] == pytest.approx(70 / 30)
-    assert found["sources"]["chat"]["perplexity"] == pytest.approx(math.e)
+    assert found.sources["code"] is None and found.mean_loss == 2.0
+    assert (found.worst_source, found.worst_loss) == ("math", 3.0)
+    assert found.token_loss == pytest.approx(70 / 30)
+    assert found.sources["chat"].perplexity == pytest.approx(math.e)
+
+
+def test_an_evaluation_is_read_as_it_was_written(tmp_path):
+    found = summary(tmp_path, 10.0, 60.0, 0.0)
+    found.write(tmp_path)
+    assert Evaluation.read(tmp_path) == found and found.iteration == 7
+
+
+@pytest.mark.parametrize("content", [None, '{"iteration": 7, "sou', "[]", '{"iteration": 7, "sources": {}}'])
+def test_half_an_evaluation_is_none(tmp_path, content):
+    if content is not None:
+        Evaluation.path(tmp_path).write_text(content)
+    assert Evaluation.read(tmp_path) is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e5])
