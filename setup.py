@@ -41,7 +41,6 @@ setup(
         "pyyaml",
         "blake3",
         "jinja2>=3.1.6",  # chat templates are other people's code, and earlier ones let it out of the sandbox
-        "matplotlib",
         "pillow",
         "mpmath",
         "plotly>=6.1",  # its wheel carries plotly.min.js; earlier ones write arrays of numbers as text

@@ -63,7 +63,7 @@ Times = tuple[float, float]
 
 
 def make(run_dir: Path) -> Times:
-    """Of one command."""
+    """Return the seconds of one command."""
     start, before = time.perf_counter(), os.times()
     subprocess.run(
         [sys.executable, "-m", "megatron_dynmix", "report", str(run_dir)], check=True, capture_output=True
@@ -74,7 +74,7 @@ def make(run_dir: Path) -> Times:
 
 
 def opened(page: Path, bare: Path, repeats: int) -> list[list[str]]:
-    """Rows of the table: the page until its first chart stands, until all do, and the bare one."""
+    """Return rows of the table: the page until its first chart stands, until all do, and the bare one."""
     program = os.environ.get("DYNMIX_CHROMIUM") or shutil.which("chromium-headless-shell")
     if program is None:
         raise SystemExit("there is no chromium-headless-shell: apt-get install it, or set DYNMIX_CHROMIUM")
@@ -96,7 +96,7 @@ def opened(page: Path, bare: Path, repeats: int) -> list[list[str]]:
 
 
 def open_once(browser: Browser, path: Path, ready: str) -> tuple[Times, Times]:
-    """Until the page is loaded, which is after its first chart is drawn, and until `ready` is in it."""
+    """Return the times until the page is loaded, which is after its first chart is drawn, and until `ready` is in it."""
     page = browser.new_page(viewport={"width": 1400, "height": 900})
     start, before = time.perf_counter(), browser_seconds()
     page.goto(path.as_uri())
@@ -108,7 +108,7 @@ def open_once(browser: Browser, path: Path, ready: str) -> tuple[Times, Times]:
 
 
 def browser_seconds() -> float:
-    """CPU seconds so far of all processes that this one has started, and they."""
+    """Return the CPU seconds so far of all processes below this one."""
     total = 0.0
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -118,7 +118,7 @@ def browser_seconds() -> float:
 
 
 def spread(times: list[Times]) -> list[str]:
-    """Wall: median, fastest and slowest; CPU: median."""
+    """Return wall seconds, median, fastest and slowest, and CPU seconds, median."""
     wall, cpu = zip(*times, strict=True)
     values = (statistics.median(wall), min(wall), max(wall), statistics.median(cpu))
     return [f"{value:.2f}" for value in values]

@@ -70,7 +70,7 @@ class Study:
         return subprocess.run([sys.executable, *command], env=self.environment, check=False).returncode
 
     def train_tokenizer(self) -> None:
-        """Once."""
+        """Train the tokenizer of all runs, once."""
         folder = self.output / "tokenizer"
         if (folder / "tokenizer.json").is_file():
             return
@@ -81,7 +81,7 @@ class Study:
             sys.exit(code)
 
     def compare(self, name: str, *grids: Path, run_yaml: Path = HERE / "RUN.yaml") -> Path:
-        """Run grids; returns where the comparison is. A run that failed is in its table."""
+        """Run grids; return where the comparison is. A run that failed is in its table."""
         folder = self.output / name
         print(f"== {name}", flush=True)
         code = self.run(
@@ -95,7 +95,7 @@ class Study:
         return folder
 
     def methods(self) -> Path:
-        """All methods: first those that stand alone, then those that take something from their runs."""
+        """Run all methods: first those that stand alone, then those that take something from their runs."""
         sequential = self.output / "SEQUENTIAL.yaml"
         settings = {"strategy": "sequential", "every": self.phase}
         sequential.write_text(yaml.safe_dump({"sequential": settings}))
@@ -103,7 +103,7 @@ class Study:
         return self.compare("methods", HERE / "GRID.yaml", sequential, self.write_two_phase(folder))
 
     def write_two_phase(self, methods: Path) -> Path:
-        """What the second phase starts from, and its grid."""
+        """Write what the second phase starts from, and its grid; return the grid."""
         folder = self.output / "two_phase"
         folder.mkdir(exist_ok=True)
         for seed in self.seeds:
@@ -128,7 +128,7 @@ class Study:
         return path
 
     def redundancy(self) -> Path:
-        """The same run with one source given twice."""
+        """Run the same with one source given twice."""
         settings = yaml.safe_load((HERE / "RUN.yaml").read_text())
         settings["data"]["sources"][f"{TWICE}-again"] = dict(settings["data"]["sources"][TWICE])
         path = self.output / "REDUNDANT.yaml"
@@ -137,9 +137,9 @@ class Study:
 
 
 def token_shares(prefix: Path) -> list[float]:
-    """How often a prepared source uses each token, as a vector of length one.
+    """Return how often a prepared source uses each token, as a vector of length one.
 
-    Stands in for sentence embeddings, which would need a model of their own: it tells as they do which
+    Takes the place of sentence embeddings, which need a model of their own: it tells as they do which
     sources are alike before anything is trained.
     """
     from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -154,7 +154,7 @@ def token_shares(prefix: Path) -> list[float]:
 
 
 def page(folders: list[Path]) -> str:
-    """The tables of all grids on one page, with links to their plots."""
+    """Return the tables of all grids on one page, with links to their pages."""
     parts = ["# Study"]
     for folder in folders:
         text = (folder / "comparison.md").read_text().split("\n", 1)[1]
@@ -164,7 +164,7 @@ def page(folders: list[Path]) -> str:
 
 
 def main() -> int:
-    """Run the command line; returns the exit code: 1 if a run failed."""
+    """Run the command line; return the exit code: 1 if a run failed."""
     from megatron_dynmix import platform
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

@@ -34,9 +34,9 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix import platform
 
     platform.start()
-    from megatron_dynmix.compare.cell import Plan
     from megatron_dynmix.compare.comparison import compare
     from megatron_dynmix.compare.grid import (
+        Grid,
         check_distinct,
         parse_seeds,
         variants_from_file,
@@ -52,13 +52,13 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     if not variants:
         raise InputError("nothing to compare; give --strategies a,b,c or --grid FILE.yaml")
     check_distinct(variants)
-    plan = Plan(
+    grid = Grid(
         run_yaml=arguments.run_yaml,
         output=arguments.output,
         flags=tuple(rest),
         nproc=arguments.nproc_per_node,
     )
-    finished = compare(plan, variants, parse_seeds(arguments.seeds), jobs=arguments.jobs, say=_say)
+    finished = compare(grid, variants, parse_seeds(arguments.seeds), jobs=arguments.jobs, say=_say)
     return 0 if finished else EXIT_FAILED
 
 

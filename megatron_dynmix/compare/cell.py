@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_dynmix.checkpoint import restore_point
 from megatron_dynmix.checkpoint.run_state import read_run_state
-from megatron_dynmix.compare.grid import Variant
+from megatron_dynmix.compare.grid import Grid, Variant
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import load_config, to_dict
 from megatron_dynmix.data.prepared import SourceReport
@@ -21,48 +21,32 @@ from megatron_dynmix.training.resume import identity
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What all cells of a comparison share."""
-
-    run_yaml: Path
-    output: Path
-    flags: tuple[str, ...]
-    """Of the command line, for every cell; a variant's own settings win over them."""
-    nproc: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Cell:
     """One run."""
 
-    plan: Plan
+    grid: Grid
     variant: Variant
     seed: int
     config: RunConfig
 
     @classmethod
-    def of(cls, plan: Plan, variant: Variant, seed: int) -> Cell:
-        """The cell of a variant and a seed.
-
-        Raises:
-            InputError: settings that cannot be used, by name of the variant.
-
-        """
+    def of(cls, grid: Grid, variant: Variant, seed: int) -> Cell:
+        """Return the cell of a variant and a seed."""
         try:
-            config = load_config(plan.run_yaml, [*plan.flags, *variant.flags(seed)])
+            config = load_config(grid.run_yaml, [*grid.flags, *variant.flags(seed)])
         except InputError as error:
             raise InputError(f"variant {variant.name}: {error}") from None
-        return cls(plan=plan, variant=variant, seed=seed, config=config)
+        return cls(grid=grid, variant=variant, seed=seed, config=config)
 
     @property
     def label(self) -> str:
-        """How progress lines call it."""
+        """What progress lines call it."""
         return f"{self.variant.name}, seed {self.seed}"
 
     @property
     def run_dir(self) -> Path:
         """Where its run is."""
-        return self.plan.output / self.variant.name / f"seed-{self.seed}"
+        return self.grid.output / self.variant.name / f"seed-{self.seed}"
 
     @property
     def log(self) -> Path:
@@ -70,12 +54,7 @@ class Cell:
         return self.run_dir / "log.txt"
 
     def check_run_dir(self) -> None:
-        """Refuse a directory that holds a run of another configuration.
-
-        Raises:
-            InputError: which settings differ.
-
-        """
+        """Refuse a directory that holds a run of another configuration."""
         path = self.run_dir / "config.yaml"
         if not path.is_file():
             return
@@ -90,13 +69,13 @@ class Cell:
             )
 
     def is_trained(self, reports: Sequence[SourceReport]) -> bool:
-        """Whether its run is at its last iteration, from sources that hold what they held.
+        """Tell whether its run is at its last iteration.
 
         Args:
             reports: of the sources now.
 
         Raises:
-            InputError: the sources hold something else.
+            InputError: the run was on sources of other content.
 
         """
         directory = self.run_dir / "checkpoints"
@@ -117,28 +96,28 @@ class Cell:
         return found is not None and found.iteration == self.config.training.train_iters
 
     def train_command(self) -> list[str]:
-        """The command line that trains it, or goes on training."""
+        """Return the command line that trains it, or resumes its training."""
         return [
-            *(sys.executable, "-m", "megatron_dynmix", "train", str(self.plan.run_yaml)),
+            *(sys.executable, "-m", "megatron_dynmix", "train", str(self.grid.run_yaml)),
             *("--run-dir", str(self.run_dir), "--resume", "auto"),
-            *(["--nproc-per-node", str(self.plan.nproc)] if self.plan.nproc > 1 else []),
-            *self.plan.flags,
+            *(["--nproc-per-node", str(self.grid.nproc)] if self.grid.nproc > 1 else []),
+            *self.grid.flags,
             *self.variant.flags(self.seed),
         ]
 
     def evaluate_command(self) -> list[str]:
-        """The command line that evaluates it."""
+        """Return the command line that evaluates it."""
         return [sys.executable, "-m", "megatron_dynmix", "evaluate", str(self.run_dir)]
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:
-    """The configuration as a file has it: no tuples."""
+    """Return the configuration as a file has it: no tuples."""
     plain: dict[str, Any] = json.loads(json.dumps(to_dict(config)))
     return plain
 
 
 def _changes(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Settings that differ, as `section.name: old -> new`."""
+    """Return the settings that differ, as `section.name: old -> new`."""
     return [
         f"{section}.{name}: {before.get(section, {}).get(name)} -> {settings.get(name)}"
         for section, settings in now.items()

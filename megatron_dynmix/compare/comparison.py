@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Any
 
-from megatron_dynmix.compare.cell import Cell, Plan
-from megatron_dynmix.compare.grid import Variant
+from megatron_dynmix.compare.cell import Cell
+from megatron_dynmix.compare.grid import Grid, Variant
+from megatron_dynmix.compare.page import markdown, page_of_comparison
 from megatron_dynmix.compare.results import read_result, summarise
 from megatron_dynmix.compare.schedule import Task, run_tasks
 from megatron_dynmix.config.check import check_run
@@ -16,20 +18,18 @@ from megatron_dynmix.data.prepared import SourceReport
 from megatron_dynmix.data.sources import Data
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import write_atomically
-from megatron_dynmix.report.charts import losses_svg, weights_svg
-from megatron_dynmix.report.pages import comparison_html, markdown
-from megatron_dynmix.report.tables import comparison_tables
+from megatron_dynmix.report.pages import html
 from megatron_dynmix.training.resume import begins
 from megatron_dynmix.training.setup import check_before_start, prepare_run
 
 
 def compare(
-    plan: Plan, variants: Sequence[Variant], seeds: Sequence[int], *, jobs: int, say: Callable[[str], None]
+    grid: Grid, variants: Sequence[Variant], seeds: Sequence[int], *, jobs: int, say: Callable[[str], None]
 ) -> bool:
     """Run what is not finished of the grid, and write `comparison.json`, `.md` and `.html`.
 
     Args:
-        plan: what all cells share.
+        grid: what all cells share.
         variants: rows of the comparison.
         seeds: each variant is run with each.
         jobs: cells at a time.
@@ -43,7 +43,7 @@ def compare(
             another run.
 
     """
-    cells = [Cell.of(plan, variant, seed) for variant in variants for seed in seeds]
+    cells = [Cell.of(grid, variant, seed) for variant in variants for seed in seeds]
     reports = _check(cells)
     tasks = [_task(cell, reports[cell.variant.name]) for cell in cells]
     kept = sum(not task.commands for task in tasks)
@@ -56,18 +56,13 @@ def compare(
     results = [read_result(cell) for place, cell in enumerate(cells) if place not in reasons]
     sources = list(cells[0].config.data.sources)
     summary = summarise([variant.name for variant in variants], sources, results, failures)
-    _write(plan, summary)
-    say(f"written: {plan.output}/comparison.md, comparison.html, comparison.json")
+    _write(grid, summary)
+    say(f"written: {grid.output}/comparison.md, comparison.html, comparison.json")
     return not failures
 
 
 def _check(cells: Sequence[Cell]) -> dict[str, list[SourceReport]]:
-    """Refuse what would fail, and prepare the sources before cells need them all at once.
-
-    Returns:
-        What the sources of each variant hold.
-
-    """
+    """Refuse what would fail, prepare all sources, and return what those of each variant hold."""
     for cell in cells:
         cell.check_run_dir()
         if not cell.config.data.probed:
@@ -83,7 +78,7 @@ def _check(cells: Sequence[Cell]) -> dict[str, list[SourceReport]]:
         same = [other for other in cells if other.variant.name == cell.variant.name]
         fresh = any(begins(other.run_dir, "auto") for other in same)
         try:
-            check_run(cell.config, cell.plan.nproc)
+            check_run(cell.config, cell.grid.nproc)
             checked = check_before_start(cell.config, fresh=fresh)
             by_data[data] = prepare_run(checked, by_data.get(data)).data
         except InputError as error:
@@ -93,24 +88,15 @@ def _check(cells: Sequence[Cell]) -> dict[str, list[SourceReport]]:
 
 
 def _task(cell: Cell, reports: Sequence[SourceReport]) -> Task:
-    """What is left to do of a cell."""
+    """Return what is left to do of a cell."""
     if not cell.is_trained(reports):
         return Task(cell, (cell.train_command(), cell.evaluate_command()))
     return Task(cell, () if cell.is_evaluated() else (cell.evaluate_command(),))
 
 
-def _write(plan: Plan, summary: dict[str, Any]) -> None:
-    title = f"Comparison of {plan.run_yaml.stem}"
-    tables = comparison_tables(summary)
-    svgs = {}
-    if summary["variants"]:
-        svgs = {
-            ("Weights over iterations", "weights.svg"): weights_svg(summary),
-            ("Held-out loss of each source, in nats", "losses.svg"): losses_svg(summary),
-        }
-    for (_, name), svg in svgs.items():
-        write_atomically(plan.output / name, svg)
-    write_atomically(plan.output / "comparison.md", markdown(title, tables, list(svgs)))
-    page = comparison_html(title, tables, [(name, svg) for (name, _), svg in svgs.items()])
-    write_atomically(plan.output / "comparison.html", page)
-    write_atomically(plan.output / "comparison.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+def _write(grid: Grid, summary: dict[str, Any]) -> None:
+    title = f"Comparison of {grid.run_yaml.stem}"
+    page = page_of_comparison(title, grid.output, summary)
+    write_atomically(grid.output / "comparison.md", markdown(title, page.tables))
+    write_atomically(grid.output / "comparison.html", html(page, datetime.now()))
+    write_atomically(grid.output / "comparison.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")

@@ -16,8 +16,18 @@ from megatron_dynmix.config.load import StrictLoader
 from megatron_dynmix.errors import InputError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]*")
-FROM_COMMAND = ("seed",)
-"""Settings that are not a variant's to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What all cells of a comparison share."""
+
+    run_yaml: Path
+    output: Path
+    flags: tuple[str, ...]
+    """Of the command line, for every cell; a variant's own settings win over them."""
+    nproc: int
+    """Ranks of each cell."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,7 @@ class Variant:
     """Setting and value as flags have them; `{seed}` in a value stands for the seed of the run."""
 
     def flags(self, seed: int) -> list[str]:
-        """The flags of `train` for one seed."""
+        """Return the flags of `train` for one seed."""
         settings = [*self.settings, ("seed", str(seed))]
         return [
             f"--{name.replace('_', '-')}={value.replace('{seed}', str(seed))}" for name, value in settings
@@ -70,12 +80,7 @@ def variants_from_text(text: str) -> list[Variant]:
 
 
 def variants_from_file(path: Path) -> list[Variant]:
-    """Read a grid: a YAML mapping `{name: {setting: value}}`.
-
-    Raises:
-        InputError: it cannot be read, or holds something else.
-
-    """
+    """Read a grid: a YAML mapping `{name: {setting: value}}`."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -99,8 +104,8 @@ def _variant(name: Any, settings: dict[str, Any], where: str) -> Variant:
             "where YAML would read a number"
         )
     for setting in settings:
-        if setting in FROM_COMMAND:
-            raise InputError(f"{where}: {name} sets {setting}, which is given by --seeds; leave it out")
+        if setting == "seed":
+            raise InputError(f"{where}: {name} sets seed, which is given by --seeds; leave it out")
         try:
             leaves.find(str(setting))
         except InputError as error:
@@ -111,12 +116,7 @@ def _variant(name: Any, settings: dict[str, Any], where: str) -> Variant:
 
 
 def check_distinct(variants: Sequence[Variant]) -> None:
-    """Refuse two variants of one name.
-
-    Raises:
-        InputError: which.
-
-    """
+    """Refuse two variants of one name."""
     names = [variant.name for variant in variants]
     for name in names:
         if names.count(name) > 1:
@@ -126,12 +126,7 @@ def check_distinct(variants: Sequence[Variant]) -> None:
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """Read `--seeds`: whole numbers with commas between.
-
-    Raises:
-        InputError: something else, or a seed twice.
-
-    """
+    """Read `--seeds`: whole numbers with commas between, each once."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() for part in parts):
         raise InputError(f"--seeds is {text!r}; give whole numbers with commas between, as 1,2,3")

@@ -1,6 +1,6 @@
-"""Mean, spread, and paired differences with their confidence interval.
+"""What the cells of a comparison recorded, and what follows for each variant.
 
-What the cells of a comparison recorded, and what follows for each variant.
+That is the mean and the spread over its seeds, and paired differences with their confidence interval.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from megatron_dynmix.records.jsonl import read_lines, read_records
 from megatron_dynmix.records.schema import MixingUpdate, StageLine, TrainingRecord, step_seconds
 from megatron_dynmix.training.evaluate import Evaluation
 
+BASELINE = "uniform"
+"""The variant of this name is what the others are compared with."""
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Several values of one quantity."""
+    """One quantity of several seeds."""
 
     mean: float
     sd: float | None
@@ -43,26 +45,21 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Whether the interval leaves out zero."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and sample standard deviation of one value or more."""
+    """Return mean and sample standard deviation of one value or more."""
     sd = statistics.stdev(values) if len(values) > 1 else None
     return Spread(statistics.fmean(values), sd, len(values))
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
-    """How far `values` lie from `baseline`, pair by pair: mean ± t(0.975, n - 1) sd / sqrt(n).
+    """Return how far `values` lie from the `baseline` of the same seeds: mean ± t(0.975, n - 1) sd / sqrt(n).
 
     Student's paired t interval: differences of the same seed are what is normally distributed, not the
     values themselves, which share what the seed decides.
-
-    Args:
-        values: one for each seed.
-        baseline: of the same seeds.
-
     """
     differences = [value - base for value, base in zip(values, baseline, strict=True)]
     found = spread(differences)
@@ -73,14 +70,14 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Dif
 
 
 def student_t(confidence: float, degrees: int) -> float:
-    """The t for which |T| <= t with the probability `confidence`.
+    """Return the t for which |T| <= t with the probability `confidence`.
 
     P(|T| > t) = I_x(n / 2, 1 / 2) with x = n / (n + t²), the regularised incomplete beta function
     (Abramowitz and Stegun, 26.7.1); solved for x, which lies between 0 and 1.
 
     Args:
         confidence: two-sided, between 0 and 1.
-        degrees: n, degrees of freedom, 1 or more.
+        degrees: of freedom, n, 1 or more.
 
     """
 
@@ -89,10 +86,6 @@ def student_t(confidence: float, degrees: int) -> float:
 
     x = mpmath.findroot(beyond, (0, 1), solver="ridder")
     return float(mpmath.sqrt(degrees * (1 - x) / x))
-
-
-BASELINE = "uniform"
-"""The variant of this name is what the others are compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +136,7 @@ def summarise(
     results: Sequence[CellResult],
     failures: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Everything of `comparison.json`: plain values.
+    """Return the content of `comparison.json`: plain values.
 
     Args:
         variants: all of the grid, in its order; one without a finished cell has no row.
@@ -190,7 +183,7 @@ def _variant_row(
 def _difference(
     metric: str, own: Sequence[CellResult], baseline: Sequence[CellResult]
 ) -> dict[str, Any] | None:
-    """Paired over the seeds that both have; None if there is none, or for the baseline itself."""
+    """Return it over the seeds that both have; None where there are none, and for the baseline itself."""
     base = {result.seed: result.metrics[metric] for result in baseline if metric in result.metrics}
     pairs = [(result.metrics[metric], base[result.seed]) for result in own if result.seed in base]
     if not pairs or own[0].variant == baseline[0].variant:

@@ -1,4 +1,4 @@
-"""The page of `report` in a real headless Chromium: drawn, readable, operable, and alone.
+"""The pages of `report` and `compare` in a real headless Chromium: drawn, readable, operable, and alone.
 
 Chromium is `DYNMIX_CHROMIUM` or one of the programs below; where there is none these tests are skipped,
 unless DYNMIX_REQUIRE_BROWSER says that there must be one. Screenshots are kept in `build/screenshots`.
@@ -10,11 +10,15 @@ import os
 import shutil
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from megatron_dynmix.cli import main
+from megatron_dynmix.compare.page import page_of_comparison
+from megatron_dynmix.compare.results import CellResult, summarise
+from megatron_dynmix.report.pages import html
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from report_fixtures import NAMES, write_run
@@ -22,6 +26,7 @@ from report_fixtures import NAMES, write_run
 SCREENSHOTS = Path(__file__).parents[2] / "build/screenshots"
 PROGRAMS = ("chromium-headless-shell", "chromium", "google-chrome")
 CHARTS = 12
+METRICS = ("mean_loss", "worst_loss", "token_loss", "perplexity")
 IMAGE = "document.querySelector('[data-chart=gate-load] .mlayer image').href.baseVal"
 VALUES = "JSON.stringify(document.querySelector('[data-chart={}]').data[0].z)"
 WIDEST = "Math.max(...[...document.querySelectorAll('.main-svg')].map(svg => svg.getAttribute('width')))"
@@ -81,14 +86,30 @@ def browser():
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Files by name: of a small run, one of many sources, and three runs."""
+    """Files by name: of a small run, one of many sources, three runs, and a grid of runs."""
     folder = tmp_path_factory.mktemp("report")
     runs = [write_run(folder / name, seed=seed) for seed, name in enumerate("abc")]
     many = write_run(folder / "many", sources=MANY, updates=5, experts=16)
     files = {"small": runs[:1], "many": [many], "compared": runs}
     for name, run_dirs in files.items():
         assert main(["report", *map(str, run_dirs), "--output", str(folder / f"{name}.html")]) == 0
-    return {name: folder / f"{name}.html" for name in files}
+    results = [
+        CellResult(
+            variant=variant,
+            seed=seed,
+            metrics={name: 2.0 + seed / 10 for name in (*METRICS, "loss/chat", "loss/math")},
+            worst_source="chat",
+            weights=((0, (0.5, 0.5)), (10, (0.25, 0.75))),
+            tokens=1000,
+            seconds=2.5,
+        )
+        for variant in ("uniform", "gate-load_signal=train_interval=50")
+        for seed in (1, 2)
+    ]
+    summary = summarise([result.variant for result in results[::2]], ["chat", "math"], results, [])
+    grid = page_of_comparison("Comparison", folder, summary)
+    (folder / "grid.html").write_text(html(grid, datetime(2026, 1, 2)), encoding="utf-8")
+    return {name: folder / f"{name}.html" for name in [*files, "grid"]}
 
 
 @pytest.fixture
@@ -162,6 +183,18 @@ def test_runs_are_drawn_over_one_another(opened):
     names = page.evaluate("document.querySelector('[data-chart=loss]').data.map(trace => trace.name)")
     assert names == ["a", "b", "c"]
     page.screenshot(path=SCREENSHOTS / "report-compared-390-dark.png", full_page=True)
+
+
+@pytest.mark.parametrize(("width", "theme"), [(390, "dark"), (1400, "light")])
+def test_the_charts_of_a_grid_are_drawn_and_readable(opened, width, theme):
+    page = opened("grid", width=width, theme=theme)
+    page.screenshot(path=SCREENSHOTS / f"comparison-{width}-{theme}.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for chart, drawn in (("weights", 8), ("loss", 12)):
+        marks = f"document.querySelectorAll('[data-chart={chart}] .mlayer path').length"
+        assert page.evaluate(marks) >= drawn, f"{chart} misses lines or points"
+    contrasts = page.evaluate(CONTRASTS)
+    assert min(contrasts)[0] >= 4.5, min(contrasts)
 
 
 def test_the_slider_moves_by_keyboard_and_changes_both_heat_maps(opened):

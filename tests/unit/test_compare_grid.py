@@ -7,6 +7,7 @@ from config_fixtures import good_settings, load
 
 from megatron_dynmix import platform
 from megatron_dynmix.compare.grid import (
+    Grid,
     Variant,
     check_distinct,
     parse_seeds,
@@ -19,7 +20,7 @@ from megatron_dynmix.training.setup import CheckedRun
 
 platform.start()
 from megatron_dynmix.compare import comparison  # noqa: E402
-from megatron_dynmix.compare.cell import Cell, Plan  # noqa: E402
+from megatron_dynmix.compare.cell import Cell  # noqa: E402
 
 
 def test_strategies_with_and_without_options():
@@ -132,13 +133,13 @@ def test_seeds():
 def cell(folder, name, seed=1, **mixing):
     content = good_settings(folder)
     content["mixing"] |= mixing
-    plan = Plan(
+    grid = Grid(
         run_yaml=folder / "RUN.yaml",
         output=folder / "out",
         flags=(),
         nproc=1,
     )
-    return Cell(plan=plan, variant=Variant(name, ()), seed=seed, config=load(folder, content))
+    return Cell(grid=grid, variant=Variant(name, ()), seed=seed, config=load(folder, content))
 
 
 def read_once(monkeypatch):

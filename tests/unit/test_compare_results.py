@@ -1,17 +1,30 @@
 """From the numbers of finished cells to tables and pages."""
 
+import dataclasses
 import json
 import math
+import re
 import statistics
+from datetime import datetime
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megatron_dynmix.compare.page import (
+    comparison_tables,
+    difference_text,
+    markdown,
+    page_of_comparison,
+    spread_text,
+)
 from megatron_dynmix.compare.results import CellResult, paired_difference, spread, student_t, summarise
-from megatron_dynmix.report.charts import losses_svg, weights_svg
-from megatron_dynmix.report.pages import comparison_html, markdown
-from megatron_dynmix.report.tables import comparison_tables, difference_text, spread_text
+from megatron_dynmix.report.figures import OTHERS
+from megatron_dynmix.report.pages import html
+from megatron_dynmix.report.tables import Bold
 
 SOURCES = ["chat", "math"]
+METRICS = ("mean_loss", "worst_loss", "token_loss", "perplexity")
 
 
 def cell(variant, seed, chat, math_loss):
@@ -101,8 +114,9 @@ def test_differences_are_of_the_seeds_that_both_have():
 def test_tables_say_what_is_missing():
     failure = {"variant": "fixed", "seed": 1, "reason": "loss is NaN (exit code 1)"}
     one_seed = [cell("gate-load", 1, 2, 3)]
-    losses, *_, failed = comparison_tables(summarise(["fixed", "gate-load"], SOURCES, one_seed, [failure]))
-    assert "No variant is named uniform" in losses.note and "Of one seed" in losses.note
+    tables = comparison_tables(summarise(["fixed", "gate-load"], SOURCES, one_seed, [failure]))
+    losses, *_, failed = tables.values()
+    assert "No variant is named uniform" in losses.note and "One seed has no" in losses.note
     assert not any("difference" in column for column in losses.header)
     assert [row[0] for row in losses.rows] == ["gate-load"]
     assert failed.rows == [["fixed", "1", "loss is NaN (exit code 1)"]]
@@ -110,7 +124,9 @@ def test_tables_say_what_is_missing():
 
 def test_every_row_has_a_cell_for_every_column():
     results = [*three_seeds(), cell("fixed", 1, 2, 3)]
-    for table in comparison_tables(summarise(["uniform", "gate-load", "fixed"], SOURCES, results, [])):
+    for table in comparison_tables(
+        summarise(["uniform", "gate-load", "fixed"], SOURCES, results, [])
+    ).values():
         assert {len(row) for row in table.rows} == {len(table.header)}, table.title
 
 
@@ -119,25 +135,55 @@ def test_numbers_as_text():
     assert spread_text({"mean": 1.23456, "sd": None}) == "1.2346"
     assert spread_text(None) == "-"
     clear = {"mean": -0.5, "low": -1.0, "high": -0.25, "is_clear": True}
-    assert difference_text(clear) == "**-0.5000 [-1.0000, -0.2500]**"
-    assert difference_text({"mean": 0.5, "low": None, "high": None, "is_clear": False}) == "+0.5000"
+    assert difference_text(clear) == "-0.5000 [-1.0000, -0.2500]"
+    assert isinstance(difference_text(clear), Bold)
+    unclear = difference_text({"mean": 0.5, "low": None, "high": None, "is_clear": False})
+    assert unclear == "+0.5000" and not isinstance(unclear, Bold)
 
 
-def test_pages_hold_every_table_and_escape_what_is_text():
+def test_markdown_and_page_hold_every_table_and_escape_what_is_text():
     failure = {"variant": "fixed", "seed": 1, "reason": "<b>a|b</b>"}
     summary = summarise(["uniform", "gate-load", "fixed"], SOURCES, three_seeds(), [failure])
-    tables = comparison_tables(summary)
-    plots = [("Weights", weights_svg(summary)), ("Losses", losses_svg(summary))]
-    page = comparison_html("A & B", tables, plots)
-    assert "&lt;b&gt;a|b&lt;/b&gt;" in page and "<title>A &amp; B</title>" in page
-    assert page.count("<svg") == 2 and "<strong>-0.049" in page
-    assert not any(name in page for name in ('src="', 'href="http', "<script"))
-    text = markdown("A & B", tables, [("Weights", "weights.svg")])
-    assert "a\\|b" in text and "![Weights](weights.svg)" in text
-    assert all(f"## {table.title}" in text for table in tables)
+    page = page_of_comparison("A & B", Path("runs/grid"), summary)
+    text = html(page, datetime(2026, 1, 2, 3, 4))
+    own = re.sub(r"<script>/\*\*.*?</script>", "", text, flags=re.DOTALL)
+    assert "&lt;b&gt;a|b&lt;/b&gt;" in own and "<title>A &amp; B</title>" in own
+    assert "<strong>-0.049" in own and "Made 2026-01-02 03:04" in own and "from runs/grid" in own
+    assert not any(name in own for name in ('src="', 'href="http'))
+    assert all(f'id="{name}"' in own for name in [*page.tables, *(chart.id for chart in page.charts)])
+    assert "Cells that failed: 1" in own and "is that of gate-load: 2.5510 nats" in own
+    written = markdown("A & B", page.tables)
+    assert "a\\|b" in written and "**-0.049" in written and "(comparison.html)" in written
+    assert all(f"## {table.title}" in written for table in page.tables.values())
 
 
-def test_plots_are_the_same_again():
+def test_charts_hold_the_numbers_of_every_cell():
     summary = summarise(["uniform", "gate-load"], SOURCES, three_seeds(), [])
-    assert weights_svg(summary) == weights_svg(summary)
-    assert losses_svg(summary).startswith("<svg")
+    page = page_of_comparison("A", Path("grid"), summary)
+    weights, losses = page.charts
+    assert [set(traces) for traces in weights.legend.values()] == [{0, 2, 4, 6, 8, 10}, {1, 3, 5, 7, 9, 11}]
+    math_of_the_last = weights.figure.data[-1]
+    assert page.axes[math_of_the_last.meta] == [0, 10] and math_of_the_last.xaxis == "x2"
+    np.testing.assert_allclose(math_of_the_last.y, [0.5, 0.75])
+    assert len(page.axes) == 1, "equal axes are held once"
+    seeds, mean = losses.figure.data[:2]
+    np.testing.assert_allclose(seeds.x, [2.1, 2.2, 2.3, 2.001, 2.102, 2.203], rtol=1e-6)
+    np.testing.assert_allclose(mean.x, [2.2, 2.102], rtol=1e-6)
+    assert seeds.y == ("uniform",) * 3 + ("gate-load",) * 3 and mean.y == ("uniform", "gate-load")
+    assert [note.text for note in losses.figure.layout.annotations] == SOURCES
+
+
+def test_a_comparison_without_a_finished_cell_has_a_page():
+    failure = {"variant": "fixed", "seed": 1, "reason": "killed"}
+    page = page_of_comparison("A", Path("grid"), summarise(["fixed"], SOURCES, [], [failure]))
+    assert list(page.tables) == ["failures"] and page.charts == []
+    assert "No cell has finished." in html(page, datetime(2026, 1, 2))
+
+
+def test_sources_without_a_color_share_one_box():
+    many = [f"source_{number}" for number in range(12)]
+    metrics = {name: 2.0 for name in (*METRICS, "loss/source_0")}
+    cells = [dataclasses.replace(cell("uniform", 1, 2, 3), weights=((0, (1 / 12,) * 12),), metrics=metrics)]
+    weights, _ = page_of_comparison("A", Path("grid"), summarise(["uniform"], many, cells, [])).charts
+    *_, (box, traces) = weights.legend.items()
+    assert box == ("2 others", OTHERS) and len(traces) == 2

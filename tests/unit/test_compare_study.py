@@ -86,10 +86,12 @@ def test_data_that_is_not_there_is_said(tmp_path):
 def test_the_page_holds_every_grid(tmp_path):
     for name in ("methods", "sweeps"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "comparison.md").write_text("# T\n\n## Held-out loss\n\n![Weights](weights.svg)\n")
+        (tmp_path / name / "comparison.md").write_text(
+            "# T\n\n## Held-out loss\n\nCharts: [comparison.html](comparison.html)\n"
+        )
     page = load("study").page([tmp_path / "methods", tmp_path / "sweeps"])
     assert page.startswith("# Study\n\n## Methods\n\n### Held-out loss")
-    assert "![Weights](sweeps/weights.svg)" in page
+    assert "[comparison.html](sweeps/comparison.html)" in page
 
 
 def test_run_yaml_names_only_the_folders_it_is_given():

@@ -13,7 +13,8 @@ from report_fixtures import NAMES, change, line_of, write_run
 
 from megatron_dynmix.cli import main
 from megatron_dynmix.mixing.strategy import RemarkKind
-from megatron_dynmix.report.charts import COLOURS, OTHERS, TOP, Palette, charts_of
+from megatron_dynmix.report.charts import charts_of
+from megatron_dynmix.report.figures import COLOURS, OTHERS, TOP, Palette
 from megatron_dynmix.report.pages import distinct_names, importance, page_of_run, page_of_runs
 from megatron_dynmix.report.run import MOST_POINTS, Frame, quantised, read_run, thinned
 from megatron_dynmix.report.summary import summary, warnings
@@ -80,9 +81,9 @@ def test_sixty_four_sources_have_few_colours_and_lose_no_weight(tmp_path):
     np.testing.assert_allclose(sum(np.asarray(band.y) for band in bands), 1, atol=1e-6)
     assert len(found["delta"].figure.data) == 64
     assert len(found["tokens"].figure.data[0].y) == 20 and "20 largest of 64" in found["tokens"].thinned
-    name, colour, traces = found["delta"].legend[-1]
-    assert (name, colour, len(traces)) == (f"{64 - TOP} others", OTHERS, 64 - TOP)
-    switched = sorted(trace for entry in found["loss"].legend for trace in entry[2])
+    *_, (box, traces) = found["delta"].legend.items()
+    assert (box, len(traces)) == ((f"{64 - TOP} others", OTHERS), 64 - TOP)
+    switched = sorted(trace for traces in found["loss"].legend.values() for trace in traces)
     assert switched == list(range(65)), "every curve can be switched off, each by one box"
 
 
@@ -319,7 +320,7 @@ def test_runs_are_set_side_by_side(tmp_path, monkeypatch):
 def test_runs_of_other_sources_compare(tmp_path):
     runs = [read_run(write_run(tmp_path / "a")), read_run(write_run(tmp_path / "b", sources=("chat", "law")))]
     page = page_of_runs(runs, now=0.0)
-    weights = dict(page.tables)["end-weights"]
+    weights = page.tables["end-weights"]
     assert [row[0] for row in weights.rows] == [*NAMES, "law"]
     assert dict((row[0], row[1:]) for row in weights.rows)["law"][0] == "–"
 
@@ -332,7 +333,7 @@ def test_folders_of_the_same_name_are_told_apart(tmp_path):
 def test_the_numbers_can_be_read_without_the_charts(tmp_path):
     run = read_run(write_run(tmp_path / "mine", updates=3))
     page = page_of_run(run, now=run.written)
-    (_, sources), *_ = page.tables
+    sources = page.tables["sources"]
     chat = dict(zip(sources.header, sources.rows[0], strict=True))
     assert chat["source"] == "chat" and chat["first weight"] == "0.250" and chat["tokens"] == "3,000"
     assert chat["share of tokens"] == "25.0%" and chat["epochs"] == "0.30"
