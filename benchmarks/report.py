@@ -96,7 +96,7 @@ def opened(page: Path, bare: Path, repeats: int) -> list[list[str]]:
 
 
 def open_once(browser: Browser, path: Path, ready: str) -> tuple[Times, Times]:
-    """Return the times until the page is loaded, which is after its first chart is drawn, and until `ready` is in it."""
+    """Return the times until the page is loaded, its first chart drawn, and until `ready` is in it."""
     page = browser.new_page(viewport={"width": 1400, "height": 900})
     start, before = time.perf_counter(), browser_seconds()
     page.goto(path.as_uri())
