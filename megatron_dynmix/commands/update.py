@@ -55,15 +55,7 @@ def update_once(
 ) -> dict[str, Any]:
     """Return the weights after one update, and the numbers they came from, by source.
 
-    Args:
-        flags: settings of the mixing section, `--strategy ref-loss --eta 1`.
-        load: JSON file {source: [load per expert]}, or a list of such lists, one per layer.
-        loss: JSON file {source: loss in nats}.
-        weights: JSON file {source: weight}; uniform if not given.
-
-    Raises:
-        InputError: a flag or a file that cannot be used.
-
+    Files are JSON: loads are {source: [load per expert]}, or a list of such lists, one per layer.
     """
     mixing = _settings(flags)
     contents = {path: read_object(path) for path in (load, loss, weights) if path is not None}

@@ -54,12 +54,7 @@ def resolved_options(strategy: str) -> dict[str, bool]:
 
 
 def complete_options(strategy: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the options given, and the published defaults of all others; `where` begins a refusal.
-
-    Raises:
-        InputError: an unknown strategy, or an option that it does not have.
-
-    """
+    """Return the options given, and the published defaults of all others; `where` begins a refusal."""
     if not is_own(strategy) and strategy not in STRATEGIES:
         names = ", ".join(STRATEGIES)
         raise InputError(
@@ -97,12 +92,7 @@ class Chosen:
 
     @property
     def needs(self) -> tuple[bool, bool]:
-        """Whether gate loads, and whether losses, must be measured for it.
-
-        Raises:
-            InputError: a strategy of your own that cannot be imported or made.
-
-        """
+        """Whether gate loads, and whether losses, must be measured for it."""
         kind: Any = STRATEGIES.get(self.strategy)
         if self.own:
             try:
@@ -113,12 +103,7 @@ class Chosen:
 
 
 def chosen_shadow(entry: str | Mapping[str, Any]) -> Chosen:
-    """Read one entry of `mixing.shadow`.
-
-    Raises:
-        InputError: no strategy, one that never changes weights, or an option that it does not have.
-
-    """
+    """Read one entry of `mixing.shadow`, or raise InputError."""
     given = {"strategy": entry} if isinstance(entry, str) else dict(entry)
     strategy = given.pop("strategy", None)
     if not isinstance(strategy, str):

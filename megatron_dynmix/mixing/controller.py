@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from megatron_dynmix.mixing.guardrails import Guardrails, Override
 from megatron_dynmix.mixing.last_known import (
@@ -25,7 +25,7 @@ from megatron_dynmix.mixing.last_known import (
     waits,
 )
 from megatron_dynmix.mixing.strategy import Proposal, Remark, Signal, Strategy
-from megatron_dynmix.mixing.weights import check_weights
+from megatron_dynmix.mixing.weights import Floats, check_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +39,8 @@ class Course:
 
     """
 
-    weights_D: NDArray[np.float64]
-    first_D: NDArray[np.float64]
+    weights_D: Floats
+    first_D: Floats
     state: Mapping[str, Any] = field(default_factory=dict)
 
     def start(self, strategy: Strategy, signal: Signal) -> Proposal:
@@ -51,12 +51,7 @@ class Course:
         return self._kept(self.weights_D)
 
     def update(self, strategy: Strategy, signal: Signal, *, known: bool) -> Proposal:
-        """Propose the next weights; those it has, unless all is `known` that it needs to know of the sources.
-
-        Raises:
-            ValueError: it refuses the signal, or proposes something that cannot be adopted.
-
-        """
+        """Propose the next weights; those it has, unless all that it must know of the sources is `known`."""
         if not strategy.updates:
             return self._kept(self.first_D)
         if not known:
@@ -64,7 +59,7 @@ class Course:
         proposal = strategy.propose(self.weights_D, signal, self.state)
         return checked(proposal, strategy, len(self.weights_D))
 
-    def _kept(self, weights_D: NDArray[np.float64]) -> Proposal:
+    def _kept(self, weights_D: Floats) -> Proposal:
         return Proposal(weights_D=weights_D, delta_D=np.zeros(len(weights_D)), state=self.state)
 
     def to_json(self) -> dict[str, Any]:
@@ -77,12 +72,7 @@ class Course:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], num_sources: int) -> "Course":
-        """Read what `to_json` gave.
-
-        Raises:
-            ValueError: the weights are no shares of so many sources.
-
-        """
+        """Read what `to_json` gave."""
         return cls(
             check_weights(record["weights"], num_sources),
             check_weights(record["first_weights"], num_sources),
@@ -95,7 +85,6 @@ class ControllerState:
     """All that the next update depends on.
 
     Attributes:
-        sources: D names.
         course: where the strategy stands.
         shadows: where each strategy stands that only watches, by its label.
         known: what was last measured of each source.
@@ -113,12 +102,7 @@ class ControllerState:
     def beginning(
         cls, sources: Sequence[str], weights_D: ArrayLike, shadows: Iterable[str]
     ) -> "ControllerState":
-        """Return the state of a run that has these weights, and has measured nothing.
-
-        Raises:
-            ValueError: the weights are no shares of the sources.
-
-        """
+        """Return the state of a run that has these weights, and has measured nothing."""
         first_D = check_weights(weights_D, len(sources))
         course = Course(first_D, first_D)
         return cls(tuple(sources), course, dict.fromkeys(shadows, course), LastKnown.nothing(sources))
@@ -137,12 +121,8 @@ class ControllerState:
     ) -> "ControllerState":
         """Return the state for other sources: strategies begin again, at weights given.
 
-        Args:
-            sources: names.
-            unchanged_D: which of the old sources each was, None where it is new or its rows changed; what is
-                known of these is forgotten.
-            weights_D: shares.
-
+        `unchanged_D` tells which of the old sources each was; None where it is new or its rows changed: what
+        is known of these is forgotten.
         """
         begin = ControllerState.beginning(sources, weights_D, ())
         return replace(
@@ -163,12 +143,7 @@ class ControllerState:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "ControllerState":
-        """Read what `to_json` gave.
-
-        Raises:
-            ValueError: values that cannot be a controller's.
-
-        """
+        """Read what `to_json` gave."""
         sources = tuple(record["sources"])
         return cls(
             sources,
@@ -180,13 +155,7 @@ class ControllerState:
 
 
 def checked(proposal: Proposal, strategy: Strategy, num_sources: int) -> Proposal:
-    """Return the proposal, after all of it was found fit to adopt, record and save.
-
-    Raises:
-        ValueError: no proposal, weights that are no shares of so many sources, a score, load or distance that
-            is NaN or infinite, or a state that would not come back from a checkpoint as it is.
-
-    """
+    """Return the proposal, after all of it was found fit to adopt, record and save; else raise ValueError."""
     if not isinstance(proposal, Proposal):
         raise ValueError(f"strategy {strategy.name} gave {type(proposal).__name__}; it must give a Proposal")
     weights_D = check_weights(proposal.weights_D, num_sources)
@@ -206,9 +175,7 @@ def checked(proposal: Proposal, strategy: Strategy, num_sources: int) -> Proposa
     )
 
 
-def _fit(
-    what: str, values: ArrayLike | None, shape: tuple[int, ...], strategy: Strategy
-) -> NDArray[np.float64] | None:
+def _fit(what: str, values: ArrayLike | None, shape: tuple[int, ...], strategy: Strategy) -> Floats | None:
     """Return one part of a proposal as an array of that shape, -1 being any length; None stays None."""
     if values is None:
         return None
@@ -251,7 +218,7 @@ class Decision:
 
     """
 
-    weights_D: NDArray[np.float64]
+    weights_D: Floats
     proposal: Proposal
     notes: tuple[Remark, ...]
     events: tuple[Remark, ...]
@@ -262,24 +229,14 @@ class Decision:
 class MixingController:
     """Keeps the weights of a run. Holds no clock, rank or file: one rank updates it, the others are told.
 
-    Args:
-        sources: D distinct names; the position of a name is its ``dataset_id``.
-        weights_D: first weights, >= 0, summing to 1 (see `normalise_weights`).
-        strategy: the rule for new weights.
-        guardrails: limits on what it may do.
-        shadows: strategies by name that are asked beside it, each from its own last weights, and change
-            nothing.
-
-    Raises:
-        ValueError: no source, a name twice, weights that are not shares of D sources, or guardrails that
-            cannot be kept for D sources.
-
+    The position of a name in `sources` is its ``dataset_id``. Shadows are strategies by label that are asked
+    beside the run's own, each from its own last weights, and change nothing.
     """
 
     def __init__(
         self,
         sources: Sequence[str],
-        weights_D: NDArray[np.float64],
+        weights_D: Floats,
         strategy: Strategy,
         *,
         guardrails: Guardrails | None = None,
@@ -299,16 +256,13 @@ class MixingController:
         return self.state.sources
 
     @property
-    def weights_D(self) -> NDArray[np.float64]:
+    def weights_D(self) -> Floats:
         """Current weights, summing to 1; a read-only array that no later update changes."""
         return self.state.course.weights_D
 
     @property
     def updates(self) -> bool:
-        """Whether `update` has anything to do during the run: weights to change, or a shadow to ask.
-
-        An operator's override may change weights whatever this says.
-        """
+        """Whether `update` has weights to change or a shadow to ask, not counting an override."""
         return self.guardrails.caps or any(
             strategy.updates for strategy in (self.strategy, *self.shadows.values())
         )
@@ -336,10 +290,6 @@ class MixingController:
 
         Strategies that start are asked; for others the weights given stand. Guardrails hold from the first
         row on, but for the KL step: nothing is in force yet that it could be measured from.
-
-        Raises:
-            ValueError: as for `update`.
-
         """
         proposal = self.state.course.start(self.strategy, signal)
         weights_D, events = self._guarded(
@@ -357,12 +307,7 @@ class MixingController:
             before_pause=self._shares_before_pause(proposal.weights_D, override),
         )
         return Decision(
-            weights_D=weights_D,
-            proposal=proposal,
-            notes=failed,
-            events=events,
-            shadow=shadow,
-            signal=signal,
+            weights_D=weights_D, proposal=proposal, notes=failed, events=events, shadow=shadow, signal=signal
         )
 
     def update(self, signal: Signal, override: Override | None = None) -> Decision:
@@ -373,13 +318,8 @@ class MixingController:
         so. A strategy that never updates is not asked: its first weights are proposed again, so that they
         come back when an override ends. A source comes back from a pause with the share it had.
 
-        Args:
-            signal: what was measured.
-            override: the operator's word, read for this update.
-
         Raises:
-            ValueError: the strategy refuses the signal, or its proposal holds NaN or infinity, a negative
-                weight, the wrong length or weights that do not sum to 1 within 1e-9, or no weights are
+            ValueError: the strategy refuses the signal, its proposal cannot be adopted, or no weights are
                 within the guardrails. The controller is then unchanged.
 
         """
@@ -470,11 +410,11 @@ class MixingController:
     def _guarded(
         self,
         guardrails: Guardrails,
-        old_D: NDArray[np.float64],
+        old_D: Floats,
         proposal: Proposal,
         signal: Signal,
         override: Override | None,
-    ) -> tuple[NDArray[np.float64], tuple[Remark, ...]]:
+    ) -> tuple[Floats, tuple[Remark, ...]]:
         """Return the weights to adopt, and what was done to the proposal."""
         if override and override.weights is not None:
             shares_D = [override.weights.get(name, 0.0) for name in self.sources]
@@ -485,7 +425,7 @@ class MixingController:
         guarded = guardrails.apply(old_D, proposal.weights_D, signal, paused_D, self.sources)
         return check_weights(guarded.weights_D, len(self.sources)), (*_pauses(override), *guarded.events)
 
-    def _with_returned(self, override: Override | None) -> NDArray[np.float64]:
+    def _with_returned(self, override: Override | None) -> Floats:
         """Return the weights in force, and in them the old shares of sources whose pause has ended."""
         weights_D = self.weights_D
         # Last paused, first back: this undoes the pauses exactly.
@@ -495,9 +435,7 @@ class MixingController:
                 weights_D[self.sources.index(name)] = share
         return weights_D
 
-    def _shares_before_pause(
-        self, weights_D: NDArray[np.float64], override: Override | None
-    ) -> dict[str, float]:
+    def _shares_before_pause(self, weights_D: Floats, override: Override | None) -> dict[str, float]:
         """Return the shares that the sources paused now will come back with."""
         paused = override.pause if override else ()
         lasting = {name: share for name, share in self.state.before_pause.items() if name in paused}
@@ -509,13 +447,9 @@ class MixingController:
         return lasting
 
     def resume(self, state: ControllerState) -> None:
-        """Resume from the state of a controller with the same sources in the same order.
+        """Resume from the state of a controller with the same sources in the same order; refuse any other.
 
         A shadow that it did not have begins at its weights.
-
-        Raises:
-            ValueError: the sources differ; the differences are listed. The controller is then unchanged.
-
         """
         if state.sources != self.sources:
             saved, ours = list(state.sources), list(self.sources)

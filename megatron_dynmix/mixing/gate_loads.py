@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_dynmix.mixing.strategy import Counts, SourceError
+from megatron_dynmix.mixing.weights import Floats
 
 
 def check_layers(layers: str | Sequence[int]) -> None:
@@ -31,15 +31,9 @@ def check_layers(layers: str | Sequence[int]) -> None:
 
 
 def select_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
-    """Choose among the MoE layers of a model; dense layers are not counted.
+    """Choose among the MoE layers of a model: ``"last"``, ``"all"``, or indices that count no dense layers.
 
-    Args:
-        layers: ``"last"`` (the paper: deeper layers are more specialized), ``"all"``, or zero-based indices.
-        num_layers: number of MoE layers in the model.
-
-    Raises:
-        ValueError: layers that `check_layers` refuses, an index outside the model, or a model without MoE.
-
+    The paper takes the last: deeper layers are more specialized.
     """
     if num_layers < 1:
         raise ValueError(f"the model has {num_layers} MoE layers; a gate load needs at least one")
@@ -65,27 +59,18 @@ def at_layers(counts_DLE: Counts, layers: str | Sequence[int]) -> Counts:
     return counts_DLE[..., slice(chosen[0], chosen[0] + 1) if len(chosen) == 1 else chosen, :]
 
 
-def gate_load(
-    counts_DLE: Counts, layers: str | Sequence[int], *, by_layer: bool = False
-) -> NDArray[np.float64]:
-    """Turn token counts into loads: O_i / sum(O_i), Zhu et al. (2025), section 3.
+def gate_load(counts_DLE: Counts, layers: str | Sequence[int], *, by_layer: bool = False) -> Floats:
+    """Turn token counts into loads of the chosen layers: O_i / sum(O_i), Zhu et al. (2025), section 3.
 
-    Args:
-        counts_DLE: tokens routed to each expert, padding not counted.
-        layers: see `select_layers`.
-        by_layer: divide each layer by its own sum; otherwise the chosen layers of a source by their sum.
-
-    Returns:
-        load_DLE of the chosen layers, in the order chosen.
+    The chosen layers of a source are divided by their sum; with `by_layer` each by its own.
 
     Raises:
         SourceError: a source without tokens, or with a negative, NaN or infinite count.
-        ValueError: not three axes, or counts too large to add.
 
     """
     if counts_DLE.ndim != 3:
         raise ValueError(f"counts have shape {counts_DLE.shape}; give [sources, layers, experts]")
-    load_DLE: NDArray[np.float64] = np.ascontiguousarray(at_layers(counts_DLE, layers), np.float64)
+    load_DLE: Floats = np.ascontiguousarray(at_layers(counts_DLE, layers), np.float64)
     grouped_DGE = load_DLE if by_layer else load_DLE.reshape(len(load_DLE), 1, -1)
     total_DG = grouped_DGE.sum(axis=2)
     if not (np.isfinite(total_DG).all() and total_DG.all() and load_DLE.min() >= 0):
@@ -94,7 +79,7 @@ def gate_load(
     return load_DLE
 
 
-def _refuse(load_DGE: NDArray[np.float64]) -> NoReturn:
+def _refuse(load_DGE: Floats) -> NoReturn:
     """Name the first source whose counts are no load."""
     for dataset_id, load_GE in enumerate(load_DGE):
         if not np.isfinite(load_GE).all() or (load_GE < 0).any():
@@ -113,14 +98,10 @@ CLOSE = 0.1
 """Squared distance, relative to the squared lengths, below which rounding would show in a product form."""
 
 
-def l2_distance(load_DLE: NDArray[np.float64]) -> NDArray[np.float64]:
+def l2_distance(load_DLE: Floats) -> Floats:
     """Return distance_DD, delta_ij = ||O_i - O_j||_2, Zhu et al. (2025), section 3.
 
-    Like every distance here it is symmetric, with a diagonal of exactly 0.
-
-    Raises:
-        ValueError: a NaN or infinite load.
-
+    Like every distance here it is symmetric, with a diagonal of exactly 0, and refuses NaN and infinity.
     """
     load_DV = load_DLE.reshape(len(load_DLE), -1)
     # All pairs by one matrix product, about their mean: |a - b|^2 = |a|^2 + |b|^2 - 2 ab. Where that would
@@ -137,7 +118,7 @@ def l2_distance(load_DLE: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(distance_DD + distance_DD.T)
 
 
-def l2_scale(load_DLE: NDArray[np.float64]) -> float:
+def l2_scale(load_DLE: Floats) -> float:
     """Return the factor that makes l2 distances comparable over numbers of experts.
 
     Let the load of an expert be (1 + u) / n, n experts in all. Then ||O_i - O_j||_2 is
@@ -148,19 +129,13 @@ def l2_scale(load_DLE: NDArray[np.float64]) -> float:
     return math.sqrt(load_DLE[0].size / PUBLISHED_EXPERTS)
 
 
-def scaled_l2_distance(load_DLE: NDArray[np.float64]) -> NDArray[np.float64]:
+def scaled_l2_distance(load_DLE: Floats) -> Floats:
     """Return `l2_distance` times `l2_scale`: the same for 8 experts."""
     return l2_distance(load_DLE) * l2_scale(load_DLE)
 
 
-def cosine_distance(load_DLE: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return one minus the cosine similarity of every two loads.
-
-    Raises:
-        SourceError: a load of zeros, which has no direction.
-        ValueError: a NaN or infinite load.
-
-    """
+def cosine_distance(load_DLE: Floats) -> Floats:
+    """Return one minus the cosine similarity of every two loads, none of which may be all zeros."""
     load_DV = load_DLE.reshape(len(load_DLE), -1)
     length_D = np.linalg.norm(load_DV, axis=1)
     if (length_D == 0).any():
@@ -170,12 +145,12 @@ def cosine_distance(load_DLE: NDArray[np.float64]) -> NDArray[np.float64]:
     return l2_distance(load_DV / length_D[:, None]) ** 2 / 2
 
 
-def hellinger_distance(load_DLE: NDArray[np.float64]) -> NDArray[np.float64]:
+def hellinger_distance(load_DLE: Floats) -> Floats:
     """Return ||sqrt(O_i) - sqrt(O_j)||_2 / sqrt(2), from 0 to 1 (no expert in common)."""
     return l2_distance(np.sqrt(load_DLE)) / math.sqrt(2)
 
 
-def js_distance(load_DLE: NDArray[np.float64]) -> NDArray[np.float64]:
+def js_distance(load_DLE: Floats) -> Floats:
     """Return the square root of the Jensen-Shannon divergence in nats, from 0 to sqrt(log 2).
 
     With m = (p + q) / 2, JS = (KL(p || m) + KL(q || m)) / 2 (Lin 1991; Endres and Schindelin 2003 for its
@@ -184,15 +159,12 @@ def js_distance(load_DLE: NDArray[np.float64]) -> NDArray[np.float64]:
     return _row_by_row(load_DLE, lambda p_V, q_DV: np.sqrt(_js_divergence(p_V, q_DV)))
 
 
-def tv_distance(load_DLE: NDArray[np.float64]) -> NDArray[np.float64]:
+def tv_distance(load_DLE: Floats) -> Floats:
     """Return sum |O_i - O_j| / 2, the share of choices that would have to move; from 0 to 1."""
     return _row_by_row(load_DLE, lambda p_V, q_DV: np.abs(q_DV - p_V).sum(axis=1) / 2)
 
 
-def _row_by_row(
-    load_DLE: NDArray[np.float64],
-    distance: Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]],
-) -> NDArray[np.float64]:
+def _row_by_row(load_DLE: Floats, distance: Callable[[Floats, Floats], Floats]) -> Floats:
     """Compare one load with those after it. All pairs at once would take D * D * V floats."""
     _check_finite(load_DLE)
     load_DV = load_DLE.reshape(len(load_DLE), -1)
@@ -202,12 +174,12 @@ def _row_by_row(
     return distance_DD + distance_DD.T
 
 
-def _check_finite(values: NDArray[np.float64]) -> None:
+def _check_finite(values: Floats) -> None:
     if not np.isfinite(values).all():
         raise ValueError("loads must be finite; a source has a NaN or infinite one")
 
 
-def _js_divergence(p_V: NDArray[np.float64], q_DV: NDArray[np.float64]) -> NDArray[np.float64]:
+def _js_divergence(p_V: Floats, q_DV: Floats) -> Floats:
     # With x = (p - q) / (p + q), p log(p / m) = m (1 + x) log(1 + x), and q the same with -x. For close loads
     # this keeps digits that entropies would lose, and it is 0 for equal ones.
     sum_DV = p_V + q_DV
@@ -216,17 +188,17 @@ def _js_divergence(p_V: NDArray[np.float64], q_DV: NDArray[np.float64]) -> NDArr
     return np.asarray(np.maximum((sum_DV * terms_DV).sum(axis=-1) / 4, 0.0))
 
 
-def _xlog(factor: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
+def _xlog(factor: Floats, x: Floats) -> Floats:
     """Return ``factor * log(1 + x)``, 0 where the factor is 0."""
     return factor * np.log1p(x, out=np.zeros_like(x), where=factor > 0)
 
 
-def _quotient(numerator: NDArray[np.float64], divisor: NDArray[np.float64]) -> NDArray[np.float64]:
+def _quotient(numerator: Floats, divisor: Floats) -> Floats:
     """Divide, giving 0 where the divisor is 0."""
     return np.asarray(np.divide(numerator, divisor, out=np.zeros_like(numerator), where=divisor > 0))
 
 
-DISTANCES: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+DISTANCES: dict[str, Callable[[Floats], Floats]] = {
     "l2": l2_distance,
     "scaled-l2": scaled_l2_distance,
     "cos": cosine_distance,
@@ -236,7 +208,7 @@ DISTANCES: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
 }
 
 
-def gradient(metric: str, load_DLE: NDArray[np.float64], source: int) -> NDArray[np.float64]:
+def gradient(metric: str, load_DLE: Floats, source: int) -> Floats:
     """Return how the distances of one source's load p to all loads q_j change with p.
 
     0 where it does not exist: for equal loads, and for experts that the source leaves idle.
@@ -245,9 +217,7 @@ def gradient(metric: str, load_DLE: NDArray[np.float64], source: int) -> NDArray
     return _gradient(metric, q_DV[source], q_DV, load_DLE).reshape(load_DLE.shape)
 
 
-def _gradient(
-    metric: str, p_V: NDArray[np.float64], q_DV: NDArray[np.float64], load_DLE: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _gradient(metric: str, p_V: Floats, q_DV: Floats, load_DLE: Floats) -> Floats:
     difference_DV = p_V - q_DV
     match metric:
         case "l2":
@@ -271,7 +241,7 @@ def _gradient(
     raise AssertionError(f"metric {metric} has no gradient")
 
 
-def _unit(vector_DV: NDArray[np.float64]) -> NDArray[np.float64]:
+def _unit(vector_DV: Floats) -> Floats:
     return _quotient(vector_DV, np.linalg.norm(vector_DV, axis=1, keepdims=True))
 
 
@@ -283,19 +253,13 @@ NO_GAP = 1e-9
 AGGREGATES = ("mean", "max", "min", "others-mean", "others-min")
 
 
-def source_delta(distance_DD: NDArray[np.float64], aggregate: str) -> NDArray[np.float64]:
+def source_delta(distance_DD: Floats, aggregate: str) -> Floats:
     """Score each source: larger means further from the others, hence less redundant.
 
-    Args:
-        distance_DD: symmetric distances, diagonal 0; for ``others-*`` of at least two sources.
-        aggregate: ``"mean"`` is Delta_i = sum_j delta_ij / D of Zhu et al. (2025), section 3: divided by D,
-            though only D - 1 terms can be positive. ``"max"`` and ``"min"`` are the official code's other
-            two: the furthest source, and the nearest with the source itself among them, so always 0.
-            ``"others-mean"`` and ``"others-min"`` leave the source itself out.
-
-    Raises:
-        ValueError: not a square finite matrix, or another aggregate.
-
+    ``"mean"`` is Delta_i = sum_j delta_ij / D of Zhu et al. (2025), section 3: divided by D, though only
+    D - 1 terms can be positive. ``"max"`` and ``"min"`` are the official code's other two: the furthest
+    source, and the nearest with the source itself among them, so always 0. ``"others-mean"`` and
+    ``"others-min"`` leave the source itself out and need at least two.
     """
     square = distance_DD.ndim == 2 and len(distance_DD) == distance_DD.shape[1]
     if not square or not np.isfinite(distance_DD).all():
@@ -314,7 +278,7 @@ def source_delta(distance_DD: NDArray[np.float64], aggregate: str) -> NDArray[np
     raise ValueError(f"aggregate {aggregate!r} is unknown; give one of {AGGREGATES}")
 
 
-def delta_shares(distance_DD: NDArray[np.float64], aggregate: str) -> NDArray[np.float64]:
+def delta_shares(distance_DD: Floats, aggregate: str) -> Floats:
     """Return how much of each distance is in each score of `source_delta`: d delta_i / d distance_ij.
 
     For a furthest or nearest source that is 1, even where two are equally far.
@@ -332,7 +296,7 @@ def delta_shares(distance_DD: NDArray[np.float64], aggregate: str) -> NDArray[np
     return np.asarray(np.eye(number)[distance_DD.argmax(axis=1)])
 
 
-def gap_scale(delta_D: NDArray[np.float64]) -> float:
+def gap_scale(delta_D: Floats) -> float:
     """Return the factor that brings the gaps between scores to `REFERENCE_GAP`; 1 where they are rounding.
 
     Only the gaps delta_i - mean(delta) move weights. Their size, for the same differences between sources,
@@ -348,5 +312,5 @@ def gap_scale(delta_D: NDArray[np.float64]) -> float:
     return REFERENCE_GAP / spread if spread > NO_GAP * float(np.abs(delta_D).max()) else 1.0
 
 
-def _without_self(distance_DD: NDArray[np.float64]) -> NDArray[np.float64]:
+def _without_self(distance_DD: Floats) -> Floats:
     return np.where(np.eye(len(distance_DD), dtype=bool), np.inf, distance_DD)

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megatron_dynmix.mixing.strategy import Remark, Signal
-from megatron_dynmix.mixing.weights import check_weights, entropy, fit_shares, kl_divergence
+from megatron_dynmix.mixing.weights import Floats, check_weights, entropy, fit_shares, kl_divergence
 
 ROUNDING_ROWS = 1
 """Rows of a capped source kept back: a blend draws less than two rows more than an interval's share of it."""
@@ -47,7 +47,7 @@ class Guarded:
 
     """
 
-    weights_D: NDArray[np.float64]
+    weights_D: Floats
     events: tuple[Remark, ...]
 
 
@@ -57,16 +57,13 @@ class Guardrails:
 
     Attributes:
         floor: smallest share of a source that may be drawn at all.
-        max_kl_step: largest KL(new || old) of one update, in nats; None for no limit.
+        max_kl_step: largest KL(new || old) of one update, in nats.
         min_entropy: least entropy, as a share of that of an even mix of the sources that may be drawn,
-            from 0 to 1; None for no limit. Whenever it acts, the mix was about to collapse: an alarm.
+            from 0 to 1. Whenever it acts, the mix was about to collapse: an alarm.
         prior_D: weights to pull towards.
         prior_pull: share of the prior in every new mix, from 0 to 1.
-        max_epochs_D: how often each source may be drawn in full, infinity for no cap; None for no cap at all.
-            What it may no longer take goes to the other sources in proportion to their weights.
-
-    Raises:
-        ValueError: on construction, for a value out of range, or a pull without a prior.
+        max_epochs_D: how often each source may be drawn in full, infinity for no cap. What it may no longer
+            take goes to the other sources in proportion to their weights.
 
     """
 
@@ -120,24 +117,20 @@ class Guardrails:
 
     def apply(
         self,
-        old_D: NDArray[np.float64],
-        proposed_D: NDArray[np.float64],
+        old_D: Floats,
+        proposed_D: Floats,
         signal: Signal,
         paused_D: NDArray[np.bool_],
         sources: Sequence[str],
     ) -> Guarded:
-        """Bring proposed weights within the limits.
+        """Bring proposed weights within the limits; also return a remark for each that changed something.
 
-        Args:
-            old_D: weights in force, from which the KL step is measured.
-            proposed_D: what the strategy wants.
-            signal: caps read `size_D`, `drawn_D` and `interval_rows` of it.
-            paused_D: sources that must not be drawn.
-            sources: their names, for the events.
+        A pull towards the prior is not remarked on. `old_D` are the weights in force, from which the KL step
+        is measured; caps read `size_D`, `drawn_D` and `interval_rows` of the signal.
 
         Raises:
-            ValueError: no mix keeps the limits (all sources paused, or what is left under their caps does
-                not fill the next interval), or caps without sizes and draws in the signal.
+            ValueError: no mix keeps the limits: all sources are paused, or what is left under their caps
+                does not fill the next interval.
 
         """
         most_D, events = self._most(proposed_D, signal, paused_D, sources)
@@ -152,12 +145,8 @@ class Guardrails:
         return Guarded(target_D, tuple(events))
 
     def _most(
-        self,
-        proposed_D: NDArray[np.float64],
-        signal: Signal,
-        paused_D: NDArray[np.bool_],
-        sources: Sequence[str],
-    ) -> tuple[NDArray[np.float64], list[Remark]]:
+        self, proposed_D: Floats, signal: Signal, paused_D: NDArray[np.bool_], sources: Sequence[str]
+    ) -> tuple[Floats, list[Remark]]:
         """Return the largest share of each source: 0 if paused, what its cap leaves, or 1."""
         if paused_D.all():
             raise ValueError(f"all of {', '.join(sources)} are paused; leave at least one to be drawn")
@@ -193,8 +182,8 @@ class Guardrails:
         return most_D, events
 
     def _permitted(
-        self, weights_D: NDArray[np.float64], most_D: NDArray[np.float64], sources: Sequence[str]
-    ) -> tuple[NDArray[np.float64], list[Remark]]:
+        self, weights_D: Floats, most_D: Floats, sources: Sequence[str]
+    ) -> tuple[Floats, list[Remark]]:
         """Bring weights within floor and largest shares, and make them even enough."""
         events: list[Remark] = []
         least_D = np.minimum(self.floor, most_D)
@@ -226,12 +215,8 @@ class Guardrails:
         return even_D, events
 
     def _shortened(
-        self,
-        old_D: NDArray[np.float64],
-        target_D: NDArray[np.float64],
-        most_D: NDArray[np.float64],
-        sources: Sequence[str],
-    ) -> tuple[NDArray[np.float64], list[Remark]]:
+        self, old_D: Floats, target_D: Floats, most_D: Floats, sources: Sequence[str]
+    ) -> tuple[Floats, list[Remark]]:
         """Go from the old weights towards the target as far as the KL limit allows."""
         assert self.max_kl_step is not None
         events: list[Remark] = []
@@ -262,7 +247,7 @@ def _names(sources: Sequence[str], chosen_D: NDArray[np.bool_]) -> str:
     return ", ".join(name for name, chosen in zip(sources, chosen_D, strict=True) if chosen)
 
 
-def _between(start_D: NDArray[np.float64], end_D: NDArray[np.float64], share: float) -> NDArray[np.float64]:
+def _between(start_D: Floats, end_D: Floats, share: float) -> Floats:
     # Not start + share * (end - start): this form cannot turn negative, nor leave the range of the two.
     return np.asarray((1 - share) * start_D + share * end_D)
 
@@ -271,10 +256,7 @@ def _between(start_D: NDArray[np.float64], end_D: NDArray[np.float64], share: fl
 class Override:
     """The operator's word; it wins over strategy and guardrails while it stands.
 
-    Attributes:
-        weights: share of every source that is not paused, summing to 1; None leaves that to the strategy.
-        pause: sources not to be drawn.
-
+    Weights are shares of the sources not paused, summing to 1; None leaves them to the strategy.
     """
 
     weights: Mapping[str, float] | None = None
@@ -284,11 +266,7 @@ class Override:
 def parse_override(content: object, sources: Sequence[str]) -> Override:
     """Read what an override file holds: ``{"weights": {source: number}}``, ``{"pause": [source]}`` or both.
 
-    Weights name exactly the sources that are not paused, in any unit.
-
-    Raises:
-        ValueError: anything else, said in one line.
-
+    Weights name exactly the sources that are not paused, in any unit. Refusals are one line long.
     """
     if not isinstance(content, Mapping) or not content:
         raise ValueError('an override is an object with "weights", "pause" or both, not empty')

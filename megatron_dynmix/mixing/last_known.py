@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from megatron_dynmix.mixing.strategy import HALVES as NUM_HALVES
 from megatron_dynmix.mixing.strategy import Counts, Signal, Strategy
+from megatron_dynmix.mixing.weights import Floats
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class LastKnown:
             )
         return halves_HDLE
 
-    def _totals(self, counts_DLE: Counts) -> NDArray[np.float64]:
+    def _totals(self, counts_DLE: Counts) -> Floats:
         """Return the tokens of each source, after every count was found to be one.
 
         This comes before remembering: a broken row must not wait in the state until its source is needed.
@@ -206,11 +207,7 @@ def needs(strategy: Strategy) -> set[str]:
     """Return what must be known of every source for a strategy to update: keys of `FILLS`."""
     if not strategy.updates:
         return set()
-    asked = {
-        TOKENS: strategy.needs_gate_load,
-        HALVES: strategy.needs_halves,
-        LOSS: strategy.needs_loss,
-    }
+    asked = {TOKENS: strategy.needs_gate_load, HALVES: strategy.needs_halves, LOSS: strategy.needs_loss}
     return {what for what, needed in asked.items() if needed}
 
 

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dynmix.mixing.weights import example_shares, row_shares
+from megatron_dynmix.mixing.weights import Floats, example_shares, row_shares
 
-Counts = NDArray[np.int64] | NDArray[np.float64]
+Counts = NDArray[np.int64] | Floats
 HALVES = 2
 
 
@@ -43,7 +43,7 @@ class Signal:
 
     counts_DLE: Counts | None = None
     half_counts_HDLE: Counts | None = None
-    loss_D: NDArray[np.float64] | None = None
+    loss_D: Floats | None = None
     iteration: int = 0
     train_iters: int = 0
     interval_rows: int = 0
@@ -67,12 +67,12 @@ class Proposal:
 
     """
 
-    weights_D: NDArray[np.float64]
-    delta_D: NDArray[np.float64]
-    load_DLE: NDArray[np.float64] | None = None
-    distance_DD: NDArray[np.float64] | None = None
+    weights_D: Floats
+    delta_D: Floats
+    load_DLE: Floats | None = None
+    distance_DD: Floats | None = None
     state: Mapping[str, Any] = field(default_factory=dict)
-    delta_error_D: NDArray[np.float64] | None = None
+    delta_error_D: Floats | None = None
 
 
 class Strategy:
@@ -97,13 +97,11 @@ class Strategy:
     updates: bool = True
     """False if the weights never change after the start, so that nothing need be measured at all."""
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Propose the next weights; must not change its arguments.
 
-        Args:
-            weights_D: weights in force, which a guardrail or the operator may have changed.
-            signal: what was measured.
-            state: `Proposal.state` of the last update; empty at the first.
+        `weights_D` are those in force, which a guardrail or the operator may have changed; `state` is
+        `Proposal.state` of the last update, empty at the first.
 
         Raises:
             ValueError: the signal lacks what the strategy needs, or holds values it cannot use.
@@ -124,33 +122,28 @@ class Wrapped(Strategy):
             if hasattr(inner, part):
                 setattr(self, part, getattr(inner, part))
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Propose what the other does."""
         proposal: Proposal = self.inner.propose(weights_D, signal, state)
         return proposal
 
 
 class InExamples(Wrapped):
-    """A strategy whose weights, sizes and draws count examples, in a run that counts rows.
+    """A strategy whose weights, sizes and draws count examples, in a run that counts rows."""
 
-    To all others it is a strategy like any other.
-    """
-
-    def __init__(self, inner: Strategy, examples_per_row_D: NDArray[np.float64]) -> None:
+    def __init__(self, inner: Strategy, examples_per_row_D: Floats) -> None:
         """Wrap `inner`, a row of each source holding that many examples on average."""
         super().__init__(inner)
         self.examples_per_row_D = examples_per_row_D
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Ask it in examples; shares of rows in and out."""
         shares_D = example_shares(weights_D, self.examples_per_row_D)
         proposal = super().propose(shares_D, in_examples(signal, weights_D, self.examples_per_row_D), state)
         return replace(proposal, weights_D=row_shares(proposal.weights_D, self.examples_per_row_D))
 
 
-def in_examples(
-    signal: Signal, row_weights_D: NDArray[np.float64], examples_per_row_D: NDArray[np.float64]
-) -> Signal:
+def in_examples(signal: Signal, row_weights_D: Floats, examples_per_row_D: Floats) -> Signal:
     """Count sizes, draws and what is still to be drawn in examples instead of rows.
 
     How many examples so many rows will bring is estimated at the weights in force: it depends on those that
@@ -197,12 +190,7 @@ class Remark:
 
 
 class SourceError(ValueError):
-    """Something is wrong with some sources, which `mixing` knows by their numbers only.
-
-    Attributes:
-        dataset_ids: the sources.
-
-    """
+    """Something is wrong with some sources, which `mixing` knows by their numbers only."""
 
     def __init__(self, dataset_ids: Sequence[int], problem: str, *, before: str = "") -> None:
         """Say `before`, then which sources, then `problem`."""
@@ -224,14 +212,8 @@ class SourceError(ValueError):
         return f"{self._before}{noun} {which} {self._problem}"
 
 
-def loss_of(signal: Signal, num_sources: int, strategy: str) -> NDArray[np.float64]:
-    """Return the losses of the signal, one finite number of nats >= 0 per source.
-
-    Raises:
-        SourceError: a loss that is NaN (nothing of the source was ever measured), infinite or negative.
-        ValueError: not measured, or another number of sources.
-
-    """
+def loss_of(signal: Signal, num_sources: int, strategy: str) -> Floats:
+    """Return the losses of the signal, one finite number of nats >= 0 per source, or raise ValueError."""
     if signal.loss_D is None:
         raise ValueError(f"{strategy} mixing needs a loss per source; the signal holds none")
     loss_D = np.asarray(signal.loss_D, dtype=np.float64)
@@ -249,21 +231,19 @@ def loss_of(signal: Signal, num_sources: int, strategy: str) -> NDArray[np.float
     return loss_D
 
 
-def size_of(signal: Signal, num_sources: int, strategy: str) -> NDArray[np.float64]:
+def size_of(signal: Signal, num_sources: int, strategy: str) -> Floats:
     """Return the rows in one epoch of each source, all >= 1, or raise ValueError."""
     need = f"{strategy} mixing needs the size of every source in rows"
     return _rows(signal.size_D, num_sources, need, lowest=1)
 
 
-def drawn_of(signal: Signal, num_sources: int, strategy: str) -> NDArray[np.float64]:
+def drawn_of(signal: Signal, num_sources: int, strategy: str) -> Floats:
     """Return the rows of each source drawn so far, all >= 0, or raise ValueError."""
     need = f"{strategy} mixing needs the rows drawn of every source"
     return _rows(signal.drawn_D, num_sources, need, lowest=0)
 
 
-def _rows(
-    given_D: NDArray[np.int64] | None, num_sources: int, need: str, *, lowest: int
-) -> NDArray[np.float64]:
+def _rows(given_D: NDArray[np.int64] | None, num_sources: int, need: str, *, lowest: int) -> Floats:
     if given_D is None:
         raise ValueError(f"{need}; the signal does not tell")
     rows_D = np.asarray(given_D, dtype=np.float64)
@@ -272,14 +252,8 @@ def _rows(
     return rows_D
 
 
-def numbers_of(values: object, what: str, *, lowest: float = -np.inf) -> NDArray[np.float64]:
-    """Return a list of numbers given as an option as a flat finite array.
-
-    Raises:
-        SourceError: a number that is not finite, or below ``lowest``.
-        ValueError: not a flat list of numbers, or none at all.
-
-    """
+def numbers_of(values: object, what: str, *, lowest: float = -np.inf) -> Floats:
+    """Return a list of numbers given as an option as a flat finite array, or raise ValueError."""
     try:
         numbers_D = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):

@@ -10,22 +10,17 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+Floats = NDArray[np.float64]
 SUM_TOLERANCE = 1e-9
 
 
 def normalise_weights(
     weights: Mapping[str, float] | ArrayLike, sources: Sequence[str] | None = None
-) -> NDArray[np.float64]:
+) -> Floats:
     """Scale non-negative numbers so that they sum to 1; a weight of 0 is kept: the source is paused.
 
-    Args:
-        weights: D numbers in any unit, or a mapping from source name to number.
-        sources: the D source names. A mapping is read in this order (without names, in its own order), and
-            must hold exactly these names; an array must have this length.
-
-    Raises:
-        ValueError: a negative, NaN or infinite weight, no positive weight, or the wrong number or names.
-
+    The numbers are in any unit. A mapping must hold exactly the `sources` (without them, any names) and is
+    read in their order; an array must have their length.
     """
     if isinstance(weights, Mapping):
         names = list(weights) if sources is None else list(sources)
@@ -57,13 +52,8 @@ def normalise_weights(
     return weights_D / total
 
 
-def check_weights(weights_D: ArrayLike, num_sources: int) -> NDArray[np.float64]:
-    """Return a read-only copy of weights that already are shares of ``num_sources`` sources.
-
-    Raises:
-        ValueError: wrong length, a negative, NaN or infinite weight, or a sum further than 1e-9 from 1.
-
-    """
+def check_weights(weights_D: ArrayLike, num_sources: int) -> Floats:
+    """Return a read-only copy of weights that are shares of ``num_sources`` sources; refuse all others."""
     checked_D = np.array(weights_D, dtype=np.float64)
     if checked_D.shape != (num_sources,):
         raise ValueError(f"weights have shape {checked_D.shape}; need one for each of {num_sources} sources")
@@ -87,24 +77,12 @@ def check_step_size(eta: float, smoothing: float) -> None:
         )
 
 
-def reweight(
-    weights_D: NDArray[np.float64], delta_D: NDArray[np.float64], *, eta: float, smoothing: float
-) -> NDArray[np.float64]:
+def reweight(weights_D: Floats, delta_D: Floats, *, eta: float, smoothing: float) -> Floats:
     """Make one weight update, Zhu et al. (2025), section 3: w' = (1 - c) softmax(log w + eta delta) + c / D.
 
-    Args:
-        weights_D: current weights, >= 0, summing to 1. A weight of 0 stays 0 before smoothing.
-        delta_D: scores; only their differences matter. May be negative.
-        eta: step size, in nats of weight ratio per unit of delta.
-        smoothing: c, the share spread evenly; every new weight is at least c / D.
-
-    Returns:
-        New weights_D, summing to 1. With equal weights and ``eta`` 0 the entries are exactly equal.
-
-    Raises:
-        ValueError: lengths differ, a value is not finite, a weight is negative, all are 0, or ``eta`` or
-            ``smoothing`` is out of range.
-
+    Of the scores `delta_D` only the differences matter; `eta` is in nats of weight ratio per unit of them.
+    `smoothing` is c, the share spread evenly: every new weight is at least c / D, and without it a weight of
+    0 stays 0. With equal weights and ``eta`` 0 the new weights are exactly equal.
     """
     check_step_size(eta, smoothing)
     if weights_D.ndim != 1 or weights_D.shape != delta_D.shape:
@@ -126,24 +104,13 @@ def reweight(
     return np.asarray(smoothed_D / smoothed_D.sum())
 
 
-def fit_shares(
-    weights_D: NDArray[np.float64], least_D: NDArray[np.float64], most_D: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def fit_shares(weights_D: Floats, least_D: Floats, most_D: Floats) -> Floats:
     """Bring weights within bounds, otherwise in proportion to what they were: water-filling.
 
     Solves sum_i clip(s w_i, least_i, most_i) = 1 for s by fixing variables (Bitran and Hax, Management
     Science 27, 1981): sources outside their bounds on the side that weighs more are fixed there, and the
-    rest is shared out again, at most D times.
-
-    Args:
-        weights_D: shares, summing to 1.
-        least_D: smallest shares, with a sum of at most 1.
-        most_D: largest shares, each at least `least_D`, with a sum of at least 1.
-
-    Returns:
-        Shares, summing to 1; `weights_D` itself if it is within bounds. Where all sources with weight are at
-        their largest share, the others get the rest in equal parts.
-
+    rest is shared out again, at most D times. The smallest shares add up to at most 1, the largest to at
+    least 1. Where all sources with weight are at their largest share, the others get the rest in equal parts.
     """
     if (weights_D >= least_D).all() and (weights_D <= most_D).all():
         return weights_D
@@ -175,7 +142,7 @@ ROUNDING = 1e-12
 """Gain that counts as none; below what the ridge makes of two equal sources."""
 
 
-def balancing_weights(distance_DD: NDArray[np.float64]) -> NDArray[np.float64]:
+def balancing_weights(distance_DD: Floats) -> Floats:
     """Return the shares w that minimize ||distance_DD w||; uniform if all distances are 0.
 
     Scaling w scales the objective, so with Q = distance^T distance the shares are those of the minimizer of
@@ -202,9 +169,7 @@ def balancing_weights(distance_DD: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(solution_D / solution_D.sum())
 
 
-def _step(
-    quadratic_DD: NDArray[np.float64], solution_D: NDArray[np.float64], used: NDArray[np.bool_]
-) -> NDArray[np.float64]:
+def _step(quadratic_DD: Floats, solution_D: Floats, used: NDArray[np.bool_]) -> Floats:
     """Minimize over the used sources; drop (from ``used`` too) those that would become negative."""
     while True:
         wanted_D = np.zeros_like(solution_D)
@@ -220,32 +185,22 @@ def _step(
         used[stopping] = False
 
 
-def row_shares(
-    weights_D: NDArray[np.float64], examples_per_row_D: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def row_shares(weights_D: Floats, examples_per_row_D: Floats) -> Floats:
     """Return the shares of the rows that give shares `weights_D` of the examples.
 
     A row of source i brings n_i examples on average, so r_i = (w_i / n_i) / sum_j (w_j / n_j). Exact over
     whole epochs, in which every example is drawn once; within an epoch, as even as the rows are. With equal
     `examples_per_row_D` they are `weights_D`, bit for bit.
-
-    Raises:
-        ValueError: weights that are no shares, other lengths, or fewer than one example per row.
-
     """
     return _in_proportion(weights_D, examples_per_row_D, -1)
 
 
-def example_shares(
-    row_weights_D: NDArray[np.float64], examples_per_row_D: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def example_shares(row_weights_D: Floats, examples_per_row_D: Floats) -> Floats:
     """Return the shares of the examples in rows drawn by `row_weights_D`: the inverse of `row_shares`."""
     return _in_proportion(row_weights_D, examples_per_row_D, 1)
 
 
-def _in_proportion(
-    weights_D: NDArray[np.float64], examples_per_row_D: NDArray[np.float64], power: int
-) -> NDArray[np.float64]:
+def _in_proportion(weights_D: Floats, examples_per_row_D: Floats, power: int) -> Floats:
     weights_D = check_weights(weights_D, len(weights_D))
     if examples_per_row_D.shape != weights_D.shape:
         raise ValueError(
@@ -261,20 +216,16 @@ def _in_proportion(
     return np.asarray(scaled_D / scaled_D.sum())
 
 
-def entropy(weights_D: NDArray[np.float64]) -> float:
+def entropy(weights_D: Floats) -> float:
     """Return the Shannon entropy of the mix in nats, from 0 (one source) to log D (uniform); 0 log 0 = 0."""
     positive = weights_D[weights_D > 0]
     return max(0.0, -float(np.sum(positive * np.log(positive))))
 
 
-def kl_divergence(new_D: NDArray[np.float64], old_D: NDArray[np.float64]) -> float:
+def kl_divergence(new_D: Floats, old_D: Floats) -> float:
     """Return the size of a step from ``old_D`` to ``new_D``: KL(new || old) in nats.
 
     0 log 0 = 0. A source that comes back from weight 0 makes the step infinite.
-
-    Raises:
-        ValueError: the two differ in length.
-
     """
     if new_D.shape != old_D.shape:
         raise ValueError(f"new weights have shape {new_D.shape}, old ones {old_D.shape}; they must be equal")

@@ -41,17 +41,10 @@ class GateLoadCounter:
         trained_only: bool = False,
         by_probability: bool = False,
     ) -> None:
-        """Begin at zero.
+        """Begin at zero; a dense model has 0 layers and nothing to count, shared experts are not counted.
 
-        Args:
-            num_sources: D.
-            num_layers: L; 0 for a dense model, which has nothing to count.
-            num_experts: E, shared ones not included.
-            device: where the routers are.
-            trained_only: leave out tokens whose label is not trained on.
-            by_probability: count a token not as 1 for each expert chosen, but as the weight that the
-                expert's output gets.
-
+        `trained_only` leaves out tokens whose label is not trained on. `by_probability` counts a token not
+        as 1 for each expert chosen, but as the weight that the expert's output gets.
         """
         self.num_sources = num_sources
         self.by_probability = by_probability
@@ -81,13 +74,9 @@ class GateLoadCounter:
     def set_sources(self, source_T: torch.Tensor, half_T: torch.Tensor, trained_T: torch.Tensor) -> None:
         """Announce the micro-batch that the next forward pass of this rank routes.
 
-        All in the order in which the router flattens the tokens (sequence-major).
-
-        Args:
-            source_T: dataset_id of each token, -1 for padding, which is then counted nowhere.
-            half_T: which half of its source the token's row is in, 0 or 1.
-            trained_T: whether the token's label is trained on.
-
+        All in the order in which the router flattens the tokens (sequence-major): the dataset_id of each
+        token (-1 for padding, which is counted nowhere), which half of its source its row is in, whether its
+        label is trained on.
         """
         self._source_T, self._group_one_hot_GT = source_T, None
         if not self._recording:
@@ -109,12 +98,9 @@ class GateLoadCounter:
         return self._source_T < 0
 
     def add(self, layer: int, mass_TE: torch.Tensor) -> None:
-        """Add what one layer routed of the announced micro-batch.
+        """Add what one layer (from 0, of the whole model) routed of the announced micro-batch.
 
-        Args:
-            layer: index of the MoE layer in the whole model, from 0.
-            mass_TE: which experts each token goes to; with `by_probability` their weights instead.
-
+        `mass_TE` is which experts each token goes to; with `by_probability` their weights instead.
         """
         one_hot_GT = self._group_one_hot_GT
         assert one_hot_GT is not None, "set_sources was not called before the forward pass"

@@ -52,12 +52,7 @@ class MlpRouter(GateLoadRouter):
         return parameter
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
-        """Return router logits `[S, B, E]` in `moe_router_dtype`, with noise while training.
-
-        Args:
-            input: `[S, B, H]`, this rank's slice of the sequence.
-
-        """
+        """Return router logits `[S, B, E]` in `moe_router_dtype`, with noise while training."""
         hidden_SBE = torch.tanh(super().gating(input))
         dtype = hidden_SBE.dtype
         logits_SBE = linear(hidden_SBE, self.output_weight.to(dtype))

@@ -81,12 +81,9 @@ class GateLoadRouter(TopKRouter):
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose experts, and count each token once.
+        """Choose experts for logits `[S, B, E]`, this rank's slice of the sequence; count each token once.
 
-        Args:
-            logits: `[S, B, E]`, this rank's slice of the sequence.
-            padding_mask: `[S, B]`, True = padding (the parent's docstring has it the wrong way round).
-
+        In `padding_mask` `[S, B]` True is padding (the parent's docstring has it the wrong way round).
         """
         if self.counter is not None:
             padding_mask = self._own_padding(logits, padding_mask)
@@ -143,14 +140,7 @@ def _without_transformer_engine() -> bool:
 def attach_counter(
     model_chunks: list[torch.nn.Module], counter: GateLoadCounter, moe_layers: list[int]
 ) -> None:
-    """Attach `counter` to every router of this rank.
-
-    Args:
-        counter: what they shall count into.
-        model_chunks: the rank's model, one chunk per virtual pipeline stage.
-        moe_layers: 0-based decoder layers that are MoE, over the whole model, ascending.
-
-    """
+    """Attach `counter` to every router of this rank; `moe_layers` are the whole model's, counted from 0."""
     for chunk in model_chunks:
         for module in chunk.modules():
             if isinstance(module, GateLoadRouter):
@@ -158,15 +148,10 @@ def attach_counter(
 
 
 def router_token_slice(per_token_SB: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:
-    """Bring a per-token tensor into the order in which this rank's routers see their tokens.
+    """Bring a per-token tensor into the order `[T]`, sequence-major, in which this rank's routers see it.
 
-    Args:
-        per_token_SB: `[S, B]`, this context-parallel rank's part of the sequence.
-        sequence_parallel: whether the tensor-parallel ranks hold a slice of the sequence each.
-
-    Returns:
-        `[T]`, sequence-major.
-
+    `per_token_SB` is this context-parallel rank's part of the sequence; with sequence parallelism each
+    tensor-parallel rank holds a slice of that.
     """
     if sequence_parallel:
         rank = parallel_state.get_tensor_model_parallel_rank()

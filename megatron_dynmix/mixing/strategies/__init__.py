@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_dynmix.mixing.strategy import Proposal, Signal, Strategy, Wrapped
+from megatron_dynmix.mixing.weights import Floats
 
 LISTED_FIRST = ("gate_load", "planned", "losses")
 """Families in the order in which users read of them; others follow by name."""
@@ -38,10 +38,8 @@ STRATEGIES = _find_strategies()
 def build_strategy(name: str, options: Mapping[str, Any]) -> Strategy:
     """Make the strategy of that name with its options; what is not given has its published default.
 
-    Args:
-        name: a key of `STRATEGIES`, or `module:name` of a user's own: a class with the parts of `Strategy`,
-            whose constructor's parameters are its options, or a function `(weights_D, signal) -> weights_D`.
-        options: values for the options of the strategy.
+    A name with a colon is `module:name` of a user's own: a class with the parts of `Strategy`, whose
+    constructor's parameters are its options, or a function `(weights_D, signal) -> weights_D`.
 
     Raises:
         ValueError: an unknown name or option (with the nearest), an option that is missing or out of range,
@@ -127,18 +125,13 @@ class FromFunction(Strategy):
     """A user's own rule, given as a function `(weights_D, signal) -> weights_D`."""
 
     name: str
-    rule: Callable[[NDArray[np.float64], Signal], NDArray[np.float64]]
+    rule: Callable[[Floats, Signal], Floats]
 
     needs_gate_load = True
     needs_loss = True
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
-        """Propose what the function answers; it is checked like any other strategy's proposal.
-
-        Raises:
-            ValueError: the function gives no list of numbers.
-
-        """
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
+        """Propose what the function answers; it is checked like any other strategy's proposal."""
         answer = self.rule(weights_D.copy(), signal)
         try:
             new_D = np.asarray(answer, dtype=np.float64)

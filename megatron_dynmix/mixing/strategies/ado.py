@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_dynmix.mixing.strategies.losses import check_warmup
 from megatron_dynmix.mixing.strategy import Proposal, Signal, Strategy, drawn_of, loss_of, size_of
+from megatron_dynmix.mixing.weights import Floats
 
 HUBER_WIDTH = 1e-3
 """Log residual above which a point counts by its size and no longer by its square, as published."""
@@ -24,38 +24,29 @@ MIN_POINTS = 5
 
 @dataclass(frozen=True, eq=False)
 class ScalingLaw:
-    """A law per source: loss = floor + drop * (n / n_last)^-exponent.
+    """A law per source: loss = floor + drop * (n / n_last)^-exponent, losses in nats, n in rows.
 
-    Attributes:
-        floor_D: E, the loss that no number of rows would undercut, in nats.
-        drop_D: what is still above that at the last point, in nats; 0 where the loss does not fall.
-        exponent_D: a.
-        n_last: rows at the last point.
-
+    The floor is E, which no number of rows would undercut; the drop is what is still above it at the last
+    point, 0 where the loss does not fall.
     """
 
-    floor_D: NDArray[np.float64]
-    drop_D: NDArray[np.float64]
-    exponent_D: NDArray[np.float64]
+    floor_D: Floats
+    drop_D: Floats
+    exponent_D: Floats
     n_last: float
 
-    def slope_D(self) -> NDArray[np.float64]:
+    def slope_D(self) -> Floats:
         """Return how fast each loss falls per row at the last point: a (L - E) / n, a at least 0.05."""
         return np.maximum(self.exponent_D, 0.05) * self.drop_D / self.n_last
 
 
-def fit(n_T: NDArray[np.float64], loss_TD: NDArray[np.float64]) -> ScalingLaw:
-    """Fit a law to each source's losses; the same input gives the same bits.
+def fit(n_T: Floats, loss_TD: Floats) -> ScalingLaw:
+    """Fit a law to each source's losses > 0, for rising n_T > 0; the same input gives the same bits.
 
     The objective is the published one (Jiang et al., 2025: Huber loss of the log residuals, width 1e-3). For
     a given exponent the law is linear in E and A, so each exponent of a grid is solved by reweighted least
     squares with E, A >= 0, and the best one is taken: no starting points, no solver that may not converge.
     The published soft limit E >= exp(0.5) is left out: fine-tuning losses are often below it.
-
-    Args:
-        n_T: rows drawn up to each point, > 0, rising.
-        loss_TD: mean losses, > 0, in nats.
-
     """
     n_last = float(n_T[-1])
     basis_GT = (n_T / n_last) ** -EXPONENTS_G[:, None]
@@ -64,7 +55,7 @@ def fit(n_T: NDArray[np.float64], loss_TD: NDArray[np.float64]) -> ScalingLaw:
     return ScalingLaw(floor_D=floor_D, drop_D=drop_D, exponent_D=exponent_D, n_last=n_last)
 
 
-def _fit_source(basis_GT: NDArray[np.float64], loss_T: NDArray[np.float64]) -> tuple[float, float, float]:
+def _fit_source(basis_GT: Floats, loss_T: Floats) -> tuple[float, float, float]:
     weight_GT = np.broadcast_to(loss_T**-2.0, basis_GT.shape)
     for _ in range(REWEIGHTINGS):
         floor_G, drop_G = _least_squares(basis_GT, loss_T, weight_GT)
@@ -77,9 +68,7 @@ def _fit_source(basis_GT: NDArray[np.float64], loss_T: NDArray[np.float64]) -> t
     return float(floor_G[best]), float(drop_G[best]), float(EXPONENTS_G[best])
 
 
-def _least_squares(
-    basis_GT: NDArray[np.float64], loss_T: NDArray[np.float64], weight_GT: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _least_squares(basis_GT: Floats, loss_T: Floats, weight_GT: Floats) -> tuple[Floats, Floats]:
     """Return E and A >= 0 of L = E + A basis, weighted; for each exponent at once."""
     total_G = weight_GT.sum(axis=1)
     mean_basis_G = (weight_GT * basis_GT).sum(axis=1) / total_G
@@ -134,14 +123,10 @@ class Ado(Strategy):
     def __post_init__(self) -> None:
         check_warmup(self.warmup)
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Turn losses into laws, slopes and weights; propose the shares of the sizes at first.
 
         The state holds the running averages and at most 64 points of the history.
-
-        Raises:
-            ValueError: sizes, rows drawn or a loss are missing, or a loss is 0 (it has no logarithm).
-
         """
         size_D = size_of(signal, len(weights_D), self.name)
         prior_D = size_D / size_D.sum()
@@ -170,9 +155,7 @@ class Ado(Strategy):
         return Proposal(weights_D=new_D / new_D.sum(), delta_D=slope_D, state=state_now)
 
 
-def _averages(
-    prior_D: NDArray[np.float64], drawn_D: NDArray[np.float64], state: Mapping[str, Any]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _averages(prior_D: Floats, drawn_D: Floats, state: Mapping[str, Any]) -> tuple[Floats, Floats]:
     """Return the running share drawn, this interval included, and the running average of rho."""
     before_D = np.array(state["drawn"]) if state else np.zeros(len(prior_D))
     credit_D = np.array(state["credit"]) if state else prior_D
@@ -183,7 +166,7 @@ def _averages(
     return credit_D, average_D
 
 
-def _slopes(point_T: NDArray[np.float64]) -> NDArray[np.float64]:
+def _slopes(point_T: Floats) -> Floats:
     """Return how fast each loss falls per row; zeros while too few points are known."""
     n_T, loss_TD = point_T[:, 0], point_T[:, 1:]
     if len(np.unique(n_T)) < MIN_POINTS:
@@ -191,7 +174,7 @@ def _slopes(point_T: NDArray[np.float64]) -> NDArray[np.float64]:
     return fit(n_T, loss_TD).slope_D()
 
 
-def _instant(score_D: NDArray[np.float64], prior_D: NDArray[np.float64]) -> NDArray[np.float64]:
+def _instant(score_D: Floats, prior_D: Floats) -> Floats:
     """Return shares of the scores, none below the floor; the prior where all are 0."""
     rho_D = score_D / score_D.sum() if score_D.any() else prior_D
     rho_D = np.maximum(rho_D, FLOOR)

@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_dynmix.mixing.gate_loads import (
     AGGREGATES,
@@ -43,7 +42,7 @@ from megatron_dynmix.mixing.gate_loads import (
     source_delta,
 )
 from megatron_dynmix.mixing.strategy import Counts, Proposal, Signal, SourceError, Strategy
-from megatron_dynmix.mixing.weights import balancing_weights, check_step_size, reweight
+from megatron_dynmix.mixing.weights import Floats, balancing_weights, check_step_size, reweight
 
 MIN_SOURCES = 3
 """Fewest sources between which distances can tell a difference."""
@@ -67,9 +66,6 @@ class GateLoad(Strategy):
         debias: take what sampling noise adds to l2 distances off them.
         min_gap: act only on what exceeds so many standard errors of a delta.
         normalise: ``scale`` brings the gaps between the deltas to one size, ``none`` leaves them.
-
-    Raises:
-        ValueError: on construction, for a value out of range, or `debias` with another metric than l2.
 
     """
 
@@ -111,15 +107,10 @@ class GateLoad(Strategy):
         """Whether `Signal.half_counts_HDLE` must be measured."""
         return self.debias or self.min_gap > 0
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Turn counts into loads, distances, deltas and weights.
 
         With halves of the counts in the signal the proposal has errors of the deltas, needed or not.
-
-        Raises:
-            ValueError: no counts, fewer than three sources, counts that `gate_load` refuses, or halves that
-                are needed and are missing.
-
         """
         num_sources = len(weights_D)
         if num_sources < MIN_SOURCES:
@@ -153,16 +144,16 @@ class GateLoad(Strategy):
             delta_error_D=error_D,
         )
 
-    def _loads(self, counts_DLE: Counts) -> NDArray[np.float64]:
+    def _loads(self, counts_DLE: Counts) -> Floats:
         return gate_load(counts_DLE, self.layers, by_layer=self.layer_mix == "mean")
 
-    def _groups(self, load_DLE: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    def _groups(self, load_DLE: Floats) -> list[Floats]:
         """Split off what is compared as one: each layer for itself, or all together."""
         if self.layer_mix == "mean":
             return [load_DLE[:, layer : layer + 1] for layer in range(load_DLE.shape[1])]
         return [load_DLE]
 
-    def _noises(self, load_DLE: NDArray[np.float64], half_counts_HDLE: Counts | None) -> "list[Noise] | None":
+    def _noises(self, load_DLE: Floats, half_counts_HDLE: Counts | None) -> "list[Noise] | None":
         """Measure the noise of each group of layers; None where it cannot be known, and is not needed."""
         if half_counts_HDLE is None:
             return None
@@ -184,8 +175,8 @@ class GateLoad(Strategy):
         ]
 
     def _scores(
-        self, load_DLE: NDArray[np.float64], noises: "Sequence[Noise] | None"
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]:
+        self, load_DLE: Floats, noises: "Sequence[Noise] | None"
+    ) -> tuple[Floats, Floats, Floats | None]:
         """Return distances, deltas and, where the noise is known, their errors."""
         groups = self._groups(load_DLE)
         measured = [DISTANCES[self.metric](load) for load in groups]
@@ -210,9 +201,7 @@ class GateLoad(Strategy):
         ]
         return distance_DD, delta_D, np.mean(errors, axis=0)
 
-    def _directed(
-        self, delta_D: NDArray[np.float64], error_D: NDArray[np.float64] | None
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    def _directed(self, delta_D: Floats, error_D: Floats | None) -> tuple[Floats, Floats | None]:
         """Return scores and errors as the weights are to follow them."""
         return delta_D, error_D
 
@@ -228,13 +217,11 @@ class Inverse(GateLoad):
 
     name = "inverse"
 
-    def _directed(
-        self, delta_D: NDArray[np.float64], error_D: NDArray[np.float64] | None
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    def _directed(self, delta_D: Floats, error_D: Floats | None) -> tuple[Floats, Floats | None]:
         order_D = np.argsort(delta_D, kind="stable")
         _, group_D = np.unique(delta_D, return_inverse=True)
 
-        def swapped(values_D: NDArray[np.float64]) -> NDArray[np.float64]:
+        def swapped(values_D: Floats) -> Floats:
             swapped_D = np.empty_like(values_D)
             swapped_D[order_D] = values_D[order_D[::-1]]
             return np.asarray((np.bincount(group_D, swapped_D) / np.bincount(group_D))[group_D])
@@ -256,9 +243,6 @@ class Balanced(Strategy):
         metric: distance between loads: ``l2``, ``scaled-l2``, ``cos``, ``hellinger``, ``js`` or ``tv``.
         layers: MoE layers whose loads count: ``last``, ``all``, or a list of them, counted from 0.
 
-    Raises:
-        ValueError: on construction, for another metric or layers.
-
     """
 
     metric: str = "l2"
@@ -272,13 +256,8 @@ class Balanced(Strategy):
             raise ValueError(f"metric {self.metric!r} is unknown; give one of {sorted(DISTANCES)}")
         check_layers(self.layers)
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
-        """Turn counts into loads, distances and weights; the current weights are not read.
-
-        Raises:
-            ValueError: no counts, counts of another number of sources, or counts that `gate_load` refuses.
-
-        """
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
+        """Turn counts into loads, distances and weights; the current weights are not read."""
         if signal.counts_DLE is None or len(signal.counts_DLE) != len(weights_D):
             raise ValueError(f"balanced mixing needs token counts per expert of {len(weights_D)} sources")
         load_DLE = gate_load(signal.counts_DLE, self.layers)
@@ -293,30 +272,17 @@ class Balanced(Strategy):
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """What the halves tell about the sampling error of loads.
+    """What the halves tell about the sampling error of loads: V and s of the top of this file."""
 
-    Attributes:
-        energy_D: V, the expected squared l2 distance of a measured load from the true one.
-        size_D: s, the size of the error's covariance in units of diag(o) - o o^T / q.
-
-    """
-
-    energy_D: NDArray[np.float64]
-    size_D: NDArray[np.float64]
+    energy_D: Floats
+    size_D: Floats
 
 
-def measure_noise(
-    load_DLE: NDArray[np.float64], first_DLE: NDArray[np.float64], share_D: NDArray[np.float64]
-) -> Noise:
-    """Estimate energy and size of the noise of each load, see the top of this file.
+def measure_noise(load_DLE: Floats, first_DLE: Floats, share_D: Floats) -> Noise:
+    """Estimate the noise of each load o from the load a of its first half, normalized alike.
 
-    Since o = f a + (1 - f) b, the first half is enough: a - b = (a - o) / (1 - f).
-
-    Args:
-        load_DLE: measured loads o.
-        first_DLE: loads of the first half a, normalized like `load_DLE`.
-        share_D: f, the share of a source's counts that is in the first half, above 0 and below 1.
-
+    f = `share_D` of a source's counts is in that half, above 0 and below 1. Since o = f a + (1 - f) b, it is
+    enough: a - b = (a - o) / (1 - f).
     """
     weight_D = share_D / (1 - share_D)
     squared_DLE = first_DLE - load_DLE
@@ -328,7 +294,7 @@ def measure_noise(
     return Noise(energy_D, weight_D * squared_DLE.sum(axis=(1, 2)) / np.maximum(freedom_D, 1))
 
 
-def debiased_l2(distance_DD: NDArray[np.float64], noise: Noise) -> NDArray[np.float64]:
+def debiased_l2(distance_DD: Floats, noise: Noise) -> Floats:
     """Return l2 distances of measured loads without what sampling noise adds to them.
 
     Independent errors e_i, e_j give E |o_i - o_j + e_i - e_j|^2 = |o_i - o_j|^2 + V_i + V_j: noise makes
@@ -341,13 +307,7 @@ def debiased_l2(distance_DD: NDArray[np.float64], noise: Noise) -> NDArray[np.fl
     return np.sqrt(np.maximum(squared_DD, 0.0))
 
 
-def delta_error(
-    load_DLE: NDArray[np.float64],
-    noise: Noise,
-    metric: str,
-    distance_DD: NDArray[np.float64],
-    share_DD: NDArray[np.float64],
-) -> NDArray[np.float64]:
+def delta_error(load_DLE: Floats, noise: Noise, metric: str, distance_DD: Floats, share_DD: Floats) -> Floats:
     """Return one standard error of each score, to first order in the noise.
 
     delta_i = sum_j w_ij distance(o_i, o_j) depends on its own load through G_i = sum_j w_ij g_ij and on
@@ -357,14 +317,7 @@ def delta_error(
         Var(delta_i) = s_i Var_i(G_i) + sum_j w_ij^2 s_j Var_j(g_ji).
 
     First order: it holds where sources are further apart than their noise; nearer, the error is less.
-
-    Args:
-        load_DLE: measured loads.
-        noise: their noise.
-        metric: a key of `DISTANCES`.
-        distance_DD: distances of the measured loads by that metric, not debiased.
-        share_DD: w, how much of each distance is in each score, see `delta_shares`; the diagonal is ignored.
-
+    `distance_DD` are not debiased; `share_DD` is w, see `delta_shares`, its diagonal ignored.
     """
     share_DD = np.where(np.eye(len(share_DD), dtype=bool), 0.0, share_DD)
     if metric in ("l2", "scaled-l2"):
@@ -377,9 +330,7 @@ def delta_error(
     return np.asarray(factor * np.sqrt(variance_D))
 
 
-def _variances(
-    load_DLE: NDArray[np.float64], share_DD: NDArray[np.float64], metric: str
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _variances(load_DLE: Floats, share_DD: Floats, metric: str) -> tuple[Floats, Floats]:
     """Return Var_i(G_i), and Var_i(g_ij) for all pairs, by the gradient of any metric; source by source."""
     total_DLE, pair_DD = np.zeros_like(load_DLE), np.zeros_like(share_DD)
     for i in range(len(load_DLE)):
@@ -389,7 +340,7 @@ def _variances(
     return _variance(total_DLE, load_DLE), pair_DD
 
 
-def _variance(gradient_DLE: NDArray[np.float64], load_DLE: NDArray[np.float64]) -> NDArray[np.float64]:
+def _variance(gradient_DLE: Floats, load_DLE: Floats) -> Floats:
     """Return Var_d(g_d) of every row; a single load serves all rows."""
     weighted_DLE = gradient_DLE * load_DLE
     mean_D = (weighted_DLE.sum(axis=2) ** 2 / load_DLE.sum(axis=2)).sum(axis=1)
@@ -397,9 +348,7 @@ def _variance(gradient_DLE: NDArray[np.float64], load_DLE: NDArray[np.float64]) 
     return np.asarray(np.maximum(weighted_DLE.sum(axis=(1, 2)) - mean_D, 0.0))
 
 
-def _l2_variances(
-    load_DLE: NDArray[np.float64], distance_DD: NDArray[np.float64], share_DD: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _l2_variances(load_DLE: Floats, distance_DD: Floats, share_DD: Floats) -> tuple[Floats, Floats]:
     """Return the same for l2, whose gradient (o_i - o_j) / distance turns the sums into matrix products."""
     load_DV = load_DLE.reshape(len(load_DLE), -1)
     inverse_DD = np.divide(1, distance_DD, out=np.zeros_like(distance_DD), where=distance_DD > 0)
@@ -414,9 +363,7 @@ def _l2_variances(
     return _variance((reach_DD @ load_DV).reshape(load_DLE.shape), load_DLE), pair_DD
 
 
-def shrink_gaps(
-    delta_D: NDArray[np.float64], error_D: NDArray[np.float64], min_gap: float
-) -> NDArray[np.float64]:
+def shrink_gaps(delta_D: Floats, error_D: Floats, min_gap: float) -> Floats:
     """Return scores that differ from their mean only by what noise does not explain.
 
     gap_i = delta_i - mean(delta) is made smaller by ``min_gap`` standard errors, to 0 where it is less than

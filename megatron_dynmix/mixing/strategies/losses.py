@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_dynmix.mixing.strategy import Proposal, Signal, SourceError, Strategy, loss_of, numbers_of
-from megatron_dynmix.mixing.weights import check_step_size, reweight
+from megatron_dynmix.mixing.weights import Floats, check_step_size, reweight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +46,8 @@ class ExcessLoss(Strategy):
         if math.isnan(self.max_gap) or self.max_gap <= 0:
             raise ValueError(f"max_gap {self.max_gap} is no distance in nats; give a number > 0")
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
-        """Step by how far each loss is above the given one; down if below, unless clipped.
-
-        Raises:
-            ValueError: a loss is missing, or further than ``max_gap`` from the given one.
-
-        """
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
+        """Step by how far each loss is above the given one; down if below, unless clipped."""
         loss_D = loss_of(signal, len(weights_D), self.name)
         what, given_D = self._given
         if len(given_D) != len(loss_D):
@@ -80,13 +74,9 @@ class RefLoss(ExcessLoss):
     """Excess over a reference model's loss: softmax(log w + eta (L_i - Lref_i)), smoothed by c.
 
     The RefLoss baseline of Zhu et al. (2025), section 4, with the official settings eta 1 and c 1e-4; the
-    reference is the final loss of a run with uniform weights. There the difference may be negative. DoReMi
-    (Xie et al., 2023, Algorithm 1) clips it at 0, token by token; ``clip`` does so with the mean per source,
-    which is what a run measures.
-
-    Attributes:
-        reference_D: mean loss in nats of the reference model on each source, in the order of the sources.
-
+    reference is the final mean loss, in nats, of a run with uniform weights. There the difference may be
+    negative. DoReMi (Xie et al., 2023, Algorithm 1) clips it at 0, token by token; ``clip`` does so with the
+    mean per source, which is what a run measures.
     """
 
     reference_D: Sequence[float]
@@ -102,13 +92,9 @@ class RefLoss(ExcessLoss):
 class Sheared(ExcessLoss):
     """Excess over a target loss: the dynamic batch loading of Sheared LLaMA (Xia et al., 2024, Algorithm 1).
 
-    The official code's eta 1 and c 1e-4. The targets are the losses that a model of this size should reach,
-    there predicted by a scaling law. The paper clips the difference at 0, the official code does not; the
-    default follows the code.
-
-    Attributes:
-        target_D: mean loss in nats to be reached on each source, in the order of the sources.
-
+    The official code's eta 1 and c 1e-4. The targets are the losses in nats that a model of this size should
+    reach, there predicted by a scaling law. The paper clips the difference at 0, the official code does not;
+    the default follows the code.
     """
 
     target_D: Sequence[float]
@@ -140,7 +126,7 @@ class LossSoftmax(Strategy):
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Turn losses into weights; the current weights are not read."""
         loss_D = loss_of(signal, len(weights_D), self.name)
         uniform_D = np.full(len(loss_D), 1 / len(loss_D))
@@ -196,14 +182,10 @@ class OnlineDataMixing(Strategy):
             raise ValueError(f"decay {self.decay} must be from 0 to below 1 (published: 0.9)")
         check_warmup(self.warmup)
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Turn losses into rewards and weights. The state holds the rewards and the iteration.
 
         Rewards of the other variant mean something else: after a change the counting begins again.
-
-        Raises:
-            ValueError: a loss is missing, or the iteration, on which the exploration depends.
-
         """
         if signal.iteration < 1:
             raise ValueError(
@@ -233,9 +215,7 @@ class OnlineDataMixing(Strategy):
             state={"variant": self.variant, "iteration": signal.iteration, "rewards": reward_D.tolist()},
         )
 
-    def _log_smoothed(
-        self, loss_D: NDArray[np.float64], before: NDArray[np.float64] | None
-    ) -> NDArray[np.float64]:
+    def _log_smoothed(self, loss_D: Floats, before: Floats | None) -> Floats:
         """Return the logarithm of R: in R itself a loss above 709 would overflow."""
         gained_D = math.log1p(-self.decay) + loss_D
         if before is None or self.decay == 0:

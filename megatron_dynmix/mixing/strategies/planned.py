@@ -10,12 +10,11 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_dynmix.mixing.gate_loads import cosine_distance, l2_distance, source_delta
 from megatron_dynmix.mixing.strategies.losses import check_temperature
 from megatron_dynmix.mixing.strategy import Proposal, Signal, SourceError, Strategy, numbers_of, size_of
-from megatron_dynmix.mixing.weights import check_step_size, normalise_weights, reweight
+from megatron_dynmix.mixing.weights import Floats, check_step_size, normalise_weights, reweight
 
 
 @dataclass(frozen=True)
@@ -25,13 +24,8 @@ class Uniform(Strategy):
     name = "uniform"
     updates = False
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
-        """Propose the current weights.
-
-        Raises:
-            ValueError: they are not uniform, and would have to be changed without a word.
-
-        """
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
+        """Propose the current weights; those that are not uniform would have to be changed without a word."""
         if not np.allclose(weights_D, 1 / len(weights_D), rtol=0, atol=1e-9):
             raise ValueError(
                 f"uniform mixing was given weights {weights_D.tolist()}; "
@@ -47,21 +41,17 @@ class Fixed(Strategy):
     name = "fixed"
     updates = False
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Propose the current weights."""
         return _unscored(weights_D.copy())
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinalStatic(Strategy):
-    """The given weights from start to end, usually those that another run ended with.
+    """The given weights, in any unit, from start to end, usually those that another run ended with.
 
     The FinalStatic baseline of Zhu et al. (2025), section 4: whether the path of the weights mattered, or
     only where it ended.
-
-    Attributes:
-        weights_D: one number >= 0 per source, in the order of the sources, in any unit.
-
     """
 
     weights_D: Sequence[float]
@@ -73,19 +63,14 @@ class FinalStatic(Strategy):
     def __post_init__(self) -> None:
         self._given()
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
-        """Propose the given weights.
-
-        Raises:
-            ValueError: they are for another number of sources.
-
-        """
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
+        """Propose the given weights."""
         given_D = self._given()
         if len(given_D) != len(weights_D):
             raise ValueError(f"final-static has {len(given_D)} weights for {len(weights_D)} sources")
         return _unscored(given_D)
 
-    def _given(self) -> NDArray[np.float64]:
+    def _given(self) -> Floats:
         return normalise_weights(numbers_of(self.weights_D, "weight"))
 
 
@@ -101,7 +86,7 @@ class DataSize(Strategy):
     starts = True
     updates = False
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Propose the shares of the rows of all sources."""
         return _shares(size_of(signal, len(weights_D), self.name))
 
@@ -127,7 +112,7 @@ class Temperature(Strategy):
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Propose levelled shares of the sizes."""
         size_D = size_of(signal, len(weights_D), self.name)
         # Relative to the largest: a small temperature would overflow a plain power.
@@ -157,14 +142,8 @@ class UniMax(Strategy):
         if not (math.isfinite(self.epoch_cap) and self.epoch_cap > 0):
             raise ValueError(f"epoch_cap {self.epoch_cap} is no number of epochs; give a finite number > 0")
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
-        """Propose shares of the run's rows.
-
-        Raises:
-            ValueError: the signal has no sizes or no length of the run, or the run is longer than N epochs of
-                all sources together, so that the cap cannot be kept.
-
-        """
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
+        """Propose shares of the run's rows, unless it is too long for the cap to be kept."""
         size_D = size_of(signal, len(weights_D), self.name)
         rows_left = float(signal.run_rows)
         if rows_left <= 0:
@@ -194,11 +173,10 @@ class SentenceEmbedding(Strategy):
     """Static weights from one embedding per source, by one update of Zhu et al. (2025), Algorithm 1.
 
     The SentEmb baseline of section 4: mean distance to the other sources' embeddings, softmax of
-    log w + eta times that, smoothed by c; then the weights stay. The embeddings are used as given; the paper
-    does not name its encoder.
+    log w + eta times that, smoothed by c; then the weights stay. The embeddings, usually means over the
+    examples of a source, are used as given; the paper does not name its encoder.
 
     Attributes:
-        embeddings_DV: one vector per source, in the order of the sources; usually the mean over its examples.
         eta: step size >= 0.
         smoothing: c, the share spread evenly over the sources, from 0 to 1.
         metric: distance between embeddings: ``l2`` or ``cos``.
@@ -229,13 +207,8 @@ class SentenceEmbedding(Strategy):
                 f"the embeddings have shape {vectors_DV.shape}; give one finite vector per source"
             )
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
-        """Turn embeddings into distances, deltas and weights.
-
-        Raises:
-            ValueError: embeddings of another number of sources.
-
-        """
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
+        """Turn embeddings into distances, deltas and weights."""
         if len(self.embeddings_DV) != len(weights_D):
             raise ValueError(
                 f"{len(self.embeddings_DV)} embeddings for {len(weights_D)} sources; give one each"
@@ -253,13 +226,12 @@ INTERPOLATIONS = ("steps", "linear", "cosine")
 class Schedule(Strategy):
     """Weights given for some iterations, held or blended in between; after the last they stay.
 
-    Between points at iterations a < b, with t = (k - a) / (b - a): ``steps`` keeps the weights of a,
-    ``linear`` takes (1 - t) w_a + t w_b, ``cosine`` the same with (1 - cos(pi t)) / 2 for t. The weights are
-    those at the iteration of the update and hold for the interval that follows.
+    Between points (iteration, weights) at iterations a < b, the first at 0, with t = (k - a) / (b - a):
+    ``steps`` keeps the weights of a, ``linear`` takes (1 - t) w_a + t w_b, ``cosine`` the same with
+    (1 - cos(pi t)) / 2 for t. The weights, in any unit, are those at the iteration of the update and hold for
+    the interval that follows.
 
     Attributes:
-        points: (iteration, weights) pairs; the weights, one per source in the order of the sources, are in
-            any unit. The first iteration is 0, and they rise.
         interpolation: ``steps``, ``linear`` or ``cosine``.
 
     """
@@ -285,13 +257,8 @@ class Schedule(Strategy):
         if len({len(weights_D) for weights_D in weights_PD}) > 1:
             raise ValueError("the points of the schedule have weights for different numbers of sources")
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
-        """Propose the plan's weights at this iteration.
-
-        Raises:
-            ValueError: the plan is for another number of sources.
-
-        """
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
+        """Propose the plan's weights at this iteration."""
         iterations, weights_PD = self._plan()
         if len(weights_PD[0]) != len(weights_D):
             raise ValueError(
@@ -306,7 +273,7 @@ class Schedule(Strategy):
             planned_D = (1 - done) * planned_D + done * weights_PD[last + 1]
         return _unscored(planned_D.copy())
 
-    def _plan(self) -> tuple[list[int], list[NDArray[np.float64]]]:
+    def _plan(self) -> tuple[list[int], list[Floats]]:
         """Return the iterations, and the shares at each."""
         if isinstance(self.points, str) or not self.points:
             raise ValueError("the schedule has no points; give [[0, weights], [iteration, weights], ...]")
@@ -354,7 +321,7 @@ class Sequential(Strategy):
         if self.every < 1:
             raise ValueError(f"every {self.every} is no number of iterations; give a whole number >= 1")
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Propose nearly all weight on the source that is due."""
         return _one_source(signal.iteration // self.every % len(weights_D), len(weights_D))
 
@@ -369,7 +336,7 @@ class Random(Strategy):
 
     name = "random"
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Propose random shares."""
         # 1 - [0, 1) lies in (0, 1], so the sum is never 0.
         return _shares(1 - _dice(signal).random(len(weights_D)))
@@ -385,7 +352,7 @@ class RandomBatch(Strategy):
 
     name = "random-batch"
 
-    def propose(self, weights_D: NDArray[np.float64], signal: Signal, state: Mapping[str, Any]) -> Proposal:
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Propose nearly all weight on one source by chance."""
         return _one_source(int(_dice(signal).integers(len(weights_D))), len(weights_D))
 
@@ -400,9 +367,9 @@ def _one_source(chosen: int, num_sources: int) -> Proposal:
     return _shares(share_D)
 
 
-def _shares(share_D: NDArray[np.float64]) -> Proposal:
+def _shares(share_D: Floats) -> Proposal:
     return _unscored(share_D / share_D.sum())
 
 
-def _unscored(weights_D: NDArray[np.float64]) -> Proposal:
+def _unscored(weights_D: Floats) -> Proposal:
     return Proposal(weights_D=weights_D, delta_D=np.zeros(len(weights_D)))
