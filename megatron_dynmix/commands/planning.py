@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_dynmix import platform
@@ -14,7 +14,7 @@ from megatron_dynmix.config.check import check_files, check_settings, check_toke
 from megatron_dynmix.config.host import Host, check_host, without_unmet
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.config.megatron import check_with_megatron, moe_layers
-from megatron_dynmix.config.run_config import HUB
+from megatron_dynmix.config.run_config import HUB, require
 from megatron_dynmix.convert.import_hf import check_load_hf
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.sources import check_prepared, pack_file, source_files
@@ -23,14 +23,11 @@ from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.plan.parameters import transformer_here
 from megatron_dynmix.plan.plan import Plan, SourceWork
-from megatron_dynmix.plan.proposals import Alternative, nearest_world_sizes, propose
+from megatron_dynmix.plan.proposals import nearest_world_sizes, propose
 from megatron_dynmix.plan.text import needs_line, plan_text, size_text
 from megatron_dynmix.training.mix_setup import Mix, Resolved, check_mix, initial_weights
 from megatron_dynmix.training.resume import check_pretrained
 
-GIB = 2**30
-GPU_MEMORY_GB = 80.0
-"""Of each GPU, if nothing is said."""
 HOSTS = {
     "te": Host(cuda=True, transformer_engine=True, deep_ep=True),
     "cuda": Host(cuda=True, transformer_engine=False, deep_ep=True),
@@ -51,10 +48,8 @@ def plan_run(
 
     One that cannot run or does not fit is refused, with layouts that can, if there are any.
     """
-    if world_size < 1:
-        raise InputError(f"--world-size is {world_size}; give 1 or more")
-    if gpu_memory_gb is not None and not gpu_memory_gb > 0:
-        raise InputError(f"--gpu-memory-gb is {gpu_memory_gb}; give a positive number")
+    require(world_size >= 1, "--world-size", world_size, "1 or more")
+    require(gpu_memory_gb is None or gpu_memory_gb > 0, "--gpu-memory-gb", gpu_memory_gb, "a positive number")
     config = load_config(run_yaml, flags)
     ranks = HOSTS[host or ("te" if config.training.bf16 else "cpu")]
     if gpu_memory_gb is not None and not ranks.cuda:
@@ -62,25 +57,32 @@ def plan_run(
             f"--gpu-memory-gb is {gpu_memory_gb:g}, but the ranks are planned on CPUs (float32 without "
             "--host); leave it out, or give --bf16 or --host cuda"
         )
-    gpu_gb = gpu_memory_gb or GPU_MEMORY_GB
-    gpu_bytes = int(gpu_gb * GIB) if ranks.cuda else None
+    gpu_gb = gpu_memory_gb or 80.0
+    gpu_bytes = int(gpu_gb * 2**30) if ranks.cuda else None
     check = functools.partial(_check, ranks)
-    alternatives = functools.partial(propose, config, world_size, ranks, check)
+
+    def instead() -> str:
+        """Return layouts that can run on these ranks; empty if none could, whatever the memory."""
+        if found := propose(config, world_size, ranks, check, gpu_bytes):
+            layouts = "".join(f"\n  {layout.describe()}" for layout in found)
+            return f"\nwhat can run on {world_size} ranks:{layouts}"
+        if propose(config, world_size, ranks, check, None):
+            return f"\nno layout of {world_size} ranks fits into their memory; use more of them"
+        return ""
+
     try:
         check(config, world_size)
     except InputError as error:
         near = nearest_world_sizes(config, world_size, check)
-        layout = [f"\nthis layout can run on {' or '.join(map(str, near))} ranks"] if near else []
-        raise InputError(
-            "".join([str(error), _instead(alternatives, world_size, gpu_bytes), *layout])
-        ) from None
+        layout = f"\nthis layout can run on {' or '.join(map(str, near))} ranks" if near else ""
+        raise InputError(f"{error}{instead()}{layout}") from None
     plan = plan_of(config, world_size, ranks)
     needs = needs_line(plan.largest, ranks, gpu_bytes)
     print(json.dumps(plan.as_json(), indent=2) if as_json else f"{plan_text(plan)}\n\n{needs}")
     if gpu_bytes is not None and not plan.fits(gpu_bytes):
         raise InputError(
             f"pipeline stage {plan.largest.stage} needs about {size_text(plan.largest.needed)} on each GPU, "
-            f"more than --gpu-memory-gb {gpu_gb:g}{_instead(alternatives, world_size, gpu_bytes)}"
+            f"more than --gpu-memory-gb {gpu_gb:g}{instead()}"
         )
     return config
 
@@ -182,16 +184,3 @@ def _rows(config: RunConfig, name: str, tokenizer: Tokenizer) -> PackedRows | st
         return pack_file(config, files[0], tokenizer)
     except InputError as error:
         return str(error)
-
-
-def _instead(
-    alternatives: Callable[[int | None], list[Alternative]], world_size: int, gpu_bytes: int | None
-) -> str:
-    """Return layouts that can run on these ranks; empty if none could, whatever the memory."""
-    if found := alternatives(gpu_bytes):
-        lines = [f"what can run on {world_size} ranks:", *(f"  {layout.describe()}" for layout in found)]
-    elif alternatives(None):
-        lines = [f"no layout of {world_size} ranks fits into their memory; use more of them"]
-    else:
-        lines = []
-    return "".join(f"\n{line}" for line in lines)

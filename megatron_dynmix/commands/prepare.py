@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast, get_args
+from typing import cast, get_args
 
 from megatron_dynmix.errors import InputError
-
-if TYPE_CHECKING:  # `--help` must not wait for NumPy
-    from megatron_dynmix.config.run_config import Overlong
-
 
 SETTINGS = (
     *("tokenizer", "template", "train_on", "probe", "overlong", "seq_length"),
@@ -61,7 +57,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from megatron_dynmix.config.run_config import require
+    from megatron_dynmix.config.run_config import Overlong, require
     from megatron_dynmix.data.prepare.prepare import prepare_source
     from megatron_dynmix.data.prepare.readers import find_inputs
     from megatron_dynmix.data.prepared import load_report, probe_prefix
@@ -74,8 +70,13 @@ def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
     missing = [name for name in ("input", "output", "tokenizer") if not getattr(arguments, name)]
     if missing:
         raise InputError(f"--{missing[0]} is missing; give RUN.yaml, or --input, --output and --tokenizer")
-    prefix, seq_length = arguments.output, arguments.seq_length
-    overlong = _checked_overlong(arguments.overlong, seq_length)
+    prefix, seq_length, known = arguments.output, arguments.seq_length, get_args(Overlong)
+    if arguments.overlong is not None:
+        require(arguments.overlong in known, "--overlong", arguments.overlong, f"one of {', '.join(known)}")
+        if seq_length is None:
+            raise InputError(f"--overlong {arguments.overlong} needs --seq-length, the positions of a row")
+    overlong = cast(Overlong, arguments.overlong or "drop")
+    require(seq_length is None or seq_length >= 1, "--seq-length", seq_length, "1 or more")
     require(arguments.probe is None or arguments.probe >= 1, "--probe", arguments.probe, "1 or more")
     tokenizer = load_tokenizer(arguments.tokenizer, trust_remote_code=arguments.trust_remote_code)
     report = prepare_source(
@@ -112,17 +113,6 @@ def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
         ]
         print(packed_table(rows))
     return 0
-
-
-def _checked_overlong(overlong: str | None, seq_length: int | None) -> Overlong:
-    from megatron_dynmix.config.run_config import Overlong, require
-
-    known = get_args(Overlong)
-    require(overlong in (None, *known), "--overlong", overlong, f"one of {', '.join(known)}")
-    if overlong is not None and seq_length is None:
-        raise InputError(f"--overlong {overlong} needs --seq-length, the positions of a row")
-    require(seq_length is None or seq_length >= 1, "--seq-length", seq_length, "1 or more")
-    return cast(Overlong, overlong or "drop")
 
 
 def _checked_fields(pairs: Sequence[str]) -> dict[str, str]:

@@ -92,17 +92,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 class StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, instead of keeping the last."""
 
-
-def _mapping_without_repeats(loader: StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            said = f"the key {key!r} is given twice"
-            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark)
-    return loader.construct_mapping(node, deep=True)
-
-
-StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node."""
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                said = f"the key {key!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, said, node.start_mark)
+        return super().construct_mapping(node, deep=True)
 
 
 def _yaml_value(path: Path, section: str, name: Any, value: Any) -> Any:
@@ -115,10 +112,20 @@ def _yaml_value(path: Path, section: str, name: Any, value: Any) -> Any:
         raise InputError(f"{path}: in section {section}: {error}") from None
     if leaf.section != section:
         raise InputError(f"{where} is in the wrong section; put {name} under {leaf.section}")
-    value = leaves.coerce(value, leaf.hint, where)
+    return _meant(name, leaves.coerce(value, leaf.hint, where), path.parent, where)
+
+
+def _meant(name: str, value: Any, folder: Path, where: str) -> Any:
+    """Return a value whose paths are absolute, and whose options of shadows are typed as flat ones."""
     if name == "shadow":
-        return _shadows(value, where)
-    return _absolute(value, path.parent, where) if _is_path(name, value) else value
+        return tuple(entry if isinstance(entry, str) else _shadow(entry, where) for entry in value)
+    return _absolute(value, folder, where) if _is_path(name, value) else value
+
+
+def _shadow(entry: dict[str, Any], where: str) -> dict[str, Any]:
+    hints = option_hints().items()
+    given = {key: leaves.coerce(entry[key], hint, f"{where}.{key}") for key, hint in hints if key in entry}
+    return {**entry, **given}
 
 
 def _is_path(name: str, value: Any) -> bool:
@@ -129,19 +136,6 @@ def _is_path(name: str, value: Any) -> bool:
 
         return is_folder(value)
     return name in PATH_LEAVES and not str(value).startswith(tree.HUB)
-
-
-def _shadows(entries: tuple[str | dict[str, Any], ...], where: str) -> tuple[str | dict[str, Any], ...]:
-    """Give the options of shadows the types of the same flat options."""
-    hints = option_hints()
-
-    def typed(entry: dict[str, Any]) -> dict[str, Any]:
-        known = {
-            key: leaves.coerce(entry[key], hints[key], f"{where}.{key}") for key in entry if key in hints
-        }
-        return {**entry, **known}
-
-    return tuple(entry if isinstance(entry, str) else typed(entry) for entry in entries)
 
 
 def _sources(where: str, value: Any, folder: Path) -> dict[str, tree.SourceConfig]:
@@ -209,11 +203,7 @@ def parse_flags(flags: Sequence[str], known: Mapping[str, leaves.Leaf] | None = 
             value = value[0] if len(value) == 1 else f"[{', '.join(value)}]"
         if not isinstance(value, bool):
             value = leaves.from_text(value, leaves.find(name) if name in leaves.DECIDED else known[name])
-        if name == "shadow":
-            value = _shadows(value, "--shadow")
-        if _is_path(name, value):
-            value = _absolute(value, Path.cwd(), f"--{name.replace('_', '-')}")
-        parsed[name] = value
+        parsed[name] = _meant(name, value, Path.cwd(), f"--{name.replace('_', '-')}")
     return parsed
 
 
@@ -233,7 +223,7 @@ def _plain(value: Any) -> Any:
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
-    return getattr(value, "name", value)
+    return value
 
 
 def to_yaml(config: tree.RunConfig) -> str:

@@ -41,8 +41,6 @@ SHAPE = (
     "v_head_dim",
 )
 """Settings of the model section that decide which tensors the model has."""
-PRESENCE = ("router_noise",)
-"""Settings of `SHAPE` for which it only matters whether there is one."""
 DEFAULTS = {
     **COMMON,
     "moe_layer_freq": 1,
@@ -136,7 +134,7 @@ def other_shape(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
         found = settings.get(name, DEFAULTS.get(name)) or None
         if found is None and (one.get(name) or other.get(name)):
             found = _implied(settings).get(name)
-        return found is not None if name in PRESENCE else found
+        return found is not None if name == "router_noise" else found  # its weights are there or not
 
     return [name for name in SHAPE if value(one, name) != value(other, name)]
 

@@ -106,8 +106,11 @@ def test_groups_are_those_of_megatron_core():
         ),
         (["--world-size", 64, "--global-batch-size", 100], "is not a multiple of micro_batch_size 1 x"),
         (["--world-size", 64, "--tensor-model-parallel-size", 2], "without sequence_parallel"),
-        (["--world-size", 0], "--world-size is 0; give 1 or more"),
-        (["--world-size", 64, "--gpu-memory-gb", -1], "--gpu-memory-gb is -1.0; give a positive number"),
+        (["--world-size", 0], "--world-size is 0; it must be 1 or more"),
+        (
+            ["--world-size", 64, "--gpu-memory-gb", -1],
+            "--gpu-memory-gb is -1.0; it must be a positive number",
+        ),
         (
             ["--world-size", 64, "--host", "cpu", "--gpu-memory-gb", 80],
             "--gpu-memory-gb is 80, but the ranks are planned on CPUs",
