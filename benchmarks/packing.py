@@ -32,7 +32,8 @@ from megatron_dynmix.data.packing import Packing, pack  # noqa: E402
 from megatron_dynmix.data.prepare.formats import parse_sharegpt  # noqa: E402
 from megatron_dynmix.data.prepare.prepare import prepare_source  # noqa: E402
 from megatron_dynmix.data.prepare.readers import raw_rows  # noqa: E402
-from megatron_dynmix.data.prepare.template import render  # noqa: E402
+from megatron_dynmix.data.prepare.template import Renderer  # noqa: E402
+from megatron_dynmix.data.prepared import Recipe  # noqa: E402
 from megatron_dynmix.data.rows import PackedRows  # noqa: E402
 from megatron_dynmix.data.tokenizer.base import Tokenizer  # noqa: E402
 from megatron_dynmix.data.tokenizer.fast import train_bpe  # noqa: E402
@@ -52,6 +53,7 @@ def find_sources(data: Path | None, folder: Path) -> dict[str, Path]:
 def train_tokenizer(files: list[Path], vocab_size: int, folder: Path) -> Tokenizer:
     """A byte-level BPE of the rendered examples, the template's own words included."""
     bytes_only = train_bpe([], vocab_size, folder / "bytes")
+    renderer = Renderer(bytes_only, TEMPLATE)
 
     def texts() -> Iterator[str]:
         for path in files:
@@ -61,7 +63,7 @@ def train_tokenizer(files: list[Path], vocab_size: int, folder: Path) -> Tokeniz
                 except ValueError:
                     continue  # a broken row is counted when the source is prepared
                 # the end token has its id already, no merge shall be spent on its letters
-                yield render(conversation, bytes_only, TEMPLATE).text.replace(bytes_only.eos, "")
+                yield renderer.render(conversation).text.replace(bytes_only.eos, "")
 
     return train_bpe(texts(), vocab_size, folder / "tokenizer")
 
@@ -71,16 +73,17 @@ def prepared_sources(data: Path | None, vocab_size: int, folder: Path) -> dict[s
     if data is not None and all((data / f"{name}.idx").is_file() for name in SOURCES):
         return {name: data / name for name in SOURCES}
     files = find_sources(data, folder / "sources")
-    tokenizer = train_tokenizer(list(files.values()), vocab_size, folder)
+    renderer = Renderer(train_tokenizer(list(files.values()), vocab_size, folder), TEMPLATE)
+    recipe = Recipe(tokenizer=renderer.tokenizer.fingerprint, template=renderer.fingerprint)
     for name, path in files.items():
         prefix = folder / "prepared" / name
-        prepare_source(name=name, inputs=[path], prefix=prefix, tokenizer=tokenizer, template=TEMPLATE)
+        prepare_source(name=name, inputs=[path], prefix=prefix, renderer=renderer, recipe=recipe)
     return {name: folder / "prepared" / name for name in files}
 
 
 def pack_source(name: str, prefix: Path, seq_length: int) -> PackedRows:
     """Pack one source as a run would."""
-    return PackedRows.build(
+    return PackedRows(
         name=name,
         prefix=prefix,
         seq_length=seq_length,

@@ -26,7 +26,6 @@ from megatron_dynmix.records.text_table import table
 
 if TYPE_CHECKING:  # every worker imports this file again: what is heavy is imported where it is used
     from megatron_dynmix.data.prepare.template import Renderer
-    from megatron_dynmix.data.tokenizer.base import Tokenizer
 
 MEGABYTE: Final = 1_000_000
 TEMPLATE: Final = "vicuna"
@@ -139,9 +138,10 @@ def floor(path: Path, tokenizer_dir: Path, renderer: Renderer) -> Measured:
     return Measured(seconds, cpu, tokens, 0.0, 0.0)
 
 
-def prepared(path: Path, folder: Path, tokenizer: Tokenizer, workers: int) -> Measured:
+def prepared(path: Path, folder: Path, renderer: Renderer, workers: int) -> Measured:
     """`prepare` as it is."""
     from megatron_dynmix.data.prepare.prepare import prepare_source
+    from megatron_dynmix.data.prepared import Recipe
 
     prefix = folder / f"prepared-{workers}"
     before = psutil.Process().memory_info().rss / MEGABYTE
@@ -151,8 +151,8 @@ def prepared(path: Path, folder: Path, tokenizer: Tokenizer, workers: int) -> Me
             name="bench",
             inputs=[path],
             prefix=prefix,
-            tokenizer=tokenizer,
-            template=TEMPLATE,
+            renderer=renderer,
+            recipe=Recipe(tokenizer=renderer.tokenizer.fingerprint, template=renderer.fingerprint),
             workers=workers,
         )
         seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
@@ -190,18 +190,17 @@ def main() -> None:
         tokenizer_dir = arguments.tokenizer or folder / "tokenizer"
         if arguments.tokenizer is None:
             train_bpe(texts_of(path), BPE_SIZE, tokenizer_dir)
-        tokenizer = load_tokenizer(tokenizer_dir)
-        renderer = Renderer(tokenizer, TEMPLATE)
+        renderer = Renderer(load_tokenizer(tokenizer_dir), TEMPLATE)
         small = folder / "small.jsonl"
         write_source(small, 0.1, seed=2)
         for workers in arguments.workers:  # the server that starts workers takes some seconds, once
-            prepared(small, folder, tokenizer, workers)
+            prepared(small, folder, renderer, workers)
         best: dict[str, Measured] = {}
         for _ in range(arguments.repeats):
             runs = {"tokenizer alone": floor(path, tokenizer_dir, renderer)}
             for workers in arguments.workers:
                 label = f"prepare, {workers} worker{'s' * (workers > 1)}"
-                runs[label] = prepared(path, folder, tokenizer, workers)
+                runs[label] = prepared(path, folder, renderer, workers)
             best = {label: min(run, best.get(label, run)) for label, run in runs.items()}
         print_table(best, path.stat().st_size / MEGABYTE)
 

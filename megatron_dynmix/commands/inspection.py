@@ -80,7 +80,7 @@ def _number(text: str, flag: str) -> int:
 def inspect_prepared(prefix: Path, number: int, tokenizer_dir: Path) -> list[Span]:
     """Return example `number` (from 0) of a source that was prepared with this tokenizer."""
     tokenizer, report = load_tokenizer(tokenizer_dir), load_report(prefix)
-    if report.tokenizer != tokenizer.fingerprint:
+    if report.recipe.tokenizer != tokenizer.fingerprint:
         raise InputError(
             f"{prefix} was prepared with another tokenizer than {tokenizer_dir}, which would show other "
             "text; give the one it was prepared with"

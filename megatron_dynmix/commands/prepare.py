@@ -60,7 +60,8 @@ def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix.config.run_config import Overlong, require
     from megatron_dynmix.data.prepare.prepare import prepare_source
     from megatron_dynmix.data.prepare.readers import find_inputs
-    from megatron_dynmix.data.prepared import load_report, probe_prefix
+    from megatron_dynmix.data.prepare.template import Renderer
+    from megatron_dynmix.data.prepared import Recipe, load_report, probe_prefix
     from megatron_dynmix.data.rows import PackedRows
     from megatron_dynmix.data.tokenizer.load import load_tokenizer
     from megatron_dynmix.training.start_report import packed_table, prepared_table
@@ -79,17 +80,20 @@ def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
     require(seq_length is None or seq_length >= 1, "--seq-length", seq_length, "1 or more")
     require(arguments.probe is None or arguments.probe >= 1, "--probe", arguments.probe, "1 or more")
     tokenizer = load_tokenizer(arguments.tokenizer, trust_remote_code=arguments.trust_remote_code)
+    renderer = Renderer(tokenizer, arguments.template or "tokenizer", arguments.train_on or "all")
     report = prepare_source(
         name=prefix.name,
         inputs=[path for given in arguments.input for path in find_inputs(given)],
         prefix=prefix,
-        tokenizer=tokenizer,
-        template=arguments.template or "tokenizer",
-        train_on=arguments.train_on or "all",
-        format=arguments.format or "auto",
-        fields=_checked_fields(arguments.fields or []),
-        split_length=seq_length if overlong == "split" else None,
-        held_out=arguments.probe or 0,
+        renderer=renderer,
+        recipe=Recipe(
+            tokenizer=tokenizer.fingerprint,
+            template=renderer.fingerprint,
+            format=arguments.format or "auto",
+            fields=_checked_fields(arguments.fields or []),
+            split_length=seq_length if overlong == "split" else None,
+            held_out=arguments.probe or 0,
+        ),
         strict=arguments.strict,
         workers=arguments.workers,
     )
@@ -100,7 +104,7 @@ def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
     if seq_length is not None:
         print(f"\nwhat training with --seq-length {seq_length} --overlong {overlong} makes of them:")
         rows = [
-            PackedRows.build(
+            PackedRows(
                 name=report.name,
                 prefix=prefix,
                 seq_length=seq_length,

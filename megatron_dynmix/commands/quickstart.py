@@ -157,12 +157,13 @@ def _train_tokenizer(files: Iterable[Path], output_dir: Path) -> None:
     """
     # here, not above: they bring in transformers, which takes seconds and which generating text does not need
     from megatron_dynmix.data.prepare.formats import parse_sharegpt
-    from megatron_dynmix.data.prepare.template import render
+    from megatron_dynmix.data.prepare.template import Renderer
     from megatron_dynmix.data.tokenizer.fast import train_bpe
 
     bytes_only = train_bpe([], VOCAB_SIZE, output_dir)
+    renderer = Renderer(bytes_only, TEMPLATE)
     rows = (json.loads(line) for path in files for line in path.read_bytes().splitlines())
-    rendered = (render(parse_sharegpt(row), bytes_only, TEMPLATE).text for row in rows)
+    rendered = (renderer.render(parse_sharegpt(row)).text for row in rows)
     # the end token has its id already, no merge shall be spent on its letters
     train_bpe((text.replace(bytes_only.eos, "") for text in rendered), VOCAB_SIZE, output_dir)
 

@@ -5,8 +5,10 @@ A digest takes 16 bytes, so a million examples (about 1 GB of conversations) tak
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +55,9 @@ class Recipe:
     @property
     def prints(self) -> list[str]:
         """The tokenizer, the template, and every other setting that is not as it is if not given."""
-        others = [item for item in fields(self) if item.name not in ("tokenizer", "template")]
-        default = Recipe(tokenizer=self.tokenizer, template=self.template)
-        values = {item.name: getattr(self, item.name) for item in others}
-        changed = {name: value for name, value in values.items() if value != getattr(default, name)}
-        return [self.tokenizer, self.template, *(f"{name}: {value}" for name, value in changed.items())]
+        default = vars(Recipe(tokenizer=self.tokenizer, template=self.template))
+        changed = [f"{name}: {value}" for name, value in vars(self).items() if value != default[name]]
+        return [self.tokenizer, self.template, *changed]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +96,6 @@ class SourceReport:
     idx_size: int
 
     @property
-    def tokenizer(self) -> str:
-        """Fingerprint of the tokenizer."""
-        return self.recipe.tokenizer
-
-    @property
     def mean_length(self) -> float:
         """Tokens of an example, on average."""
         return self.tokens / self.examples
@@ -124,16 +119,14 @@ def probe_prefix(prefix: Path) -> Path:
 
 
 def write_report(prefix: Path, report: SourceReport) -> None:
-    """Write ``prefix.json``, whole or not at all."""
+    """Write ``prefix.json``."""
     write_atomically(file_of(prefix, "json"), json.dumps(asdict(report), indent=2) + "\n")
 
 
 def load_report(prefix: Path) -> SourceReport:
-    """Read the report of a prepared source and check that its files are whole.
+    """Read the report of a prepared source.
 
-    Raises:
-        InputError: a file is missing, damaged, of another size than reported or another version.
-
+    A file that is missing, damaged, of another size than reported or another version is an InputError.
     """
     remedy = "run `megatron-dynmix prepare` for it"
     try:
@@ -164,7 +157,7 @@ def load_report(prefix: Path) -> SourceReport:
     return report
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Shared:
     """How many different texts stand in both of two sources (indices into what was compared)."""
 
@@ -192,17 +185,12 @@ def shared_texts(digests: Sequence[NDArray[np.void]]) -> list[Shared]:
     group_N = np.cumsum(~_equals_previous(all_N[order_N]))
     # one entry for each (text, source), then the texts that have more than one
     groups_and_sources = np.unique(np.stack([group_N, source_N[order_N]], axis=1), axis=0)
-    counts: dict[tuple[int, int], int] = {}
+    counts: Counter[tuple[int, int]] = Counter()
     borders = np.flatnonzero(np.diff(groups_and_sources[:, 0], prepend=-1, append=-1))
     several = np.flatnonzero(np.diff(borders) > 1)
     for first, last in zip(borders[several], borders[several + 1], strict=True):
-        sources = groups_and_sources[first:last, 1].tolist()
-        for at, one in enumerate(sources):
-            for other in sources[at + 1 :]:
-                counts[one, other] = counts.get((one, other), 0) + 1
-    return [
-        Shared(first=first, second=second, texts=texts) for (first, second), texts in sorted(counts.items())
-    ]
+        counts.update(combinations(groups_and_sources[first:last, 1].tolist(), 2))
+    return [Shared(*pair, texts) for pair, texts in sorted(counts.items())]
 
 
 def _order(digests_N: NDArray[np.void]) -> NDArray[np.intp]:
@@ -210,7 +198,4 @@ def _order(digests_N: NDArray[np.void]) -> NDArray[np.intp]:
 
 
 def _equals_previous(sorted_N: NDArray[np.void]) -> NDArray[np.bool_]:
-    if not len(sorted_N):
-        return np.empty(0, dtype=bool)
-    same_N = sorted_N[1:] == sorted_N[:-1]
-    return np.concatenate([[False], same_N])
+    return np.concatenate([[False], sorted_N[1:] == sorted_N[:-1]])[: len(sorted_N)]

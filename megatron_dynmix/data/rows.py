@@ -52,29 +52,6 @@ class PackedRows(MegatronDataset):
         self,
         *,
         name: str,
-        indexed: IndexedDataset,
-        seq_length: int,
-        seed: int,
-        documents_N: NDArray[np.int64],
-        row_starts_R1: NDArray[np.int64],
-        packing_report: PackingReport,
-        pad_id: int,
-    ) -> None:
-        config = BlendedMegatronDatasetConfig(
-            random_seed=seed, sequence_length=seq_length, blend=([indexed.path_prefix], None), split="1"
-        )
-        super().__init__(indexed, indexed.path_prefix, documents_N, packing_report.rows, Split.train, config)
-        self.name = name
-        self.packing_report = packing_report
-        self._documents_N = documents_N
-        self._row_starts_R1 = row_starts_R1
-        self._pad_id = pad_id
-
-    @classmethod
-    def build(
-        cls,
-        *,
-        name: str,
         prefix: Path,
         seq_length: int,
         seed: int,
@@ -82,17 +59,13 @@ class PackedRows(MegatronDataset):
         cache_dir: Path | None,
         pad_id: int,
         packing: bool = True,
-    ) -> "PackedRows":
+    ) -> None:
         """Pack a prepared source into rows; the packing is kept in ``cache_dir`` if one is given.
 
-        Without ``packing`` a row holds one example. Over-long is an example of more than
-        ``seq_length`` positions: dropped and counted, truncated, or refused. Examples without a
-        trained label in their positions are dropped and counted.
-
-        Raises:
-            InputError: the source is not prepared, ``overlong`` is unknown or "error" and there is
-                an over-long example, or no row results.
-
+        Without ``packing`` a row holds one example. Over-long is an example of more than ``seq_length``
+        positions: dropped and counted, truncated, or refused. Examples without a trained label in their
+        positions are dropped and counted. An InputError says that the source is not prepared, that
+        ``overlong`` is unknown or "error" and there is an over-long example, or that no row results.
         """
         if overlong not in get_args(Overlong):
             raise InputError(f"overlong {overlong!r} is unknown; use {', '.join(get_args(Overlong))}")
@@ -102,13 +75,17 @@ class PackedRows(MegatronDataset):
         indexed = IndexedDataset(str(prefix), multimodal=True)
         lengths_D, trained_D = _positions(indexed, seq_length)
         overlong_D = lengths_D > seq_length
+        if overlong == "error" and overlong_D.any():
+            raise InputError(
+                f"source {name}: {overlong_D.sum()} of {len(lengths_D)} examples are longer than seq_length "
+                f"{seq_length} (the longest takes {lengths_D.max()} positions); raise seq_length, or set "
+                "overlong to drop or truncate"
+            )
         dropped_D = overlong_D & (overlong in ("drop", "split"))  # what no split made short enough
         kept_D = ~dropped_D & (trained_D > 0)
-        if overlong == "error":
-            _refuse_overlong(name, lengths_D, seq_length)
         if not kept_D.any():
             raise InputError(
-                f"source {name}: no row results, {int(dropped_D.sum())} of {len(kept_D)} examples are longer "
+                f"source {name}: no row results, {dropped_D.sum()} of {len(kept_D)} examples are longer "
                 f"than seq_length {seq_length} and the rest have no trained label; raise seq_length"
             )
         kept_N = np.flatnonzero(kept_D)
@@ -118,8 +95,13 @@ class PackedRows(MegatronDataset):
             packed = _cached_pack(lengths_N, seq_length, seed, cache_dir, key)
         else:
             packed = one_per_row(len(lengths_N), seed)
-        tokens = int(lengths_N.sum())
-        report = PackingReport(
+        documents_N, tokens = kept_N[packed.order_N], int(lengths_N.sum())
+        config = BlendedMegatronDatasetConfig(
+            random_seed=seed, sequence_length=seq_length, blend=([indexed.path_prefix], None), split="1"
+        )
+        super().__init__(indexed, indexed.path_prefix, documents_N, packed.num_rows, Split.train, config)
+        self.name = name
+        self.packing_report = PackingReport(
             examples=len(kept_N),
             dropped_overlong=int(dropped_D.sum()),
             truncated=int((overlong_D & kept_D).sum()),
@@ -128,16 +110,9 @@ class PackedRows(MegatronDataset):
             tokens=tokens,
             useful_token_share=tokens / (packed.num_rows * seq_length),
         )
-        return cls(
-            name=name,
-            indexed=indexed,
-            seq_length=seq_length,
-            seed=seed,
-            documents_N=kept_N[packed.order_N],
-            row_starts_R1=packed.row_starts_R1,
-            packing_report=report,
-            pad_id=pad_id,
-        )
+        self._documents_N = documents_N
+        self._row_starts_R1 = packed.row_starts_R1
+        self._pad_id = pad_id
 
     @property
     def mean_examples_per_row(self) -> float:
@@ -149,11 +124,11 @@ class PackedRows(MegatronDataset):
         return self.packing_report.rows
 
     def __getitem__(self, row: int) -> dict[str, NDArray[Any]]:
-        """Return one row as arrays of S positions.
+        """Return one row as arrays of S positions, padding filled with the pad id and loss mask 0.
 
         ``tokens``, ``labels`` (int64), ``loss_mask`` (float32, 1 where the label is trained on),
         ``position_ids`` (int64, from 0 in each segment), ``segment_ids`` (int64: 0, 1, ... and -1 in
-        the padding), ``padding_mask`` (bool, True = padding). Padding holds the pad id, loss mask 0.
+        the padding), ``padding_mask`` (bool, True = padding).
         """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} is not in 0..{len(self) - 1}")
@@ -166,9 +141,8 @@ class PackedRows(MegatronDataset):
             "segment_ids": np.full(size, -1, dtype=np.int64),
         }
         begin = 0
-        first, last = self._row_starts_R1[row : row + 2]
-        for segment, document in enumerate(self._documents_N[first:last]):
-            ids, trained = read_example(self.dataset, int(document))
+        for segment, document in enumerate(self.examples_of(row)):
+            ids, trained = read_example(self.dataset, document)
             length = min(len(ids) - 1, size)
             where = slice(begin, begin + length)
             arrays["tokens"][where] = ids[:length]
@@ -182,7 +156,8 @@ class PackedRows(MegatronDataset):
     def examples_of(self, row: int) -> list[int]:
         """Return which examples of the source a row holds, in order, by their numbers in the source."""
         first, last = self._row_starts_R1[row : row + 2]
-        return [int(document) for document in self._documents_N[first:last]]
+        documents: list[int] = self._documents_N[first:last].tolist()
+        return documents
 
 
 def read_example(indexed: IndexedDataset, number: int) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -212,15 +187,6 @@ def _positions(indexed: IndexedDataset, seq_length: int) -> tuple[NDArray[np.int
     trained_D = trained_starts_Q1[run_D] + modes_Q[run_D] * (ends_D - token_starts_Q1[run_D])
     # the first token is an input only, never a label
     return lengths_D, trained_D - trained_starts_Q1[first_D] - modes_Q[first_D]
-
-
-def _refuse_overlong(name: str, lengths_D: NDArray[np.int64], seq_length: int) -> None:
-    count, longest = int((lengths_D > seq_length).sum()), int(lengths_D.max())
-    if count:
-        raise InputError(
-            f"source {name}: {count} of {len(lengths_D)} examples are longer than seq_length {seq_length} "
-            f"(the longest takes {longest} positions); raise seq_length, or set overlong to drop or truncate"
-        )
 
 
 def _cached_pack(

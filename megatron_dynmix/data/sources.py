@@ -70,20 +70,14 @@ def source_files(config: RunConfig) -> Iterator[SourceFile]:
 
 
 def read_data(config: RunConfig, tokenizer: Tokenizer) -> Data:
-    """Prepare what is not prepared, and pack; both are kept on disk and found again.
-
-    Raises:
-        InputError: data that cannot be used.
-
-    """
+    """Prepare what is not prepared, and pack; both are kept on disk and found again."""
     mixing = config.mixing
     measured = any(any(chosen.needs) for chosen in (mixing.chosen, *mixing.shadows))
-    probing = measured and mixing.signal == "probe"
     return Data(
         tokenizer=tokenizer,
         reports=list(prepare_sources(config, tokenizer)),
         train=build_rows(config, tokenizer, probe=False),
-        probe=build_rows(config, tokenizer, probe=True) if probing else [],
+        probe=build_rows(config, tokenizer, probe=True) if measured and mixing.signal == "probe" else [],
     )
 
 
@@ -92,21 +86,14 @@ def prepare_sources(
 ) -> Iterator[SourceReport]:
     """Prepare what is not prepared yet, and yield the report of each input as it is done.
 
-    Ranks and nodes may do so at once: one prepares a source, the others wait for it and find it.
-
-    Args:
-        config: the resolved configuration.
-        tokenizer: makes tokens.
-        workers: processes that encode; as `prepare_source` has it, if not given.
-
-    Raises:
-        InputError: an input that cannot be read, or a prepared one made in another way.
-
+    Ranks and nodes may do so at once: one prepares a source, the others wait for it and find it. An input
+    that cannot be read, or a prepared one made in another way, is an InputError.
     """
     data = config.data
+    renderer = Renderer(tokenizer, data.template, data.train_on)
     for file in source_files(config):
         prefix = file.prefix(config)
-        recipe = _recipe(config, file, tokenizer)
+        recipe = _recipe(config, file, renderer)
         if file.is_prepared or file.is_held_out:
             report = load_report(prefix)
             _refuse_other_recipe(file, report, recipe)
@@ -122,13 +109,8 @@ def prepare_sources(
                 name=file.label,
                 inputs=find_inputs(file.path),
                 prefix=prefix,
-                tokenizer=tokenizer,
-                template=data.template,
-                train_on=data.train_on,
-                format=data.sources[file.name].format,
-                fields=data.sources[file.name].fields,
-                split_length=recipe.split_length,
-                held_out=recipe.held_out,
+                renderer=renderer,
+                recipe=recipe,
                 strict=data.strict,
                 workers=workers,
             )
@@ -139,7 +121,8 @@ def check_prepared(config: RunConfig, file: SourceFile, tokenizer: Tokenizer) ->
     """Refuse an input that is not prepared, or from other rows or in another way; nothing is prepared."""
     prefix = file.prefix(config)
     report = load_report(prefix)
-    _refuse_other_recipe(file, report, _recipe(config, file, tokenizer))
+    renderer = Renderer(tokenizer, config.data.template, config.data.train_on)
+    _refuse_other_recipe(file, report, _recipe(config, file, renderer))
     if file.is_prepared or file.is_held_out:
         return
     from megatron_dynmix.data.prepare.inputs import current_report
@@ -152,29 +135,31 @@ def check_prepared(config: RunConfig, file: SourceFile, tokenizer: Tokenizer) ->
         )
 
 
-def _recipe(config: RunConfig, file: SourceFile, tokenizer: Tokenizer) -> Recipe:
-    """Return how an input is to be prepared."""
-    data = config.data
+def _recipe(config: RunConfig, file: SourceFile, renderer: Renderer) -> Recipe:
+    data, source = config.data, config.data.sources[file.name]
     return Recipe(
-        tokenizer=tokenizer.fingerprint,
-        template=Renderer(tokenizer, data.template, data.train_on).fingerprint,
+        tokenizer=renderer.tokenizer.fingerprint,
+        template=renderer.fingerprint,
+        format=source.format,
+        fields=dict(source.fields),
         split_length=data.seq_length if data.overlong == "split" else None,
-        held_out=0 if file.is_probe or data.sources[file.name].probe else data.probe or 0,
+        held_out=0 if file.is_probe or source.probe else data.probe or 0,
     )
 
 
 def _refuse_other_recipe(file: SourceFile, report: SourceReport, recipe: Recipe) -> None:
     """Refuse a prepared source that was made otherwise; the format that its rows had does not matter."""
+    made = report.recipe
     names = {
-        "tokenizer": "tokenizer",
         "template": "template",
         "split_length": "length at which conversations are split (--overlong split)",
         **({} if file.is_probe else {"held_out": "number of held-out examples (--probe)"}),
     }
-    other = [
-        f"another {said}" if name == "tokenizer" else f"{said} {getattr(report.recipe, name)}, not {wanted}"
+    other = ["another tokenizer"] if made.tokenizer != recipe.tokenizer else []
+    other += [
+        f"{said} {given}, not {wanted}"
         for name, said in names.items()
-        if getattr(report.recipe, name) != (wanted := getattr(recipe, name))
+        if (given := getattr(made, name)) != (wanted := getattr(recipe, name))
     ]
     if other:
         raise InputError(
@@ -190,7 +175,7 @@ def build_rows(config: RunConfig, tokenizer: Tokenizer, *, probe: bool) -> list[
 
 def pack_file(config: RunConfig, file: SourceFile, tokenizer: Tokenizer) -> PackedRows:
     """Pack the examples of a prepared input; the packing is cached."""
-    return PackedRows.build(
+    return PackedRows(
         name=file.label,
         prefix=file.prefix(config),
         seq_length=config.data.seq_length,

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_dynmix.data.prepare.prepare import prepare_source
-from megatron_dynmix.data.prepared import SourceReport
+from megatron_dynmix.data.prepare.template import Renderer, TrainOn
+from megatron_dynmix.data.prepared import Recipe, SourceReport
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.data.tokenizer.fast import train_bpe
 from megatron_dynmix.data.tokenizer.load import load_tokenizer
@@ -50,8 +51,21 @@ def prepare(folder: Path, rows: Sequence[Any], tokenizer: Tokenizer, **options: 
     """Prepare rows as the source `folder/source`."""
     path = write_jsonl(folder / "rows.jsonl", rows)
     settings: dict[str, Any] = {"name": "toy", "inputs": [path], "prefix": folder / "source"}
-    settings |= {"tokenizer": tokenizer, "template": "vicuna"} | options
-    return prepare_source(**settings)
+    return prepare_files(**settings | {"tokenizer": tokenizer} | options)
+
+
+def prepare_files(
+    *, tokenizer: Tokenizer, template: str = "vicuna", train_on: TrainOn = "all", **options: Any
+) -> SourceReport:
+    """`prepare_source` with what a renderer and a recipe are made of."""
+    renderer = Renderer(tokenizer, template, train_on)
+    said = {
+        name: options.pop(name)
+        for name in ("format", "fields", "split_length", "held_out")
+        if name in options
+    }
+    recipe = Recipe(tokenizer=tokenizer.fingerprint, template=renderer.fingerprint, **said)
+    return prepare_source(renderer=renderer, recipe=recipe, **options)
 
 
 def varied_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:

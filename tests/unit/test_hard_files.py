@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_fixtures import tokenizer_dir_fixture, tokenizer_fixture  # noqa: F401
+from data_fixtures import prepare_files, tokenizer_dir_fixture, tokenizer_fixture  # noqa: F401
 from hard_files import HARD, HardFile
 
 from megatron_dynmix.data.prepare.formats import find_format
-from megatron_dynmix.data.prepare.prepare import prepare_source
 from megatron_dynmix.data.prepare.readers import raw_rows
 from megatron_dynmix.data.prepare.template import Renderer, token_mask
 from megatron_dynmix.data.tokenizer.base import Tokenizer
@@ -27,11 +26,12 @@ def outcome(path: Path, renderer: Renderer) -> tuple[tuple[int, ...], tuple[int,
     parsed = []
     for row in raw_rows(path):
         try:
-            parsed.append((row.place, row.number, row.parse()))
+            parsed.append((row.place, row.parse()))
         except ValueError as error:
-            parsed.append((row.place, row.number, error))
-    known = find_format((place, value) for place, _, value in parsed)
-    for _, number, value in parsed:
+            parsed.append((row.place, error))
+    known = find_format(parsed)
+    for place, value in parsed:
+        number = int(re.search(r"\d+$", place)[0])
         try:
             if isinstance(value, ValueError):
                 raise value
@@ -84,13 +84,13 @@ def test_I12_prepare_counts_the_bad_rows_and_strict_stops_at_the_first(
     tmp_path: Path, tokenizer: Tokenizer, name: str
 ) -> None:
     path, hard = write(tmp_path, name), HARD[name]
-    settings = {"name": "hard", "inputs": [path], "tokenizer": tokenizer, "template": "vicuna", "workers": 1}
-    report = prepare_source(prefix=tmp_path / "out", **settings)
+    settings = {"name": "hard", "inputs": [path], "tokenizer": tokenizer, "workers": 1}
+    report = prepare_files(prefix=tmp_path / "out", **settings)
     assert (report.examples, report.broken) == (len(hard.good), len(hard.bad))
     shown = [re.match(rf"{re.escape(str(path))}:(\d+): .", text)[1] for text in report.first_broken]
     assert [int(number) for number in shown] == list(hard.bad[:5])
     with pytest.raises(InputError, match=rf"{re.escape(str(path))}:{hard.bad[0]}: "):
-        prepare_source(prefix=tmp_path / "strict", strict=True, **settings)
+        prepare_files(prefix=tmp_path / "strict", strict=True, **settings)
 
 
 def write(folder: Path, name: str) -> Path:

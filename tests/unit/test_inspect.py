@@ -40,7 +40,7 @@ CONTROL = "a\x1b[31mred\x07 \u202eback\u2028\tend"
 
 def packed(folder: Path, seq_length: int, **options: object) -> PackedRows:
     settings = {"seed": 7, "overlong": "truncate", "cache_dir": None, "pad_id": 2} | options
-    return PackedRows.build(name="toy", prefix=folder / "source", seq_length=seq_length, **settings)
+    return PackedRows(name="toy", prefix=folder / "source", seq_length=seq_length, **settings)
 
 
 def test_an_example_with_marks(tmp_path: Path, tokenizer: Tokenizer) -> None:

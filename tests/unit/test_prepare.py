@@ -22,7 +22,7 @@ from megatron_dynmix.data.prepare import encode as encode_module
 from megatron_dynmix.data.prepare import prepare as prepare_module
 from megatron_dynmix.data.prepare.conversation import Conversation
 from megatron_dynmix.data.prepare.formats import parse_sharegpt
-from megatron_dynmix.data.prepare.template import Rendered, Renderer, render, token_mask
+from megatron_dynmix.data.prepare.template import Rendered, Renderer, token_mask
 from megatron_dynmix.data.prepared import load_report
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.data.tokenizer.fast import FastTokenizer
@@ -64,7 +64,7 @@ def test_documents_are_the_rendered_conversations(
     found = documents(tmp_path / "source")
     assert len(found) == report.examples == len(rows)
     for row, (ids, trained) in zip(rows, found, strict=True):
-        rendered = render(parse_sharegpt(row), tokenizer, template)
+        rendered = Renderer(tokenizer, template).render(parse_sharegpt(row))
         ((expected, starts),) = tokenizer.encode_batch([rendered.text])
         assert ids == expected.tolist()
         assert trained == token_mask(starts, rendered.trained_spans).astype(int).tolist()

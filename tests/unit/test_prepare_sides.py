@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from data_fixtures import (  # noqa: F401
     prepare,
+    prepare_files,
     sharegpt,
     tokenizer_dir_fixture,
     tokenizer_fixture,
@@ -233,7 +234,7 @@ def test_unchanged_source_is_skipped_and_a_changed_one_is_not(
         """Whether it was prepared again."""
         before = prefix.with_name("source.bin").stat().st_ino
         settings = {"name": "toy", "inputs": [path], "prefix": prefix, "tokenizer": tokenizer}
-        prepare_module.prepare_source(**{**settings, "template": "vicuna", **options})
+        prepare_files(**settings | options)
         return prefix.with_name("source.bin").stat().st_ino != before
 
     prefix.with_name("source.bin").touch()

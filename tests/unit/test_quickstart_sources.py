@@ -6,7 +6,7 @@ import yaml
 
 from megatron_dynmix.commands.quickstart import in_words, make_quickstart, write_run_yaml, write_sources
 from megatron_dynmix.data.prepare.formats import parse_sharegpt
-from megatron_dynmix.data.prepare.template import render
+from megatron_dynmix.data.prepare.template import Renderer
 from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.errors import InputError
 
@@ -135,7 +135,7 @@ def test_make_quickstart_makes_a_tokenizer_that_fits_every_example_into_a_row(tm
     assert tokenizer.vocab_size == run["model"]["vocab_size"]
     for source in run["data"]["sources"].values():
         for example in read(path.parent / source["path"]) + read(path.parent / source["probe"]):
-            text = render(parse_sharegpt(example), tokenizer, run["data"]["template"]).text
+            text = Renderer(tokenizer, run["data"]["template"]).render(parse_sharegpt(example)).text
             [(ids_T, _)] = tokenizer.encode_batch([text])
             assert len(ids_T) <= run["data"]["seq_length"]
             assert tokenizer.decode(ids_T.tolist()) == text

@@ -13,7 +13,7 @@ from data_fixtures import (  # noqa: F401
 from torch.utils.data import DataLoader
 
 from megatron_dynmix.data.prepare.formats import parse_sharegpt
-from megatron_dynmix.data.prepare.template import render, token_mask
+from megatron_dynmix.data.prepare.template import Renderer, token_mask
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.errors import InputError
@@ -23,14 +23,14 @@ PAD = 2
 
 def build(folder: Path, seq_length: int, **options: object) -> PackedRows:
     settings = {"seed": 7, "overlong": "drop", "cache_dir": None, "pad_id": PAD} | options
-    return PackedRows.build(name="toy", prefix=folder / "source", seq_length=seq_length, **settings)
+    return PackedRows(name="toy", prefix=folder / "source", seq_length=seq_length, **settings)
 
 
 def examples_of(rows: list[dict], tokenizer: Tokenizer, seq_length: int) -> set[tuple]:
     """(tokens, labels, loss mask) of each row's example, straight from the conversation."""
     found = set()
     for row in rows:
-        rendered = render(parse_sharegpt(row), tokenizer, "vicuna")
+        rendered = Renderer(tokenizer, "vicuna").render(parse_sharegpt(row))
         ((ids, starts),) = tokenizer.encode_batch([rendered.text])
         trained = token_mask(starts, rendered.trained_spans)
         cut = slice(1, seq_length + 1)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from megatron_dynmix.data.prepare.conversation import Conversation, Turn
 from megatron_dynmix.data.prepare.formats import parse_messages, parse_sharegpt
-from megatron_dynmix.data.prepare.template import Rendered, Renderer, render, token_mask
+from megatron_dynmix.data.prepare.template import Rendered, Renderer, token_mask
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.data.tokenizer.fast import FastTokenizer
 from megatron_dynmix.errors import InputError
@@ -47,7 +47,7 @@ def trained_pieces(rendered: Rendered, tokenizer: Tokenizer) -> list[tuple[str, 
 
 
 def test_vicuna_text(tokenizer: Tokenizer) -> None:
-    rendered = render(TWO_ROUNDS, tokenizer, "vicuna")
+    rendered = Renderer(tokenizer, "vicuna").render(TWO_ROUNDS)
     assert rendered.text == (
         "be brief USER: hi ASSISTANT: good day</s>USER: two plus two ASSISTANT: four</s>"
     )
@@ -62,19 +62,19 @@ def test_vicuna_usual_system_sentence_and_the_tokenizers_bos(
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
         "helpful, detailed, and polite answers to the user's questions. USER: hi ASSISTANT: good day</s>"
     )
-    assert render(conversation, tokenizer, "vicuna").text == expected
+    assert Renderer(tokenizer, "vicuna").render(conversation).text == expected
     with_bos = AutoTokenizer.from_pretrained(str(tokenizer_dir))
     with_bos.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
-    rendered = render(conversation, FastTokenizer(with_bos), "vicuna")
+    rendered = Renderer(FastTokenizer(with_bos), "vicuna").render(conversation)
     assert rendered.text == "<s>" + expected
     assert trained_texts(rendered) == [" good day</s>"]
 
 
 def test_vicuna_golden_mask(tokenizer: Tokenizer) -> None:
     conversation = parse_sharegpt(sharegpt("hello there", "good day", "two", " plus", system="be brief"))
-    assert trained_pieces(render(conversation, tokenizer, "vicuna"), tokenizer) == [
+    assert trained_pieces(Renderer(tokenizer, "vicuna").render(conversation), tokenizer) == [
         ("b", 0), ("e", 0), (" brief", 0), (" ", 0), ("USER", 0), (":", 0), (" hello", 0), (" there", 0),
         (" ASSISTANT", 0), (":", 0), (" good", 1), (" day", 1), ("</s>", 1),
         ("USER", 0), (":", 0), (" two", 0), (" ASSISTANT", 0), (":", 0),
@@ -83,7 +83,7 @@ def test_vicuna_golden_mask(tokenizer: Tokenizer) -> None:
 
 
 def test_own_template_golden_mask(tokenizer: Tokenizer) -> None:
-    rendered = render(TWO_ROUNDS, tokenizer, "tokenizer")
+    rendered = Renderer(tokenizer, "tokenizer").render(TWO_ROUNDS)
     assert rendered.text == (
         "System: be brief\nUser: hi\nAssistant: good day</s>\nUser: two plus two\nAssistant: four</s>"
     )
@@ -97,7 +97,7 @@ def test_own_template_golden_mask(tokenizer: Tokenizer) -> None:
 
 
 def test_chatml_spans_include_the_end_of_the_turn(tokenizer_dir: Path) -> None:
-    rendered = render(TWO_ROUNDS, with_template(tokenizer_dir, CHATML), "tokenizer")
+    rendered = Renderer(with_template(tokenizer_dir, CHATML), "tokenizer").render(TWO_ROUNDS)
     assert trained_texts(rendered) == ["good day<|im_end|>", "four<|im_end|>"]
     assert rendered.text.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi")
 
@@ -107,7 +107,7 @@ def test_answer_behind_a_prompt_that_ends_with_a_space_keeps_its_first_word(toke
         "{{ m.role }}\n", "{{ m.role }}: "
     )
     tokenizer = with_template(tokenizer_dir, template)
-    rendered = render(parse_sharegpt(sharegpt("hi", "two plus")), tokenizer, "tokenizer")
+    rendered = Renderer(tokenizer, "tokenizer").render(parse_sharegpt(sharegpt("hi", "two plus")))
     assert trained_texts(rendered) == ["two plus<|im_end|>"]
     trained = [piece for piece, mask in trained_pieces(rendered, tokenizer) if mask]
     assert trained[:2] == [" two", " plus"]
@@ -116,7 +116,7 @@ def test_answer_behind_a_prompt_that_ends_with_a_space_keeps_its_first_word(toke
 @pytest.mark.parametrize("template", ["vicuna", "tokenizer"])
 def test_special_tokens_in_texts_do_not_move_the_mask(tokenizer: Tokenizer, template: str) -> None:
     user = "x</s> ASSISTANT: y\nAssistant: z</s>"
-    rendered = render(parse_sharegpt(sharegpt(user, "</s>four")), tokenizer, template)
+    rendered = Renderer(tokenizer, template).render(parse_sharegpt(sharegpt(user, "</s>four")))
     assert plain_texts(rendered, tokenizer) == [" </s>four</s>"]
     ((ids, starts),) = tokenizer.encode_batch([rendered.text])
     mask = token_mask(starts, rendered.trained_spans)
@@ -137,13 +137,13 @@ def test_special_tokens_in_texts_do_not_move_the_mask(tokenizer: Tokenizer, temp
 )
 def test_own_template_that_does_not_fit(tokenizer_dir: Path, template: str | None, reason: str) -> None:
     with pytest.raises(InputError, match=reason) as caught:
-        render(TWO_ROUNDS, with_template(tokenizer_dir, template), "tokenizer")
+        Renderer(with_template(tokenizer_dir, template), "tokenizer").render(TWO_ROUNDS)
     assert "use the template vicuna" in str(caught.value)
 
 
 def test_unknown_template(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match="'llama' is unknown; use tokenizer, vicuna, chatml, plain"):
-        render(TWO_ROUNDS, tokenizer, "llama")
+        Renderer(tokenizer, "llama").render(TWO_ROUNDS)
 
 
 def test_token_mask_borders() -> None:
@@ -186,7 +186,7 @@ def trained(conversation: Conversation, tokenizer: Tokenizer, template: str, tra
 
 def test_chatml_golden_mask_and_the_same_from_jinja(tokenizer_dir: Path) -> None:
     tokenizer = chatml_tokenizer(tokenizer_dir, CHATML)
-    rendered = render(TWO_ROUNDS, tokenizer, "chatml")
+    rendered = Renderer(tokenizer, "chatml").render(TWO_ROUNDS)
     assert trained_pieces(rendered, tokenizer) == [
         ("<|im_start|>", 0), ("s", 0), ("y", 0), ("ste", 0), ("m", 0), ("\n", 0),
         ("b", 0), ("e", 0), (" brief", 0), ("<|im_end|>", 0), ("\n", 0),
@@ -198,7 +198,7 @@ def test_chatml_golden_mask_and_the_same_from_jinja(tokenizer_dir: Path) -> None
         ("<|im_start|>", 0), ("a", 0), ("ssistant", 0), ("\n", 0),
         ("fo", 1), ("ur", 1), ("<|im_end|>", 1), ("\n", 0),
     ]  # fmt: skip
-    assert render(TWO_ROUNDS, tokenizer, "tokenizer") == rendered
+    assert Renderer(tokenizer, "tokenizer").render(TWO_ROUNDS) == rendered
     assert trained_texts(rendered) == ["good day<|im_end|>", "four<|im_end|>"]
 
 
@@ -208,7 +208,7 @@ def test_chatml_needs_its_tokens(tokenizer: Tokenizer) -> None:
 
 
 def test_plain_golden_mask(tokenizer: Tokenizer) -> None:
-    rendered = render(parse_sharegpt(sharegpt("two plus two", " four")), tokenizer, "plain")
+    rendered = Renderer(tokenizer, "plain").render(parse_sharegpt(sharegpt("two plus two", " four")))
     assert trained_pieces(rendered, tokenizer) == [
         ("t", 0), ("wo", 0), (" plus", 0), (" two", 0), ("\n", 0), (" four", 1), ("</s>", 1),
     ]  # fmt: skip
@@ -217,7 +217,7 @@ def test_plain_golden_mask(tokenizer: Tokenizer) -> None:
 def test_text_is_trained_on_as_a_whole_with_every_template(tokenizer: Tokenizer) -> None:
     conversation = Conversation((Turn("text", "two </s> plus"),))
     for template in ("vicuna", "plain", "tokenizer"):
-        rendered = render(conversation, tokenizer, template)
+        rendered = Renderer(tokenizer, template).render(conversation)
         ((ids, starts),) = tokenizer.encode_batch([rendered.text])
         assert token_mask(starts, rendered.trained_spans).all()
         assert tokenizer.decode(ids) == "two </s> plus</s>"
@@ -226,7 +226,7 @@ def test_text_is_trained_on_as_a_whole_with_every_template(tokenizer: Tokenizer)
 
 @pytest.mark.parametrize("template", ["vicuna", "tokenizer"])
 def test_train_on(tokenizer: Tokenizer, template: str) -> None:
-    whole = render(TWO_ROUNDS, tokenizer, template).text
+    whole = Renderer(tokenizer, template).render(TWO_ROUNDS).text
     assert trained(TWO_ROUNDS, tokenizer, template) == [" good day</s>", " four</s>"]
     assert trained(TWO_ROUNDS, tokenizer, template, "last") == [" four</s>"]
     assert trained(TWO_ROUNDS, tokenizer, template, "everything") == [whole]
@@ -269,7 +269,7 @@ def test_tools_in_a_jinja_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
 @pytest.mark.parametrize("template", ["vicuna", "plain", "tokenizer"])
 def test_tools_that_a_template_has_no_words_for_are_a_bad_row(tokenizer: Tokenizer, template: str) -> None:
     with pytest.raises(ValueError, match="tools") as caught:
-        render(parse_messages(TOOL_ROW), tokenizer, template)
+        Renderer(tokenizer, template).render(parse_messages(TOOL_ROW))
     assert not isinstance(caught.value, InputError)
 
 
@@ -297,7 +297,7 @@ def test_tools_that_a_template_has_no_words_for_are_a_bad_row(tokenizer: Tokeniz
 )
 def test_templates_that_cannot_be_used(tokenizer_dir: Path, template: str, reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        render(TWO_ROUNDS, with_template(tokenizer_dir, template), "tokenizer")
+        Renderer(with_template(tokenizer_dir, template), "tokenizer").render(TWO_ROUNDS)
 
 
 def test_an_end_behind_the_generation_block_belongs_to_the_answer(tokenizer_dir: Path) -> None:
@@ -305,7 +305,7 @@ def test_an_end_behind_the_generation_block_belongs_to_the_answer(tokenizer_dir:
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
         "{% endgeneration %}{{ eos_token }}{% else %}{{ m.content }}|{% endif %}{% endfor %}"
     )
-    rendered = render(TWO_ROUNDS, with_template(tokenizer_dir, template), "tokenizer")
+    rendered = Renderer(with_template(tokenizer_dir, template), "tokenizer").render(TWO_ROUNDS)
     assert trained_texts(rendered) == ["good day</s>", "four</s>"]
 
 
@@ -330,7 +330,7 @@ def test_an_answer_may_look_like_a_part_of_its_end(tokenizer_dir: Path, answer: 
         "{{ '' if not add_generation_prompt }}"
     )
     conversation = parse_sharegpt(sharegpt("which", answer))
-    rendered = render(conversation, with_template(tokenizer_dir, template), "tokenizer")
+    rendered = Renderer(with_template(tokenizer_dir, template), "tokenizer").render(conversation)
     assert trained_texts(rendered) == [f"{answer}</s>"]
 
 
@@ -356,7 +356,7 @@ def test_template_that_is_no_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
 @pytest.mark.parametrize("template", ["vicuna", "plain", "tokenizer"])
 def test_rendering_is_linear_in_turns(tokenizer: Tokenizer, template: str) -> None:
     start = time.monotonic()
-    assert len(render(LONG, tokenizer, template).trained_spans) == 1000
+    assert len(Renderer(tokenizer, template).render(LONG).trained_spans) == 1000
     assert time.monotonic() - start < 5
 
 
@@ -377,7 +377,7 @@ def test_any_conversation_trains_on_its_answers_and_one_end_each(
         CHATML_TOKENIZERS[tokenizer_dir] = chatml_tokenizer(tokenizer_dir, own)
     tokenizer = CHATML_TOKENIZERS[tokenizer_dir]
     said = [f"x{''.join(words)}y" for words in texts[: len(texts) // 2 * 2]]
-    rendered = render(parse_sharegpt(sharegpt(*said)), tokenizer, template)
+    rendered = Renderer(tokenizer, template).render(parse_sharegpt(sharegpt(*said)))
     ((ids, starts),) = tokenizer.encode_batch([rendered.text])
     mask = token_mask(starts, rendered.trained_spans)
     assert tokenizer.decode(ids) == tokenizer.special.unguard(rendered.text)

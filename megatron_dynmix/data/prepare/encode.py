@@ -8,6 +8,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -34,28 +35,27 @@ Masked = tuple[NDArray[np.integer], NDArray[np.bool_]]
 """Tokens ``ids_T`` and ``trained_T``, whether each is trained on."""
 
 
-class _Read(NamedTuple):
-    place: str
-    conversation: Conversation
-    rendered: Rendered
+@dataclass
+class Counts:
+    """What became of rows, under the names of `SourceReport`."""
+
+    rows: int = 0
+    broken: int = 0
+    untrained: int = 0
+    split: int = 0
+    split_parts: int = 0
+    first_broken: tuple[str, ...] = ()
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """What became of a chunk's rows.
+class Encoded(NamedTuple):
+    """What became of a chunk's rows, and how many bytes they were; all bad ones are in ``first_broken``."""
 
-    ``broken`` rows hold no usable conversation, ``untrained`` ones no token to train on: each as
-    ``file:line: reason``. ``split`` conversations became ``split_parts`` examples. ``size`` is the bytes
-    that were read.
-    """
-
-    rows: int
-    size: int
+    counts: Counts
     examples: Examples
-    broken: list[str]
-    untrained: list[str]
-    split: int
-    split_parts: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,9 @@ class Encoder:
     dtype: type[np.integer]
 
     def __call__(self, chunk: RowChunk) -> Encoded:
-        """Encode a chunk of rows.
-
-        Raises:
-            InputError: the template does not fit; the message names the row.
-
-        """
+        """Encode a chunk of rows; a template that does not fit is an InputError that names the row."""
         broken: list[str] = []
-        read: list[_Read] = []
+        read: list[tuple[str, Conversation, Rendered]] = []
         for row in chunk.rows:
             try:
                 conversation = chunk.format.parse(row.parse())
@@ -86,40 +81,36 @@ class Encoder:
                 raise InputError(f"{row.place}: {error}") from error
             except ValueError as error:
                 broken.append(f"{row.place}: {error}")
-                continue
             except RecursionError:
                 broken.append(f"{row.place}: not usable: nested too deeply")
-                continue
-            read.append(_Read(row.place, conversation, rendered))
+            else:
+                read.append((row.place, conversation, rendered))
         return self._encode(chunk, read, broken)
 
-    def _encode(self, chunk: RowChunk, read: list[_Read], broken: list[str]) -> Encoded:
+    def _encode(
+        self, chunk: RowChunk, read: list[tuple[str, Conversation, Rendered]], broken: list[str]
+    ) -> Encoded:
+        counts = Counts(rows=len(chunk.rows), broken=len(broken))
         untrained: list[str] = []
-        split = split_parts = 0
         ids, trained, digests = [], [], []
-        encoded = self._tokens([row.rendered for row in read])
-        for (place, conversation, rendered), (ids_T, trained_T) in zip(read, encoded, strict=True):
-            parts, tokens = [rendered], [(ids_T, trained_T)]
-            if self.split_length is not None and len(ids_T) - 1 > self.split_length:
-                parts, tokens = self._split(conversation)
-                split += len(parts) > 1
-                split_parts += len(parts) if len(parts) > 1 else 0
-            for part, (part_ids_T, part_trained_T) in zip(parts, tokens, strict=True):
-                if part_trained_T.any():
-                    ids.append(part_ids_T)
-                    trained.append(part_trained_T)
+        encoded = self._tokens([rendered for _, _, rendered in read])
+        for (place, conversation, rendered), masked in zip(read, encoded, strict=True):
+            parts, tokens = [rendered], [masked]
+            if self.split_length is not None and len(masked[0]) - 1 > self.split_length:
+                parts, tokens = self._split(conversation, self.split_length + 1)
+                if len(parts) > 1:
+                    counts.split += 1
+                    counts.split_parts += len(parts)
+            for part, (ids_T, trained_T) in zip(parts, tokens, strict=True):
+                if trained_T.any():
+                    ids.append(ids_T)
+                    trained.append(trained_T)
                     digests.append(hashlib.blake2b(part.text.encode(), digest_size=DIGEST_BYTES).digest())
                 else:
                     untrained.append(f"{place}: no token to train on")
-        return Encoded(
-            rows=len(chunk.rows),
-            size=chunk.size,
-            examples=pack_examples(ids, trained, digests, self.dtype),
-            broken=broken,
-            untrained=untrained,
-            split=split,
-            split_parts=split_parts,
-        )
+        counts.untrained = len(untrained)
+        counts.first_broken = (*broken, *untrained)
+        return Encoded(counts, pack_examples(ids, trained, digests, self.dtype), chunk.size)
 
     def _tokens(self, rendered: Sequence[Rendered]) -> list[Masked]:
         encoded = self.renderer.tokenizer.encode_batch([one.text for one in rendered])
@@ -128,13 +119,11 @@ class Encoder:
             for one, (ids_T, char_starts_T) in zip(rendered, encoded, strict=True)
         ]
 
-    def _split(self, conversation: Conversation) -> tuple[list[Rendered], list[Masked]]:
-        assert self.split_length is not None, "asked for by the caller"
-
+    def _split(self, conversation: Conversation, limit: int) -> tuple[list[Rendered], list[Masked]]:
         def tokens(part: Conversation) -> int:
             return len(self._tokens([self.renderer.render(part)])[0][0])
 
-        parts = split_conversation(conversation, self.split_length + 1, tokens)
+        parts = split_conversation(conversation, limit, tokens)
         rendered = [self.renderer.render(part) for part in parts]
         return rendered, self._tokens(rendered)
 
@@ -148,13 +137,17 @@ def split_conversation(
     before the first user turn (the system prompt), again. A round that is too long by itself is a part
     of its own, still too long: packing drops and counts it. ``length_of`` grows with every round.
     """
-    preamble, rounds = _rounds(conversation)
+    preamble: list[Turn] = []
+    rounds: list[list[Turn]] = []
+    for turn in conversation.turns:
+        if turn.role == "user":
+            rounds.append([])
+        (rounds[-1] if rounds else preamble).append(turn)
     if len(rounds) <= 1:
         return [conversation]
 
     def part(first: int, last: int) -> Conversation:
-        turns = tuple(turn for one in rounds[first:last] for turn in one)
-        return replace(conversation, turns=preamble + turns)
+        return replace(conversation, turns=(*preamble, *chain(*rounds[first:last])))
 
     parts = []
     first = 0
@@ -167,24 +160,8 @@ def split_conversation(
 
 def _most_rounds(available: int, limit: int, length: Callable[[int], int]) -> int:
     """Return the most rounds that are no longer than the limit, one at least."""
-    tried = 1
+    tried, upper = 1, min(2, available)
     # doubling first: the length of the whole rest is dear, and mostly far too long
-    while tried < available and length(min(2 * tried, available)) <= limit:
-        tried = min(2 * tried, available)
-    if tried == available:
-        return available
-    upper = min(2 * tried, available)
+    while tried < available and length(upper) <= limit:
+        tried, upper = upper, min(2 * upper, available)
     return tried + bisect_right(range(tried + 1, upper), limit, key=length)
-
-
-def _rounds(conversation: Conversation) -> tuple[tuple[Turn, ...], list[list[Turn]]]:
-    preamble: list[Turn] = []
-    rounds: list[list[Turn]] = []
-    for turn in conversation.turns:
-        if turn.role == "user":
-            rounds.append([turn])
-        elif rounds:
-            rounds[-1].append(turn)
-        else:
-            preamble.append(turn)
-    return tuple(preamble), rounds

@@ -30,8 +30,6 @@ class Examples:
     @property
     def sizes_N(self) -> NDArray[np.int64]:
         """Tokens of each example."""
-        if not len(self):
-            return np.empty(0, dtype=np.int64)
         starts_N = np.cumsum(self.sequences_N) - self.sequences_N
         return np.add.reduceat(self.lengths_Q, starts_N, dtype=np.int64)
 

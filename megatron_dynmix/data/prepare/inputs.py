@@ -113,14 +113,12 @@ def refuse_overwriting(prefix: Path, inputs: Sequence[Path]) -> None:
                 "place (--output, or data.prepared_dir)"
             )
     report = file_of(prefix, "json")
-    # a report that a crash has cut off may be replaced
-    if report.is_file() and not _REPORT_HEAD.startswith(_head(report)):
+    if not report.is_file():
+        return
+    with report.open("rb") as file:
+        head = file.read(len(_REPORT_HEAD))
+    if not _REPORT_HEAD.startswith(head):  # one that a crash has cut off may be replaced
         raise InputError(
             f"{report}: is no report of a prepared source, and would be written over; move it, or prepare to "
             "another place (--output, or data.prepared_dir)"
         )
-
-
-def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(len(_REPORT_HEAD))

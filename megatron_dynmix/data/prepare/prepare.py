@@ -9,23 +9,21 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron.core.datasets.indexed_dataset import DType
 
-from megatron_dynmix.config.run_config import RowFormat
-from megatron_dynmix.data.prepare.conversation import NO_FIELDS
-from megatron_dynmix.data.prepare.encode import Encoded, Encoder, RowChunk
+from megatron_dynmix.data.prepare.encode import Counts, Encoder, RowChunk
 from megatron_dynmix.data.prepare.examples import Examples, HeldOut
 from megatron_dynmix.data.prepare.formats import Format, check_format, find_format
 from megatron_dynmix.data.prepare.index_writer import IndexedWriter
 from megatron_dynmix.data.prepare.inputs import current_report, read_input, refuse_changed, refuse_overwriting
 from megatron_dynmix.data.prepare.progress import ProgressBar
 from megatron_dynmix.data.prepare.readers import RawRow, is_compressed, parsed_rows, raw_rows
-from megatron_dynmix.data.prepare.template import Renderer, TrainOn
+from megatron_dynmix.data.prepare.template import Renderer
 from megatron_dynmix.data.prepare.workers import available_cores, map_in_order
 from megatron_dynmix.data.prepared import (
     FORMAT_VERSION,
@@ -40,7 +38,6 @@ from megatron_dynmix.data.prepared import (
     read_digests,
     write_report,
 )
-from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.errors import CommandFailed, InputError
 
 CHUNK_BYTES = 1 << 18
@@ -59,13 +56,8 @@ def prepare_source(
     name: str,
     inputs: Sequence[Path],
     prefix: Path,
-    tokenizer: Tokenizer,
-    template: str,
-    train_on: TrainOn = "all",
-    format: RowFormat = "auto",
-    fields: Mapping[str, str] = NO_FIELDS,
-    split_length: int | None = None,
-    held_out: int = 0,
+    renderer: Renderer,
+    recipe: Recipe,
     strict: bool = False,
     workers: int | None = None,
 ) -> SourceReport:
@@ -76,40 +68,16 @@ def prepare_source(
     input, but for 16 bytes per example. The files appear under their names when complete; without
     ``prefix.json`` a source counts as not prepared.
 
-    Args:
-        name: what messages call the source.
-        inputs: its files.
-        prefix: where it is written.
-        tokenizer: makes tokens.
-        template: makes text of conversations; see `Renderer`.
-        train_on: which answers are trained on; see `Renderer`.
-        format: shape of the rows; `auto` finds it out for each file by its first rows.
-        fields: names that our keys have in the rows.
-        split_length: positions above which a conversation is split at turn borders.
-        held_out: different texts that are kept from training and written to ``prefix.probe``.
-        strict: refuse the source for the first row that cannot be used.
-        workers: processes that encode; by default one for each core, but few for a small input.
-
-    Raises:
-        InputError: an input cannot be read, the template does not fit, or no example is left.
-        CommandFailed: the disk is full, or a worker died.
-
+    ``strict`` refuses the source for the first row that cannot be used. By default one worker is started
+    for each core, but few for a small input. An input that cannot be read, a template that does not fit, or
+    no example left is an InputError, a full disk or a dead worker a CommandFailed.
     """
     if not inputs:
         raise InputError(f"source {name}: no input files given; give one file or more")
     if workers is not None and workers < 1:
         raise InputError(f"workers is {workers}; it must be 1 or more")
-    check_format(format, fields)
-    renderer = Renderer(tokenizer, template, train_on)
-    encoder = Encoder(renderer, split_length, DType.optimal_dtype(tokenizer.vocab_size))
-    recipe = Recipe(
-        tokenizer=tokenizer.fingerprint,
-        template=renderer.fingerprint,
-        format=format,
-        fields=dict(fields),
-        split_length=split_length,
-        held_out=held_out,
-    )
+    check_format(recipe.format, recipe.fields)
+    encoder = Encoder(renderer, recipe.split_length, DType.optimal_dtype(renderer.tokenizer.vocab_size))
     with _writing(name, prefix):
         refuse_overwriting(prefix, inputs)
         with _locked(prefix):
@@ -131,53 +99,14 @@ def refuse_broken(name: str, first_broken: Sequence[str]) -> None:
 
 
 @dataclass
-class _Counts:
-    """What became of the rows so far."""
-
-    rows: int = 0
-    broken: int = 0
-    untrained: int = 0
-    split: int = 0
-    split_parts: int = 0
-    first_broken: tuple[str, ...] = ()
-
-    def add(self, encoded: Encoded) -> None:
-        self.rows += encoded.rows
-        self.broken += len(encoded.broken)
-        self.untrained += len(encoded.untrained)
-        self.split += encoded.split
-        self.split_parts += encoded.split_parts
-        bad = (*self.first_broken, *encoded.broken, *encoded.untrained)
-        self.first_broken = bad[:_BROKEN_SHOWN]
-
-
-@dataclass
-class _Sizes:
-    """The examples of one file so far."""
-
-    examples: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    max_length: int = 0
-
-    def add(self, examples: Examples) -> None:
-        self.examples += len(examples)
-        self.tokens += len(examples.tokens_T)
-        self.trained_tokens += int(examples.lengths_Q[examples.modes_Q == 1].sum())
-        self.max_length = max(self.max_length, int(examples.sizes_N.max(initial=0)))
-
-
-@dataclass
 class _Preparation:
-    """One source being prepared."""
-
     name: str
     inputs: Sequence[Path]
     prefix: Path
     recipe: Recipe
     strict: bool
     encoder: Encoder
-    counts: _Counts = field(default_factory=_Counts)
+    counts: Counts = field(default_factory=Counts)
 
     def run(self, workers: int | None) -> SourceReport:
         files = tuple(read_input(path) for path in self.inputs)
@@ -186,23 +115,21 @@ class _Preparation:
             workers = min(available_cores(), 1 + size // BYTES_PER_WORKER)
         sieve = HeldOut(self.recipe.held_out)
         with _draft(self.prefix) as draft:
-            sizes = self._write(draft, workers, sieve, size)
+            writer = self._write(draft, workers, sieve, size)
             refuse_changed(files)
             probe = sieve.all() if self.recipe.held_out else None
-            report = self._report(draft, self.name, sizes, files, held_out=len(probe or ()))
-            write_report(draft, report)
+            report = self._report(draft, writer, files, name=self.name, held_out=len(probe or ()))
             moves = [(draft, self.prefix)]
             if probe is None:
                 _forget_probe(self.prefix)
             else:
                 moves.append((probe_prefix(draft), probe_prefix(self.prefix)))
-                self._write_probe(moves[1][0], probe, files)
+                self._write_probe(probe_prefix(draft), probe, files)
             _move(moves)
         return report
 
-    def _write(self, draft: Path, workers: int, sieve: HeldOut, size: int) -> _Sizes:
+    def _write(self, draft: Path, workers: int, sieve: HeldOut, size: int) -> IndexedWriter:
         """Write the draft, without what the sieve holds out."""
-        sizes = _Sizes()
         chunks = map_in_order(
             self.encoder,
             _chunks(self.inputs, self.recipe),
@@ -215,25 +142,22 @@ class _Preparation:
             IndexedWriter(draft, self.encoder.dtype) as writer,
         ):
             for encoded in chunks:
-                self.counts.add(encoded)
+                self.counts += encoded.counts
+                self.counts.first_broken = self.counts.first_broken[:_BROKEN_SHOWN]
                 if self.strict:
                     refuse_broken(self.name, self.counts.first_broken)
-                examples = sieve.sift(encoded.examples)
-                writer.add(examples)
-                sizes.add(examples)
+                writer.add(sieve.sift(encoded.examples))
                 progress.advance(encoded.size, len(encoded.examples))
-            self._refuse_too_few(sizes.examples, len(sieve))
+            self._refuse_too_few(writer.examples, len(sieve))
             writer.finish()
-        return sizes
+        return writer
 
     def _write_probe(self, draft: Path, probe: Examples, files: tuple[InputFile, ...]) -> None:
-        sizes = _Sizes()
-        sizes.add(probe)
         with IndexedWriter(draft, self.encoder.dtype) as writer:
             writer.add(probe)
             writer.finish()
-        self.counts = _Counts(rows=len(probe))
-        write_report(draft, self._report(draft, f"{self.name} (probe)", sizes, files, probe_of=self.name))
+        self.counts = Counts(rows=len(probe))
+        self._report(draft, writer, files, name=f"{self.name} (probe)", probe_of=self.name)
 
     def _refuse_too_few(self, examples: int, held_out: int) -> None:
         counts = self.counts
@@ -249,17 +173,20 @@ class _Preparation:
     def _report(
         self,
         draft: Path,
-        name: str,
-        sizes: _Sizes,
+        writer: IndexedWriter,
         files: tuple[InputFile, ...],
         *,
+        name: str,
         held_out: int = 0,
         probe_of: str | None = None,
     ) -> SourceReport:
-        return SourceReport(
+        report = SourceReport(
             name=name,
             **vars(self.counts),
-            **vars(sizes),
+            examples=writer.examples,
+            tokens=writer.tokens,
+            trained_tokens=writer.trained_tokens,
+            max_length=writer.max_length,
             duplicates=count_duplicates(read_digests(file_of(draft, "digests"))),
             held_out=held_out,
             inputs=files,
@@ -269,12 +196,18 @@ class _Preparation:
             bin_size=file_of(draft, "bin").stat().st_size,
             idx_size=file_of(draft, "idx").stat().st_size,
         )
+        write_report(draft, report)
+        return report
 
 
 def _chunks(inputs: Sequence[Path], recipe: Recipe) -> Iterator[RowChunk]:
     """Yield the rows of all files, in order, in pieces that one worker encodes at once."""
     for path in inputs:
-        shape = _format_of(path, recipe)
+        shape = (
+            find_format(parsed_rows(path), recipe.fields)
+            if recipe.format == "auto"
+            else Format(name=recipe.format, fields=recipe.fields)
+        )
         rows: list[RawRow] = []
         size = 0
         for row in raw_rows(path):
@@ -285,12 +218,6 @@ def _chunks(inputs: Sequence[Path], recipe: Recipe) -> Iterator[RowChunk]:
                 rows, size = [], 0
         if rows:
             yield RowChunk(rows, shape, size)
-
-
-def _format_of(path: Path, recipe: Recipe) -> Format:
-    if recipe.format != "auto":
-        return Format(name=recipe.format, fields=recipe.fields)
-    return find_format(parsed_rows(path), recipe.fields)
 
 
 @contextmanager

@@ -18,13 +18,9 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
         self._total = total_bytes
         self._done = self._examples = 0
         self._last_line = time.monotonic()
+        shown = sys.stderr.isatty()
         self._bar = tqdm(
-            total=total_bytes,
-            desc=name,
-            unit="B",
-            unit_scale=True,
-            leave=False,
-            disable=not sys.stderr.isatty(),
+            total=total_bytes, desc=name, unit="B", unit_scale=True, leave=False, disable=not shown
         )
 
     def advance(self, done_bytes: int, examples: int = 0) -> None:

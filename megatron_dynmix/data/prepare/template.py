@@ -3,7 +3,7 @@
 Shape legend: T tokens of one text.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -44,11 +44,8 @@ class Renderer:
     between them and EOS behind each answer. ``tokenizer`` is the template that the tokenizer comes with;
     any other name is the path of a Jinja file. ``train_on``: ``all`` answers, the ``last`` one, the answer
     of rows that have only one (``completion``), or ``everything``; a text without turns is trained on
-    as a whole. The end-of-turn token belongs to the answer.
-
-    Raises:
-        InputError: an unknown template or ``train_on``, or a template that the tokenizer has not.
-
+    as a whole. The end-of-turn token belongs to the answer. An unknown template or ``train_on``, or a
+    template that the tokenizer has not, is an InputError.
     """
 
     tokenizer: Tokenizer
@@ -82,19 +79,15 @@ class Renderer:
     def render(self, conversation: Conversation) -> Rendered:
         """Return the text of a conversation, and what of it is trained on.
 
-        Raises:
-            InputError: the template refuses the conversation, or does not show where an answer starts or
-                ends; ``template`` is then the wrong one for these rows.
-            ValueError: this row alone cannot be used (tools that the template has no words for, several
-                answers where one is wanted); a short reason without a location.
-
+        A template that refuses the conversation, or does not show where an answer starts or ends, is an
+        InputError: it is the wrong one for these rows. A row that alone cannot be used (tools that the
+        template has no words for, several answers where one is wanted) is a ValueError without a location.
         """
         turns = conversation.turns
         if turns[0].role == "text":
-            text = self.tokenizer.special.guard(turns[0].text)
-            start = len(self.tokenizer.bos)
-            whole = f"{self.tokenizer.bos}{text}{self.tokenizer.eos}"
-            return Rendered(whole, ((start, len(whole)),))
+            bos, text = self.tokenizer.bos, self.tokenizer.special.guard(turns[0].text)
+            whole = f"{bos}{text}{self.tokenizer.eos}"
+            return Rendered(whole, ((len(bos), len(whole)),))
         if self.train_on == "completion" and (rounds := sum(t.role == "assistant" for t in turns)) > 1:
             raise ValueError(f"has {rounds} answers; train_on completion is for rows with one, use last")
         guarded = self._guarded(conversation)
@@ -116,15 +109,13 @@ class Renderer:
     def _built_in(self, conversation: Conversation) -> Rendered:
         if conversation.tools or any(turn.extra for turn in conversation.turns):
             raise ValueError(f"uses tools, which the template {self.template} has no words for")
-        pieces = {"vicuna": _vicuna, "chatml": _chatml, "plain": _plain}[self.template](
-            conversation.turns, self.tokenizer.bos, self.tokenizer.eos
-        )
-        spans, length = [], 0
-        for text, is_trained in pieces:
+        write = {"vicuna": _vicuna, "chatml": _chatml, "plain": _plain}[self.template]
+        whole, spans = self.tokenizer.bos, []
+        for text, is_trained in write(conversation.turns, self.tokenizer.eos):
             if is_trained:
-                spans.append((length, length + len(text)))
-            length += len(text)
-        return Rendered("".join(text for text, _ in pieces), tuple(spans))
+                spans.append((len(whole), len(whole) + len(text)))
+            whole += text
+        return Rendered(whole, tuple(spans))
 
     def _jinja(self, conversation: Conversation) -> Rendered:
         assert self.source is not None, "read at construction"
@@ -178,11 +169,6 @@ class Renderer:
         return start, start + len(answer)
 
 
-def render(conversation: Conversation, tokenizer: Tokenizer, template: str) -> Rendered:
-    """Write one conversation as the text to train on; see :class:`Renderer`, which it makes for this once."""
-    return Renderer(tokenizer, template).render(conversation)
-
-
 def _source_of(template: str, tokenizer: Tokenizer) -> str:
     if template != "tokenizer":
         if Path(template).suffix not in JINJA_SUFFIXES:
@@ -195,42 +181,36 @@ def _source_of(template: str, tokenizer: Tokenizer) -> str:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"template {template}: cannot be read ({error})") from error
     own = tokenizer.chat_template
-    if isinstance(own, dict):
-        own = own.get("default")
+    own = own.get("default") if isinstance(own, dict) else own
     if not own:
         raise InputError("the tokenizer has no chat template; use the template vicuna")
     return own
 
 
-def _vicuna(turns: Sequence[Turn], bos: str, eos: str) -> list[tuple[str, bool]]:
+def _vicuna(turns: Sequence[Turn], eos: str) -> Iterator[tuple[str, bool]]:
     has_system = turns[0].role == "system"
-    pieces = [(f"{bos}{turns[0].text if has_system else _VICUNA_SYSTEM} ", False)]
+    yield f"{turns[0].text if has_system else _VICUNA_SYSTEM} ", False
     for turn in turns[has_system:]:
         if turn.role == "assistant":
+            yield "ASSISTANT:", False
             # the space belongs to the answer, so that its first word keeps the token it has in running text
-            pieces += [("ASSISTANT:", False), (f" {turn.text}{eos}", True)]
+            yield f" {turn.text}{eos}", True
         else:
-            pieces.append((f"USER: {turn.text} ", False))
-    return pieces
+            yield f"USER: {turn.text} ", False
 
 
-def _chatml(turns: Sequence[Turn], bos: str, eos: str) -> list[tuple[str, bool]]:
+def _chatml(turns: Sequence[Turn], eos: str) -> Iterator[tuple[str, bool]]:
     start, end = _CHATML_TOKENS
-    pieces = [(bos, False)]
+    for turn in turns:
+        yield f"{start}{turn.role}\n", False
+        yield f"{turn.text}{end}", turn.role == "assistant"
+        yield "\n", False
+
+
+def _plain(turns: Sequence[Turn], eos: str) -> Iterator[tuple[str, bool]]:
     for turn in turns:
         is_answer = turn.role == "assistant"
-        pieces += [(f"{start}{turn.role}\n", False), (f"{turn.text}{end}", is_answer), ("\n", False)]
-    return pieces
-
-
-def _plain(turns: Sequence[Turn], bos: str, eos: str) -> list[tuple[str, bool]]:
-    pieces = [(bos, False)]
-    for turn in turns:
-        if turn.role == "assistant":
-            pieces.append((f"{turn.text}{eos}", True))
-        else:
-            pieces.append((f"{turn.text}\n", False))
-    return pieces
+        yield turn.text + (eos if is_answer else "\n"), is_answer
 
 
 def _refuse_unknown_tools(
