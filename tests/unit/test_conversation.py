@@ -90,10 +90,11 @@ def read(path: Path, content: bytes) -> list[tuple[int, object]]:
     path.write_bytes(content)
     found: list[tuple[int, object]] = []
     for row in raw_rows(path):
+        number = int(row.place.removeprefix(f"{path}:"))
         try:
-            found.append((row.number, row.parse()))
+            found.append((number, row.parse()))
         except ValueError as error:
-            found.append((row.number, error))
+            found.append((number, error))
     return found
 
 

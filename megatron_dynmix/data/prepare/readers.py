@@ -24,19 +24,16 @@ _SPACE = b" \t\r\n"
 _CHUNK_BYTES = 1 << 20
 _MAX_ROW_BYTES = 1 << 28
 """A row larger than this is a file without line ends, or a quote that is never closed."""
-_IN_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
-_OUTSIDE = re.compile(rb'["{}\[\],]')
+_MARK = re.compile(rb'[{}\[\],]|"[^"\\]*(?:\\.[^"\\]*)*(?P<end>"?)', re.DOTALL)
+"""A sign, or a string with the quote that ends it if that is there already."""
 
 
 def split_lines(file: IO[bytes], name: object) -> Iterator[tuple[int, bytes]]:
     r"""Yield ``(line_number, line)`` of every non-blank line, without the space around it.
 
     Lines end at ``\n`` only (texts may hold U+2028 and the like); ``\r\n`` and a leading byte order
-    mark are accepted. Numbers start at 1 and count blank lines.
-
-    Raises:
-        InputError: a line is too long to be a row; ``name`` is how the message calls the file.
-
+    mark are accepted. Numbers start at 1 and count blank lines. A line too long to be a row is an
+    InputError.
     """
     for number, raw in enumerate(iter(lambda: file.readline(_MAX_ROW_BYTES), b""), start=1):
         if number == 1:
@@ -50,113 +47,55 @@ def split_lines(file: IO[bytes], name: object) -> Iterator[tuple[int, bytes]]:
 def split_array(file: IO[bytes], name: object) -> Iterator[tuple[int, bytes]]:
     """Yield ``(item_number, item)``, numbers from 1, for the bytes of each item of one JSON array.
 
-    Only brackets, commas and quotes are looked at, so that an item that is no JSON spoils no other.
-
-    Raises:
-        InputError: the array does not end, or something follows it.
-
+    Only brackets, commas and strings are looked at, so that an item that is no JSON spoils no other. One
+    chunk and the item under way are held. An array that does not end, or that something follows, is an
+    InputError.
     """
-    scanner = _ArrayScanner(file, name)
-    number = 0
-    for number, raw in enumerate(scanner.items(), start=1):
-        yield number, raw
-    if scanner.next_sign():
-        raise InputError(
-            f"{name}: something follows the array after item {number}; a .json file may hold one array, or "
-            "one JSON object per line"
-        )
-
-
-class _ArrayScanner:
-    """Cuts the text of an array into items; holds one chunk and the item under way."""
-
-    def __init__(self, file: IO[bytes], name: object) -> None:
-        self.file = file
-        self.name = name
-        self.buffer = b""
-        self.position = 0
-        self.number = 1
-
-    def items(self) -> Iterator[bytes]:
-        opening = self.next_sign()
-        assert opening == b"[", "the caller looked"
-        depth, start, seen = 0, self.position, False
-        while True:
-            mark = self._next(start)
-            if mark is None:
+    text, position = b"", 0
+    start, number, depth = 0, 1, -1  # of the item under way; depth counts the brackets open inside it
+    while True:
+        mark = _MARK.search(text, position)
+        if mark is None or mark["end"] == b"":
+            # nothing more here, or the beginning of a string: read on, and forget what stands before the item
+            position = (mark.start() if mark else len(text)) - start
+            text, start = text[start:], 0
+            if len(text) >= _MAX_ROW_BYTES:
+                raise InputError(f"{name}: item {number}: {_too_long()}; a quote or bracket is not closed")
+            # as much again as the item has already, so that a long one is not scanned often
+            chunk = file.read(max(_CHUNK_BYTES, len(text)))
+            if not chunk:
                 raise InputError(
-                    f"{self.name}: item {self.number}: the file ends inside the array; it is cut off, or a "
-                    "quote or bracket is not closed"
+                    f"{name}: item {number}: the file ends inside the array; it is cut off, or a quote or "
+                    "bracket is not closed"
                 )
-            sign, at, start = mark
-            if sign in b"{[":
-                depth += 1
-            elif depth and sign in b"}]":
-                depth -= 1
-            elif not depth and sign in b",]":
-                item = self.buffer[start:at].strip(_SPACE)
-                if item or sign == b"," or seen:
-                    yield item
-                    self.number += 1
-                seen = True
-                if sign == b"]":
-                    return
-                start = self.position
-            elif not depth and sign == b"}":
-                raise InputError(
-                    f"{self.name}: item {self.number}: a closing brace that nothing opened; correct the file"
-                )
-
-    def _next(self, start: int) -> tuple[bytes, int, int] | None:
-        """Return the next sign outside strings, where it is, and where ``start`` is now; None at the end."""
-        while True:
-            found = _OUTSIDE.search(self.buffer, self.position)
-            if found is None:
-                self.position = len(self.buffer)
-                if not self._more(start):
-                    return None
-                start = 0
-                continue
-            if found[0] != b'"':
-                self.position = found.end()
-                return found[0], found.start(), start
-            while True:
-                end = _IN_STRING.match(self.buffer, found.end()).end()  # type: ignore[union-attr]
-                if self.buffer[end : end + 1] == b'"':
-                    self.position = end + 1
-                    break
-                shift = start
-                self.position = found.end()
-                if not self._more(start):
-                    return None
-                found = _OUTSIDE.search(self.buffer, found.start() - shift)
-                assert found is not None, "the quote is still there"
-                start = 0
-
-    def _more(self, start: int) -> bool:
-        """Read on, and forget what stands before ``start``; positions count from there then."""
-        size = len(self.buffer) - start
-        if size >= _MAX_ROW_BYTES:
-            raise InputError(
-                f"{self.name}: item {self.number}: {_too_long()}; a quote or bracket is not closed"
-            )
-        # as much again as the item has already, so that a long one is not scanned often
-        chunk = self.file.read(max(_CHUNK_BYTES, size))
-        self.buffer = self.buffer[start:] + chunk
-        self.position -= start
-        return bool(chunk)
-
-    def next_sign(self) -> bytes:
-        """Return the next byte that is no space, or nothing at the end."""
-        while True:
-            while self.position < len(self.buffer):
-                sign = self.buffer[self.position : self.position + 1]
-                self.position += 1
-                if sign not in _SPACE:
-                    return sign
-            self.buffer, self.position = self.file.read(_CHUNK_BYTES), 0
-            if not self.buffer:
-                return b""
+            text += chunk
+            continue
+        position, sign = mark.end(), mark[0]
+        if sign in b"{[":
+            depth += 1
+            if depth == 0:  # the array's own
+                start = position
+        elif depth and sign in b"}]":
+            depth -= 1
+        elif not depth and sign in b",]":
+            item = text[start : mark.start()].strip(_SPACE)
+            if item or sign == b"," or number > 1:  # an array may be empty
+                yield number, item
+                number += 1
+            if sign == b"]":
+                break
+            start = position
+        elif sign == b"}":
+            raise InputError(f"{name}: item {number}: a closing brace that nothing opened; correct the file")
+    rest = text[position:]
+    while not rest.strip(_SPACE):
+        rest = file.read(_CHUNK_BYTES)
+        if not rest:
+            return
+    raise InputError(
+        f"{name}: something follows the array after item {number - 1}; a .json file may hold one array, or "
+        "one JSON object per line"
+    )
 
 
 def _too_long() -> str:
@@ -172,13 +111,7 @@ _FOREIGN = {
     b"\xfd7zXZ": "xz-compressed; decompress it: unxz",
     b"BZh": "bzip2-compressed; decompress it: bunzip2",
     b"ARROW1": "an Arrow file; give the dataset's folder, or export it as Parquet or JSON Lines",
-    b"\xff\xfe": _UTF16,
-    b"\xfe\xff": _UTF16,
-    b"{\x00": _UTF16,
-    b"[\x00": _UTF16,
-    b"\x00{": _UTF16,
-    b"\x00[": _UTF16,
-    b"\x00\x00": _UTF16,
+    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff", b"{\0", b"[\0", b"\0{", b"\0[", b"\0\0"), _UTF16),
 }
 _DECOMPRESS = {".gz": "gunzip", ".zst": "unzstd"}
 _BATCH_ROWS = 256
@@ -189,12 +122,11 @@ _HEAD_BYTES = 1 << 16
 class RawRow:
     """A row as it is in its file, not parsed yet: cheap to hand to another process.
 
-    ``place`` is ``file:line`` or ``file:item n``, ``number`` the line or item (from 1), ``content`` the
-    bytes of a JSON text, or the row itself where the container is not JSON.
+    ``place`` is ``file:line`` or ``file:item n``, ``content`` the bytes of a JSON text, or the row itself
+    where the container is not JSON.
     """
 
     place: str
-    number: int
     content: bytes | dict[str, Any]
 
     def parse(self) -> Any:
@@ -250,12 +182,8 @@ def raw_rows(path: str | Path) -> Iterator[RawRow]:
     """Yield the rows of one input, in order and in constant memory.
 
     Read are JSON Lines, one JSON array, both also through gzip and zstd, Parquet, and a folder that
-    Hugging Face `datasets` saved a dataset to.
-
-    Raises:
-        InputError: the input as a whole cannot be read: missing, not what its name says, UTF-16, damaged,
-            or without a single row (known only at its end).
-
+    Hugging Face `datasets` saved a dataset to. An input that cannot be read as a whole (missing, not what its
+    name says, UTF-16, damaged, or without a single row, which is known only at its end) is an InputError.
     """
     path = Path(path)
     found = False
@@ -345,7 +273,7 @@ def _json_rows(path: Path, file: io.BufferedReader) -> Iterator[RawRow]:
         raise InputError(f"{path}: compressed twice, or Parquet in a compressed file; decompress it once")
     if not head.removeprefix(UTF8_BOM).lstrip().startswith(b"["):
         for number, raw in split_lines(file, path):
-            yield RawRow(f"{path}:{number}", number, raw)
+            yield RawRow(f"{path}:{number}", raw)
         return
     if _kind_of_name(path) in (".jsonl", ".ndjson"):
         raise InputError(
@@ -355,7 +283,7 @@ def _json_rows(path: Path, file: io.BufferedReader) -> Iterator[RawRow]:
     if head.startswith(UTF8_BOM):
         file.read(len(UTF8_BOM))
     for number, raw in split_array(file, path):
-        yield RawRow(f"{path}:item {number}", number, raw)
+        yield RawRow(f"{path}:item {number}", raw)
 
 
 def _parquet(path: Path, file: IO[bytes]) -> Iterator[RawRow]:
@@ -363,11 +291,10 @@ def _parquet(path: Path, file: IO[bytes]) -> Iterator[RawRow]:
     from pyarrow import parquet
 
     try:
-        number = 0
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS):
-            for row in batch.to_pylist():
-                number += 1
-                yield RawRow(f"{path}:item {number}", number, row)
+        batches = parquet.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            yield RawRow(f"{path}:item {number}", row)
     except (pyarrow.ArrowException, ValueError) as error:
         raise InputError(f"{path}: damaged Parquet ({_first_line(error)}); get the file again") from error
 
@@ -388,7 +315,7 @@ def _saved_dataset(folder: Path) -> Iterator[RawRow]:
                     for start in range(0, len(batch), _BATCH_ROWS):
                         for row in batch.slice(start, _BATCH_ROWS).to_pylist():
                             number += 1
-                            yield RawRow(f"{folder}:item {number}", number, row)
+                            yield RawRow(f"{folder}:item {number}", row)
     except InputError:
         raise
     except (pyarrow.ArrowException, ValueError, KeyError, TypeError) as error:
