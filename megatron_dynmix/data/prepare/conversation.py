@@ -6,12 +6,9 @@ What cannot be one is a ValueError with a short reason, without a location.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from types import MappingProxyType
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool", "text"]
-
-NO_FIELDS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -35,42 +32,6 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = ()
 
 
-def checked_object(row: object) -> dict[str, Any]:
-    """Return the row if it is a JSON object."""
-    if not isinstance(row, dict):
-        raise ValueError(f"a row must be a JSON object, not {kind(row)}")
-    return row
-
-
-def checked_items(row: Mapping[str, Any], key: str) -> list[Any]:
-    """Return the row's list of turns."""
-    if key not in row:
-        raise ValueError(f'no key "{key}"')
-    items = row[key]
-    if not isinstance(items, list):
-        raise ValueError(f'"{key}" must be a list of turns, not {kind(items)}')
-    if not items:
-        raise ValueError(f'"{key}" is empty')
-    return items
-
-
-def checked_text(where: str, text: object) -> str:
-    """Return the text if it is a string that a tokenizer takes."""
-    if not isinstance(text, str):
-        raise ValueError(f"{where} must be a string, not {kind(text)}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        # legal in JSON as \ud800, but no tokenizer takes it
-        raise ValueError(f"{where}: half of a surrogate pair at character {error.start}") from error
-    return text
-
-
-def system_turns(row: Mapping[str, Any], keys: Sequence[str]) -> list[Turn]:
-    """Return the system prompts that stand under the keys of a row; null means none."""
-    return [Turn("system", checked_text(f'"{key}"', row[key])) for key in keys if row.get(key) is not None]
-
-
 def checked_conversation(turns: Sequence[Turn], tools: tuple[Mapping[str, Any], ...] = ()) -> Conversation:
     """Return the turns in order, without a blank system prompt."""
     kept = [turn for turn in turns if turn.role != "system" or turn.text.strip()]
@@ -82,11 +43,10 @@ def _check_order(turns: list[Turn]) -> None:
     roles = [turn.role for turn in turns]
     if roles.count("system") > 1:
         raise ValueError("more than one system prompt")
-    if "system" in roles:
-        if roles[0] != "system":
-            raise ValueError("the system turn is not the first")
-        turns = turns[1:]
-        roles = roles[1:]
+    if "system" in roles[1:]:
+        raise ValueError("the system turn is not the first")
+    if roles[:1] == ["system"]:
+        turns, roles = turns[1:], roles[1:]
     if "assistant" not in roles:
         raise ValueError("no assistant turn, so nothing to train on")
     if roles[0] != "user":
@@ -110,9 +70,3 @@ def _check_pair(earlier: Turn, later: Turn) -> None:
         raise ValueError(f"two {later.role} turns in a row")
     elif (earlier.role, later.role) == ("tool", "user"):
         raise ValueError("a tool's result is followed by the user, not by the assistant")
-
-
-def kind(value: object) -> str:
-    """Return how JSON calls a value's type."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")

@@ -6,28 +6,19 @@ be trained on is a ValueError with a short reason, without a location.
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron_dynmix.config.run_config import FormatName
-from megatron_dynmix.data.prepare.conversation import (
-    NO_FIELDS,
-    Conversation,
-    Role,
-    Turn,
-    checked_conversation,
-    checked_items,
-    checked_object,
-    checked_text,
-    kind,
-    system_turns,
-)
+from megatron_dynmix.data.prepare.conversation import Conversation, Role, Turn, checked_conversation
 from megatron_dynmix.data.prepare.readers import parsed_rows
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import parse_json
 
+NO_FIELDS: Mapping[str, str] = MappingProxyType({})
 _MESSAGE_ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
@@ -54,7 +45,7 @@ def parse_messages(row: object, fields: Mapping[str, str] = NO_FIELDS) -> Conver
     ``tool_calls``, whose arguments may be an object or JSON in a string; templates get the object.
     ``tools``, too, may be a list or JSON in a string. Unknown keys are left alone, ``weight`` included.
     """
-    row = checked_object(row)
+    row = _object(row)
     tools = _json_objects('"tools"', row.get(fields.get("tools", "tools")))
     turns = _turns(row, fields.get("messages", "messages"), _turn_of_message, fields)
     return checked_conversation(turns, tuple(tools))
@@ -67,10 +58,38 @@ def parse_sharegpt(row: object, fields: Mapping[str, str] = NO_FIELDS) -> Conver
     or blank means none. Other unknown keys are left alone. Role names: system; human, user; gpt,
     assistant, chatgpt (lower case).
     """
-    row = checked_object(row)
-    systems = system_turns(row, (fields["system"],) if "system" in fields else _SYSTEM_KEYS)
+    row = _object(row)
+    systems = _systems(row, (fields["system"],) if "system" in fields else _SYSTEM_KEYS)
     key = fields.get("conversations", "conversations")
     return checked_conversation(systems + _turns(row, key, _turn_of_item, fields))
+
+
+def _object(row: object) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be a JSON object, not {_kind(row)}")
+    return row
+
+
+def _systems(row: Mapping[str, Any], keys: Sequence[str]) -> list[Turn]:
+    """Return the system prompts that stand under the keys of a row; null means none."""
+    return [Turn("system", _string(f'"{key}"', row[key])) for key in keys if row.get(key) is not None]
+
+
+def _string(where: str, text: object) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"{where} must be a string, not {_kind(text)}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        # legal in JSON as \ud800, but no tokenizer takes it
+        raise ValueError(f"{where}: half of a surrogate pair at character {error.start}") from error
+    return text
+
+
+def _kind(value: object) -> str:
+    """Return how JSON calls a value's type."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 def _turns(
@@ -79,11 +98,17 @@ def _turns(
     turn_of: Callable[[str, dict[str, Any], Mapping[str, str]], Turn],
     fields: Mapping[str, str],
 ) -> list[Turn]:
+    if key not in row:
+        raise ValueError(f'no key "{key}"')
+    if not isinstance(row[key], list):
+        raise ValueError(f'"{key}" must be a list of turns, not {_kind(row[key])}')
+    if not row[key]:
+        raise ValueError(f'"{key}" is empty')
     turns = []
-    for position, item in enumerate(checked_items(row, key), start=1):
+    for position, item in enumerate(row[key], start=1):
         where = f"turn {position}"
         if not isinstance(item, dict):
-            raise ValueError(f"{where} must be an object, not {kind(item)}")
+            raise ValueError(f"{where} must be an object, not {_kind(item)}")
         turns.append(turn_of(where, item, fields))
     return turns
 
@@ -92,7 +117,7 @@ def _string_at(where: str, item: dict[str, Any], key: str) -> str:
     if key not in item:
         raise ValueError(f'{where} has no key "{key}"')
     if not isinstance(item[key], str):
-        raise ValueError(f'{where}: "{key}" must be a string, not {kind(item[key])}')
+        raise ValueError(f'{where}: "{key}" must be a string, not {_kind(item[key])}')
     return str(item[key])
 
 
@@ -107,7 +132,7 @@ def _turn_of_item(where: str, item: dict[str, Any], fields: Mapping[str, str]) -
     role = _role(where, said_by, _SHAREGPT_ROLES)
     if role != "system" and not text.strip():
         raise ValueError(f"{where}: the {role}'s text is empty")
-    return Turn(role, checked_text(where, text))
+    return Turn(role, _string(where, text))
 
 
 def _turn_of_message(where: str, item: dict[str, Any], fields: Mapping[str, str]) -> Turn:
@@ -125,7 +150,7 @@ def _turn_of_message(where: str, item: dict[str, Any], fields: Mapping[str, str]
     elif content_key not in item:
         raise ValueError(f'{where} has no key "{content_key}"')
     _check_json(where, extra)
-    text = checked_text(f'{where}: "{content_key}"', content)
+    text = _string(f'{where}: "{content_key}"', content)
     if role in ("user", "assistant") and not calls and not text.strip():
         raise ValueError(f"{where}: the {role}'s text is empty")
     return Turn(role, text, extra if calls or role == "tool" else None)
@@ -158,14 +183,14 @@ def _json_objects(where: str, given: object) -> list[dict[str, Any]]:
 def _check_json(where: str, value: object) -> None:
     """Refuse what no template can write: Parquet has types that JSON has not, JSON has half surrogates."""
     try:
-        checked_text(where, json.dumps(value, ensure_ascii=False))
+        _string(where, json.dumps(value, ensure_ascii=False))
     except TypeError as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
 
 
 def _json(where: str, text: str) -> Any:
     try:
-        return parse_json(checked_text(where, text).encode())
+        return parse_json(_string(where, text).encode())
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
@@ -176,35 +201,35 @@ def parse_alpaca(row: object, fields: Mapping[str, str] = NO_FIELDS) -> Conversa
     A non-blank ``input`` (it may be null or absent) follows the instruction after an empty line;
     ``system`` is optional.
     """
-    row = checked_object(row)
+    row = _object(row)
     prompt = _text(row, fields.get("instruction", "instruction"))
     more_key = fields.get("input", "input")
-    more = checked_text(f'"{more_key}"', row[more_key]) if row.get(more_key) is not None else ""
+    more = _string(f'"{more_key}"', row[more_key]) if row.get(more_key) is not None else ""
     answer = _text(row, fields.get("output", "output"))
     return _one_round(row, fields, f"{prompt}\n\n{more}" if more.strip() else prompt, answer)
 
 
 def parse_prompt_completion(row: object, fields: Mapping[str, str] = NO_FIELDS) -> Conversation:
     """Read one row ``{"prompt": ..., "completion": ...}``; ``system`` is optional."""
-    row = checked_object(row)
+    row = _object(row)
     prompt = _text(row, fields.get("prompt", "prompt"))
     return _one_round(row, fields, prompt, _text(row, fields.get("completion", "completion")))
 
 
 def parse_text(row: object, fields: Mapping[str, str] = NO_FIELDS) -> Conversation:
     """Read one row ``{"text": ...}``, all of it trained on."""
-    return Conversation((Turn("text", _text(checked_object(row), fields.get("text", "text"))),))
+    return Conversation((Turn("text", _text(_object(row), fields.get("text", "text"))),))
 
 
 def _one_round(row: Mapping[str, Any], fields: Mapping[str, str], prompt: str, answer: str) -> Conversation:
-    systems = system_turns(row, (fields.get("system", "system"),))
+    systems = _systems(row, (fields.get("system", "system"),))
     return checked_conversation([*systems, Turn("user", prompt), Turn("assistant", answer)])
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:
     if key not in row:
         raise ValueError(f'no key "{key}"')
-    text = checked_text(f'"{key}"', row[key])
+    text = _string(f'"{key}"', row[key])
     if not text.strip():
         raise ValueError(f'"{key}" is empty')
     return text
@@ -249,47 +274,42 @@ def check_format(name: str, fields: Mapping[str, str]) -> None:
     if name != "auto" and name not in FORMATS:
         raise InputError(f"format {name!r} is unknown; use auto, {', '.join(FORMATS)}")
     shapes = [shape for known, shape in _SHAPES.items() if name in ("auto", known)]
-    allowed = {key: None for shape in shapes for key in shape.fields}
-    for key in fields:
-        if key not in allowed:
-            raise InputError(
-                f"fields: {key!r} is no field of format {name}; it has {', '.join(allowed)} "
-                "(write our name first, then the name in your rows)"
-            )
+    allowed = dict.fromkeys(key for shape in shapes for key in shape.fields)
+    if unknown := [key for key in fields if key not in allowed]:
+        raise InputError(
+            f"fields: {unknown[0]!r} is no field of format {name}; it has {', '.join(allowed)} "
+            "(write our name first, then the name in your rows)"
+        )
 
 
 def find_format(rows: Iterable[tuple[str, object]], fields: Mapping[str, str] = NO_FIELDS) -> Format:
-    """Return the format of a file by its first row that has the keys of one.
+    """Return the format of a file by its first row (as `parsed_rows` gives them) that has the keys of one.
 
-    ``rows`` are as `parsed_rows` gives them. Rows before it, and later ones of another shape, are bad rows to
-    whoever parses them.
-
-    Raises:
-        InputError: no row has the keys of a format, or one has those of two chat formats.
-
+    Rows before it, and later ones of another shape, are bad rows to whoever parses them. No such row, or one
+    with the keys of both chat formats, is an InputError.
     """
-    first = "no row at all"
-    for count, (place, row) in enumerate(rows):
+    first = None
+    for place, row in rows:
         try:
             found = _shapes_of(row, fields)
         except ValueError as error:
-            if not count:
-                first = f"{place}: {error}"
+            first = first or f"{place}: {error}"
             continue
         if {"messages", "sharegpt"} <= set(found):
             raise InputError(f'{place}: has both "messages" and "conversations"; say which: format: messages')
-        return Format(name=found[0], fields=_fields_of(found[0], fields))
+        known = {key: given for key, given in fields.items() if key in _SHAPES[found[0]].fields}
+        return Format(name=found[0], fields=known)
     needed = "; ".join(f"{name}: {', '.join(shape.marks)}" for name, shape in _SHAPES.items())
     raise InputError(
-        f"no row has the keys of a known format ({first}); rows need the keys of one of {needed}; "
-        "or say which key is which: fields: {prompt: question, completion: answer}"
+        f"no row has the keys of a known format ({first or 'no row at all'}); rows need the keys of one of "
+        f"{needed}; or say which key is which: fields: {{prompt: question, completion: answer}}"
     )
 
 
 def _shapes_of(row: object, fields: Mapping[str, str]) -> list[FormatName]:
     if isinstance(row, ValueError):
         raise row
-    keys = checked_object(row)
+    keys = _object(row)
     found: list[FormatName] = [
         name
         for name, shape in _SHAPES.items()
@@ -300,10 +320,6 @@ def _shapes_of(row: object, fields: Mapping[str, str]) -> list[FormatName]:
     if not found:
         raise ValueError(f"has the keys {', '.join(map(repr, keys)) or 'of nothing'}")
     return found
-
-
-def _fields_of(name: FormatName, fields: Mapping[str, str]) -> dict[str, str]:
-    return {key: given for key, given in fields.items() if key in _SHAPES[name].fields}
 
 
 def read_conversations(path: Path) -> Iterator[Conversation]:

@@ -19,6 +19,7 @@ from megatron_dynmix.errors import InputError
 
 OPEN, CLOSE = "\U0010fffe", "\U0010ffff"
 """Noncharacters, which no text holds, put around what is in `{% generation %}`."""
+_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError)
 
 
 class _Generation(Extension):
@@ -81,14 +82,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **names,
             )
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
+        except _FAILURES as error:
             raise InputError(f"the chat template refuses the conversation ({error})") from error
         return _spans(text)
 
