@@ -8,7 +8,6 @@ permutation that takes no memory. Axes: D sources, N samples of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,11 +63,8 @@ class Chunk:
         used = sample - self.start.sample
         assert 0 <= used <= len(self.dataset_index_N), "sample lies outside the chunk"
         counts_D = np.bincount(self.dataset_index_N[:used], minlength=len(self.weights_D))
-        return Cursor(
-            sample,
-            self.start.drawn_D + counts_D,
-            self.start.owed_D + self.weights_D * used - counts_D,
-        )
+        owed_D = self.start.owed_D + self.weights_D * used - counts_D
+        return Cursor(sample, self.start.drawn_D + counts_D, owed_D)
 
 
 def build_chunk(start: Cursor, weights_D: NDArray[np.float64], length: int) -> Chunk:
@@ -95,20 +91,12 @@ def build_chunk(start: Cursor, weights_D: NDArray[np.float64], length: int) -> C
     return Chunk(start, weights_D, dataset_index_N, count_N + start.drawn_D[dataset_index_N])
 
 
-def chunks_until(start: Cursor, weights_D: NDArray[np.float64], chunk_size: int, end: int) -> Iterator[Chunk]:
-    """Yield the chunks of a stage with the samples from `start` to `end`; the last may go beyond it."""
-    while start.sample < end:
-        chunk = build_chunk(start, weights_D, chunk_size)
-        yield chunk
-        start = chunk.cursor_at(chunk.end_sample)
-
-
 def advance(start: Cursor, weights_D: NDArray[np.float64], chunk_size: int, sample: int) -> Cursor:
     """Return the cursor at `sample`, from one at the start of a chunk before it."""
-    cursor = start
-    for chunk in chunks_until(start, weights_D, chunk_size, sample):
-        cursor = chunk.cursor_at(min(sample, chunk.end_sample))
-    return cursor
+    while start.sample < sample:
+        chunk = build_chunk(start, weights_D, chunk_size)
+        start = chunk.cursor_at(min(sample, chunk.end_sample))
+    return start
 
 
 def _draw_greedily(

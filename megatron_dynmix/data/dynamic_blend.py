@@ -70,11 +70,7 @@ class BlendState:
             sizes=tuple(record["sizes"]),
             shuffle_ids=tuple(record["shuffle_ids"]),
             stages=tuple(Stage(start, tuple(weights)) for start, weights in record["stages"]),
-            cursor=Cursor(
-                record["chunk_start"],
-                np.array(record["drawn"], np.int64),
-                np.array(record["owed"], np.float64),
-            ),
+            cursor=Cursor(record["chunk_start"], np.array(record["drawn"]), np.array(record["owed"], float)),
         )
 
 
@@ -184,12 +180,7 @@ class DynamicBlendedDataset(BlendedDataset):
         )
 
     def resume(self, state: BlendState) -> None:
-        """Continue from a state.
-
-        Raises:
-            InputError: the sources have other sizes than they had, so the order could not be kept.
-
-        """
+        """Continue from a state; sources of other sizes, whose order could not be kept, are an InputError."""
         sizes = self.sizes_D.tolist()
         if list(state.sizes) != sizes or state.seed != self.seed:
             raise InputError(

@@ -6,9 +6,10 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from megatron_dynmix.data.blend import Stage
 from megatron_dynmix.data.dynamic_blend import Draw, DynamicBlendedDataset
@@ -18,23 +19,21 @@ PADDING = {"dataset_id": -1, "padding_mask": 1, "segment_ids": -1}
 """What the parts of a row hold that is all padding; 0 where nothing is said."""
 
 
-class BlendSampler(Sampler[list[Draw]]):
+@dataclass
+class _BlendSampler:
     """Yields the explicit draws of this data-parallel rank's micro-batches.
 
     Micro-batch k of rank r holds the global samples from (k * dp_size + r) * micro_batch_size on, so the
     samples of a step are the same in every layout.
     """
 
-    def __init__(
-        self, blend: DynamicBlendedDataset, micro_batch_size: int, dp_rank: int, dp_size: int
-    ) -> None:
-        self.blend = blend
-        self.micro_batch_size = micro_batch_size
-        self.dp_rank = dp_rank
-        self.dp_size = dp_size
-        self.start_sample = 0
-        self.until: int | None = None
-        """Workers read ahead, but no sample from here on is asked for: its weights are not decided yet."""
+    blend: DynamicBlendedDataset
+    micro_batch_size: int
+    dp_rank: int
+    dp_size: int
+    start_sample: int = 0
+    until: int | None = None
+    """Workers read ahead, but no sample from here on is asked for: its weights are not decided yet."""
 
     def __iter__(self) -> Iterator[list[Draw]]:
         first = self.start_sample + self.dp_rank * self.micro_batch_size
@@ -62,7 +61,7 @@ class BlendLoader:
         pin_memory: bool,
     ) -> None:
         self.blend = blend
-        self._sampler = BlendSampler(blend, micro_batch_size, dp_rank, dp_size)
+        self._sampler = _BlendSampler(blend, micro_batch_size, dp_rank, dp_size)
         self._loader = DataLoader(
             blend,
             batch_sampler=self._sampler,

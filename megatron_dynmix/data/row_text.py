@@ -102,11 +102,11 @@ def row_text(rows: PackedRows, row: int, tokenizer: Tokenizer) -> list[Span]:
 
 def plain(spans: Sequence[Span]) -> str:
     """Return a text with marks: ``[[trained]]``, ``{{special token}}``."""
-    parts = []
+    text = ""
     for trained, group in groupby(spans, key=lambda span: span.trained):
-        text = "".join(f"{{{{{span.text}}}}}" if span.special else span.text for span in group)
-        parts.append(f"[[{text}]]" if trained else text)
-    return "".join(parts)
+        run = "".join(f"{{{{{span.text}}}}}" if span.special else span.text for span in group)
+        text += f"[[{run}]]" if trained else run
+    return text
 
 
 def coloured(spans: Sequence[Span]) -> Text:

@@ -59,15 +59,11 @@ class FastTokenizer(Tokenizer):
         return {name: str(token) for name, token in self._hf.special_tokens_map.items()}
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:  # noqa: D102
-        encoded: list[Encoding | None] = [None] * len(texts)
-        plain = [number for number, text in enumerate(texts) if not self.special.is_guarded(text)]
-        encodings = self._backend.encode_batch([texts[number] for number in plain], add_special_tokens=False)
-        for number, encoding in zip(plain, encodings, strict=True):
-            ids_T = np.fromiter(encoding.ids, dtype=np.int64, count=len(encoding))
-            encoded[number] = (ids_T, word_starts(texts[number], encoding.offsets))
+        plain = [text for text in texts if not self.special.is_guarded(text)]
+        encodings = iter(self._backend.encode_batch(plain, add_special_tokens=False))
         return [
-            self._encode_guarded(text) if one is None else one
-            for text, one in zip(texts, encoded, strict=True)
+            self._encode_guarded(text) if self.special.is_guarded(text) else _encoding(text, next(encodings))
+            for text in texts
         ]
 
     def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
@@ -79,19 +75,11 @@ class FastTokenizer(Tokenizer):
         literal = Backend.from_str(self._backend.to_str())
         literal.encode_special_tokens = True
         added = self._backend.get_added_tokens_decoder()
-        literal.add_tokens(
-            [
-                AddedToken(
-                    chr(TWIN + number),
-                    lstrip=added[i].lstrip,
-                    rstrip=added[i].rstrip,
-                    single_word=added[i].single_word,
-                    normalized=added[i].normalized,
-                    special=False,
-                )
-                for number, i in enumerate(self.special.ids.values())
-            ]
-        )
+        kept, twins = ("lstrip", "rstrip", "single_word", "normalized"), []
+        for number, i in enumerate(self.special.ids.values()):
+            same = {name: getattr(added[i], name) for name in kept}
+            twins.append(AddedToken(chr(TWIN + number), special=False, **same))
+        literal.add_tokens(twins)
         return literal
 
     def _encode_guarded(self, text: str) -> Encoding:
@@ -110,6 +98,11 @@ class FastTokenizer(Tokenizer):
                 "letters in plain text; use a tokenizer that tells them apart, or take them out of the data"
             )
         return ids_T, origin_C[word_starts(said, encoding.offsets)]
+
+
+def _encoding(text: str, encoding: Any) -> Encoding:
+    ids_T = np.fromiter(encoding.ids, dtype=np.int64, count=len(encoding))
+    return ids_T, word_starts(text, encoding.offsets)
 
 
 def load_fast(name: str, source: str, trust_remote_code: bool, *, local: bool) -> FastTokenizer:
@@ -141,12 +134,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, output_dir: str | Path) -> 
     """Train a byte-level BPE and save it as a Hugging Face folder.
 
     The vocabulary holds ``<s>``, ``</s>`` (EOS), ``<pad>``, the 256 bytes, then merges. A small
-    corpus may give fewer tokens than asked for: see ``vocab_size`` of the result.
-
-    Raises:
-        InputError: ``vocab_size`` has no room for the special tokens and the bytes, or there is no such
-            folder and none can be made.
-
+    corpus may give fewer tokens than asked for: see ``vocab_size`` of the result. One without room for the
+    special tokens and the bytes, or a folder that cannot be made, is an InputError.
     """
     specials = [_BOS, _EOS, _PAD]
     smallest = _NUM_BYTES + len(specials)

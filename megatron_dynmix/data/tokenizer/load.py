@@ -12,11 +12,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Toke
     """Load a tokenizer: a Hugging Face folder, a SentencePiece ``.model`` or a ``.tiktoken`` file.
 
     ``hf://ORGANISATION/NAME`` fetches one from the Hugging Face hub; for anything else the network is
-    never asked. ``trust_remote_code`` lets Hugging Face run Python code that comes with the tokenizer.
-
-    Raises:
-        InputError: no such file, no tokenizer in it, not a fast one, or no EOS token.
-
+    never asked. ``trust_remote_code`` lets Hugging Face run Python code that comes with the tokenizer. No
+    such file, no tokenizer in it, not a fast one, or no EOS token is an InputError.
     """
     name = str(path)
     if name.startswith(HUB):

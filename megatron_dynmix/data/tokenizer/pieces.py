@@ -86,17 +86,11 @@ class SentencePieceTokenizer(PieceTokenizer):
         )
 
     def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
-        texts: list[str] = []
-        run: list[int] = []
-        for token in [*map(int, ids), self.eos_id]:  # the library leaves control symbols out
-            if token not in self.special_ids:
-                run.append(token)
-                continue
-            if run:
-                texts.append(self._model.decode(run))
-                run = []
-            texts.append(self._model.id_to_piece(token))
-        return "".join(texts[:-1])
+        text = ""
+        for is_special, run in groupby(map(int, ids), key=self.special_ids.__contains__):
+            tokens = list(run)  # the library leaves control symbols out
+            text += self._model.decode(tokens) if not is_special else "".join(self._model.id_to_piece(tokens))
+        return text
 
     def _encode_text(self, text: str) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
         encoded = self._model.encode(text, return_type="offset_mapping", return_bytes=False)
@@ -113,7 +107,12 @@ class TiktokenTokenizer(PieceTokenizer):
     """
 
     def __init__(self, path: Path) -> None:
-        tiktoken = _import_tiktoken(path)
+        try:
+            import tiktoken
+        except ImportError:
+            raise InputError(
+                f"tokenizer {path}: needs the package tiktoken; pip install 'megatron-dynmix[tiktoken]'"
+            ) from None
         content, settings = path.read_bytes(), _tiktoken_settings(path)
         special = SpecialTokens(settings["special_tokens"])
         try:
@@ -145,16 +144,6 @@ class TiktokenTokenizer(PieceTokenizer):
         _, starts = self._encoding.decode_with_offsets(ids)
         ends = [max(end, start + 1) for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
         return np.array(ids, dtype=np.int64), list(zip(starts, ends, strict=True))
-
-
-def _import_tiktoken(path: Path) -> Any:
-    try:
-        import tiktoken
-    except ImportError:
-        raise InputError(
-            f"tokenizer {path}: needs the package tiktoken; pip install 'megatron-dynmix[tiktoken]'"
-        ) from None
-    return tiktoken
 
 
 def _tiktoken_settings(path: Path) -> dict[str, Any]:
