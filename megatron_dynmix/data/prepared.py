@@ -157,6 +157,15 @@ def load_report(prefix: Path) -> SourceReport:
     return report
 
 
+def refuse_broken(name: str, first_broken: Sequence[str]) -> None:
+    """Refuse a source for the first of its rows that cannot be used, by its file and line."""
+    if first_broken:
+        raise InputError(
+            f"{first_broken[0]} (source {name} is strict: every row must be good; leave out strict to count "
+            "bad rows)"
+        )
+
+
 @dataclass(frozen=True)
 class Shared:
     """How many different texts stand in both of two sources (indices into what was compared)."""

@@ -11,7 +11,7 @@ import numpy as np
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
 from megatron_dynmix.data.prepare.template import Renderer
-from megatron_dynmix.data.prepared import Recipe, SourceReport, load_report, probe_prefix
+from megatron_dynmix.data.prepared import Recipe, SourceReport, load_report, probe_prefix, refuse_broken
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.errors import InputError
@@ -98,8 +98,6 @@ def prepare_sources(
             report = load_report(prefix)
             _refuse_other_recipe(file, report, recipe)
             if data.strict:
-                from megatron_dynmix.data.prepare.prepare import refuse_broken
-
                 refuse_broken(report.name, report.first_broken)
         else:
             from megatron_dynmix.data.prepare.prepare import prepare_source

@@ -36,6 +36,7 @@ from megatron_dynmix.data.prepared import (
     load_report,
     probe_prefix,
     read_digests,
+    refuse_broken,
     write_report,
 )
 from megatron_dynmix.errors import CommandFailed, InputError
@@ -87,15 +88,6 @@ def prepare_source(
     if strict:
         refuse_broken(report.name, report.first_broken)
     return report
-
-
-def refuse_broken(name: str, first_broken: Sequence[str]) -> None:
-    """Refuse a source for the first of its rows that cannot be used, by its file and line."""
-    if first_broken:
-        raise InputError(
-            f"{first_broken[0]} (source {name} is strict: every row must be good; leave out strict to count "
-            "bad rows)"
-        )
 
 
 @dataclass
