@@ -19,9 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the ranks have: CUDA with Transformer Engine (default with bf16), CUDA without, or a CPU "
         "(default in float32)",
     )
-    parser.add_argument(
-        "--json", dest="as_json", action="store_true", help="print one JSON object instead of text"
-    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -31,6 +29,5 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     platform.start()
     from megatron_dynmix.commands.planning import plan_run
 
-    given = {name: getattr(arguments, name) for name in ("world_size", "gpu_memory_gb", "host", "as_json")}
-    plan_run(arguments.run_yaml, rest, **given)
+    plan_run(arguments, rest, arguments.world_size, as_json=arguments.json)
     return 0

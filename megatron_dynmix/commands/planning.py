@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_dynmix import platform
 from megatron_dynmix.config import RunConfig
-from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.check import check_files, check_settings, check_tokenizer
 from megatron_dynmix.config.host import Host, check_host, without_unmet
 from megatron_dynmix.config.load import load_config
@@ -21,7 +19,7 @@ from megatron_dynmix.data.sources import check_prepared, pack_file, source_files
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.plan.parameters import transformer_here
+from megatron_dynmix.plan.parameters import this_host, transformer_here
 from megatron_dynmix.plan.plan import Plan, SourceWork
 from megatron_dynmix.plan.proposals import nearest_world_sizes, propose
 from megatron_dynmix.plan.text import needs_line, plan_text, size_text
@@ -35,23 +33,16 @@ HOSTS = {
 }
 
 
-def plan_run(
-    run_yaml: Path,
-    flags: Sequence[str],
-    *,
-    world_size: int,
-    gpu_memory_gb: float | None,
-    host: str | None,
-    as_json: bool = False,
-) -> RunConfig:
-    """Print the plan of a run on `world_size` ranks of a kind of host; return its configuration.
+def plan_run(arguments: argparse.Namespace, flags: list[str], world_size: int, *, as_json: bool) -> RunConfig:
+    """Print the plan of a run on so many ranks; refuse one that cannot run, or fit, with layouts that can.
 
-    One that cannot run or does not fit is refused, with layouts that can, if there are any.
+    Of the arguments `run_yaml`, `gpu_memory_gb` and `host` are read. Returns the configuration.
     """
+    gpu_memory_gb = arguments.gpu_memory_gb
     require(world_size >= 1, "--world-size", world_size, "1 or more")
     require(gpu_memory_gb is None or gpu_memory_gb > 0, "--gpu-memory-gb", gpu_memory_gb, "a positive number")
-    config = load_config(run_yaml, flags)
-    ranks = HOSTS[host or ("te" if config.training.bf16 else "cpu")]
+    config = load_config(arguments.run_yaml, flags)
+    ranks = HOSTS[arguments.host or ("te" if config.training.bf16 else "cpu")]
     if gpu_memory_gb is not None and not ranks.cuda:
         raise InputError(
             f"--gpu-memory-gb is {gpu_memory_gb:g}, but the ranks are planned on CPUs (float32 without "
@@ -79,7 +70,7 @@ def plan_run(
     plan = plan_of(config, world_size, ranks)
     needs = needs_line(plan.largest, ranks, gpu_bytes)
     print(json.dumps(plan.as_json(), indent=2) if as_json else f"{plan_text(plan)}\n\n{needs}")
-    if gpu_bytes is not None and not plan.fits(gpu_bytes):
+    if gpu_bytes is not None and plan.largest.needed > gpu_bytes:
         raise InputError(
             f"pipeline stage {plan.largest.stage} needs about {size_text(plan.largest.needed)} on each GPU, "
             f"more than --gpu-memory-gb {gpu_gb:g}{instead()}"
@@ -90,9 +81,7 @@ def plan_run(
 def _check(host: Host, config: RunConfig, world_size: int) -> None:
     """Refuse what `train` would on ranks of such hosts, before it looks at any file."""
     check_host(config, host)
-    here = platform.start()
-    machine = Host(cuda=here.device.type == "cuda", transformer_engine=here.transformer_engine)
-    runnable = without_unmet(config, machine)
+    runnable = without_unmet(config, this_host())
     check_settings(runnable, world_size)
     check_with_megatron(runnable)
 
@@ -103,15 +92,8 @@ def plan_of(config: RunConfig, world_size: int, host: Host) -> Plan:
     tokenizer = _tokenizer(config, notes)
     resolved = _check_mix(config, notes)
     _check_weights(config, notes)
-    assert config.training.train_iters is not None, "checked before"
-    return Plan.of(
-        config,
-        world_size,
-        host,
-        run_rows=BatchSchedule.of(config.training).samples_after(config.training.train_iters),
-        sources=_sources(config, tokenizer, resolved),
-        notes=tuple(notes),
-    )
+    sources = _sources(config, tokenizer, resolved)
+    return Plan(config=config, world_size=world_size, host=host, sources=sources, notes=tuple(notes))
 
 
 def _tokenizer(config: RunConfig, notes: list[str]) -> Tokenizer | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron.core.parallel_state import RankGenerator
@@ -50,7 +49,7 @@ class Layout:
 
     @property
     def dp(self) -> int:
-        """Return the data-parallel size: replicas of all layers but experts, each with rows of its own."""
+        """Return the replicas of all layers but experts, each with rows of its own."""
         return self.world_size // (self.tp * self.cp * self.pp)
 
     @property
@@ -58,16 +57,29 @@ class Layout:
         """Return the replicas of each expert."""
         return self.world_size // (self.etp * self.ep * self.pp)
 
-    def groups(self) -> Iterator[tuple[str, list[list[int]]]]:
-        """Yield name and ranks of each kind of group, those of one rank included."""
+    def groups(self) -> dict[str, list[list[int]]]:
+        """Return the ranks of each kind of group, those of one rank included."""
         dense = RankGenerator(tp=self.tp, ep=1, dp=self.dp, pp=self.pp, cp=self.cp, order=ORDER)
         experts = RankGenerator(tp=self.etp, ep=self.ep, dp=self.expert_dp, pp=self.pp, cp=1, order=ORDER)
-        kinds = (
-            *(("TP", dense, "tp"), ("CP", dense, "cp"), ("DP", dense, "dp"), ("PP", dense, "pp")),
-            *(("expert TP", experts, "tp"), ("EP", experts, "ep"), ("expert DP", experts, "dp")),
-        )
-        for name, generator, token in kinds:
-            yield name, generator.get_ranks(token)
+        return {
+            **{kind.upper(): dense.get_ranks(kind) for kind in ("tp", "cp", "dp", "pp")},
+            "expert TP": experts.get_ranks("tp"),
+            "EP": experts.get_ranks("ep"),
+            "expert DP": experts.get_ranks("dp"),
+        }
+
+    def micro_batches(self, config: RunConfig) -> int:
+        """Return the micro-batches of each rank in a step of the full batch."""
+        assert config.training.global_batch_size is not None, "checked before"
+        return config.training.global_batch_size // (config.training.micro_batch_size * self.dp)
+
+    def bubble_share(self, config: RunConfig) -> float:
+        """Return the share of a step that a stage waits for others to begin and to end.
+
+        (p - 1) / (v m + p - 1), from the ratio (p - 1) / (v m) of waiting to work in Narayanan et al. 2021
+        (arXiv 2104.04473, section 2.2): p stages, v chunks each, m micro-batches, all equally slow.
+        """
+        return (self.pp - 1) / (self.virtual * self.micro_batches(config) + self.pp - 1)
 
     def as_json(self) -> dict[str, int]:
         """Return all sizes by name."""
@@ -83,29 +95,12 @@ class Layout:
 
 def group_text(groups: list[list[int]]) -> str:
     """Return the first groups of a kind by their ranks: a run as `0-7`, equal steps as `0, 8, .. 24`."""
-    shown = "; ".join(_ranks_text(ranks) for ranks in groups[:SHOWN_GROUPS])
+    shown = "; ".join(map(_ranks_text, groups[:SHOWN_GROUPS]))
     return f"{shown}; ..." if len(groups) > SHOWN_GROUPS else shown
 
 
 def _ranks_text(ranks: list[int]) -> str:
     steps = {after - before for before, after in itertools.pairwise(ranks)}
-    if len(ranks) > 2 and len(steps) == 1:
-        step = steps.pop()
-        return f"{ranks[0]}-{ranks[-1]}" if step == 1 else f"{ranks[0]}, {ranks[1]}, .. {ranks[-1]}"
-    return ", ".join(map(str, ranks))
-
-
-def micro_batches(config: RunConfig, layout: Layout, batch_size: int | None = None) -> int:
-    """Return the micro-batches of each rank in a step of `batch_size` rows; of the full batch by default."""
-    rows = batch_size or config.training.global_batch_size
-    assert rows is not None, "checked before"
-    return rows // (config.training.micro_batch_size * layout.dp)
-
-
-def bubble_share(layout: Layout, count: int) -> float:
-    """Return the share of a step that a stage waits for others to begin and to end: (p - 1) / (v m + p - 1).
-
-    From the ratio (p - 1) / (v m) of waiting to work in Narayanan et al. 2021 (arXiv 2104.04473, section
-    2.2), p stages, v chunks each and m micro-batches (`count`), all taken to be equally slow.
-    """
-    return (layout.pp - 1) / (layout.virtual * count + layout.pp - 1)
+    if len(ranks) < 3 or len(steps) > 1:
+        return ", ".join(map(str, ranks))
+    return f"{ranks[0]}-{ranks[-1]}" if steps == {1} else f"{ranks[0]}, {ranks[1]}, .. {ranks[-1]}"

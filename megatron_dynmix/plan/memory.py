@@ -18,6 +18,7 @@ tensor-parallel ranks has T/t; with a router in balance it sends k T/t of them t
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ from megatron_dynmix.config.megatron import (
     padded_vocab_size,
     params_dtype,
 )
-from megatron_dynmix.plan.layout import Layout, micro_batches
+from megatron_dynmix.plan.layout import Layout
 from megatron_dynmix.plan.parameters import Parameters, stage_layers, stage_parameters, transformer_here
 
 FP32 = 4
@@ -60,7 +61,7 @@ class Activations:
 
     @property
     def total(self) -> int:
-        """What stands at the peak: logits are gone before a layer's forward pass is done again."""
+        """Return the peak: logits are gone before a layer's forward pass is done again."""
         return self.layers + max(self.working, self.logits)
 
 
@@ -79,48 +80,46 @@ class StageMemory:
 
     @property
     def total(self) -> int:
-        """What the formulas give."""
+        """Return what the formulas give."""
         return self.weights + self.gradients + self.optimizer + self.activations.total
 
     @property
     def needed(self) -> int:
-        """What a GPU should have: the total, fragmentation and what the libraries hold."""
+        """Return what a GPU should have: the total, fragmentation and what the libraries hold."""
         return int(self.total * FRAGMENTATION) + OVERHEAD_BYTES
+
+    def as_json(self) -> dict[str, int]:
+        """Return all of it by name."""
+        sums = {"parameters": self.parameters.total, "activations": self.activations.total}
+        return {**dataclasses.asdict(self), **sums, "total": self.total, "needed": self.needed}
 
 
 def memory_by_stage(config: RunConfig, layout: Layout, host: Host) -> list[StageMemory]:
-    """Return the memory of a rank of each pipeline stage, for a configuration that was checked.
-
-    Raises:
-        InputError: a model whose parameters are not known before it is built.
-
-    """
-    transformer = transformer_here(config)
-    return [_stage_memory(config, transformer, layout, host, stage) for stage in range(layout.pp)]
-
-
-def _stage_memory(
-    config: RunConfig, transformer: TransformerConfig, layout: Layout, host: Host, stage: int
-) -> StageMemory:
-    parameters = stage_parameters(config, transformer, stage)
+    """Return the memory of a rank of each pipeline stage, for a configuration that was checked."""
+    transformer, found = transformer_here(config), []
     weights = params_dtype(config).itemsize
     gradients = FP32 if ddp_config(config).grad_reduce_in_fp32 else weights
-    return StageMemory(
-        stage=stage,
-        layers=sum(map(len, stage_layers(transformer, stage))),
-        parameters=parameters,
-        weights=weights * parameters.total,
-        gradients=gradients * parameters.total,
-        optimizer=_optimizer_bytes(config, layout, parameters),
-        activations=stage_activations(
-            *(config, transformer, layout, host), stage=stage, micro_batches=micro_batches(config, layout)
-        ),
-    )
+    count = layout.micro_batches(config)
+    for stage in range(layout.pp):
+        parameters = stage_parameters(config, transformer, stage)
+        memory = StageMemory(
+            stage=stage,
+            layers=sum(map(len, stage_layers(transformer, stage))),
+            parameters=parameters,
+            weights=weights * parameters.total,
+            gradients=gradients * parameters.total,
+            optimizer=_optimizer_bytes(config, layout, parameters),
+            activations=stage_activations(
+                *(config, transformer, layout, host), stage=stage, micro_batches=count
+            ),
+        )
+        found.append(memory)
+    return found
 
 
 def _optimizer_bytes(config: RunConfig, layout: Layout, parameters: Parameters) -> int:
     """Return the bytes of one rank; a distributed optimizer shards over data- and context-parallel ranks."""
-    each, replicas = bytes_per_parameter(config), layout.dp * layout.cp
+    each, replicas = _bytes_per_parameter(config), layout.dp * layout.cp
     if not config.parallel.use_distributed_optimizer:
         return each * parameters.total
     # Without expert parallelism Megatron-Core keeps experts in the same buffers as everything else.
@@ -128,10 +127,10 @@ def _optimizer_bytes(config: RunConfig, layout: Layout, parameters: Parameters) 
     return -(-each * parameters.dense // replicas) + -(-each * parameters.expert // of_experts)
 
 
-def bytes_per_parameter(config: RunConfig) -> int:
+def _bytes_per_parameter(config: RunConfig) -> int:
     """Return the bytes of optimizer state for a parameter that is not sharded."""
     if config.optimizer.megatron.get("use_precision_aware_optimizer"):
-        given = {**{name: torch.float32 for name in PRECISION_AWARE}, **config.optimizer.megatron}
+        given = {**dict.fromkeys(PRECISION_AWARE, torch.float32), **config.optimizer.megatron}
         kinds = [str(given[name]).removeprefix("torch.") for name in PRECISION_AWARE]
         return sum(getattr(torch, kind).itemsize for kind in kinds)
     return MOMENTS + (MASTER if config.training.bf16 else 0)
@@ -139,7 +138,7 @@ def bytes_per_parameter(config: RunConfig) -> int:
 
 def checkpoint_bytes(config: RunConfig, parameters: int) -> int:
     """Return the size of a checkpoint: weights and optimizer state of every parameter, once."""
-    return parameters * (params_dtype(config).itemsize + bytes_per_parameter(config))
+    return parameters * (params_dtype(config).itemsize + _bytes_per_parameter(config))
 
 
 def stage_activations(
@@ -161,7 +160,7 @@ def stage_activations(
         for place, index in enumerate(layers):
             full = layer.bytes_kept(is_moe=index in routed)
             whole.append(full)
-            kept += alive * kept_of_layer(transformer, place, full, layer.border)
+            kept += alive * _kept_of_layer(transformer, place, full, layer.border)
     logits = 0
     if stage == layout.pp - 1:
         kept += layer.norm_copies * layer.border  # the last norm, and the output layer's input
@@ -185,7 +184,7 @@ def passes_in_flight(transformer: TransformerConfig, stage: int, micro_batches: 
     return min(ahead + 1, micro_batches * chunks)
 
 
-def kept_of_layer(transformer: TransformerConfig, place: int, full: int, border: int) -> int:
+def _kept_of_layer(transformer: TransformerConfig, place: int, full: int, border: int) -> int:
     """Return the bytes that a layer keeps under full recomputation: all, its input (`border`) or nothing.
 
     `place` is that of the layer in its stage or chunk, from 0.
@@ -209,22 +208,22 @@ class Layer:
 
     @property
     def element(self) -> int:
-        """Bytes of an activation."""
+        """Return the bytes of an activation."""
         return params_dtype(self.config).itemsize
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch on a context-parallel rank."""
+        """Return the tokens of a micro-batch on a context-parallel rank."""
         return self.config.data.seq_length * self.config.training.micro_batch_size // self.layout.cp
 
     @property
     def border(self) -> int:
-        """Bytes of what passes from layer to layer: a slice of the sequence on each tensor-parallel rank."""
+        """Return the bytes that pass from layer to layer: a slice of the sequence on each TP rank."""
         return self.element * self.tokens // self.layout.tp * self.transformer.hidden_size
 
     @property
     def norm_copies(self) -> int:
-        """Input and output of a norm; torch's on a CPU keeps the normalised input too."""
+        """Count input and output of a norm; torch's on a CPU keeps the normalised input too."""
         return 2 if self.host.cuda else 3
 
     def bytes_kept(self, *, is_moe: bool) -> int:
@@ -251,7 +250,7 @@ class Layer:
         return set(given or self.transformer.recompute_modules or ())
 
     def _attention(self, again: set[str]) -> int:
-        """Elements a token: what the projection put out, rotated queries and keys, and the output.
+        """Count elements a token: what the projection put out, rotated queries and keys, and the output.
 
         The heads are divided over the tensor-parallel ranks, but each holds them for the whole sequence: that
         cancels out. Values are a view of what the projection put out, which so is kept whole.
@@ -262,14 +261,13 @@ class Layer:
         queries = self.transformer.num_attention_heads * head
         keys = int(self.transformer.num_query_groups or 0) * head
         elements = 3 * queries + 3 * keys
-        if self.layout.cp > 1:
-            elements += 2 * keys * (self.layout.cp - 1)  # gathered from the other ranks
+        elements += 2 * keys * (self.layout.cp - 1)  # gathered from the other ranks
         if self.transformer.qk_layernorm:
             elements += (self.norm_copies - 2) * (queries + keys)
         return elements
 
     def _latent_attention(self, transformer: MLATransformerConfig, again: set[str]) -> int:
-        """Elements a token: the latents with their norms, and the attention's inputs and output.
+        """Count elements a token: the latents with their norms, and the attention's inputs and output.
 
         With c and c' the widths of the latents, r of the rotary part and n heads, d and v wide: the norms
         keep their inputs and outputs, 2 c' + (2 c + r); queries and keys are put together from two parts and
@@ -287,7 +285,7 @@ class Layer:
         return elements + (keys + values) * (self.layout.cp - 1)  # gathered from the other ranks
 
     def _attention_extras(self, again: set[str]) -> int:
-        """Elements a micro-batch: rotary tables, and the mask where attention takes one."""
+        """Count elements a micro-batch: rotary tables, and the mask where attention takes one."""
         tables = 0
         if not self.config.model.megatron.get("apply_rope_fusion"):
             positions = self.config.data.seq_length // self.layout.cp
@@ -298,11 +296,9 @@ class Layer:
         masked = not self.host.transformer_engine or self.layout.cp > 1
         if not masked or "core_attn" in again:
             return tables
-        if self._keeps_scores:
-            heads = self.transformer.num_attention_heads // self.layout.tp
-            return tables + heads * self.tokens * self.config.data.seq_length
         # scaled_dot_product_attention makes numbers of a mask, again in each layer, and keeps them
-        return tables + self.tokens * self.config.data.seq_length
+        heads = self.transformer.num_attention_heads // self.layout.tp if self._keeps_scores else 1
+        return tables + heads * self.tokens * self.config.data.seq_length
 
     @property
     def _keeps_scores(self) -> bool:
@@ -313,19 +309,18 @@ class Layer:
         return keys != self.transformer.v_head_dim
 
     def _mlp(self, width: int, *, weighted: bool) -> int:
-        """Elements a token between the two linear layers of an MLP, and the input of the second.
+        """Count elements a token between the two linear layers of an MLP, and the input of the second.
 
         `width` is that of the second layer's input; an expert's output is weighted by the router.
         """
         gated = self.transformer.gated_linear_unit
         if self.transformer.bias_activation_fusion:
             return (3 if gated else 2) * width
-        if gated:  # both halves, silu(one), the other + offset, their product, the weighted product
-            return (5 + weighted) * width
-        return (2 + weighted) * width
+        # gated: both halves, silu(one), the other + offset, their product; then the weighted product
+        return ((5 if gated else 2) + weighted) * width
 
     def _moe(self, again: set[str]) -> int:
-        """Elements a token: of those sent out, as many as the rank's experts get."""
+        """Count elements a token: of those sent out, as many as the rank's experts get."""
         transformer, elements = self.transformer, 0
         shared = transformer.moe_shared_expert_intermediate_size
         if shared and "shared_experts" not in again:
@@ -338,7 +333,7 @@ class Layer:
         return elements + transformer.moe_router_topk * (transformer.hidden_size * self.layout.etp + inside)
 
     def _router_bytes(self) -> int:
-        """Bytes a token: a copy for a router of another precision, its scores and its choice."""
+        """Count bytes a token: a copy for a router of another precision, its scores and its choice."""
         own = {"fp32": 4, "fp64": 8}.get(str(self.transformer.moe_router_dtype), self.element)
         copy = self.transformer.hidden_size * own if own != self.element else 0
         return copy + 3 * own * int(self.transformer.num_moe_experts or 0)

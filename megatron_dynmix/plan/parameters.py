@@ -37,7 +37,6 @@ class Parameters:
     expert: int
 
     def __add__(self, other: Parameters) -> Parameters:
-        """Add part by part."""
         return Parameters(self.dense + other.dense, self.expert + other.expert)
 
     @property
@@ -55,11 +54,15 @@ class Shards:
     ep: int = 1
 
 
+def this_host() -> Host:
+    """Return what the ranks of a run on this machine have."""
+    here = platform.start()
+    return Host(cuda=here.device.type == "cuda", transformer_engine=here.transformer_engine)
+
+
 def transformer_here(config: RunConfig) -> TransformerConfig:
     """Return Megatron-Core's configuration, without ways to compute that this machine cannot name to it."""
-    here = platform.start()
-    host = Host(cuda=here.device.type == "cuda", transformer_engine=here.transformer_engine)
-    return transformer_config(without_unmet(config, host))
+    return transformer_config(without_unmet(config, this_host()))
 
 
 def stage_layers(transformer: TransformerConfig, stage: int) -> list[list[int]]:
@@ -74,8 +77,8 @@ def stage_layers(transformer: TransformerConfig, stage: int) -> list[list[int]]:
 
 
 def stage_parameters(config: RunConfig, transformer: TransformerConfig, stage: int) -> Parameters:
-    """Return the parameters of one rank of a pipeline stage, which are counted from 0."""
-    refuse_unknown(transformer)
+    """Return the parameters of one rank of a pipeline stage; stages are counted from 0."""
+    _refuse_unknown(transformer)
     shards = Shards(
         tp=transformer.tensor_model_parallel_size,
         etp=int(transformer.expert_tensor_parallel_size or 1),
@@ -84,7 +87,7 @@ def stage_parameters(config: RunConfig, transformer: TransformerConfig, stage: i
     routed = set(moe_layers(transformer))
     total = Parameters(0, 0)
     for layer in itertools.chain(*stage_layers(transformer, stage)):
-        total += layer_parameters(config, transformer, shards, is_moe=layer in routed)
+        total += _layer(config, transformer, shards, is_moe=layer in routed)
     words = padded_vocab_size(config) // shards.tp * transformer.hidden_size
     if stage == 0:
         total += Parameters(words, 0)
@@ -100,29 +103,24 @@ def model_parameters(config: RunConfig, *, active: bool = False) -> int:
     """Return the parameters of the model as it is published: no padding, nothing held twice.
 
     `active` are only those that a token meets: of the experts, those that it is routed to.
-
-    Raises:
-        InputError: a model whose parameters are not known here.
-
     """
     transformer = transformer_here(config)
-    refuse_unknown(transformer)
+    _refuse_unknown(transformer)
     assert config.model.vocab_size is not None, "the preset gives one"
     routed = set(moe_layers(transformer))
     tables = 1 + config.model.untie_embeddings_and_output_weights
     total = tables * config.model.vocab_size * transformer.hidden_size
     total += _norm(transformer, transformer.hidden_size)
     for layer in range(transformer.num_layers):
-        part = layer_parameters(config, transformer, Shards(), is_moe=layer in routed)
-        experts = part.expert
-        if active and experts:
-            experts = experts // int(transformer.num_moe_experts or 1) * transformer.moe_router_topk
-        total += part.dense + experts
+        part = _layer(config, transformer, Shards(), is_moe=layer in routed)
+        experts = int(transformer.num_moe_experts or 1)
+        total += part.dense + (
+            part.expert // experts * transformer.moe_router_topk if active else part.expert
+        )
     return total
 
 
-def refuse_unknown(transformer: TransformerConfig) -> None:
-    """Refuse settings that give layers other parameters than are counted here."""
+def _refuse_unknown(transformer: TransformerConfig) -> None:
     for name in UNKNOWN:
         if getattr(transformer, name, None):
             raise InputError(
@@ -131,15 +129,12 @@ def refuse_unknown(transformer: TransformerConfig) -> None:
             )
 
 
-def layer_parameters(
-    config: RunConfig, transformer: TransformerConfig, shards: Shards, *, is_moe: bool
-) -> Parameters:
-    """Return the parameters of one rank's part of a decoder layer."""
+def _layer(config: RunConfig, transformer: TransformerConfig, shards: Shards, *, is_moe: bool) -> Parameters:
+    """Count one rank's part of a decoder layer."""
     hidden = transformer.hidden_size
     dense = 2 * _norm(transformer, hidden) + _attention(config, transformer, shards.tp)
     if not is_moe:
-        width = transformer.ffn_hidden_size
-        return Parameters(dense + _mlp(transformer, width, shards.tp), 0)
+        return Parameters(dense + _mlp(transformer, transformer.ffn_hidden_size, shards.tp), 0)
     experts = int(transformer.num_moe_experts or 0)
     dense += _router(config, transformer, experts)
     if shared := transformer.moe_shared_expert_intermediate_size:
@@ -174,15 +169,14 @@ def _attention(config: RunConfig, transformer: TransformerConfig, tp: int) -> in
 def _latent_attention(transformer: MLATransformerConfig, tp: int) -> int:
     """Count attention by way of latents, whose projections each tensor-parallel rank has whole."""
     hidden, heads = transformer.hidden_size, transformer.num_attention_heads
-    latents = [transformer.kv_lora_rank, *([transformer.q_lora_rank] if transformer.q_lora_rank else [])]
+    latents = [rank for rank in (transformer.kv_lora_rank, transformer.q_lora_rank) if rank]
     whole = hidden * (sum(latents) + transformer.qk_pos_emb_head_dim)
     if transformer.qk_layernorm:
         whole += sum(_norm(transformer, latent) for latent in latents)
     if transformer.add_bias_linear:
         whole += hidden
-    queries = (transformer.qk_head_dim + transformer.qk_pos_emb_head_dim) * (
-        transformer.q_lora_rank or hidden
-    )
+    query_width = transformer.qk_head_dim + transformer.qk_pos_emb_head_dim
+    queries = query_width * (transformer.q_lora_rank or hidden)
     keys_values = (transformer.qk_head_dim + transformer.v_head_dim) * transformer.kv_lora_rank
     return whole + heads * (queries + keys_values + transformer.v_head_dim * hidden) // tp
 
@@ -198,9 +192,6 @@ def _router(config: RunConfig, transformer: TransformerConfig, experts: int) -> 
 
 def _mlp(transformer: TransformerConfig, width: int, tp: int) -> int:
     """Count both linear layers of one MLP or expert: the first has two outputs where it is gated."""
-    hidden = transformer.hidden_size
-    first = width * (2 if transformer.gated_linear_unit else 1)
-    total = (first + width) * hidden // tp
-    if transformer.add_bias_linear:
-        total += first // tp + hidden
-    return total
+    hidden, first = transformer.hidden_size, width * (2 if transformer.gated_linear_unit else 1)
+    biases = first // tp + hidden if transformer.add_bias_linear else 0
+    return (first + width) * hidden // tp + biases

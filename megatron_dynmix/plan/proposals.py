@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.host import Host
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.plan.layout import Layout, bubble_share, micro_batches
-from megatron_dynmix.plan.memory import StageMemory, memory_by_stage
+from megatron_dynmix.plan.layout import Layout
+from megatron_dynmix.plan.memory import memory_by_stage
 
 TENSOR_SIZES = (1, 2, 4, 8)
 """Tensor-parallel ranks talk in every layer: more than a node's are never worth it."""
@@ -23,35 +23,26 @@ LONG_ROWS = 8192
 NODE = 8
 """Ranks of a node, where all-to-all is cheap."""
 SHOWN = 3
+ECONOMIES: dict[str, dict[str, Any]] = {
+    "": {},
+    "--bias-activation-fusion": {"bias_activation_fusion": True},
+    "--recompute-granularity selective --recompute-modules [moe]": {
+        "recompute_granularity": "selective",
+        "recompute_modules": ["moe"],
+    },
+    "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+        "recompute_modules": None,
+    },
+}
+"""Ways to keep fewer activations, as flags and as settings of the model.
+
+The cheapest comes first: a fused activation costs nothing, full recomputation a forward pass.
+"""
 Check = Callable[[RunConfig, int], None]
 """Refuses a configuration on a number of ranks: an InputError."""
-
-
-@dataclass(frozen=True)
-class Economy:
-    """A way to keep fewer activations."""
-
-    flags: str
-    model: dict[str, Any]
-    """Settings of the model section."""
-
-
-ECONOMIES = (
-    Economy("", {}),
-    Economy("--bias-activation-fusion", {"bias_activation_fusion": True}),
-    Economy(
-        "--recompute-granularity selective --recompute-modules [moe]",
-        {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
-    ),
-    Economy(
-        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-        {
-            **{"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-            "recompute_modules": None,
-        },
-    ),
-)
-"""The cheapest first: a fused activation costs nothing, full recomputation a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +50,10 @@ class Alternative:
     """A layout that passes every check."""
 
     layout: Layout
-    largest: StageMemory
+    needed: int
+    """Bytes of a GPU."""
     bubble: float
-    saving: str
+    economy: str
     """Flags that it needs beside those of the layout."""
 
     def describe(self) -> str:
@@ -73,11 +65,9 @@ class Alternative:
         }
         flags = [f"--{name}-parallel-size {size}" for name, size in sizes.items()]
         flags += ["--sequence-parallel"] if layout.tp > 1 else []
-        flags += [self.saving] if self.saving else []
-        return (
-            f"{' '.join(flags)}  (needs {self.largest.needed / 2**30:.1f} GiB a GPU, stages wait "
-            f"{self.bubble:.0%})"
-        )
+        flags += [self.economy] if self.economy else []
+        needs = f"needs {self.needed / 2**30:.1f} GiB a GPU, stages wait {self.bubble:.0%}"
+        return f"{' '.join(flags)}  ({needs})"
 
 
 def propose(
@@ -89,7 +79,8 @@ def propose(
     stay as they are. Without `gpu_bytes` any memory will do.
     """
 
-    def proposal(candidate: RunConfig, saving: str) -> Alternative | None:
+    def alternative(candidate: RunConfig, economy: str) -> Alternative | None:
+        candidate = _with_model(candidate, ECONOMIES[economy])
         try:
             check(candidate, world_size)
             layout = Layout.of(candidate, world_size)
@@ -98,21 +89,18 @@ def propose(
             return None
         if gpu_bytes is not None and largest.needed > gpu_bytes:
             return None
-        return Alternative(layout, largest, bubble_share(layout, micro_batches(candidate, layout)), saving)
+        return Alternative(layout, largest.needed, layout.bubble_share(candidate), economy)
 
-    found = []
-    for saving in ECONOMIES:
-        if same := proposal(_with_model(config, saving.model), saving.flags):
-            found.append(same)
-            break
-    others = sorted(_sizes(config, world_size), key=lambda sizes: _preference(config, world_size, sizes))
-    for saving in ECONOMIES:
+    tried = (alternative(config, economy) for economy in ECONOMIES)
+    found = [*itertools.islice(filter(None, tried), 1)]
+    others = _sizes(config, world_size)
+    for economy in ECONOMIES:
         for sizes in others:
-            if other := proposal(_with_layout(_with_model(config, saving.model), sizes), saving.flags):
-                if other not in found:
-                    found.append(other)
-                if len(found) == SHOWN:
-                    return found
+            other = alternative(_with_layout(config, sizes), economy)
+            if other and other not in found:
+                found.append(other)
+            if len(found) == SHOWN:
+                return found
         if found:
             break
     return found
@@ -125,23 +113,33 @@ class _Sizes(NamedTuple):
     ep: int
 
 
-def _sizes(config: RunConfig, world_size: int) -> Iterator[_Sizes]:
-    """Yield all that divide the ranks, the layers and the experts."""
-    layers = int(config.model.megatron["num_layers"])
-    experts = int(config.model.megatron.get("num_moe_experts") or 1)
-    given = config.parallel.size("context_parallel_size")
-    contexts = CONTEXT_SIZES if given > 1 or config.data.seq_length >= LONG_ROWS else (1,)
-    for tp, pp, cp, ep in itertools.product(TENSOR_SIZES, _divisors(layers), contexts, _divisors(experts)):
-        if world_size % (tp * pp * cp) == 0 and world_size % (ep * pp) == 0:
-            yield _Sizes(tp, pp, cp, ep)
+def _sizes(config: RunConfig, world_size: int) -> list[_Sizes]:
+    """Return all that divide the ranks, the layers and the experts, the best first."""
+    given, training = config.model.megatron, config.training
+    is_long = config.parallel.size("context_parallel_size") > 1 or config.data.seq_length >= LONG_ROWS
+    found = itertools.product(
+        TENSOR_SIZES,
+        _divisors(int(given["num_layers"])),
+        CONTEXT_SIZES if is_long else (1,),
+        _divisors(int(given.get("num_moe_experts") or 1)),
+    )
+
+    def preference(sizes: _Sizes) -> tuple[Any, ...]:
+        dp = world_size // (sizes.tp * sizes.pp * sizes.cp)
+        count = max((training.global_batch_size or 1) // (training.micro_batch_size * dp), 1)
+        bubble = (sizes.pp - 1) / (count + sizes.pp - 1)
+        return (sizes.tp, sizes.cp, sizes.ep > NODE, round(bubble, 2), sizes.ep)
+
+    fitting = [
+        sizes
+        for sizes in itertools.starmap(_Sizes, found)
+        if world_size % (sizes.tp * sizes.pp * sizes.cp) == 0 and world_size % (sizes.ep * sizes.pp) == 0
+    ]
+    return sorted(fitting, key=preference)
 
 
-def _preference(config: RunConfig, world_size: int, sizes: _Sizes) -> tuple[Any, ...]:
-    batch, each = config.training.global_batch_size or 1, config.training.micro_batch_size
-    dp = world_size // (sizes.tp * sizes.pp * sizes.cp)
-    count = max(batch // (each * dp), 1)
-    bubble = (sizes.pp - 1) / (count + sizes.pp - 1)
-    return (sizes.tp, sizes.cp, sizes.ep > NODE, round(bubble, 2), sizes.ep)
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def _with_model(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
@@ -174,21 +172,16 @@ def _with_layout(config: RunConfig, sizes: _Sizes) -> RunConfig:
 
 def nearest_world_sizes(config: RunConfig, world_size: int, check: Check) -> list[int]:
     """Return the next numbers of ranks below and above, if any, that the layout asked for can run on."""
+
+    def passes(ranks: int) -> bool:
+        try:
+            check(config, ranks)
+        except InputError:
+            return False
+        return True
+
     layout = Layout.of(config, world_size)
     step = math.lcm(layout.tp * layout.pp * layout.cp, layout.etp * layout.ep * layout.pp)
-    multiples = range(step, 2 * max(world_size, step) + 1, step)
-    good = [ranks for ranks in multiples if _passes(config, ranks, check)]
+    good = [*filter(passes, range(step, 2 * max(world_size, step) + 1, step))]
     below, above = [n for n in good if n < world_size], [n for n in good if n > world_size]
     return below[-1:] + above[:1]
-
-
-def _passes(config: RunConfig, world_size: int, check: Check) -> bool:
-    try:
-        check(config, world_size)
-    except InputError:
-        return False
-    return True
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -8,7 +8,7 @@ from megatron_dynmix.config.host import Host
 from megatron_dynmix.plan.layout import group_text
 from megatron_dynmix.plan.memory import FRAGMENTATION, OVERHEAD_BYTES, StageMemory, checkpoint_bytes
 from megatron_dynmix.plan.parameters import model_parameters
-from megatron_dynmix.plan.plan import Plan, SourceWork, tokens_per_iteration
+from megatron_dynmix.plan.plan import Plan, SourceWork
 from megatron_dynmix.records.text_table import table
 
 GIB = 2**30
@@ -16,36 +16,29 @@ GIB = 2**30
 
 def plan_text(plan: Plan) -> str:
     """Return everything, part by part."""
+    ranks = "on CPU, over gloo"
+    if plan.host.cuda:
+        ranks = f"CUDA {'with' if plan.host.transformer_engine else 'without'} Transformer Engine"
     parts = [
-        "\n".join(
-            [model_line(plan), f"layout   {plan.layout.describe()}", f"ranks    {host_text(plan.host)}"]
-        ),
+        f"{model_line(plan)}\nlayout   {plan.layout.describe()}\nranks    {ranks}",
         _groups(plan),
         _steps(plan),
         memory_text(plan),
         _sources(plan),
         _mixing(plan),
-        *(["\n".join(f"NOT CHECKED HERE: {note}" for note in plan.notes)] if plan.notes else []),
+        "\n".join(f"NOT CHECKED HERE: {note}" for note in plan.notes),
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(parts if plan.notes else parts[:-1])
 
 
 def model_line(plan: Plan) -> str:
     """Return the parameters of the model, in all and for each token, and the size of a checkpoint."""
     total, active = model_parameters(plan.config), model_parameters(plan.config, active=True)
     size, model = checkpoint_bytes(plan.config, total), plan.config.model
-    name = model.preset or model.load_hf or "as given"
     return (
-        f"model    {name}: {count(total)} parameters, {count(active)} active for a token; a checkpoint is "
-        f"{size_text(size)}"
+        f"model    {model.preset or model.load_hf or 'as given'}: {count(total)} parameters, {count(active)} "
+        f"active for a token; a checkpoint is {size_text(size)}"
     )
-
-
-def host_text(host: Host) -> str:
-    """Say what the ranks have."""
-    if not host.cuda:
-        return "on CPU, over gloo"
-    return "CUDA with Transformer Engine" if host.transformer_engine else "CUDA without Transformer Engine"
 
 
 def memory_text(plan: Plan) -> str:
@@ -76,27 +69,27 @@ def needs_line(stage: StageMemory, host: Host, gpu_bytes: int | None = None) -> 
 
 
 def _groups(plan: Plan) -> str:
-    rows = [
-        (name, len(groups[0]), len(groups), group_text(groups))
-        for name, groups in plan.layout.groups()
+    lines = [
+        f"  {name:<10}{len(groups[0]):>6} ranks  {len(groups):>6} x  {group_text(groups)}"
+        for name, groups in plan.layout.groups().items()
         if len(groups[0]) > 1
     ]
-    if not rows:
+    if not lines:
         return "groups   every rank is alone"
-    lines = [f"  {name:<10}{size:>6} ranks  {number:>6} x  {ranks}" for name, size, number, ranks in rows]
     return "\n".join(["groups   (size, how many, the first ones)", *lines])
 
 
 def _steps(plan: Plan) -> str:
-    training = plan.config.training
+    training, layout = plan.config.training, plan.layout
     lines = [
-        f"step     {training.global_batch_size} rows = {plan.layout.dp} replicas x {plan.micro_batches} "
-        f"micro-batches x {training.micro_batch_size}; {tokens_per_iteration(plan.config):,} tokens"
+        f"step     {training.global_batch_size} rows = {layout.dp} replicas x "
+        f"{layout.micro_batches(plan.config)} micro-batches x {training.micro_batch_size}; "
+        f"{plan.tokens_per_iteration:,} tokens"
     ]
-    if plan.layout.pp > 1:
-        lines.append(f"         pipeline stages wait {plan.bubble:.1%} of it")
-    run_tokens = plan.run_rows * plan.config.data.seq_length
-    lines.append(f"run      {training.train_iters} iterations: {plan.run_rows:,} rows, {run_tokens:,} tokens")
+    if layout.pp > 1:
+        lines.append(f"         pipeline stages wait {layout.bubble_share(plan.config):.1%} of it")
+    tokens = plan.run_rows * plan.config.data.seq_length
+    lines.append(f"run      {training.train_iters} iterations: {plan.run_rows:,} rows, {tokens:,} tokens")
     return "\n".join(lines)
 
 
@@ -131,9 +124,9 @@ def _mixing(plan: Plan) -> str:
     if work.probe_tokens:
         lines.append(
             f"         a probe reads {work.probe_tokens:,} positions; all of them are "
-            f"{work.compute_share:.2%} of the run's computing"
+            f"{work.mixing_compute_share:.2%} of the run's computing"
         )
-    elif any(map(any, (chosen.needs for chosen in (mixing.chosen, *mixing.shadows)))):
+    elif plan.measures:
         lines.append("         measured while training: no computing beside it")
     if work.count_bytes:
         lines.append(f"         counts to reduce for an update: {size_text(work.count_bytes)} a rank")

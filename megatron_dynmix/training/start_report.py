@@ -9,10 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dynmix import platform
 from megatron_dynmix.config import RunConfig
-from megatron_dynmix.config.batch_schedule import BatchSchedule
-from megatron_dynmix.config.host import Host
 from megatron_dynmix.config.load import to_yaml
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.data.prepared import SourceReport, file_of, read_digests, shared_texts
@@ -21,6 +18,7 @@ from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.sources import SourceFile, source_files
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.weights import example_shares
+from megatron_dynmix.plan.parameters import this_host
 from megatron_dynmix.plan.plan import Plan, SourceWork
 from megatron_dynmix.plan.text import epochs_table, memory_text, model_line, needs_line
 from megatron_dynmix.records.text_table import table
@@ -71,16 +69,14 @@ def overview(prepared: PreparedRun, world_size: int) -> str:
     config = prepared.config
     shares = prepared.mix.first_D.tolist()
     works = [SourceWork.of(rows, share) for rows, share in zip(prepared.data.train, shares, strict=True)]
-    here = platform.start()
-    host = Host(cuda=here.device.type == "cuda", transformer_engine=here.transformer_engine)
-    rows = BatchSchedule.of(config.training).samples_after(config.training.train_iters or 0)
+    plan = Plan(
+        config=config, world_size=world_size, host=this_host(), sources={work.name: work for work in works}
+    )
     try:
-        plan = Plan.of(config, world_size, host, run_rows=rows, sources={work.name: work for work in works})
+        lines = [model_line(plan), f"layout   {plan.layout.describe()}", epochs_table(plan, works)]
+        return "\n".join([*lines, memory_text(plan), needs_line(plan.largest, plan.host)])
     except InputError as error:  # a model that can be trained, but not estimated
         return f"memory unknown: {error}"
-    needs = needs_line(plan.largest, host)
-    lines = [model_line(plan), f"layout   {plan.layout.describe()}", epochs_table(plan, works)]
-    return "\n".join([*lines, memory_text(plan), needs])
 
 
 def written(config: RunConfig) -> str:
