@@ -49,8 +49,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _facts(run_yaml: Path | None, flags: list[str], shared_dir: Path | None) -> Facts:
     """Look at this machine, the run and the folder."""
     from megatron_dynmix import platform
-    from megatron_dynmix.doctor.facts import look
-    from megatron_dynmix.doctor.folder import try_folder
+    from megatron_dynmix.doctor.facts import look, try_folder
 
     facts = dataclasses.replace(look(), shared_dir=shared_dir)
     if run_yaml is not None:
@@ -60,14 +59,15 @@ def _facts(run_yaml: Path | None, flags: list[str], shared_dir: Path | None) -> 
         from megatron_dynmix.plan.parameters import model_parameters
 
         config = load_config(run_yaml, flags)
-        facts = dataclasses.replace(
-            facts, config=config, shared_dir=shared_dir or Path(config.data.prepared_dir)
-        )
+        size, why = None, ""
         try:
             size = checkpoint_bytes(config, model_parameters(config))
-            facts = dataclasses.replace(facts, checkpoint_bytes=size)
         except InputError as error:
-            facts = dataclasses.replace(facts, model_error=str(error))
+            why = str(error)
+        folder = shared_dir or Path(config.data.prepared_dir)
+        facts = dataclasses.replace(
+            facts, config=config, shared_dir=folder, checkpoint_bytes=size, model_error=why
+        )
     if facts.shared_dir is None or (shared_dir is not None and not shared_dir.is_dir()):
         return facts
     return dataclasses.replace(facts, folder=try_folder(facts.shared_dir))

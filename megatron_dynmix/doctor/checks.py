@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -16,31 +18,22 @@ from megatron_dynmix.doctor.facts import UNLIMITED, Facts
 from megatron_dynmix.errors import InputError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Finding:
     """One line of what `doctor` prints."""
 
-    name: str = ""
-    """That of its check in the table."""
     status: Literal["OK", "warning", "problem"]
+    """A warning runs, but not as well as it could, or not everywhere; a problem does not, or not rightly."""
     found: str
     remedy: str = ""
     """What to do about it; empty where all is well."""
+    name: str = ""
+    """That of its check in the table."""
 
 
-def good(found: str) -> Finding:
-    """Return a finding with nothing to do."""
-    return Finding(status="OK", found=found)
-
-
-def warning(found: str, remedy: str) -> Finding:
-    """Return a finding of what runs, but not as well as it could, or not everywhere."""
-    return Finding(status="warning", found=found, remedy=remedy)
-
-
-def problem(found: str, remedy: str) -> Finding:
-    """Return a finding of what does not run, or not rightly."""
-    return Finding(status="problem", found=found, remedy=remedy)
+good = partial(Finding, "OK")
+warning = partial(Finding, "warning")
+problem = partial(Finding, "problem")
 
 
 def findings_of(facts: Facts) -> list[Finding]:
@@ -51,8 +44,7 @@ def findings_of(facts: Facts) -> list[Finding]:
 
 # ---- what is installed
 
-PYTHONS = ((3, 10), (3, 13))
-"""Least and greatest that megatron-core 0.16.1 has wheels for."""
+PYTHONS = SpecifierSet(">=3.10,<3.14")
 SHOWN = ("megatron-core", "torch", "numpy", "transformers", "tokenizers")
 TE = "transformer-engine"
 INSTALL_TE = (
@@ -64,11 +56,9 @@ FLASH = "flash-attn"
 
 def python(facts: Facts) -> Finding:
     """Check for the versions that megatron-core 0.16.1 has wheels for."""
-    least, greatest = PYTHONS
-    if least <= Version(facts.python).release[:2] <= greatest:
+    if PYTHONS.contains(facts.python, prereleases=True):
         return good(facts.python)
-    said = f"{'.'.join(map(str, least))} to {'.'.join(map(str, greatest))}"
-    return problem(facts.python, f"megatron-core 0.16.1 has wheels for {said}: make a venv with one")
+    return problem(facts.python, "megatron-core 0.16.1 has wheels for 3.10 to 3.13: make a venv with one")
 
 
 def packages(facts: Facts) -> Finding:
@@ -85,13 +75,13 @@ def packages(facts: Facts) -> Finding:
     return good(", ".join(f"{name} {facts.versions[name]}" for name in SHOWN if name in facts.versions))
 
 
-def _version(need: Requirement, facts: Facts) -> str | None:
-    return facts.versions.get(canonicalize_name(need.name))
+def _version(need: Requirement, facts: Facts) -> str:
+    return facts.versions.get(canonicalize_name(need.name), "")
 
 
 def _met(need: Requirement, facts: Facts) -> bool:
     version = _version(need, facts)
-    return version is not None and need.specifier.contains(version, prereleases=True)
+    return version != "" and need.specifier.contains(version, prereleases=True)
 
 
 def transformer_engine(facts: Facts) -> Finding:
@@ -149,9 +139,9 @@ BUSY_SHARE = 0.9
 
 def cuda(facts: Facts) -> Finding:
     """Check that torch's CUDA and the driver's go together."""
+    if facts.torch_cuda is None and facts.driver is None:
+        return good("none: runs on the CPU, over gloo")
     if facts.torch_cuda is None:
-        if facts.driver is None:
-            return good("none: runs on the CPU, over gloo")
         return problem(
             f"there is a driver ({facts.driver}), but this torch is built for CPUs",
             "install a CUDA build of torch (pytorch.org/get-started), then what is compiled against it",
@@ -160,20 +150,17 @@ def cuda(facts: Facts) -> Finding:
         return good(f"torch's {facts.torch_cuda}, the driver's {facts.driver_cuda or 'unknown'}")
     if facts.driver is None and facts.driver_cuda is None:
         return good(f"no driver, so torch's CUDA {facts.torch_cuda} is not used: runs on the CPU")
-    if facts.driver_cuda and _major(facts.driver_cuda) < _major(facts.torch_cuda):
+    newest = Version(facts.driver_cuda or facts.torch_cuda).major
+    if newest < Version(facts.torch_cuda).major:
         return problem(
             f"torch is built for CUDA {facts.torch_cuda}, the driver ({facts.driver}) has "
             f"{facts.driver_cuda}",
-            f"a newer driver, or a torch that is built for CUDA {_major(facts.driver_cuda)}",
+            f"a newer driver, or a torch that is built for CUDA {newest}",
         )
     return problem(
         f"torch cannot use the GPUs: {facts.cuda_error or 'no device is visible'}",
         "look at nvidia-smi and CUDA_VISIBLE_DEVICES; in a container, start it with --gpus all",
     )
-
-
-def _major(version: str) -> int:
-    return Version(version).release[0]
 
 
 def gpus(facts: Facts) -> Finding:
@@ -314,10 +301,10 @@ def time_outs(facts: Facts) -> Finding:
 
 def open_files(facts: Facts) -> Finding:
     """Check the limit: sources, workers, sockets and shards are all open files."""
-    if facts.open_files != UNLIMITED and facts.open_files < OPEN_FILES:
-        found = f"{facts.open_files} may be open in a process"
-        return warning(found, "ulimit -n 65536 (Docker: --ulimit nofile=65536)")
-    return good("unlimited" if facts.open_files == UNLIMITED else str(facts.open_files))
+    if facts.open_files == UNLIMITED or facts.open_files >= OPEN_FILES:
+        return good("unlimited" if facts.open_files == UNLIMITED else str(facts.open_files))
+    found = f"{facts.open_files} may be open in a process"
+    return warning(found, "ulimit -n 65536 (Docker: --ulimit nofile=65536)")
 
 
 def shared_memory(facts: Facts) -> Finding:
@@ -332,10 +319,10 @@ def shared_memory(facts: Facts) -> Finding:
 def address_space(facts: Facts) -> Finding:
     """Check the limit: memory-mapped sources and CUDA take far more addresses than memory."""
     found = f"{facts.memory / GIB:.0f} GiB of memory"
-    if facts.address_space != UNLIMITED:
-        limit = f"{found}, and a limit of {facts.address_space / GIB:.0f} GiB on addresses"
-        return warning(limit, "ulimit -v unlimited: it counts what is only mapped")
-    return good(found)
+    if facts.address_space == UNLIMITED:
+        return good(found)
+    found += f", and a limit of {facts.address_space / GIB:.0f} GiB on addresses"
+    return warning(found, "ulimit -v unlimited: it counts what is only mapped")
 
 
 # ---- the folder that all ranks share
@@ -386,13 +373,13 @@ def file_system(facts: Facts) -> Finding | None:
 
 
 def _nodes(environment: Mapping[str, str]) -> int:
-    """Nodes of the job that this process is in; 1 outside of one."""
-    for total, local in (("SLURM_JOB_NUM_NODES", None), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")):
-        if environment.get(total, "").isdigit():
-            each = environment.get(local, "") if local else "1"
-            if each.isdigit() and int(each):
-                return -(-int(environment[total]) // int(each))
-    return 1
+    """Return the nodes of the job that this process is in; 1 outside of one."""
+    names = ("SLURM_JOB_NUM_NODES", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    given = (environment.get(name, "") for name in names)
+    nodes, ranks, each = (int(value) if value.isdigit() else None for value in given)
+    if nodes is not None:
+        return nodes
+    return -(-ranks // each) if ranks is not None and each else 1
 
 
 def space(facts: Facts) -> Finding | None:

@@ -1,4 +1,4 @@
-"""The facts that checks look at: plain values, so that tests can make any machine up."""
+"""The facts that checks look at, and how they are found: plain values, so that tests can invent machines."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import resource
 import shutil
 import socket
 import subprocess
+import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +22,9 @@ import psutil
 import torch
 from packaging.utils import canonicalize_name
 
-from megatron_dynmix.doctor.folder import Folder
-
 if TYPE_CHECKING:
     from megatron_dynmix.config import RunConfig
 
-ApexKind = Literal["none", "NVIDIA", "namesake"]
 UNLIMITED = -1
 """Of a limit that is not set."""
 SMI = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -44,6 +43,22 @@ class Gpu:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Folder:
+    """What came of trying a folder."""
+
+    path: str
+    kind: str = "ext4"
+    """Of file system."""
+    free: int = 1000 * 2**30
+    error: str = ""
+    """Why a file could not be written, flushed and renamed; empty if it could."""
+    seconds: float = 0.0
+    """That it took."""
+    skew: float = 0.0
+    """Seconds by which the time of the new file is ahead of this machine's clock."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Facts:
     """What was found; the defaults are those of a laptop on which all is well."""
 
@@ -54,7 +69,7 @@ class Facts:
     """Installed distributions by the name that indexes compare: `Flash_Attn` is `flash-attn`."""
     import_errors: Mapping[str, str] = field(default_factory=dict)
     """Of compiled modules that are installed and fail to import: why."""
-    apex: ApexKind = "none"
+    apex: Literal["none", "NVIDIA", "namesake"] = "none"
     flash_attention_range: tuple[str, str] | None = None
     """Versions that Transformer Engine accepts, least and greatest; None if it cannot be asked."""
     torch_cuda: str | None = None
@@ -98,14 +113,13 @@ class Facts:
 def look() -> Facts:
     """Look at this machine; a few seconds, most of them to import torch."""
     cuda_available, cuda_error = _cuda()
-    environment = dict(os.environ)
-    names = [socket.gethostname(), *filter(None, [environment.get("MASTER_ADDR")])]
-    addresses = {name: _address(name) for name in names}
-    shared = Path("/dev/shm")
+    environment, hostname, shared = dict(os.environ), socket.gethostname(), Path("/dev/shm")
+    addresses = {name: _address(name) for name in (hostname, environment.get("MASTER_ADDR")) if name}
+    installed = importlib.metadata.distributions()
     return Facts(
         python=python_platform.python_version(),
         requirements=_requirements(),
-        versions=_versions(),
+        versions={canonicalize_name(each.metadata["Name"] or ""): each.version for each in installed},
         import_errors=_import_errors(),
         apex=_apex(),
         flash_attention_range=_flash_attention_range(),
@@ -114,13 +128,13 @@ def look() -> Facts:
         cuda_error=cuda_error,
         driver=_driver(),
         driver_cuda=_driver_cuda(),
-        gpus=_gpus() if cuda_available else (),
+        gpus=tuple(map(_gpu, range(torch.cuda.device_count()))) if cuda_available else (),
         nccl=".".join(map(str, torch.cuda.nccl.version())) if cuda_available else None,
         gloo=torch.distributed.is_available() and torch.distributed.is_gloo_available(),
-        infiniband=_entries("/sys/class/infiniband"),
+        infiniband=tuple(sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))),
         interfaces=tuple(name for _, name in socket.if_nameindex()),
         environment=environment,
-        hostname=socket.gethostname(),
+        hostname=hostname,
         addresses=addresses,
         port_is_free=_port_is_free(environment, addresses),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -138,25 +152,19 @@ def _requirements() -> tuple[str, ...]:
         return ()
 
 
-def _versions() -> dict[str, str]:
-    found = importlib.metadata.distributions()
-    return {canonicalize_name(dist.metadata["Name"] or ""): dist.version for dist in found}
-
-
 def _import_errors() -> dict[str, str]:
     """Import what was compiled against a certain torch and CUDA: that it is installed says little."""
     errors = {}
-    for module in ("transformer_engine.pytorch", "flash_attn"):
-        if importlib.util.find_spec(module.split(".")[0]) is None:
-            continue
+    for package, module in (("transformer_engine", ".pytorch"), ("flash_attn", "")):
         try:
-            importlib.import_module(module)
+            if importlib.util.find_spec(package) is not None:
+                importlib.import_module(package + module)
         except Exception as error:  # undefined symbols, missing libraries: whatever it is, it is not usable
-            errors[module.split(".")[0]] = f"{type(error).__name__}: {error}".splitlines()[0]
+            errors[package] = f"{type(error).__name__}: {error}".splitlines()[0]
     return errors
 
 
-def _apex() -> ApexKind:
+def _apex() -> Literal["none", "NVIDIA", "namesake"]:
     if importlib.util.find_spec("apex") is None:
         return "none"
     try:
@@ -186,9 +194,9 @@ def _cuda() -> tuple[bool, str]:
     return torch.cuda.device_count() > 0, ""
 
 
-def _gpus() -> tuple[Gpu, ...]:
-    devices = [(index, *torch.cuda.mem_get_info(index)) for index in range(torch.cuda.device_count())]
-    return tuple(Gpu(torch.cuda.get_device_name(index), total, free) for index, free, total in devices)
+def _gpu(index: int) -> Gpu:
+    free, total = torch.cuda.mem_get_info(index)
+    return Gpu(torch.cuda.get_device_name(index), total, free)
 
 
 def _driver() -> str | None:
@@ -209,10 +217,6 @@ def _driver_cuda() -> str | None:
     if library.cuDriverGetVersion(ctypes.byref(version)) != 0:
         return None
     return f"{version.value // 1000}.{version.value % 1000 // 10}"
-
-
-def _entries(folder: str) -> tuple[str, ...]:
-    return tuple(sorted(os.listdir(folder))) if os.path.isdir(folder) else ()
 
 
 def _address(name: str) -> str | None:
@@ -238,3 +242,41 @@ def _port_is_free(environment: Mapping[str, str], addresses: Mapping[str, str | 
         except OSError:
             return False
     return True
+
+
+def nearest_folder(path: Path) -> Path:
+    """Return the folder, or the next one above that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+
+
+def try_folder(path: Path) -> Folder:
+    """Write a file in a folder (see `nearest_folder`), flush it, rename it, remove it."""
+    there = nearest_folder(path)
+    draft = there / f".doctor-{os.getpid()}-{uuid.uuid4().hex}"
+    final = draft.with_suffix(".done")
+    begin, skew, error = time.monotonic(), 0.0, ""
+    try:
+        with draft.open("wb") as file:
+            file.write(b"doctor")
+            file.flush()
+            os.fsync(file.fileno())
+        skew = draft.stat().st_mtime - time.time()
+        draft.rename(final)
+        if final.read_bytes() != b"doctor":
+            error = "what was written is not what is read"
+    except OSError as failure:
+        error = str(failure)
+    finally:
+        for left in (draft, final):
+            left.unlink(missing_ok=True)
+    seconds = time.monotonic() - begin
+    free = shutil.disk_usage(there).free
+    return Folder(path=str(path), kind=_kind(there), free=free, error=error, seconds=seconds, skew=skew)
+
+
+def _kind(path: Path) -> str:
+    """Return the file system of the deepest mount point above a path."""
+    mounts = psutil.disk_partitions(all=True)
+    above = [(len(one.mountpoint), one.fstype) for one in mounts if path.is_relative_to(one.mountpoint)]
+    # of two that are mounted at one point, the later one is what is seen
+    return max(reversed(above), key=lambda pair: pair[0])[1] if above else "unknown"

@@ -15,8 +15,7 @@ import torch
 
 from megatron_dynmix import platform
 from megatron_dynmix.doctor.checks import Finding, good, problem
-from megatron_dynmix.doctor.facts import Facts
-from megatron_dynmix.doctor.folder import nearest_folder
+from megatron_dynmix.doctor.facts import Facts, nearest_folder
 from megatron_dynmix.files import sha256
 
 MEETING_SECONDS = 60
@@ -59,7 +58,7 @@ def check_ranks(facts: Facts, findings: Sequence[Finding]) -> list[Finding]:
         torch.distributed.destroy_process_group()
     except (RuntimeError, ValueError) as error:
         found = f"they did not meet in {MEETING_SECONDS} s: {str(error).splitlines()[0]}"
-        return [_named(ALL, problem(found, "look at MASTER_ADDR, and for a rank that never started"))]
+        return [problem(found, "look at MASTER_ADDR, and for a rank that never started", ALL)]
     return [*others_findings(ranks), same_everywhere(ranks), *folder_is_shared(ranks, facts.shared_dir)]
 
 
@@ -120,10 +119,9 @@ def same_everywhere(ranks: Sequence[Rank]) -> Finding:
     other = sorted({rank.host for rank in ranks if rank.fingerprint != ranks[0].fingerprint})
     if other:
         found = f"Python, packages, driver or GPUs of {', '.join(other)} are not those of {ranks[0].host}"
-        remedy = "use one environment or container on all nodes; run doctor on each"
-        return _named(ALL, problem(found, remedy))
+        return problem(found, "use one environment or container on all nodes; run doctor on each", ALL)
     hosts = len({rank.host for rank in ranks})
-    return _named(ALL, good(f"{len(ranks)} on {hosts} machine{'s' * (hosts > 1)}, all alike"))
+    return good(f"{len(ranks)} on {hosts} machine{'s' * (hosts > 1)}, all alike", name=ALL)
 
 
 def folder_is_shared(ranks: Sequence[Rank], folder: Path | None) -> list[Finding]:
@@ -133,10 +131,5 @@ def folder_is_shared(ranks: Sequence[Rank], folder: Path | None) -> list[Finding
     if blind := sorted({rank.host for rank in ranks if not rank.sees_folder}):
         writer = f"what {ranks[0].host} wrote in {folder}"
         found = f"{', '.join(blind)} did not see in {SEEING_SECONDS:.0f} s {writer}"
-        remedy = "mount the same file system under the same name on all nodes"
-        return [_named(FOLDER, problem(found, remedy))]
-    return [_named(FOLDER, good(f"all ranks see what the first one writes in {folder}"))]
-
-
-def _named(name: str, finding: Finding) -> Finding:
-    return dataclasses.replace(finding, name=name)
+        return [problem(found, "mount the same file system under the same name on all nodes", FOLDER)]
+    return [good(f"all ranks see what the first one writes in {folder}", name=FOLDER)]

@@ -7,7 +7,9 @@ import io
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from config_fixtures import good_settings, load, write
 from packaging.utils import canonicalize_name
@@ -16,8 +18,7 @@ from megatron_dynmix import platform
 from megatron_dynmix.cli import main
 from megatron_dynmix.commands.doctor import findings_text
 from megatron_dynmix.doctor import checks
-from megatron_dynmix.doctor.facts import Facts, Gpu, _port_is_free, look
-from megatron_dynmix.doctor.folder import Folder, try_folder
+from megatron_dynmix.doctor.facts import Facts, Folder, Gpu, _port_is_free, look, try_folder
 from megatron_dynmix.doctor.ranks import Rank, fingerprint, folder_is_shared, others_findings, same_everywhere
 from tests.distributed.ranks import run_ranks
 
@@ -241,9 +242,11 @@ def test_a_check_of_a_folder(folder, environment, checkpoint, bad, says):
     assert says in " ".join(f"{finding.found} {finding.remedy}" for finding in findings)
 
 
-def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
-    mounts = f"/dev/sda / ext4 rw 0 0\nserver:/x {tmp_path} nfs4 rw 0 0\n"
-    folder = try_folder(tmp_path / "not" / "there", mounts)
+def test_a_folder_is_tried_and_left_as_it_was(tmp_path, monkeypatch):
+    mounts = [("/", "ext4"), (str(tmp_path), "xfs"), (str(tmp_path), "nfs4"), ("/elsewhere", "tmpfs")]
+    found = [SimpleNamespace(mountpoint=point, fstype=kind) for point, kind in mounts]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: found)
+    folder = try_folder(tmp_path / "not" / "there")
     assert (folder.error, folder.kind) == ("", "nfs4")
     assert abs(folder.skew) < 60 and folder.free > 0
     assert list(tmp_path.iterdir()) == []
@@ -254,7 +257,7 @@ def test_a_folder_that_cannot_be_flushed_is_a_problem(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert "No space left" in try_folder(tmp_path, "").error
+    assert "No space left" in try_folder(tmp_path).error
     assert list(tmp_path.iterdir()) == []
 
 
