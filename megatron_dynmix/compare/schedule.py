@@ -28,23 +28,45 @@ class Task:
     """One after the other; none for a finished cell."""
 
 
-@dataclass
 class _Running:
-    task: Task
+    """A task under way."""
+
     process: subprocess.Popen[bytes]
-    step: int
-    started: float
-    log_start: int
-    """Bytes that were in the log before."""
+
+    def __init__(self, task: Task, lifeline: Lifeline) -> None:
+        self._cell, self._commands, self._lifeline = task.cell, iter(task.commands), lifeline
+        self._started = time.monotonic()
+        self._log_start = 0
+        task.cell.run_dir.mkdir(parents=True, exist_ok=True)
+        self.start_next()
+
+    def start_next(self) -> bool:
+        """Start the next command; return whether there was one."""
+        command = next(self._commands, None)
+        if command is None:
+            return False
+        with self._cell.log.open("ab") as log:
+            self._log_start = log.tell()
+            self.process = self._lifeline.start(command, {}, log)
+        return True
+
+    @property
+    def seconds(self) -> float:
+        """Since it was started."""
+        return time.monotonic() - self._started
+
+    def reason(self, code: int) -> str:
+        """Return the last words of its process: a message, or the end of what it said."""
+        said = self._cell.log.read_bytes()[self._log_start :].decode("utf-8", errors="replace")
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        messages = [line for line in lines if line.startswith("megatron-dynmix")]
+        last = (messages or lines or ["it said nothing"])[-1]
+        end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return f"{last.removeprefix('megatron-dynmix: ')} ({end}; {self._cell.log})"
 
 
 def run_tasks(tasks: Sequence[Task], jobs: int, say: Callable[[str], None]) -> dict[int, str]:
-    """Carry out the tasks, `jobs` at a time, in their order.
-
-    Args:
-        tasks: of all cells.
-        jobs: cells at a time; each is one process and its ranks.
-        say: prints a line.
+    """Carry out the tasks in their order, `jobs` at a time; each is one process and its ranks.
 
     Returns:
         Why a task failed, by its place in `tasks`.
@@ -58,62 +80,39 @@ def run_tasks(tasks: Sequence[Task], jobs: int, say: Callable[[str], None]) -> d
     waiting = [place for place, task in enumerate(tasks) if task.commands]
     running: dict[int, _Running] = {}
     lifeline = Lifeline()
+
+    def tell(place: int, what: str) -> None:
+        done = len(tasks) - len(waiting) - len(running)
+        say(f"[{done}/{len(tasks)}] {tasks[place].cell.label}: {what}")
+
     try:
         with handling(_stop_all):
             while waiting or running:
                 while waiting and len(running) < jobs:
                     place = waiting.pop(0)
-                    running[place] = _start(tasks[place], 0, lifeline, time.monotonic())
-                    say(f"[{_done(tasks, waiting, running)}] {tasks[place].cell.label}: started")
-                for place, current in list(running.items()):
-                    code = current.process.poll()
-                    if code is None:
-                        continue
-                    step = current.step + 1
-                    if code == 0 and step < len(current.task.commands):
-                        running[place] = _start(current.task, step, lifeline, current.started)
+                    running[place] = _Running(tasks[place], lifeline)
+                    tell(place, "started")
+                for place, task in list(running.items()):
+                    code = task.process.poll()
+                    if code is None or (code == 0 and task.start_next()):
                         continue
                     del running[place]
-                    seconds = time.monotonic() - current.started
-                    end = f"done in {seconds:.0f} s"
                     if code:
-                        failures[place] = _reason(current, code)
-                        end = f"FAILED after {seconds:.0f} s: {failures[place]}"
-                    say(f"[{_done(tasks, waiting, running)}] {current.task.cell.label}: {end}")
+                        failures[place] = task.reason(code)
+                        tell(place, f"FAILED after {task.seconds:.0f} s: {failures[place]}")
+                    else:
+                        tell(place, f"done in {task.seconds:.0f} s")
                 time.sleep(POLL_SECONDS)
     finally:
-        _stop([current.process for current in running.values()])
+        _stop([task.process for task in running.values()])
         lifeline.close()
     return failures
-
-
-def _done(tasks: Sequence[Task], waiting: Sequence[int], running: dict[int, _Running]) -> str:
-    return f"{len(tasks) - len(waiting) - len(running)}/{len(tasks)}"
-
-
-def _start(task: Task, step: int, lifeline: Lifeline, started: float) -> _Running:
-    task.cell.run_dir.mkdir(parents=True, exist_ok=True)
-    with task.cell.log.open("ab") as log:
-        log_start = log.tell()
-        process = lifeline.start(task.commands[step], {}, log)
-    return _Running(task, process, step, started, log_start)
-
-
-def _reason(current: _Running, code: int) -> str:
-    """The last words of a process that failed: its message, or the end of what it said."""
-    log = current.task.cell.log
-    said = log.read_bytes()[current.log_start :].decode("utf-8", errors="replace")
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    messages = [line for line in lines if line.startswith("megatron-dynmix")]
-    last = (messages or lines or ["it said nothing"])[-1]
-    end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return f"{last.removeprefix('megatron-dynmix: ')} ({end}; {log})"
 
 
 def _stop_all(number: int) -> None:
     """Turn a request to stop into an exception, so that the cells are asked too."""
     raise StoppedOnRequest(
-        "stopped on request; unfinished cells have saved what they had, the same command goes on"
+        "stopped on request; unfinished cells have saved what they had, the same command resumes them"
     )
 
 
