@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import datetime
-from typing import Any
 
 from megatron_dynmix.compare.cell import Cell
 from megatron_dynmix.compare.grid import Grid, Variant
 from megatron_dynmix.compare.page import markdown, page_of_comparison
-from megatron_dynmix.compare.results import read_result, summarise
+from megatron_dynmix.compare.results import Comparison, Failure, compared, read_result
 from megatron_dynmix.compare.schedule import Task, run_tasks
 from megatron_dynmix.config.check import check_run
 from megatron_dynmix.config.load import to_dict
@@ -50,13 +50,12 @@ def compare(
     say(f"{len(cells)} cells, {kept} of them finished before; {min(jobs, len(cells))} at a time")
     reasons = run_tasks(tasks, jobs, say)
     failures = [
-        {"variant": cells[place].variant.name, "seed": cells[place].seed, "reason": reason}
+        Failure(variant=cells[place].variant.name, seed=cells[place].seed, reason=reason)
         for place, reason in sorted(reasons.items())
     ]
     results = [read_result(cell) for place, cell in enumerate(cells) if place not in reasons]
-    sources = list(cells[0].config.data.sources)
-    summary = summarise([variant.name for variant in variants], sources, results, failures)
-    _write(grid, summary)
+    names = [variant.name for variant in variants]
+    _write(grid, compared(names, list(cells[0].config.data.sources), results, failures))
     say(f"written: {grid.output}/comparison.md, comparison.html, comparison.json")
     return not failures
 
@@ -94,9 +93,10 @@ def _task(cell: Cell, reports: Sequence[SourceReport]) -> Task:
     return Task(cell, () if cell.is_evaluated() else (cell.evaluate_command(),))
 
 
-def _write(grid: Grid, summary: dict[str, Any]) -> None:
+def _write(grid: Grid, found: Comparison) -> None:
     title = f"Comparison of {grid.run_yaml.stem}"
-    page = page_of_comparison(title, grid.output, summary)
+    page = page_of_comparison(title, grid.output, found)
     write_atomically(grid.output / "comparison.md", markdown(title, page.tables))
     write_atomically(grid.output / "comparison.html", html(page, datetime.now()))
-    write_atomically(grid.output / "comparison.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(asdict(found), indent=1, allow_nan=False)
+    write_atomically(grid.output / "comparison.json", text + "\n")

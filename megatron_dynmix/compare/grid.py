@@ -25,7 +25,7 @@ class Grid:
     run_yaml: Path
     output: Path
     flags: tuple[str, ...]
-    """Of the command line, for every cell; a variant's own settings win over them."""
+    """Flags of the command line, for every cell; a variant's own settings win over them."""
     nproc: int
     """Ranks of each cell."""
 

@@ -9,7 +9,6 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import mpmath
 
@@ -21,16 +20,34 @@ from megatron_dynmix.training.evaluate import Evaluation
 BASELINE = "uniform"
 """The variant of this name is what the others are compared with."""
 CONFIDENCE = 0.95
+MEANS = ("mean_loss", "worst_loss", "token_loss", "perplexity")
+"""What an evaluation says beside the losses of the sources."""
 
 
-@dataclass(frozen=True)
-class Spread:
-    """One quantity of several seeds."""
+@dataclass(frozen=True, kw_only=True)
+class CellResult:
+    """A finished cell in numbers."""
 
-    mean: float
-    sd: float | None
-    """Sample standard deviation; None for a single value."""
-    count: int
+    variant: str
+    seed: int
+    metrics: Mapping[str, float]
+    """`MEANS`, and `loss/<source>`."""
+    worst_source: str
+    weights: tuple[tuple[int, tuple[float, ...]], ...]
+    """(iteration, share of each source in the rows drawn from there on)."""
+    tokens: int
+    """Trained on, padding not counted."""
+    seconds: float
+    """Spent in training steps and weight updates; not of starting, saving and evaluating."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A cell that did not finish."""
+
+    variant: str
+    seed: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -42,11 +59,119 @@ class Difference:
     """None for a single pair, which tells nothing of the spread."""
     high: float | None
     count: int
+    is_clear: bool
+    """Whether the interval leaves out zero."""
 
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+@dataclass(frozen=True)
+class Spread:
+    """One quantity over the seeds."""
+
+    mean: float
+    sd: float | None
+    """Sample standard deviation; None for a single value."""
+    count: int
+
+
+@dataclass(frozen=True)
+class Metric(Spread):
+    """A metric of a variant."""
+
+    difference: Difference | None
+    """To the baseline; None for the baseline itself, and without a seed that both have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantResult:
+    """What the finished cells of a variant say together."""
+
+    name: str
+    seeds: list[int]
+    metrics: Mapping[str, Metric]
+    """Those that all its cells have."""
+    final_weights: Mapping[str, Spread]
+    tokens: Spread
+    seconds: Spread
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What `comparison.json` holds."""
+
+    baseline: str | None
+    """None without a finished cell of that name."""
+    confidence: float
+    sources: list[str]
+    variants: list[VariantResult]
+    """In the order of the grid; those without a finished cell are left out."""
+    failures: list[Failure]
+    cells: list[CellResult]
+
+
+def read_result(cell: Cell) -> CellResult:
+    """Read a finished cell's records."""
+    evaluation = Evaluation.read(cell.run_dir)
+    assert evaluation is not None, "a cell is finished when it is evaluated"
+    metrics = read_lines(cell.run_dir / "metrics.jsonl", TrainingRecord)
+    updates = read_lines(cell.run_dir / "mixing.jsonl", MixingUpdate)
+    ledger = read_records(cell.run_dir / "ledger.jsonl")
+    stages = [StageLine.from_json(line) for line in ledger if line["kind"] == "stage"]
+    losses = {f"loss/{name}": held.loss for name, held in evaluation.sources.items() if held}
+    return CellResult(
+        variant=cell.variant.name,
+        seed=cell.seed,
+        metrics={name: getattr(evaluation, name) for name in MEANS} | losses,
+        worst_source=evaluation.worst_source,
+        weights=tuple((stage.iteration, tuple(stage.weights)) for stage in stages),
+        tokens=sum(metrics[-1].tokens.values()),
+        seconds=step_seconds(metrics) + sum(sum(update.seconds.values()) for update in updates),
+    )
+
+
+def compared(
+    variants: Sequence[str], sources: Sequence[str], cells: Sequence[CellResult], failures: Sequence[Failure]
+) -> Comparison:
+    """Set the finished cells of all variants, in their order, side by side."""
+    by_variant = {name: [cell for cell in cells if cell.variant == name] for name in variants}
+    baseline = by_variant.get(BASELINE, [])
+    return Comparison(
+        baseline=BASELINE if baseline else None,
+        confidence=CONFIDENCE,
+        sources=list(sources),
+        variants=[_variant(name, own, baseline, sources) for name, own in by_variant.items() if own],
+        failures=list(failures),
+        cells=list(cells),
+    )
+
+
+def _variant(
+    name: str, own: Sequence[CellResult], baseline: Sequence[CellResult], sources: Sequence[str]
+) -> VariantResult:
+    metrics = [metric for metric in own[0].metrics if all(metric in cell.metrics for cell in own)]
+    return VariantResult(
+        name=name,
+        seeds=[cell.seed for cell in own],
+        metrics={
+            metric: Metric(
+                **asdict(spread([cell.metrics[metric] for cell in own])),
+                difference=None if name == BASELINE else _difference(metric, own, baseline),
+            )
+            for metric in metrics
+        },
+        final_weights={
+            source: spread([cell.weights[-1][1][place] for cell in own])
+            for place, source in enumerate(sources)
+        },
+        tokens=spread([cell.tokens for cell in own]),
+        seconds=spread([cell.seconds for cell in own]),
+    )
+
+
+def _difference(metric: str, own: Sequence[CellResult], baseline: Sequence[CellResult]) -> Difference | None:
+    """Return it over the seeds that both have; None where there are none."""
+    base = {cell.seed: cell.metrics[metric] for cell in baseline if metric in cell.metrics}
+    pairs = [(cell.metrics[metric], base[cell.seed]) for cell in own if cell.seed in base]
+    return paired_difference(*zip(*pairs, strict=True)) if pairs else None
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -61,12 +186,12 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Dif
     Student's paired t interval: differences of the same seed are what is normally distributed, not the
     values themselves, which share what the seed decides.
     """
-    differences = [value - base for value, base in zip(values, baseline, strict=True)]
-    found = spread(differences)
+    found = spread([value - base for value, base in zip(values, baseline, strict=True)])
     if found.sd is None:
-        return Difference(found.mean, None, None, found.count)
+        return Difference(found.mean, None, None, found.count, is_clear=False)
     half = student_t(CONFIDENCE, found.count - 1) * found.sd / math.sqrt(found.count)
-    return Difference(found.mean, found.mean - half, found.mean + half, found.count)
+    low, high = found.mean - half, found.mean + half
+    return Difference(found.mean, low, high, found.count, is_clear=low > 0 or high < 0)
 
 
 def student_t(confidence: float, degrees: int) -> float:
@@ -86,107 +211,3 @@ def student_t(confidence: float, degrees: int) -> float:
 
     x = mpmath.findroot(beyond, (0, 1), solver="ridder")
     return float(mpmath.sqrt(degrees * (1 - x) / x))
-
-
-@dataclass(frozen=True, kw_only=True)
-class CellResult:
-    """A finished cell in numbers."""
-
-    variant: str
-    seed: int
-    metrics: Mapping[str, float]
-    """`mean_loss`, `worst_loss`, `token_loss`, `perplexity`, `loss/<source>`."""
-    worst_source: str
-    weights: tuple[tuple[int, tuple[float, ...]], ...]
-    """(iteration, share of each source in the rows drawn from there on)."""
-    tokens: int
-    """Trained on, padding not counted."""
-    seconds: float
-    """Of the training steps and of weight updates; not of starting, saving and evaluating."""
-
-
-def read_result(cell: Cell) -> CellResult:
-    """Read a finished cell's records."""
-    evaluation = Evaluation.read(cell.run_dir)
-    assert evaluation is not None, "a cell is finished when it is evaluated"
-    metrics = read_lines(cell.run_dir / "metrics.jsonl", TrainingRecord)
-    updates = read_lines(cell.run_dir / "mixing.jsonl", MixingUpdate)
-    ledger = read_records(cell.run_dir / "ledger.jsonl")
-    names = ("mean_loss", "worst_loss", "token_loss", "perplexity")
-    return CellResult(
-        variant=cell.variant.name,
-        seed=cell.seed,
-        metrics={
-            **{name: getattr(evaluation, name) for name in names},
-            **{f"loss/{name}": held.loss for name, held in evaluation.sources.items() if held},
-        },
-        worst_source=evaluation.worst_source,
-        weights=tuple(
-            (stage.iteration, tuple(stage.weights))
-            for stage in (StageLine.from_json(line) for line in ledger if line["kind"] == "stage")
-        ),
-        tokens=sum(metrics[-1].tokens.values()),
-        seconds=step_seconds(metrics) + sum(sum(update.seconds.values()) for update in updates),
-    )
-
-
-def summarise(
-    variants: Sequence[str],
-    sources: Sequence[str],
-    results: Sequence[CellResult],
-    failures: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """Return the content of `comparison.json`: plain values.
-
-    Args:
-        variants: all of the grid, in its order; one without a finished cell has no row.
-        sources: of the runs.
-        results: of the finished cells.
-        failures: `variant`, `seed` and `reason` of the others.
-
-    """
-    by_variant = {name: [result for result in results if result.variant == name] for name in variants}
-    baseline = by_variant.get(BASELINE, [])
-    return {
-        "baseline": BASELINE if baseline else None,
-        "confidence": CONFIDENCE,
-        "sources": list(sources),
-        "variants": [_variant_row(name, own, baseline, sources) for name, own in by_variant.items() if own],
-        "failures": list(failures),
-        "cells": [asdict(result) for result in results],
-    }
-
-
-def _variant_row(
-    name: str, own: Sequence[CellResult], baseline: Sequence[CellResult], sources: Sequence[str]
-) -> dict[str, Any]:
-    metrics = [metric for metric in own[0].metrics if all(metric in result.metrics for result in own)]
-    return {
-        "name": name,
-        "seeds": [result.seed for result in own],
-        "metrics": {
-            metric: {
-                **asdict(spread([result.metrics[metric] for result in own])),
-                "difference": _difference(metric, own, baseline),
-            }
-            for metric in metrics
-        },
-        "final_weights": {
-            source: asdict(spread([result.weights[-1][1][place] for result in own]))
-            for place, source in enumerate(sources)
-        },
-        "tokens": asdict(spread([result.tokens for result in own])),
-        "seconds": asdict(spread([result.seconds for result in own])),
-    }
-
-
-def _difference(
-    metric: str, own: Sequence[CellResult], baseline: Sequence[CellResult]
-) -> dict[str, Any] | None:
-    """Return it over the seeds that both have; None where there are none, and for the baseline itself."""
-    base = {result.seed: result.metrics[metric] for result in baseline if metric in result.metrics}
-    pairs = [(result.metrics[metric], base[result.seed]) for result in own if result.seed in base]
-    if not pairs or own[0].variant == baseline[0].variant:
-        return None
-    found = paired_difference(*zip(*pairs, strict=True))
-    return {**asdict(found), "is_clear": found.is_clear}

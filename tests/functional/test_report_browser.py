@@ -17,7 +17,7 @@ import pytest
 
 from megatron_dynmix.cli import main
 from megatron_dynmix.compare.page import page_of_comparison
-from megatron_dynmix.compare.results import CellResult, summarise
+from megatron_dynmix.compare.results import MEANS, CellResult, compared
 from megatron_dynmix.report.pages import html
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
@@ -26,7 +26,6 @@ from report_fixtures import NAMES, write_run
 SCREENSHOTS = Path(__file__).parents[2] / "build/screenshots"
 PROGRAMS = ("chromium-headless-shell", "chromium", "google-chrome")
 CHARTS = 12
-METRICS = ("mean_loss", "worst_loss", "token_loss", "perplexity")
 IMAGE = "document.querySelector('[data-chart=gate-load] .mlayer image').href.baseVal"
 VALUES = "JSON.stringify(document.querySelector('[data-chart={}]').data[0].z)"
 WIDEST = "Math.max(...[...document.querySelectorAll('.main-svg')].map(svg => svg.getAttribute('width')))"
@@ -97,7 +96,7 @@ def pages(tmp_path_factory):
         CellResult(
             variant=variant,
             seed=seed,
-            metrics={name: 2.0 + seed / 10 for name in (*METRICS, "loss/chat", "loss/math")},
+            metrics={name: 2.0 + seed / 10 for name in (*MEANS, "loss/chat", "loss/math")},
             worst_source="chat",
             weights=((0, (0.5, 0.5)), (10, (0.25, 0.75))),
             tokens=1000,
@@ -106,7 +105,7 @@ def pages(tmp_path_factory):
         for variant in ("uniform", "gate-load_signal=train_interval=50")
         for seed in (1, 2)
     ]
-    summary = summarise([result.variant for result in results[::2]], ["chat", "math"], results, [])
+    summary = compared([result.variant for result in results[::2]], ["chat", "math"], results, [])
     grid = page_of_comparison("Comparison", folder, summary)
     (folder / "grid.html").write_text(html(grid, datetime(2026, 1, 2)), encoding="utf-8")
     return {name: folder / f"{name}.html" for name in [*files, "grid"]}

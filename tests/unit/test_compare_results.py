@@ -18,13 +18,22 @@ from megatron_dynmix.compare.page import (
     page_of_comparison,
     spread_text,
 )
-from megatron_dynmix.compare.results import CellResult, paired_difference, spread, student_t, summarise
+from megatron_dynmix.compare.results import (
+    MEANS,
+    CellResult,
+    Difference,
+    Failure,
+    Spread,
+    compared,
+    paired_difference,
+    spread,
+    student_t,
+)
 from megatron_dynmix.report.figures import OTHERS
 from megatron_dynmix.report.pages import html
 from megatron_dynmix.report.tables import Bold
 
 SOURCES = ["chat", "math"]
-METRICS = ("mean_loss", "worst_loss", "token_loss", "perplexity")
 
 
 def cell(variant, seed, chat, math_loss):
@@ -91,30 +100,30 @@ def test_one_pair_has_no_interval():
 
 
 def test_summary_of_three_seeds():
-    summary = summarise(["uniform", "gate-load"], SOURCES, three_seeds(), [])
-    uniform, gate_load = summary["variants"]
-    assert summary["baseline"] == "uniform"
-    assert uniform["metrics"]["mean_loss"]["difference"] is None
-    assert uniform["metrics"]["loss/chat"]["mean"] == pytest.approx(2.2)
-    assert uniform["metrics"]["loss/chat"]["sd"] == pytest.approx(0.1)
-    difference = gate_load["metrics"]["loss/chat"]["difference"]
-    assert difference["mean"] == pytest.approx(-0.098) and difference["is_clear"]
-    assert gate_load["metrics"]["loss/math"]["difference"]["mean"] == 0
-    assert gate_load["final_weights"]["math"]["mean"] == 0.75
-    json.dumps(summary, allow_nan=False)
+    summary = compared(["uniform", "gate-load"], SOURCES, three_seeds(), [])
+    uniform, gate_load = summary.variants
+    assert summary.baseline == "uniform"
+    assert uniform.metrics["mean_loss"].difference is None
+    assert uniform.metrics["loss/chat"].mean == pytest.approx(2.2)
+    assert uniform.metrics["loss/chat"].sd == pytest.approx(0.1)
+    difference = gate_load.metrics["loss/chat"].difference
+    assert difference.mean == pytest.approx(-0.098) and difference.is_clear
+    assert gate_load.metrics["loss/math"].difference.mean == 0
+    assert gate_load.final_weights["math"].mean == 0.75
+    json.dumps(dataclasses.asdict(summary), allow_nan=False)
 
 
 def test_differences_are_of_the_seeds_that_both_have():
     results = [result for result in three_seeds() if (result.variant, result.seed) != ("uniform", 2)]
-    gate_load = summarise(["uniform", "gate-load"], SOURCES, results, [])["variants"][1]
-    assert gate_load["seeds"] == [1, 2, 3]
-    assert gate_load["metrics"]["loss/chat"]["difference"]["count"] == 2
+    gate_load = compared(["uniform", "gate-load"], SOURCES, results, []).variants[1]
+    assert gate_load.seeds == [1, 2, 3]
+    assert gate_load.metrics["loss/chat"].difference.count == 2
 
 
 def test_tables_say_what_is_missing():
-    failure = {"variant": "fixed", "seed": 1, "reason": "loss is NaN (exit code 1)"}
+    failure = Failure(variant="fixed", seed=1, reason="loss is NaN (exit code 1)")
     one_seed = [cell("gate-load", 1, 2, 3)]
-    tables = comparison_tables(summarise(["fixed", "gate-load"], SOURCES, one_seed, [failure]))
+    tables = comparison_tables(compared(["fixed", "gate-load"], SOURCES, one_seed, [failure]))
     losses, *_, failed = tables.values()
     assert "No variant is named uniform" in losses.note and "One seed has no" in losses.note
     assert not any("difference" in column for column in losses.header)
@@ -125,25 +134,25 @@ def test_tables_say_what_is_missing():
 def test_every_row_has_a_cell_for_every_column():
     results = [*three_seeds(), cell("fixed", 1, 2, 3)]
     for table in comparison_tables(
-        summarise(["uniform", "gate-load", "fixed"], SOURCES, results, [])
+        compared(["uniform", "gate-load", "fixed"], SOURCES, results, [])
     ).values():
         assert {len(row) for row in table.rows} == {len(table.header)}, table.title
 
 
 def test_numbers_as_text():
-    assert spread_text({"mean": 1.23456, "sd": 0.1}) == "1.2346 ± 0.1000"
-    assert spread_text({"mean": 1.23456, "sd": None}) == "1.2346"
+    assert spread_text(Spread(1.23456, 0.1, 3)) == "1.2346 ± 0.1000"
+    assert spread_text(Spread(1.23456, None, 1)) == "1.2346"
     assert spread_text(None) == "-"
-    clear = {"mean": -0.5, "low": -1.0, "high": -0.25, "is_clear": True}
+    clear = Difference(-0.5, -1.0, -0.25, 3, is_clear=True)
     assert difference_text(clear) == "-0.5000 [-1.0000, -0.2500]"
     assert isinstance(difference_text(clear), Bold)
-    unclear = difference_text({"mean": 0.5, "low": None, "high": None, "is_clear": False})
+    unclear = difference_text(Difference(0.5, None, None, 1, is_clear=False))
     assert unclear == "+0.5000" and not isinstance(unclear, Bold)
 
 
 def test_markdown_and_page_hold_every_table_and_escape_what_is_text():
-    failure = {"variant": "fixed", "seed": 1, "reason": "<b>a|b</b>"}
-    summary = summarise(["uniform", "gate-load", "fixed"], SOURCES, three_seeds(), [failure])
+    failure = Failure(variant="fixed", seed=1, reason="<b>a|b</b>")
+    summary = compared(["uniform", "gate-load", "fixed"], SOURCES, three_seeds(), [failure])
     page = page_of_comparison("A & B", Path("runs/grid"), summary)
     text = html(page, datetime(2026, 1, 2, 3, 4))
     own = re.sub(r"<script>/\*\*.*?</script>", "", text, flags=re.DOTALL)
@@ -158,7 +167,7 @@ def test_markdown_and_page_hold_every_table_and_escape_what_is_text():
 
 
 def test_charts_hold_the_numbers_of_every_cell():
-    summary = summarise(["uniform", "gate-load"], SOURCES, three_seeds(), [])
+    summary = compared(["uniform", "gate-load"], SOURCES, three_seeds(), [])
     page = page_of_comparison("A", Path("grid"), summary)
     weights, losses = page.charts
     assert [set(traces) for traces in weights.legend.values()] == [{0, 2, 4, 6, 8, 10}, {1, 3, 5, 7, 9, 11}]
@@ -174,16 +183,16 @@ def test_charts_hold_the_numbers_of_every_cell():
 
 
 def test_a_comparison_without_a_finished_cell_has_a_page():
-    failure = {"variant": "fixed", "seed": 1, "reason": "killed"}
-    page = page_of_comparison("A", Path("grid"), summarise(["fixed"], SOURCES, [], [failure]))
+    failure = Failure(variant="fixed", seed=1, reason="killed")
+    page = page_of_comparison("A", Path("grid"), compared(["fixed"], SOURCES, [], [failure]))
     assert list(page.tables) == ["failures"] and page.charts == []
     assert "No cell has finished." in html(page, datetime(2026, 1, 2))
 
 
 def test_sources_without_a_color_share_one_box():
     many = [f"source_{number}" for number in range(12)]
-    metrics = {name: 2.0 for name in (*METRICS, "loss/source_0")}
+    metrics = {name: 2.0 for name in (*MEANS, "loss/source_0")}
     cells = [dataclasses.replace(cell("uniform", 1, 2, 3), weights=((0, (1 / 12,) * 12),), metrics=metrics)]
-    weights, _ = page_of_comparison("A", Path("grid"), summarise(["uniform"], many, cells, [])).charts
+    weights, _ = page_of_comparison("A", Path("grid"), compared(["uniform"], many, cells, [])).charts
     *_, (box, traces) = weights.legend.items()
     assert box == ("2 others", OTHERS) and len(traces) == 2
