@@ -33,7 +33,7 @@ class ShuffledDelta(GateLoad):
 
 
 def derangement(num_sources: int, seed: int) -> NDArray[np.int64]:
-    """A permutation that leaves no source in its place, the same for one seed."""
+    """Return a permutation that leaves no source in its place, the same for one seed."""
     rng = np.random.default_rng(seed)
     places_D = np.arange(num_sources)
     while True:

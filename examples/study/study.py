@@ -3,7 +3,7 @@
     study.py --data DIR --output DIR
 
 DIR holds chat, general, math and code, each with train.jsonl and dev.jsonl (ShareGPT rows). Whatever is
-finished is kept, so the same command goes on after an interruption. Flags of `train` go to every run.
+finished is kept, so the same command resumes after an interruption. Flags of `train` go to every run.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Study:
         }
 
     def run(self, *command: str) -> int:
-        """A command of this Python, with the study's variables."""
+        """Run a command of this Python, with the study's variables."""
         return subprocess.run([sys.executable, *command], env=self.environment, check=False).returncode
 
     def train_tokenizer(self) -> None:

@@ -1,4 +1,4 @@
-"""The subcommand `report`: its arguments, and what it does with them.
+"""The command `report`: its arguments, and what it does with them.
 
 Heavy imports wait inside the functions.
 """
@@ -15,7 +15,7 @@ from megatron_dynmix.report import REPORT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `report` takes."""
+    """Declare what `report` takes."""
     parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument(
         "--output",
@@ -26,12 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Carry out `report`; returns its exit code.
-
-    Raises:
-        InputError: what is given is no run, or the page cannot be written.
-
-    """
+    """Write the page of one run, or of several side by side."""
     from megatron_dynmix.report.pages import html, page_of_run, page_of_runs
     from megatron_dynmix.report.run import read_run
 
