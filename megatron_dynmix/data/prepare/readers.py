@@ -26,6 +26,20 @@ _MAX_ROW_BYTES = 1 << 28
 """A row larger than this is a file without line ends, or a quote that is never closed."""
 _MARK = re.compile(rb'[{}\[\],]|"[^"\\]*(?:\\.[^"\\]*)*(?P<end>"?)', re.DOTALL)
 """A sign, or a string with the quote that ends it if that is there already."""
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
+_UTF16 = "UTF-16 or UTF-32 text; convert it: iconv -f UTF-16 -t UTF-8"
+_FOREIGN = {
+    b"PK\x03\x04": "a zip archive; extract it: unzip",
+    b"\xfd7zXZ": "xz-compressed; decompress it: unxz",
+    b"BZh": "bzip2-compressed; decompress it: bunzip2",
+    b"ARROW1": "an Arrow file; give the dataset's folder, or export it as Parquet or JSON Lines",
+    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff", b"{\0", b"[\0", b"\0{", b"\0[", b"\0\0"), _UTF16),
+}
+_DECOMPRESS = {".gz": "gunzip", ".zst": "unzstd"}
+_BATCH_ROWS = 256
+_HEAD_BYTES = 1 << 16
 
 
 def split_lines(file: IO[bytes], name: object) -> Iterator[tuple[int, bytes]]:
@@ -100,22 +114,6 @@ def split_array(file: IO[bytes], name: object) -> Iterator[tuple[int, bytes]]:
 
 def _too_long() -> str:
     return f"longer than {_MAX_ROW_BYTES >> 20} MiB"
-
-
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
-_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
-_UTF16 = "UTF-16 or UTF-32 text; convert it: iconv -f UTF-16 -t UTF-8"
-_FOREIGN = {
-    b"PK\x03\x04": "a zip archive; extract it: unzip",
-    b"\xfd7zXZ": "xz-compressed; decompress it: unxz",
-    b"BZh": "bzip2-compressed; decompress it: bunzip2",
-    b"ARROW1": "an Arrow file; give the dataset's folder, or export it as Parquet or JSON Lines",
-    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff", b"{\0", b"[\0", b"\0{", b"\0[", b"\0\0"), _UTF16),
-}
-_DECOMPRESS = {".gz": "gunzip", ".zst": "unzstd"}
-_BATCH_ROWS = 256
-_HEAD_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
