@@ -42,13 +42,8 @@ from megatron_dynmix.checkpoint.tensors import Tensors, fill
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import sync, write_atomically
 from megatron_dynmix.job.agreement import RankFailure, together
+from megatron_dynmix.model import optimizer as optimizers
 from megatron_dynmix.model.gpt import unwrap
-from megatron_dynmix.model.optimizer import (
-    load_optimizer_state,
-    materialize_state,
-    optimizer_state,
-    sharding_metadata,
-)
 
 EXTRA_STATE = "._extra_state"
 """End of the names under which modules of Transformer Engine keep what is no tensor."""
@@ -93,13 +88,8 @@ class Checkpointer:
     def save(self, state: RunState, *, before: Callable[[], None] | None = None) -> None:
         """Take the state as it is now and begin to write it; `finish` makes a checkpoint of it.
 
-        Args:
-            state: the run state. The newest whole checkpoint up to its `good` will not be deleted.
-            before: what has to be on the disk before the checkpoint, or it is not written.
-
-        Raises:
-            RankFailure: on every rank, if it cannot be written; what was begun is gone again.
-
+        The newest whole checkpoint up to the state's `good` will not be deleted. What `before` does has to be
+        on the disk first. Raise `RankFailure` on every rank if it cannot be written, and leave nothing.
         """
         assert self._pending is None, "one checkpoint after the other"
         staging, process = self._staging(state.progress.iteration), TemporalAsyncCaller()
@@ -123,11 +113,7 @@ class Checkpointer:
     def finish(self, *, wait: bool) -> int | None:
         """Make a checkpoint of what is being written once all ranks have written; return its iteration.
 
-        None, on all ranks, if they have not and are not to `wait`.
-
-        Raises:
-            RankFailure: on every rank, if it could not be written; what was begun is gone again.
-
+        None, on all ranks, if they have not and are not to `wait`. Raises as `save` does.
         """
         pending = self._pending
         if pending is None:
@@ -198,9 +184,7 @@ class Checkpointer:
     def point_at(self, limit: int) -> Path | None:
         """Make the newest whole checkpoint up to an iteration the one to resume from; None without one.
 
-        Raises:
-            RankFailure: on every rank, if the tracker cannot be written.
-
+        Raise `RankFailure` on every rank if the tracker cannot be written.
         """
         found: list[int | None] = [None]
         with together():
@@ -212,16 +196,11 @@ class Checkpointer:
         return None if found[0] is None else folder_of(self.directory, found[0])
 
     def load(self, source: Path) -> RunState:
-        """Restore model, optimizer and schedule from a checkpoint folder; return its run state.
-
-        Raises:
-            InputError: a checkpoint that does not fit the model or the optimizer.
-
-        """
+        """Restore model, optimizer and schedule from a checkpoint that fits them; return its run state."""
         state = read_run_state(source)
         loaded = _load(self._state(loading=True), source)
         self._load_chunks(loaded)
-        load_optimizer_state(self.optimizer, loaded["optimizer"])
+        optimizers.load_optimizer_state(self.optimizer, loaded["optimizer"])
         self.scheduler.load_state_dict(loaded["opt_param_scheduler"])
         self.newest, self.good = state.progress.iteration, state.good
         return state
@@ -230,10 +209,6 @@ class Checkpointer:
         """Start from the weights of a checkpoint; optimizer, schedule and mix start new.
 
         What Transformer Engine keeps beside the weights need not be in it: a converted one has none.
-
-        Raises:
-            InputError: a checkpoint that does not fit the model.
-
         """
         held = load_sharded_metadata(str(source))
 
@@ -262,15 +237,15 @@ class Checkpointer:
         return [(f"model{stage}", unwrap(chunk)) for stage, chunk in enumerate(self.chunks)]
 
     def _model_state(self) -> dict[str, Any]:
-        metadata = sharding_metadata()
+        metadata = optimizers.sharding_metadata()
         return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in self._chunks()}
 
     def _state(self, *, loading: bool) -> dict[str, Any]:
-        materialize_state(self.optimizer)
+        optimizers.materialize_state(self.optimizer)
         model = self._model_state()
         return {
             **model,
-            "optimizer": optimizer_state(self.optimizer, model, loading=loading),
+            "optimizer": optimizers.optimizer_state(self.optimizer, model, loading=loading),
             "opt_param_scheduler": self.scheduler.state_dict(),
         }
 

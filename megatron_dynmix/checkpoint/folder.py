@@ -67,29 +67,17 @@ def checksums_text(sums: Mapping[str, Checksum]) -> str:
 
 
 def complete(folder: Path, run_state: str, sums: Mapping[str, Checksum]) -> None:
-    """Write what makes shards a whole checkpoint: `run_state.json`, then the checksums.
-
-    Args:
-        folder: holds the shards.
-        run_state: content of that file.
-        sums: of the files that are on the disk already, and hashed.
-
-    """
+    """Write beside the shards, whose `sums` are known, what makes a whole checkpoint of them."""
     write_atomically(folder / RUN_STATE, run_state)
-    rest = {name: folder / name for name in files_of(folder) if name not in sums}
-    for path in rest.values():
-        sync(path)
-    own = {name: checksum(path) for name, path in rest.items()}
+    own = {}
+    for name in set(files_of(folder)) - sums.keys():
+        sync(folder / name)
+        own[name] = checksum(folder / name)
     write_atomically(folder / CHECKSUMS, checksums_text({**sums, **own}))
 
 
 def read_checksums(folder: Path) -> dict[str, Checksum]:
-    """Return what the files of a checkpoint must be.
-
-    Raises:
-        Damaged: the folder was not written to its end, or the list cannot be read.
-
-    """
+    """Return what the files of a checkpoint must be; raise `Damaged` if its list cannot be read."""
     path = folder / CHECKSUMS
     if not path.is_file():
         raise Damaged(f"it was not written to its end: there is no {CHECKSUMS} in it")
@@ -104,12 +92,9 @@ def read_checksums(folder: Path) -> dict[str, Checksum]:
 
 
 def check_whole(folder: Path) -> None:
-    """Check that every file is there, with its size: as quick as listing the folder.
+    """Check that every file is there, with its size, and read the run state; else raise `Damaged`.
 
-    Raises:
-        Damaged: the first file that is not, or a run state that cannot be read.
-        InputError: a checkpoint of another version.
-
+    As quick as listing the folder. A checkpoint of another version is an `InputError`.
     """
     for name, (size, _) in read_checksums(folder).items():
         try:
@@ -122,17 +107,7 @@ def check_whole(folder: Path) -> None:
 
 
 def check_contents(folder: Path, sums: Mapping[str, Checksum], names: Iterable[str]) -> None:
-    """Read files and compare them with their checksums.
-
-    Args:
-        folder: a checkpoint.
-        sums: its checksums.
-        names: the files to compare: a rank's share of them.
-
-    Raises:
-        Damaged: the first file that differs or cannot be read.
-
-    """
+    """Read some files of a checkpoint; raise `Damaged` for the first that differs or cannot be read."""
     for name in names:
         try:
             found = checksum(folder / name)

@@ -42,15 +42,10 @@ def has_checkpoint(directory: Path) -> bool:
 
 
 def newest_good(directory: Path, damaged: Mapping[Path, str] | None = None) -> RestorePoint:
-    """Return the checkpoint to resume from, as far as names and sizes of its files tell.
+    """Return the checkpoint to resume from among a run's, as far as names and sizes of its files tell.
 
-    Args:
-        directory: the checkpoints folder of a run.
-        damaged: folders whose content is known to be bad, and why.
-
-    Raises:
-        InputError: there is none, or it is of another version.
-
+    `damaged` are folders whose content is known to be bad, and why. It is an `InputError` if none is left,
+    or if it is of another version.
     """
     tracker = directory / TRACKER
     tracked, notes = _tracked(tracker)
@@ -81,12 +76,7 @@ def newest_good(directory: Path, damaged: Mapping[Path, str] | None = None) -> R
 
 
 def exact(point: RestorePoint) -> Path:
-    """Return the checkpoint that the tracker names, where weights of no other one will do.
-
-    Raises:
-        InputError: it is damaged.
-
-    """
+    """Return the checkpoint that the tracker names, or refuse: weights of no other one will do."""
     if point.notes:
         raise InputError(
             f"{'; '.join(point.notes)}. But weights of another checkpoint are not taken unasked: write the "
@@ -96,12 +86,7 @@ def exact(point: RestorePoint) -> Path:
 
 
 def verified(directory: Path) -> RestorePoint:
-    """Return a `newest_good` whose content was read and compared, each file by one rank; the same on all.
-
-    Raises:
-        InputError: on every rank, if there is none.
-
-    """
+    """Return a `newest_good` whose content was read and compared, each file by one rank; the same on all."""
     damaged: dict[Path, str] = {}
     while True:
         point = _rank0s_choice(directory, damaged)

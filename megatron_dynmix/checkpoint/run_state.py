@@ -70,7 +70,7 @@ class LogInterval:
     """Those of this rank and process, not kept: Megatron-Core's own trackers do not survive a restart."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return what is kept."""
+        """Return all but what is not kept."""
         return {name: value for name, value in vars(self).items() if name != "micro_batches_here"}
 
 
@@ -118,10 +118,7 @@ class RunState(Identity):
 def read_saved(folder: Path) -> SavedModel:
     """Read what a checkpoint says: a `RunState`, unless its weights were converted.
 
-    Raises:
-        Damaged: no run state that can be read.
-        InputError: one of another version.
-
+    Raise `Damaged` if it cannot be read, and `InputError` if it is of another version.
     """
     try:
         values = json.loads((folder / RUN_STATE).read_text())
@@ -146,13 +143,7 @@ def read_saved(folder: Path) -> SavedModel:
 
 
 def read_run_state(folder: Path) -> RunState:
-    """Read the run state of a checkpoint.
-
-    Raises:
-        Damaged: no run state that can be read.
-        InputError: one of another version, or converted weights, which no run has trained.
-
-    """
+    """Read the run state of a checkpoint, as `read_saved` does; refuse converted weights."""
     saved = read_saved(folder)
     if not isinstance(saved, RunState):
         raise InputError(

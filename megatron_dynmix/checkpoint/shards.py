@@ -48,12 +48,7 @@ class Mailbox:
         self._file.flush()
 
     def get_nowait(self) -> Any:
-        """Return the message.
-
-        Raises:
-            queue.Empty: the process ended without one.
-
-        """
+        """Return the message; `queue.Empty` if the process ended without one."""
         self._file.seek(0)
         try:
             return pickle.load(self._file)
@@ -71,12 +66,7 @@ class ShardWriter(TorchDistSaveShardedStrategy):
         use_results_queue(Mailbox())
 
     def request(self, state: dict[str, Any], folder: Path) -> AsyncRequest:
-        """Do what `dist_checkpointing.save` does before the shards are written; return what is left to do.
-
-        Raises:
-            RankFailure: on every rank, if rank 0 cannot write.
-
-        """
+        """Do what `dist_checkpointing.save` does before the shards are written; return what is left to do."""
         sharded, common = save_preprocess(state)
         with together():
             TorchCommonSaveStrategy("torch", 1).save_common(common, str(folder))
@@ -109,8 +99,7 @@ class ShardWriter(TorchDistSaveShardedStrategy):
         with together():
             if gathered is not None:
                 writer.finish(metadata, [results for results, _ in gathered])
-                for _, sums in gathered:
-                    self.sums |= sums
+                self.sums = {name: own for _, sums in gathered for name, own in sums.items()}
 
 
 def _write_and_hash(

@@ -41,15 +41,9 @@ def own_slices(chunks: Iterable[GPTModel]) -> Iterator[ShardedTensor]:
 def fill(chunks: Sequence[GPTModel], tensors: Tensors) -> None:
     """Give every parameter and buffer its numbers, in its own precision; all ranks come here.
 
-    Args:
-        chunks: this rank's part of the model.
-        tensors: the whole model by the names of a checkpoint; of each only this rank's slice is read.
-
-    Raises:
-        RankFailure: on every rank, if one cannot read its slices.
-
+    Of `tensors`, the whole model by the names of a checkpoint, only this rank's slices are read. Raise
+    `RankFailure` on every rank if one cannot.
     """
-    filled: set[str] = set()
     with together():
         filled = _fill_own(chunks, tensors)
     every: list[set[str]] = [set()] * torch.distributed.get_world_size()
@@ -61,11 +55,8 @@ def fill(chunks: Sequence[GPTModel], tensors: Tensors) -> None:
 @torch.no_grad()
 def _fill_own(chunks: Sequence[GPTModel], tensors: Tensors) -> set[str]:
     """Fill one slice at a time; return the names of the tensors that this rank has a slice of."""
-    storages = {
-        tensor.untyped_storage().data_ptr()
-        for chunk in chunks
-        for tensor in (*chunk.parameters(), *chunk.buffers())
-    }
+    held = (tensor for chunk in chunks for tensor in (*chunk.parameters(), *chunk.buffers()))
+    storages = {tensor.untyped_storage().data_ptr() for tensor in held}
     filled = set()
     for own in own_slices(chunks):
         assert own.data is not None and own.data.untyped_storage().data_ptr() in storages, (

@@ -35,14 +35,7 @@ from megatron_dynmix.convert.logits import compare_logits
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.origin import keep_origin_of, model_of
 from megatron_dynmix.convert.staging import Staging, fingerprint
-from megatron_dynmix.convert.tensors import (
-    AsHuggingFace,
-    AsMegatron,
-    Box,
-    Cast,
-    main_type,
-    total_size,
-)
+from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, Box, Cast, main_type, total_size
 from megatron_dynmix.convert.to_hugging_face import size_in_bytes, write_weights
 from megatron_dynmix.convert.to_megatron import write_checkpoint
 from megatron_dynmix.convert.verdict import Verdict, compare_values
@@ -65,17 +58,8 @@ def hf_to_megatron(
 ) -> Verdict:
     """Make of a Hugging Face folder a checkpoint that runs can start from.
 
-    Args:
-        source: a Hugging Face folder.
-        destination: a folder that is not there yet, or is empty.
-        dtype: type of the weights, by its name in torch; theirs if None.
-        vocab_multiple: the embedding is padded to a multiple of so many rows.
-        verify: read back what was written, and compare values and logits.
-        say: prints a line.
-
-    Raises:
-        InputError: the source, the destination or the disk is not fit for it.
-
+    The weights are cast to `dtype`, by its name in torch, if that is given; the embedding is padded to a
+    multiple of so many rows. To `verify` is to read back what was written and compare values and logits.
     """
     if vocab_multiple < 1:
         raise InputError(f"--make-vocab-size-divisible-by is {vocab_multiple}; it must be 1 or more")
@@ -131,10 +115,6 @@ def megatron_to_hf(
 
     `source` is a run, its checkpoints folder, an `iter_*` folder or a converted folder. What `fused_experts`
     and `hf_config` do not say is as in the model's origin. The rest is as in `hf_to_megatron`.
-
-    Raises:
-        InputError: the source, the destination or the disk is not fit for it.
-
     """
     max_shard_bytes = size_in_bytes(max_shard_size)
     checkpoint = checkpoint_of(source)
@@ -218,12 +198,7 @@ def _write_beside(
 
 
 def checkpoint_of(source: Path) -> Path:
-    """Return the `iter_*` folder that is meant.
-
-    Raises:
-        InputError: none, or one that is damaged.
-
-    """
+    """Return the `iter_*` folder that is meant; refuse one that is damaged."""
     if (source / ".metadata").is_file():
         try:
             check_whole(source)

@@ -65,17 +65,10 @@ def open_export(
     fused_experts: bool | None = None,
     hf_config: Path | None = None,
 ) -> Export:
-    """Find out what a checkpoint is as a Hugging Face folder; no weights are read yet.
+    """Find out what a checkpoint, an `iter_*` folder, is as a Hugging Face folder; no weights are read yet.
 
-    Args:
-        checkpoint: an `iter_*` folder.
-        dtype: type of the weights, by its name in torch; theirs if None.
-        fused_experts: whether a layer's experts are one tensor; as in their origin if None.
-        hf_config: a folder with the model's config.json; found out if None.
-
-    Raises:
-        InputError: the checkpoint is not what its settings say, or is no model that `transformers` has.
-
+    What is not given is found out: the type of the weights, by its name in torch, whether a layer's experts
+    are one tensor, and the folder with the model's config.json.
     """
     config = read_saved(checkpoint).config
     settings = config["model"]
@@ -112,15 +105,8 @@ def _names_of(held: MegatronCheckpoint, settings: Mapping[str, Any], origin: Ori
 def export(checkpoint: Path, destination: Path) -> None:
     """Write a whole checkpoint as a Hugging Face folder, each rank its share of the files.
 
-    A folder that is there is replaced; until the new one is whole, it has another name.
-
-    Args:
-        checkpoint: an `iter_*` folder that all ranks see.
-        destination: the folder's name in the end.
-
-    Raises:
-        RankFailure: on every rank, if it cannot be written; what was begun is gone again.
-
+    A folder that is there is replaced; until the new one is whole, it has another name. Raise `RankFailure`
+    on every rank if it cannot be written, and leave nothing.
     """
     staging, rank = partial_of(destination), torch.distributed.get_rank()
     try:
@@ -160,10 +146,6 @@ def keep_origin(config: RunConfig, checkpoints: Path) -> None:
     """Keep what goes beside the weights of the model that a run begins with, if that is Hugging Face's.
 
     So its checkpoints can be exported when that folder is gone.
-
-    Raises:
-        TrainingStopped: on every rank, if it cannot be written.
-
     """
     pretrained, load_hf = config.checkpoint.pretrained_checkpoint, config.model.load_hf
     first = torch.distributed.get_rank() == 0

@@ -211,17 +211,10 @@ def weight_map(
     fused_experts: bool = False,
     padded_vocab: int | None = None,
 ) -> WeightMap:
-    """Say where every number of a model is, in both worlds.
+    """Say where every number of a model, with these settings of the `model` section, is in both worlds.
 
-    Args:
-        settings: the `model` section, flat: our fields and those of `TransformerConfig`.
-        hf_config: what config.json holds; its `model_type` says which family.
-        fused_experts: whether the folder has a layer's experts in one tensor.
-        padded_vocab: rows of the embedding in the checkpoint; the vocabulary if not given.
-
-    Raises:
-        InputError: an unknown family, or one that has no fused experts.
-
+    `fused_experts` says whether the folder has a layer's experts in one tensor, `padded_vocab` how many rows
+    the embedding has in the checkpoint: by default, those of the vocabulary.
     """
     family = FAMILIES.get(str(hf_config.get("model_type")))
     if family is None:

@@ -38,13 +38,6 @@ class HuggingFaceFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open a folder.
-
-        Raises:
-            InputError: no folder, no configuration or one of a model that we cannot run, weights that are
-                pickled, quantized, incomplete, damaged, or not those of the configuration.
-
-        """
         self.path = path
         self.config, self.settings = read_config(_existing(path) / "config.json", "fetch it again")
         self.files = _weight_files(path)

@@ -17,12 +17,7 @@ from megatron_dynmix.job.agreement import RankFailure, on_rank_0, together
 
 
 def folder_for(folder: Path, config: RunConfig) -> HuggingFaceFolder:
-    """Open a Hugging Face folder that has the weights of this model, by names, types and shapes.
-
-    Raises:
-        InputError: a folder that cannot be read, or that is of another model.
-
-    """
+    """Open a Hugging Face folder that has the weights of this model, by names, types and shapes."""
     source = HuggingFaceFolder(folder)
     model = config.model.flat()
     if differing := other_shape(source.settings, model):
@@ -52,12 +47,7 @@ def check_load_hf(config: RunConfig) -> None:
 
 
 def load_hugging_face(config: RunConfig, checkpointer: Checkpointer, say: Callable[[str], None]) -> None:
-    """Start from the weights of `model.load_hf`, each rank from its own slices of them.
-
-    Raises:
-        TrainingStopped: on every rank, if one cannot read the folder.
-
-    """
+    """Start from the weights of `model.load_hf`, each rank from its own slices of them."""
     assert config.model.load_hf is not None, "asked before"
     folder = Path(config.model.load_hf)
     say(f" loading weights from {folder}")

@@ -122,18 +122,9 @@ def compare_logits(
 ) -> LogitsVerdict:
     """Run both models on the same tokens, one after the other, and compare.
 
-    Whatever goes wrong on the way is a reason in the verdict.
-
-    Args:
-        hf_folder: the Hugging Face model; none of its own code is run.
-        weights: the tensors of that folder.
-        checkpoint: the tensors of the Megatron checkpoint.
-        model: what the checkpoint is a model of.
-        rounded: whether `weights` are rounded to another type than the folder has; the reference is then
-            given these, and reads nothing by itself.
-        limit: parameters of a model that is run as a whole; see `choose_layers`.
-        memory: bytes that may be used; what is free if not given.
-
+    Whatever goes wrong on the way is a reason in the verdict. None of the folder's own code is run. Its
+    `weights` are given to the reference if they are `rounded` to another type than it has, or if the model
+    has more parameters than `limit` or wants more than `memory` bytes; see `choose_layers`.
     """
     found: dict[str, Any] = {}
     try:
@@ -341,12 +332,8 @@ def _our_logits(
 def _build_cut(model: ModelConfig, checkpoint: Tensors, layers: Sequence[int]) -> GPTModel:
     """Build our GPT with some of a checkpoint's layers: on one rank, in float32, its vocabulary not padded.
 
-    Transformer Engine is not used: it multiplies matrices of float32 in TF32.
-
-    Raises:
-        KeyError: a tensor that the model has and the checkpoint has not.
-        ValueError: one that is too small.
-
+    Transformer Engine is not used: it multiplies matrices of float32 in TF32. A tensor that the checkpoint
+    does not have is a `KeyError`, one that is too small a `ValueError`.
     """
     settings = {name: value for name, value in model.megatron.items() if name not in STAGE_SETTINGS}
     if settings.get("moe_layer_freq", 1) != 1:

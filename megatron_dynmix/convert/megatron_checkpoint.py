@@ -32,12 +32,6 @@ class MegatronCheckpoint:
     """The model's tensors in one `iter_*` folder; those of the optimizer are not seen."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the list of tensors.
-
-        Raises:
-            InputError: no checkpoint that can be read.
-
-        """
         self.folder = folder
         metadata = _read_metadata(folder)
         tensors = {
@@ -60,12 +54,7 @@ class MegatronCheckpoint:
         }
 
     def read(self, name: str, offset: Shape, shape: Shape) -> torch.Tensor:
-        """Read a box of a tensor.
-
-        Raises:
-            InputError: a file is missing or too short, or no chunk holds a part of the box.
-
-        """
+        """Read a box of a tensor; refuse a checkpoint that does not hold all of it."""
         starts_CN, sizes_CN = self._boxes[name]
         low_CN = np.maximum(starts_CN, offset)
         high_CN = np.minimum(starts_CN + sizes_CN, np.add(offset, shape))

@@ -57,11 +57,6 @@ def origin_of(config: Mapping[str, Any], checkpoint: Path, given: Path | None) -
     """Find out what a checkpoint, an `iter_*` folder with its run's configuration, is of.
 
     The folder with a config.json that is `given` is taken, or else the one that the model came from.
-
-    Raises:
-        InputError: the folder it came from is gone or is of another model, or no family of Hugging Face
-            models computes what this model does.
-
     """
     settings, data = config["model"], config.get("data", {})
     folder = given if given is not None else _folder(config, checkpoint)

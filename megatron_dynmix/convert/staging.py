@@ -33,14 +33,7 @@ class Staging:
     def __init__(self, final: Path, plan: Mapping[str, Any], say: Callable[[str], None]) -> None:
         """Make the folder, or resume in the one that is there.
 
-        Args:
-            final: the folder's name in the end.
-            plan: JSON values that say what is made of what; a partial folder of another plan is emptied.
-            say: prints a line.
-
-        Raises:
-            InputError: the final folder holds something, cannot be made, or another process is writing it.
-
+        The plan is JSON values that say what is made of what; a partial folder of another plan is emptied.
         """
         self.final = final.absolute()
         try:
@@ -65,12 +58,7 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let other processes resume in the folder; say in one message that the disk is full, if it is.
-
-        Raises:
-            InputError: what was done in the folder met a full disk.
-
-        """
+        """Let other processes resume in the folder; say in one message that the disk is full, if it is."""
         self._lock.close()
         if isinstance(value, OSError) and value.errno in FULL:
             free = shutil.disk_usage(self.folder).free / GIGABYTE
@@ -92,12 +80,7 @@ class Staging:
         return json.dumps([name, (self.folder / name).stat().st_size, facts]) + "\n"
 
     def check_space(self, needed: int) -> None:
-        """See that what is still to be written of so many bytes finds room.
-
-        Raises:
-            InputError: too little is free; nothing has been written.
-
-        """
+        """Refuse to begin if what is still to be written of so many bytes finds no room."""
         missing = needed - sum((self.folder / name).stat().st_size for name in self.finished)
         free = shutil.disk_usage(self.folder).free
         if missing > free:
@@ -109,12 +92,7 @@ class Staging:
             )
 
     def complete(self) -> None:
-        """Give the folder its name.
-
-        Raises:
-            InputError: something else has taken the name since.
-
-        """
+        """Give the folder its name."""
         if _is_taken(self.final):
             raise InputError(
                 f"{self.final} has been made by something else since; what is done lies in {self.folder}: "

@@ -25,12 +25,7 @@ TYPE_NAMES = {torch.float64: "F64", **{dtype: name for name, dtype in DTYPES.ite
 
 
 def size_in_bytes(text: str) -> int:
-    """Read a size such as `5GB` (powers of ten, as `transformers` reads it), `512MiB` or plain bytes.
-
-    Raises:
-        InputError: it is no size.
-
-    """
+    """Read a size such as `5GB` (powers of ten, as `transformers` reads it), `512MiB` or plain bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(i?)B)?", text.strip(), re.IGNORECASE)
     if match is None or not float(match[1]):
         raise InputError(f"a size of {text!r} cannot be read; give it as 5GB, 512MiB or a number of bytes")
@@ -60,18 +55,10 @@ def write_weights(
     finish: Callable[[str], None] = lambda file: None,
     advance: Callable[[int], object] = lambda nbytes: None,
 ) -> None:
-    """Write one rank's share of the files, and on the first rank the index if there are several.
+    """Write one rank's share of the files of a model, and on the first rank the index if there are several.
 
-    Args:
-        tensors: the whole model under its Hugging Face names.
-        folder: a folder that all ranks see.
-        max_shard_bytes: of one file.
-        rank: number of this process among those that write the folder.
-        world: how many they are.
-        finished: names of files that need not be written again.
-        finish: called with the name of each file that was written.
-        advance: told of bytes that were written, or were there already.
-
+    Files that are `finished` are not written again; `finish` is called with the name of each that was
+    written, and `advance` with bytes that were written or were there already.
     """
     shards = shards_of(tensors, max_shard_bytes)
     for file in list(shards)[rank::world]:

@@ -43,22 +43,12 @@ Advance = Callable[[int], object]
 
 
 def write_checkpoint(
-    tensors: Tensors,
-    order: Callable[[Box], Any],
-    staging: Staging,
-    name: str,
-    *,
-    advance: Advance,
+    tensors: Tensors, order: Callable[[Box], Any], staging: Staging, name: str, *, advance: Advance
 ) -> dict[str, Checksum]:
     """Write the shards and the list of them; parts that are there stay. Return each shard's checksum by name.
 
-    Args:
-        tensors: the whole model under its Megatron names.
-        order: sorts the boxes, so that what they are made from is read from front to back.
-        staging: where.
-        name: the checkpoint's folder in it.
-        advance: told of bytes that were written, or were there already.
-
+    `name` is the checkpoint's folder in the staging. Boxes are sorted by `order`, so that what they are made
+    from is read from front to back; `advance` is told of bytes that were written, or were there already.
     """
     folder = staging.folder / name
     folder.mkdir(exist_ok=True)

@@ -74,12 +74,7 @@ def compare_values(
 ) -> list[GroupVerdict]:
     """Read both models to the end, as Hugging Face tensors, and compare them bit for bit.
 
-    Args:
-        read: what a conversion was made of.
-        written: what it wrote, read back from the disk.
-        weight_map: names and kinds of the tensors; the verdicts are in its order.
-        advance: told of bytes that were compared.
-
+    The verdicts are in the order of the map; `advance` is told of bytes that were compared.
     """
     found: dict[str, dict[str, _Compared]] = {}
     with ThreadPoolExecutor(1) as pool:

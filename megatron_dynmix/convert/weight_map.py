@@ -301,13 +301,9 @@ def layers_one_by_one(settings: Mapping[str, Any]) -> bool:
 def lay_out(
     settings: Mapping[str, Any], rules: Iterable[tuple[int | None, Rule]], padded_vocab: int | None
 ) -> WeightMap:
-    """Make the map of a model.
+    """Make the map of a model from rules, each with the layer it is for, or None outside of all layers.
 
-    Args:
-        settings: the `model` section, flat.
-        rules: each with the layer it is for, or None outside of all layers.
-        padded_vocab: rows of the tensors of `VOCABULARY` in the checkpoint; one for each token if None.
-
+    In the checkpoint, tensors of `VOCABULARY` have `padded_vocab` rows; one for each token if None.
     """
     sizes, stacked = sizes_of(settings), not layers_one_by_one(settings)
     hf_shapes: dict[str, Shape] = {}

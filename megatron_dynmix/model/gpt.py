@@ -38,10 +38,7 @@ class RealVocabularyGPT(GPTModel):
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Return the cross entropy over the real vocabulary, `[B, S]` in nats.
 
-        Args:
-            labels: `[B, S]`.
-            logits: `[S, B, V]`; the padding's share of it is overwritten.
-
+        Labels are `[B, S]`, logits `[S, B, V]`; the padding's share of these is overwritten.
         """
         first = self.tp_group.rank() * logits.shape[-1]
         if first + logits.shape[-1] > self.real_vocab_size:

@@ -54,21 +54,11 @@ class SegmentAttention(DotProductAttention):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """Attend causally inside each segment.
+        """Attend causally inside each segment; return `[S, B, N * H]`, or `[T, N * H]` when packed.
 
-        Args:
-            query: `[S, B, N, H]`, or `[T, N, H]` when packed.
-            key: likewise, with fewer heads under grouped-query attention.
-            value: as `key`.
-            attention_mask: True = masked, a row for each query; its columns are in the order of the gathered
-                keys. None = causal over the whole row.
-            attn_mask_type: not read: attention here is always causal.
-            attention_bias: must be None.
-            packed_seq_params: borders of the segments of rows joined to one sequence.
-
-        Returns:
-            `[S, B, N * H]`, or `[T, N * H]` when packed.
-
+        Queries are `[S, B, N, H]`, or `[T, N, H]` when packed; keys and values likewise, with fewer heads
+        under grouped-query attention. The mask has a row for each query, and columns in the order of the
+        gathered keys; without one, attention is causal over the whole row. `attn_mask_type` is not read.
         """
         assert attention_bias is None, "attention bias is not used by this model"
         if packed_seq_params is not None:
@@ -107,12 +97,8 @@ def _masked_between_segments(cu_seqlens: torch.Tensor, length: int) -> torch.Ten
 def segment_mask(segment_BS: torch.Tensor, query_Q: torch.Tensor, key_K: torch.Tensor) -> torch.Tensor:
     """Return the mask `[B, 1, Q, K]` of rows that hold several segments: True = another segment, or later.
 
-    Args:
-        segment_BS: number of the segment that each position belongs to; padding is a segment too, so that
-            no position is left without anything to attend to.
-        query_Q: positions that attend.
-        key_K: positions that may be attended to, in the order of the keys.
-
+    Queries and keys are given by their positions. Padding is a segment too, so that no position is left
+    without anything to attend to.
     """
     later_QK = key_K[None, :] > query_Q[:, None]
     return ((segment_BS[:, query_Q, None] != segment_BS[:, None, key_K]) | later_QK)[:, None]

@@ -34,18 +34,10 @@ class Probe:
         dp_size: int,
         rotating: bool = False,
     ) -> None:
-        """Read this rank's share of the rows, if they stay the same.
+        """Read this rank's share of the held-out rows, if they stay the same.
 
-        Args:
-            rows: held-out rows of each source.
-            probe_tokens: positions to read of each source; a source with fewer is read whole.
-            seq_length: positions of a row.
-            micro_batch_size: rows of a micro-batch.
-            dp_rank: this data-parallel rank.
-            dp_size: data-parallel ranks; they share the rows.
-            rotating: whether each measurement starts where the last one stopped, from the first row again
-                after the last; if not, all read a source's first rows.
-
+        Of each source so many positions are read, or all of fewer: its first rows, or, `rotating`, from where
+        the last measurement stopped. Data-parallel ranks share the rows.
         """
         self._rows = rows
         self._per_source = -(-probe_tokens // seq_length)
@@ -63,17 +55,10 @@ class Probe:
     def measure(
         self, run: PassRunner, seconds: dict[str, float], measurement: int
     ) -> tuple[torch.Tensor, SourceStats]:
-        """Measure once; training state is left as it was.
+        """Return counts `[H, D, L, E]` and sums per source of all ranks; leave training state as it was.
 
-        Args:
-            run: the model.
-            seconds: `reduce` is set to the time of the reduction alone.
-            measurement: its number in the run, which decides the rows if they rotate.
-
-        Returns:
-            Counts `[H, D, L, E]`, the halves being even and odd rows of a source's file, and sums per
-            source; of all ranks.
-
+        The halves are even and odd rows of a source's file. The number of the measurement in the run decides
+        the rows if they rotate; `seconds["reduce"]` is set to the time of the reduction alone.
         """
         micro_batches = self._read(measurement) if self._kept is None else self._kept
         for chunk in run.chunks:
@@ -96,7 +81,7 @@ class Probe:
         pairs = [(d, row) for d in range(len(self._rows)) for row in self.rows_of(d, measurement)]
         # Expert parallelism needs the same number of passes on every rank: fill up with rows of padding.
         pairs += [(-1, 0)] * (-len(pairs) % self._stride)
-        empty = _padding_row(self._rows[0][0])
+        empty = {name: np.full_like(row, PADDING.get(name, 0)) for name, row in self._rows[0][0].items()}
         return [
             default_collate(
                 [
@@ -110,8 +95,3 @@ class Probe:
             )
             for first in range(self._first, len(pairs), self._stride)
         ]
-
-
-def _padding_row(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Make a row of the same shape that is all padding."""
-    return {name: np.full_like(values, PADDING.get(name, 0)) for name, values in row.items()}

@@ -62,12 +62,7 @@ def begins(run_dir: Path, resume: Resume) -> bool:
 
 
 def check_run_dir(run_dir: Path, resume: Resume) -> None:
-    """Refuse a run directory that does not go with `resume`.
-
-    Raises:
-        InputError: the directory holds a run and must not, or holds none and must, or cannot be written.
-
-    """
+    """Refuse a run directory that does not go with `resume`, or cannot be written."""
     if resume == "must" and not has_checkpoint(run_dir):
         raise InputError(
             f"--resume must, but {run_dir / 'checkpoints'} holds no checkpoint; check the path, or start a "
@@ -98,15 +93,8 @@ def check_resume(
     """Refuse to resume with another model, other data or another order; list every other change.
 
     What the run would resume from is `source`, or else the newest good checkpoint, as far as its files'
-    sizes tell. Nothing is compared where it resumes from none.
-
-    Returns:
-        Settings that differ from the checkpoint's, as `section.name: old -> new`. They are in force from
-        now on; the weights are not among them: the state of the mix continues.
-
-    Raises:
-        InputError: a change that the run cannot resume with.
-
+    sizes tell. Nothing is compared where it resumes from none. Settings that differ, listed as
+    `section.name: old -> new`, are in force from now on; weights are not among them: the mix continues.
     """
     if begins(run_dir, resume):
         return []
@@ -181,12 +169,7 @@ def _check_strategy(saved: Settings, mixing: MixingConfig, source: Path) -> None
 
 
 def check_pretrained(config: RunConfig) -> None:
-    """Refuse weights of another model, or none.
-
-    Raises:
-        InputError: what is wrong.
-
-    """
+    """Refuse weights of another model, or none."""
     if config.checkpoint.pretrained_checkpoint is not None:
         point = restore_point.newest_good(Path(config.checkpoint.pretrained_checkpoint))
         source = restore_point.exact(point)

@@ -40,14 +40,8 @@ class Saving:
     def save(self, state: RunState, *, last: bool, before: Callable[[], None] | None = None) -> None:
         """Write a checkpoint; beside the training that follows it, if the configuration asks for that.
 
-        Args:
-            state: the run state, but for what is good.
-            last: whether the run ends with it: then it is whole on return.
-            before: see `Checkpointer.save`.
-
-        Raises:
-            TrainingStopped: it, or the one before, could not be written.
-
+        What is good is put into the state here; for `before` see `Checkpointer.save`. If the run ends with
+        it, the `last` one, it is whole on return.
         """
         self.settle(wait=True)
         self.say(saving_line(state.progress.iteration, self.directory, datetime.now()))
@@ -61,12 +55,7 @@ class Saving:
             self.settle(wait=True, last=last)
 
     def settle(self, *, wait: bool, last: bool = False) -> None:
-        """See whether what is being written is whole by now, or `wait` until it is; all ranks see the same.
-
-        Raises:
-            TrainingStopped: it could not be written.
-
-        """
+        """See whether what is being written is whole, or `wait` until it is; all ranks see the same."""
         try:
             iteration = self.checkpointer.finish(wait=wait)
         except RankFailure as failure:
@@ -98,17 +87,9 @@ class Saving:
         self.say(f"  successfully saved {destination}")
 
     def fall_back(self, iteration: int) -> Path | None:
-        """Make the newest good checkpoint the one to resume from, as the state of now may be broken.
+        """Make the newest good checkpoint before `iteration` the one to resume from; None if there is none.
 
-        Args:
-            iteration: iterations done; a checkpoint of that many is no good one.
-
-        Returns:
-            Its folder; None if there is none.
-
-        Raises:
-            TrainingStopped: the tracker cannot be written.
-
+        The state of now, and so a checkpoint of it, may be broken.
         """
         if self.good is None:
             return None

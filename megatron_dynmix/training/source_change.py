@@ -104,12 +104,8 @@ class SourceChange:
     def carry(self, state: RunState, initial_D: NDArray[np.float64]) -> tuple[RunState, list[str]]:
         """Return the state for the sources of `after`, and what was done, line by line.
 
-        Losses and tokens of the log interval in hand go by name: those of removed sources leave with them.
-
-        Args:
-            state: run state of the checkpoint.
-            initial_D: shares that the sources would begin a run with.
-
+        `initial_D` are shares that the sources would begin a run with. Losses and tokens of the log interval
+        in hand go by name: those of removed sources leave with them.
         """
         mix, blend, log = state.mix, state.mix.blend, state.log_interval
         old_D = blend.stages[-1].weights

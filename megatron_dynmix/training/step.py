@@ -49,13 +49,11 @@ class PassRunner:
     """The interleaved pipeline runs micro-batches in groups of so many."""
 
     def __call__(self, micro_batches: Sequence[MicroBatch], *, forward_only: bool) -> SourceStats:
-        """Run one pass; return sums over all ranks, on the CPU.
+        """Run one pass over this rank's micro-batches; return sums over all ranks, on the CPU.
 
-        Args:
-            micro_batches: this rank's, the same number on every rank; to evaluate, any number will do.
-            forward_only: True to evaluate; otherwise gradients of the sum over the whole step's trained
-                tokens, divided by their number, are left in the model's buffers.
-
+        Every rank has the same number of them; to evaluate (`forward_only`), any number will do. Otherwise
+        gradients of the step's loss, summed over all trained tokens and divided by their number, are left in
+        the model's buffers.
         """
         rows = len(micro_batches[0]["dataset_id"])
         if forward_only:
@@ -161,12 +159,9 @@ class BeforePass:
 
 
 def take_aux_losses(config: TransformerConfig, micro_batches: int) -> dict[str, float]:
-    """Return mean auxiliary losses since the last call, by name, over MoE layers, micro-batches and ranks.
+    """Return mean auxiliary losses by name, over MoE layers, ranks and the micro-batches since the last call.
 
-    Args:
-        config: of the model; without any such loss the answer is empty.
-        micro_batches: micro-batches that each rank has run since then.
-
+    Each rank has run so many micro-batches. Without any such loss the answer is empty.
     """
     types, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
     if isinstance(types, str):
