@@ -5,8 +5,6 @@ Axes: B rows, S positions, V this rank's part of the vocabulary, F inner width o
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,8 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.megatron import ddp_config, padded_vocab_size
-from megatron_dynmix.model.layer_spec import decoder_spec
-from megatron_dynmix.moe.mlp_router import MlpRouter
+from megatron_dynmix.model.layers import decoder_spec
 from megatron_dynmix.moe.router import GateLoadRouter
 from megatron_dynmix.platform import Platform
 
@@ -53,13 +50,7 @@ def build_gpt(
     config: RunConfig, transformer: TransformerConfig, transformer_engine: bool, vp_stage: int | None = None
 ) -> RealVocabularyGPT:
     """Build one (virtual) pipeline stage's part of the model, in the parameters' own precision."""
-    spec = decoder_spec(
-        transformer,
-        transformer_engine=transformer_engine,
-        qk_layernorm_full_width=config.model.qk_layernorm_full_width,
-        router=_router(config),
-        vp_stage=vp_stage,
-    )
+    spec = decoder_spec(config.model, transformer, transformer_engine, vp_stage)
     assert config.model.vocab_size is not None, "the preset gives one"
     return RealVocabularyGPT(
         transformer,
@@ -74,12 +65,6 @@ def build_gpt(
         rotary_base=config.model.rotary_base,
         vp_stage=vp_stage,
     )
-
-
-def _router(config: RunConfig) -> Callable[..., GateLoadRouter]:
-    if config.model.router_network == "mlp":
-        return functools.partial(MlpRouter, noise=config.model.router_noise)
-    return GateLoadRouter
 
 
 def build_model(
@@ -128,17 +113,6 @@ def freeze_router(model: torch.nn.Module) -> None:
                 parameter.requires_grad_(False)
 
 
-def expert_gates(model: torch.nn.Module) -> Iterable[tuple[torch.nn.Parameter, slice]]:
-    """Yield the parameters that hold gate projections of routed experts, each with the rows that do.
-
-    A rank's part of an expert's `linear_fc1.weight` is `[2F, H]`: the gate's rows, then as many of the up
-    projection, whatever the tensor-parallel size.
-    """
-    for name, parameter in model.named_parameters():
-        if ".experts." in name and ".linear_fc1.weight" in name:
-            yield parameter, slice(0, parameter.shape[0] // 2)
-
-
 def finalize_without_expert_gates(chunks: list[DistributedDataParallel], *args: Any, **kwargs: Any) -> None:
     """Run Megatron-Core's `finalize_model_grads`, then take gate projections of experts their gradient.
 
@@ -146,6 +120,7 @@ def finalize_without_expert_gates(chunks: list[DistributedDataParallel], *args: 
     and no weight decay AdamW leaves a weight as it is, and the gradient's norm is that of what is trained.
     """
     finalize_model_grads(chunks, *args, **kwargs)
-    for chunk in chunks:
-        for parameter, rows in expert_gates(chunk):
-            parameter.main_grad[rows].zero_()
+    for name, parameter in (item for chunk in chunks for item in chunk.named_parameters()):
+        if ".experts." in name and ".linear_fc1.weight" in name:
+            # a rank's part is `[2F, H]`: the gate's rows, then as many of the up projection
+            parameter.main_grad[: parameter.shape[0] // 2].zero_()

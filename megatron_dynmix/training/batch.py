@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_dynmix.data.loader import MicroBatch
-from megatron_dynmix.model.local_layers import segment_mask
+from megatron_dynmix.model.layers import segment_mask
 from megatron_dynmix.moe.router import router_token_slice
 
 
@@ -57,7 +57,7 @@ class Batch:
 def to_batch(micro_batch: MicroBatch, device: torch.device, *, join_rows: bool) -> Batch:
     """Move a micro-batch, the draw `[B]` and the arrays `[B, S]` of `PackedRows`, to the model's device.
 
-    What follows from it is derived; for `join_rows` see `layer_spec.joins_rows`.
+    What follows from it is derived; for `join_rows` see `layers.joins_rows`.
     """
     packed = _packed_seq_params(micro_batch["segment_ids"], device) if join_rows else None
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}

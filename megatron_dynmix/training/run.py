@@ -28,7 +28,7 @@ from megatron_dynmix.data.sources import build_blend
 from megatron_dynmix.job.heartbeat import heartbeat_of_job
 from megatron_dynmix.job.signals import StopRequest
 from megatron_dynmix.model.gpt import build_model
-from megatron_dynmix.model.layer_spec import joins_rows
+from megatron_dynmix.model.layers import joins_rows
 from megatron_dynmix.model.optimizer import build_optimizer
 from megatron_dynmix.moe.counter import GateLoadCounter
 from megatron_dynmix.moe.router import attach_counter

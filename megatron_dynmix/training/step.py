@@ -44,7 +44,7 @@ class PassRunner:
     seq_length: int
     sequence_parallel: bool
     join_rows: bool
-    """See `layer_spec.joins_rows`."""
+    """See `layers.joins_rows`."""
     micro_batch_group: int = 1
     """The interleaved pipeline runs micro-batches in groups of so many."""
 

@@ -7,7 +7,7 @@ from megatron.core import utils as megatron_utils
 from megatron_dynmix import platform
 
 platform.start()
-from megatron_dynmix.model.local_layers import segment_mask  # noqa: E402
+from megatron_dynmix.model.layers import segment_mask  # noqa: E402
 from megatron_dynmix.training.batch import context_parallel_positions  # noqa: E402
 
 CPU = torch.device("cpu")

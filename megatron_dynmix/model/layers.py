@@ -1,23 +1,105 @@
-"""Attention and norms of Megatron-Core's local (no Transformer Engine) layers, on CPU and GPU alike.
+"""The classes that Megatron-Core builds a decoder layer from, and those of them that are ours.
 
-Handed to Megatron-Core through its layer spec. Axes: S sequence, B batch, N heads, H head width, Q queries,
-K keys.
+Ours are attention and norms of layers without Transformer Engine, on CPU and GPU alike. Axes: S sequence,
+B batch, N heads, H head width, Q queries, K keys.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dynmix import platform
+from megatron_dynmix.config.run_config import ModelConfig
+from megatron_dynmix.moe.mlp_router import MlpRouter
+from megatron_dynmix.moe.router import GateLoadRouter
+
+LATENT_NORMS = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
+"""Norms of the latents, here -> in a checkpoint."""
+
+
+def decoder_spec(
+    model: ModelConfig, transformer: TransformerConfig, transformer_engine: bool, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """Return the spec of a (virtual) pipeline stage's layers: Megatron-Core's own, with a router of ours.
+
+    Without Transformer Engine, attention and norms are those of this file; with it and context
+    parallelism, attention is.
+    """
+    block = get_gpt_decoder_block_spec(
+        transformer,
+        use_transformer_engine=transformer_engine,
+        normalization=transformer.normalization,
+        vp_stage=vp_stage,
+    )
+    block = copy.deepcopy(block)  # Megatron-Core shares parts between specs
+    mlp_router = functools.partial(MlpRouter, noise=model.router_noise)
+    if not transformer_engine:
+        block.layer_norm = LocalNorm
+    for layer in block.layer_specs:
+        parts = layer.submodules
+        if parts.mlp.module is MoELayer:
+            parts.mlp.submodules.router = mlp_router if model.router_network == "mlp" else GateLoadRouter
+        if not transformer_engine:
+            _use_local_layers(parts, transformer)
+        elif not joins_rows(transformer_engine, transformer.context_parallel_size):
+            parts.self_attention.submodules.core_attention = SegmentAttention
+        if model.qk_layernorm_full_width:
+            attention = parts.self_attention.submodules
+            attention.q_layernorm = ModuleSpec(FullWidthNorm, {"heads": "num_attention_heads"})
+            attention.k_layernorm = ModuleSpec(FullWidthNorm, {"heads": "num_query_groups"})
+    return block
+
+
+def joins_rows(transformer_engine: bool, context_parallel_size: int) -> bool:
+    """Whether attention takes all rows of a micro-batch as one sequence, with the borders of the segments.
+
+    Otherwise it takes a block-diagonal mask. Under context parallelism Transformer Engine wants every
+    segment padded to a multiple of 2 x ranks: the rows, and so their order, would depend on the layout.
+    """
+    return transformer_engine and context_parallel_size == 1
+
+
+def _use_local_layers(parts: Any, transformer: TransformerConfig) -> None:
+    parts.input_layernorm = parts.pre_mlp_layernorm = LocalNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = SegmentAttention
+    if transformer.multi_latent_attention:
+        if transformer.qk_layernorm:
+            attention.q_layernorm = attention.kv_layernorm = LocalNorm
+        # Whole on every tensor-parallel rank: with a column-parallel one, what the rotary part of the keys
+        # learns from the other ranks' heads would be missing from its gradient.
+        attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
+        # Transformer Engine's layers hold these norms, and their checkpoints say so
+        parts.sharded_state_dict_keys_map = dict(LATENT_NORMS)
+        if parts.mlp.module is not MoELayer:
+            parts.sharded_state_dict_keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+        return
+    if transformer.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = LocalNorm
+    if parts.mlp.module is MoELayer:
+        # The local spec renames this key in checkpoints as if the layer were dense; Transformer Engine's
+        # does not, and a checkpoint must not tell where it was written.
+        parts.sharded_state_dict_keys_map = {
+            old: new for old, new in parts.sharded_state_dict_keys_map.items() if old != "pre_mlp_layernorm."
+        }
 
 
 class SegmentAttention(DotProductAttention):
@@ -121,27 +203,17 @@ class LocalNorm:
 
 
 class FullWidthNorm(torch.nn.Module):
-    """RMSNorm of queries or keys over all heads together, as OLMoE has it (its `q_norm` and `k_norm`)."""
+    """RMSNorm of queries or keys over all heads together, as OLMoE has it (its `q_norm` and `k_norm`).
 
-    heads: str
-    """Setting that says how many heads there are."""
+    `heads` is the setting that says how many there are.
+    """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, *, heads: str, eps: float = 1e-5, **unused: Any
+    ) -> None:
         super().__init__()
-        self.norm = LocalNorm(config, getattr(config, self.heads) * hidden_size, eps)
+        self.norm = LocalNorm(config, getattr(config, heads) * hidden_size, eps)
 
     def forward(self, heads: torch.Tensor) -> torch.Tensor:
         """Normalize over the last two axes of `[S, B, N, H]`."""
         return self.norm(heads.flatten(start_dim=-2)).view_as(heads)
-
-
-class FullWidthQueryNorm(FullWidthNorm):
-    """`FullWidthNorm` of the queries."""
-
-    heads = "num_attention_heads"
-
-
-class FullWidthKeyNorm(FullWidthNorm):
-    """`FullWidthNorm` of the keys."""
-
-    heads = "num_query_groups"
