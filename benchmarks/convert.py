@@ -28,11 +28,11 @@ platform.start()
 import torch  # noqa: E402  the platform comes before Megatron-Core
 
 from megatron_dynmix.convert.conversion import hf_to_megatron, megatron_to_hf  # noqa: E402
+from megatron_dynmix.convert.export_hf import write_weights  # noqa: E402
 from megatron_dynmix.convert.families import weight_map  # noqa: E402
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder  # noqa: E402
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint  # noqa: E402
-from megatron_dynmix.convert.tensors import AsHuggingFace  # noqa: E402
-from megatron_dynmix.convert.to_hugging_face import write_weights  # noqa: E402
+from megatron_dynmix.convert.tensors import as_hugging_face  # noqa: E402
 from megatron_dynmix.convert.verdict import compare_values  # noqa: E402
 from megatron_dynmix.records.text_table import table  # noqa: E402
 
@@ -200,7 +200,7 @@ def main() -> None:
         folder, written = HuggingFaceFolder(scratch / "source"), MegatronCheckpoint(checkpoint)
         names = folder.weight_map(written.shapes["embedding.word_embeddings.weight"][0])
         took, _ = seconds(
-            lambda: compare_values(folder, AsHuggingFace(written, names), names, lambda _: None)
+            lambda: compare_values(folder, as_hugging_face(written, names), names, lambda _: None)
         )
         print(f"comparing values afterwards: {there[1]} GB on either side in {took:.1f} s")
         print(f"largest shard: {largest:.2f} GB; memory is what the process grew by")

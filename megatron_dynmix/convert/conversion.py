@@ -29,14 +29,13 @@ from megatron_dynmix.checkpoint.folder import (
 from megatron_dynmix.checkpoint.run_state import Damaged, SavedModel
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.config.presets import complete_model
-from megatron_dynmix.convert.export_hf import open_export
+from megatron_dynmix.convert.export_hf import open_export, size_in_bytes, write_weights
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, carried_files
 from megatron_dynmix.convert.logits import compare_logits
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.origin import keep_origin_of, model_of
 from megatron_dynmix.convert.staging import Staging, fingerprint
-from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, Box, Cast, main_type, total_size
-from megatron_dynmix.convert.to_hugging_face import size_in_bytes, write_weights
+from megatron_dynmix.convert.tensors import Box, Cast, as_hugging_face, as_megatron, main_type, total_size
 from megatron_dynmix.convert.to_megatron import write_checkpoint
 from megatron_dynmix.convert.verdict import Verdict, compare_values
 from megatron_dynmix.convert.weight_map import EMBEDDING, WeightMap
@@ -68,7 +67,7 @@ def hf_to_megatron(
     padded = -(-vocab // vocab_multiple) * vocab_multiple
     names = folder.weight_map(padded)
     read: Tensors = folder if dtype is None else Cast(folder, getattr(torch, dtype))
-    wanted = AsMegatron(read, names)
+    wanted = as_megatron(read, names)
     total = total_size(wanted)
     settings = complete_model({"preset": None, **folder.settings})
     plan = {"source": {str(source.resolve()): fingerprint(source)}, "dtype": dtype, "padding": padded}
@@ -83,7 +82,7 @@ def hf_to_megatron(
         if verify:
             written = MegatronCheckpoint(target)
             with ProgressBar("comparing", total) as progress:
-                groups = compare_values(read, AsHuggingFace(written, names), names, progress.advance)
+                groups = compare_values(read, as_hugging_face(written, names), names, progress.advance)
             rounded = dtype not in (None, "float32") and {*folder.dtypes.values()} != {*read.dtypes.values()}
             logits = compare_logits(source, read, written, model_of(settings), rounded=rounded)
         verdict = Verdict(
@@ -162,10 +161,10 @@ def megatron_to_hf(
 
 def _completed(staging: Staging, verdict: Verdict) -> Verdict:
     """Give the folder its name, unless something is wrong."""
-    if not verdict.passed:
-        return verdict
-    staging.complete()
-    return dataclasses.replace(verdict, folder=staging.final)
+    if verdict.passed:
+        staging.complete()
+        verdict = dataclasses.replace(verdict, folder=staging.final)
+    return verdict
 
 
 def _reading_order(folder: HuggingFaceFolder, names: WeightMap) -> Callable[[Box], Any]:

@@ -3,12 +3,19 @@
 RUN/checkpoints/hugging_face/       all of the folder that the run began with but its weights
 RUN/checkpoints/conversion.json     how that folder was laid out
 RUN/hugging_face/iter_0000100/      a model that transformers opens
+
+A file of weights (safetensors) is the length of its header (8 bytes, little-endian), the header (JSON: each
+tensor's type, shape and place), then the tensors without gaps. It is written box by box: memory does not grow
+with a file.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,36 +28,47 @@ from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict
 from megatron_dynmix.convert.families import weight_map
-from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, copy_files, some
+from megatron_dynmix.convert.hf_folder import DTYPES, INDEX, SINGLE, HuggingFaceFolder, copy_files, some
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.origin import CONFIG, CONVERSION, CONVERTED, Origin, keep_origin_of, origin_of
 from megatron_dynmix.convert.staging import partial_of
-from megatron_dynmix.convert.tensors import AsHuggingFace, Cast, main_type
-from megatron_dynmix.convert.to_hugging_face import size_in_bytes, write_weights
+from megatron_dynmix.convert.tensors import (
+    Cast,
+    Seen,
+    as_hugging_face,
+    boxes_of,
+    grouped,
+    main_type,
+    read_bytes,
+    size_of,
+    total_size,
+)
 from megatron_dynmix.convert.weight_map import EMBEDDING, WeightMap
 from megatron_dynmix.errors import InputError, TrainingStopped
 from megatron_dynmix.files import name_folder, sync
 from megatron_dynmix.job.agreement import RankFailure, together
 
-SHARD_BYTES = size_in_bytes("5GB")
+SHARD_BYTES = 5_000_000_000
+HEADER_ALIGNMENT = 8
+TYPE_NAMES = {torch.float64: "F64", **{dtype: name for name, dtype in DTYPES.items()}}
+"""What safetensors calls the types."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """A checkpoint seen as a Hugging Face folder."""
+    """A checkpoint seen as a Hugging Face folder, with experts and numbers as they are written."""
 
     settings: Mapping[str, Any]
     """The `model` section, flat."""
     origin: Origin
-    """What goes beside the weights, with the layout of experts that is written."""
     held: Tensors
-    """The weights under their Megatron names, in the type that is written."""
+    """The weights under their Megatron names."""
     names: WeightMap
 
     @property
-    def weights(self) -> AsHuggingFace:
+    def weights(self) -> Seen:
         """The weights under their Hugging Face names."""
-        return AsHuggingFace(self.held, self.names)
+        return as_hugging_face(self.held, self.names)
 
     def write_beside(self, folder: Path) -> None:
         """Write all of the folder but the weights."""
@@ -84,22 +102,93 @@ def _names_of(held: MegatronCheckpoint, settings: Mapping[str, Any], origin: Ori
     """Return the map between the two worlds, once the checkpoint is known to be of that model."""
     rows = max(settings["vocab_size"], *held.shapes.get(EMBEDDING, (0,))[:1])
     names = weight_map(settings, origin.config, fused_experts=origin.fused_experts, padded_vocab=rows)
+    wanted = names.megatron_shapes
     for kind, absent in (
-        ("has no", names.megatron_shapes.keys() - held.shapes.keys()),
-        ("has more than the model:", held.shapes.keys() - names.megatron_shapes.keys()),
+        ("has no", wanted.keys() - held.shapes.keys()),
+        ("has more than the model:", held.shapes.keys() - wanted.keys()),
     ):
         if absent:
             raise InputError(
                 f"{held.folder} {kind} {some(absent)}; it is not a checkpoint of the "
                 f"{origin.config['model_type']} model that its settings describe"
             )
-    for name, shape in names.megatron_shapes.items():
+    for name, shape in wanted.items():
         if held.shapes[name] != shape:
             raise InputError(
                 f"{name} is {list(held.shapes[name])} in {held.folder}, and {list(shape)} by its settings; "
                 "give another checkpoint"
             )
     return names
+
+
+def size_in_bytes(text: str) -> int:
+    """Read a size such as `5GB` (powers of ten, as `transformers` reads it), `512MiB` or plain bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(i?)B)?", text.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise InputError(f"a size of {text!r} cannot be read; give it as 5GB, 512MiB or a number of bytes")
+    exponent = "KMGT".index(match[2].upper()) + 1 if match[2] else 0
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** exponent)
+
+
+def shards_of(tensors: Tensors, max_bytes: int) -> dict[str, list[str]]:
+    """Return the files and the tensors of each, in the order they are named."""
+    shards = grouped(tensors.shapes, lambda name: size_of(tensors, name), max_bytes)
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    of = f"of-{len(shards):05d}.safetensors"
+    return {f"model-{number:05d}-{of}": names for number, names in enumerate(shards, start=1)}
+
+
+def write_weights(
+    tensors: Tensors,
+    folder: Path,
+    *,
+    max_shard_bytes: int,
+    rank: int = 0,
+    world: int = 1,
+    finished: Container[str] = (),
+    finish: Callable[[str], None] = lambda file: None,
+    advance: Callable[[int], object] = lambda nbytes: None,
+) -> None:
+    """Write one rank's share of the files of a model, and on the first rank the index if there are several.
+
+    Files that are `finished` are not written again; `finish` is called with the name of each that was
+    written, and `advance` with bytes that were written or were there already.
+    """
+    shards = shards_of(tensors, max_shard_bytes)
+    for file in list(shards)[rank::world]:
+        if file in finished:
+            advance(sum(size_of(tensors, name) for name in shards[file]))
+            continue
+        write_shard(tensors, shards[file], folder / file, advance)
+        finish(file)
+    if rank == 0 and len(shards) > 1:
+        parameters = sum(map(math.prod, tensors.shapes.values()))
+        index = {
+            "metadata": {"total_parameters": parameters, "total_size": total_size(tensors)},
+            "weight_map": {name: file for file, names in shards.items() for name in names},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_shard(tensors: Tensors, names: list[str], path: Path, advance: Callable[[int], object]) -> None:
+    """Write one file of weights; `advance` is told of bytes that were written."""
+    # the larger types first: then every number lies at a multiple of its size
+    ordered = sorted(names, key=lambda name: -tensors.dtypes[name].itemsize)
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in ordered:
+        begin, end = end, end + size_of(tensors, name)
+        kind, shape = TYPE_NAMES[tensors.dtypes[name]], list(tensors.shapes[name])
+        entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % HEADER_ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in ordered:
+            for box in boxes_of(tensors, name):
+                file.write(read_bytes(tensors, box).data)
+                advance(box.nbytes)
 
 
 def export(checkpoint: Path, destination: Path) -> None:

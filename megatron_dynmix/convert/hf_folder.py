@@ -40,7 +40,6 @@ class HuggingFaceFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config, self.settings = read_config(_existing(path) / "config.json", "fetch it again")
-        self.files = _weight_files(path)
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.file_of: dict[str, Path] = {}
@@ -48,7 +47,7 @@ class HuggingFaceFolder:
         """Tensors in which nothing was learned; they are not read."""
         self.predicting: tuple[str, ...] = ()
         """Tensors of layers for multi-token prediction; they are no part of the model, and not read."""
-        for file, named in self.files.items():
+        for file, named in _weight_files(path).items():
             self._read_header(file, named)
         self.fused_experts = any(name.endswith("experts.gate_up_proj") for name in self.shapes)
         self._open: tuple[Path, Any] | None = None

@@ -11,7 +11,7 @@ from megatron_dynmix.config.megatron import padded_vocab_size
 from megatron_dynmix.config.presets import other_shape
 from megatron_dynmix.convert.families import prediction_text
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
-from megatron_dynmix.convert.tensors import AsMegatron
+from megatron_dynmix.convert.tensors import Seen, as_megatron
 from megatron_dynmix.errors import InputError, TrainingStopped
 from megatron_dynmix.job.agreement import RankFailure, on_rank_0, together
 
@@ -28,9 +28,9 @@ def folder_for(folder: Path, config: RunConfig) -> HuggingFaceFolder:
     return source
 
 
-def weights_of(source: HuggingFaceFolder, config: RunConfig) -> AsMegatron:
+def weights_of(source: HuggingFaceFolder, config: RunConfig) -> Seen:
     """Return the weights of a folder, laid out as in a checkpoint; each is read when it is asked for."""
-    return AsMegatron(source, source.weight_map(padded_vocab_size(config)))
+    return as_megatron(source, source.weight_map(padded_vocab_size(config)))
 
 
 def check_load_hf(config: RunConfig) -> None:

@@ -80,15 +80,13 @@ class LogitsVerdict:
     why_not: str | None = None
     """Why they were not compared, or cannot be the same; None if the numbers below tell."""
     layers: tuple[int, ...] = ()
-    """Layers that were run, from 0."""
+    """Those that were run, from 0."""
     num_layers: int = 0
-    """Layers of the model."""
     tokens: int = 0
-    """Tokens whose logits were compared; none if nothing was."""
     max_difference: float | None = None
     """Largest difference of two logits."""
     tolerance: float | None = None
-    """What it may be: `TOLERANCE` times the standard deviation of the reference's logits."""
+    """`TOLERANCE` times the standard deviation of the reference's logits."""
     top1_agreement: float | None = None
     """Share of tokens after which both expect the same token most."""
     experts_reached: float | None = None
@@ -138,11 +136,13 @@ def compare_logits(
                     f"the model has {there} {what} by its config.json and {here} in the checkpoint"
                 )
         device = platform.start().device
-        free = _free_bytes(device) if memory is None else memory
-        layers = choose_layers(weights.shapes, limit=limit, memory=free)
+        if memory is None:
+            on_cuda = device.type == "cuda"
+            memory = torch.cuda.mem_get_info(device)[0] if on_cuda else psutil.virtual_memory().available
+        layers = choose_layers(weights.shapes, limit=limit, memory=memory)
         if not layers:
             raise NotCompared(
-                f"one layer with embedding and output layer does not fit in the {free / 2**30:.1f} GiB of "
+                f"one layer with embedding and output layer does not fit in the {memory / 2**30:.1f} GiB of "
                 "memory that are free; compare on a larger machine"
             )
         found = {"layers": layers, "num_layers": config.num_hidden_layers, "rounded": rounded}
@@ -207,12 +207,6 @@ def _verdict(reference_BSV: torch.Tensor, ours_BSV: torch.Tensor, found: dict[st
         top1_agreement=float(agreement),
         **found,
     )
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _reference_config(hf_folder: Path) -> Any:

@@ -52,7 +52,6 @@ class Staging:
         self._one_line_at_a_time = threading.Lock()
 
     def __enter__(self) -> Staging:
-        """Return the staging."""
         return self
 
     def __exit__(
@@ -115,12 +114,11 @@ class Staging:
 
     def _finished(self, plan: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
         """Return what is done of this plan; without it, empty the folder and write the plan down."""
-        before: dict[str, Any] | None = None
+        before: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError, TypeError):  # none, or one that a crash cut short
             before = dict(json.loads((self.folder / PLAN).read_text(encoding="utf-8")))
         if before != plan:
-            differing = sorted(key for key in plan if before is not None and before.get(key) != plan[key])
-            if differing:
+            if differing := sorted(key for key in plan if before and before.get(key) != plan[key]):
                 say(f"{self.folder} is unfinished with another {' and '.join(differing)}: starting over")
             for path in self.folder.iterdir():
                 if path.is_dir():
@@ -130,11 +128,11 @@ class Staging:
             os.truncate(self.folder / FINISHED, 0)
             (self.folder / PLAN).write_text(json.dumps(plan), encoding="utf-8")
             return {}
-        found = {}
-        for name, size, facts in _whole_lines(self.folder / FINISHED):
-            file = self.folder / name
-            if file.is_file() and file.stat().st_size == size:
-                found[name] = facts
+        found = {
+            name: facts
+            for name, size, facts in _whole_lines(self.folder / FINISHED)
+            if (self.folder / name).is_file() and (self.folder / name).stat().st_size == size
+        }
         # without lines that are not true any more, or that a crash cut short: others would follow on them
         lines = "".join(self._line(name, facts) for name, facts in found.items())
         (self.folder / FINISHED).write_text(lines, encoding="utf-8")
@@ -151,8 +149,8 @@ def partial_of(final: Path) -> Path:
 
 def fingerprint(folder: Path) -> dict[str, list[int]]:
     """Return sizes and times of a folder's files: whether it is still what a conversion was begun with."""
-    stats = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    stats = ((path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file())
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats}
 
 
 def _is_taken(final: Path) -> bool:

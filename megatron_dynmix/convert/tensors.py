@@ -6,9 +6,8 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from operator import sub
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,8 +25,7 @@ class Cast:
     """Tensors whose numbers are of another type than they are held in."""
 
     def __init__(self, held: Tensors, dtype: torch.dtype) -> None:
-        self._held = held
-        self.shapes = held.shapes
+        self._held, self.shapes = held, held.shapes
         self.dtypes: Mapping[str, torch.dtype] = dict.fromkeys(held.shapes, dtype)
 
     def read(self, name: str, offset: Shape, shape: Shape) -> torch.Tensor:
@@ -35,13 +33,11 @@ class Cast:
         return self._held.read(name, offset, shape).to(self.dtypes[name])
 
 
-class _Seen:
+class Seen:
     """Tensors of one side of a map, each box of them assembled from blocks of the side that is held."""
 
     def __init__(self, held: Tensors, wanted: Side, holding: Side) -> None:
-        self._held = held
-        self._wanted = wanted
-        self._holding = holding
+        self._held, self._wanted, self._holding = held, wanted, holding
         self.shapes = wanted.shapes
         # all held tensors that have a part in a wanted one are of one type
         first = {name: next(iter(places.values()))[0] for name, places in wanted.index.items()}
@@ -67,22 +63,17 @@ class _Seen:
         return result
 
 
-class AsMegatron(_Seen):
-    """Tensors of a Hugging Face model, seen as those of a Megatron checkpoint."""
-
-    def __init__(self, hugging_face: Tensors, weight_map: WeightMap) -> None:
-        super().__init__(hugging_face, weight_map.megatron, weight_map.hf)
+def as_megatron(hugging_face: Tensors, weight_map: WeightMap) -> Seen:
+    """Return tensors of a Hugging Face model, seen as those of a Megatron checkpoint."""
+    return Seen(hugging_face, weight_map.megatron, weight_map.hf)
 
 
-class AsHuggingFace(_Seen):
-    """Tensors of a Megatron checkpoint, seen as those of a Hugging Face model."""
-
-    def __init__(self, megatron: Tensors, weight_map: WeightMap) -> None:
-        super().__init__(megatron, weight_map.hf, weight_map.megatron)
+def as_hugging_face(megatron: Tensors, weight_map: WeightMap) -> Seen:
+    """Return tensors of a Megatron checkpoint, seen as those of a Hugging Face model."""
+    return Seen(megatron, weight_map.hf, weight_map.megatron)
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     """A box of a tensor."""
 
     name: str
@@ -144,7 +135,7 @@ def total_size(tensors: Tensors) -> int:
 
 def main_type(tensors: Tensors) -> str:
     """Type of most of the numbers, by its name in torch."""
-    sizes: Counter[torch.dtype] = Counter()
+    sizes = Counter[torch.dtype]()
     for name in tensors.shapes:
         sizes[tensors.dtypes[name]] += size_of(tensors, name)
     return str(sizes.most_common(1)[0][0]).removeprefix("torch.")

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -39,26 +38,24 @@ class GroupVerdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What became of a model's tensors in a conversion."""
+    """What became of a model's tensors in a conversion: so many were read, and so many were written.
+
+    Those left out are the `computed` and `predicting` ones of `HuggingFaceFolder`.
+    """
 
     folder: Path
     """Where what was written lies: under its final name only if nothing is wrong."""
     read: int
-    """Tensors that were read."""
     written: int
-    """Tensors that were written."""
     dtype: str
     """Type of most of the numbers that were written."""
     computed: tuple[str, ...] = ()
-    """Tensors that are left out, because nothing in them was learned."""
     predicting: tuple[str, ...] = ()
-    """Tensors of layers for multi-token prediction: learned, but no part of the model, and not converted."""
     padding: str = "none"
     """What became of the rows that pad the vocabulary."""
     groups: list[GroupVerdict] | None = None
-    """Values read back and compared; None if that was not wanted."""
+    """Values read back and compared; None, as `logits`, if that was not wanted."""
     logits: LogitsVerdict | None = None
-    """What the comparison of logits says; None if it was not wanted."""
     notes: tuple[str, ...] = ()
     """What a reader must know besides."""
 
@@ -76,44 +73,38 @@ def compare_values(
 
     The verdicts are in the order of the map; `advance` is told of bytes that were compared.
     """
-    found: dict[str, dict[str, _Compared]] = {}
+    groups: dict[str, list[str]] = {}
+    found: dict[str, tuple[int, int, bool]] = {}
     with ThreadPoolExecutor(1) as pool:
         for name in weight_map.hf_shapes:
-            kind = found.setdefault(weight_map.group_of(name), {})
-            kind[name] = _compare(pool, read, written, name)
+            groups.setdefault(weight_map.group_of(name), []).append(name)
+            found[name] = _compare(pool, read, written, name)
             advance(size_of(written, name))
+
+    def combined(names: list[str], side: int) -> str:
+        return sha256("".join(f"{name} {found[name][side]:08x}\n" for name in sorted(names)))
+
     return [
         GroupVerdict(
             group=group,
-            tensors=len(kind),
-            numbers=sum(math.prod(written.shapes[name]) for name in kind),
-            nbytes=sum(size_of(written, name) for name in kind),
-            read_sum=_combined({name: one.read_sum for name, one in kind.items()}),
-            written_sum=_combined({name: one.written_sum for name, one in kind.items()}),
-            differing=tuple(name for name, one in kind.items() if not one.equal),
+            tensors=len(names),
+            numbers=sum(math.prod(written.shapes[name]) for name in names),
+            nbytes=sum(size_of(written, name) for name in names),
+            read_sum=combined(names, 0),
+            written_sum=combined(names, 1),
+            differing=tuple(name for name in names if not found[name][2]),
         )
-        for group, kind in found.items()
+        for group, names in groups.items()
     ]
 
 
-class _Compared(NamedTuple):
-    read_sum: int
-    written_sum: int
-    equal: bool
-
-
-def _compare(pool: Executor, read: Tensors, written: Tensors, name: str) -> _Compared:
-    """Compare a tensor as bytes, so that NaN equals itself; return its CRC-32 on either side too."""
-    sums, equal = (0, 0), True
+def _compare(pool: Executor, read: Tensors, written: Tensors, name: str) -> tuple[int, int, bool]:
+    """Compare a tensor as bytes, so that NaN equals itself; return its CRC-32 on either side first."""
+    read_sum, written_sum, equal = 0, 0, True
     for box in boxes_of(written, name):
         reading = pool.submit(read_bytes, read, box)
         two = read_bytes(written, box)
         one = reading.result()
         equal = equal and np.array_equal(one, two)
-        sums = zlib.crc32(one.data, sums[0]), zlib.crc32(two.data, sums[1])
-    return _Compared(*sums, equal)
-
-
-def _combined(sums: dict[str, int]) -> str:
-    lines = "".join(f"{name} {checksum:08x}\n" for name, checksum in sorted(sums.items()))
-    return sha256(lines)
+        read_sum, written_sum = zlib.crc32(one.data, read_sum), zlib.crc32(two.data, written_sum)
+    return read_sum, written_sum, equal

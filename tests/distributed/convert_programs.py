@@ -12,7 +12,7 @@ from megatron_dynmix.checkpoint.checkpointer import Checkpointer
 from megatron_dynmix.checkpoint.folder import TRACKER, folder_of
 from megatron_dynmix.checkpoint.tensors import own_slices
 from megatron_dynmix.config.load import load_config
-from megatron_dynmix.convert import export_hf, to_hugging_face
+from megatron_dynmix.convert import export_hf
 from megatron_dynmix.convert.import_hf import folder_for, weights_of
 from megatron_dynmix.errors import TrainingStopped
 from megatron_dynmix.model.gpt import unwrap
@@ -92,7 +92,7 @@ def there_and_back(run_yaml, flags, run_dir, source, tokens_BS):
     resolved = run_dir / "config.yaml"
     resumed = train(resolved, "--train-iters", "4", "--save-hf", "end", resume="must")
     if torch.distributed.get_rank() == 1:
-        to_hugging_face.write_shard = _disk_full
+        export_hf.write_shard = _disk_full
     try:
         train(resolved, "--train-iters", "5", resume="must")
     except TrainingStopped as stopped:

@@ -16,7 +16,7 @@ from megatron_dynmix.cli import main
 from megatron_dynmix.config.presets import read_shape
 from megatron_dynmix.convert.conversion import hf_to_megatron
 from megatron_dynmix.convert.families import weight_map
-from megatron_dynmix.convert.tensors import AsMegatron
+from megatron_dynmix.convert.tensors import as_megatron
 from tests.distributed import convert_programs
 from tests.distributed.layouts import ETP1, PP2, TP2, ep
 from tests.distributed.ranks import run_ranks
@@ -94,7 +94,7 @@ def _expected(folder, tokens_BS):
         for name, parameter in model.named_parameters()
     }
     names = weight_map(read_shape(folder), model.config.to_dict(), fused_experts=True, padded_vocab=256)
-    return logits_BSV.detach().numpy(), loss.item(), AsMegatron(InMemory(gradients), names)
+    return logits_BSV.detach().numpy(), loss.item(), as_megatron(InMemory(gradients), names)
 
 
 @pytest.fixture(scope="module")

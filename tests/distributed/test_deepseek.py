@@ -13,7 +13,7 @@ from megatron_dynmix.config.presets import read_shape
 from megatron_dynmix.convert.families import weight_map
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
-from megatron_dynmix.convert.tensors import AsMegatron
+from megatron_dynmix.convert.tensors import as_megatron
 from tests.deepseek_models import COMMON, MODELS, tiny_model
 from tests.distributed import convert_programs, programs
 from tests.distributed.conftest import SMALL
@@ -63,7 +63,7 @@ def expected(models, folders, rows_BS):
         }
         settings, config = read_shape(folders[name]), model.config.to_dict()
         names = weight_map(settings, config, fused_experts=True, padded_vocab=256)
-        found[name] = logits_BSV.detach().numpy(), AsMegatron(InMemory(gradients), names)
+        found[name] = logits_BSV.detach().numpy(), as_megatron(InMemory(gradients), names)
     return found
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from megatron_dynmix.config.hugging_face import model_settings
 from megatron_dynmix.convert.families import weight_map
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
-from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron
+from megatron_dynmix.convert.tensors import as_hugging_face, as_megatron
 from tests.distributed import convert_programs, programs
 from tests.distributed.layouts import PP2, TP2, ep, full
 from tests.distributed.ranks import run_ranks
@@ -168,7 +168,7 @@ def test_logits_and_gradients_from_the_folder_are_those_of_the_reference(layout,
     # TP ranks hold parts of the vocabulary, EP ranks rows, and of pipeline stages the last holds all
     logits_BSV = np.concatenate(parts, -1 if layout == "TP2" else 0)[..., : CONFIG["vocab_size"]]
     np.testing.assert_allclose(logits_BSV, expected_BSV.detach().numpy(), atol=1e-4)
-    expected = AsMegatron(
+    expected = as_megatron(
         InMemory(gradients_of(model)), weight_map(model_settings(QUIET), QUIET, padded_vocab=PADDED[layout])
     )
     for key, offset, gradient in (entry for rank in seen for entry in rank["gradients"]):
@@ -188,7 +188,7 @@ def test_frozen_gates_stay_bit_equal_while_the_rest_learns(layout, folder, run_y
     run_ranks(ranks, programs.train, frozen_yaml, [*begin, *flags], tmp_path)
     before = load_file(folder / "model.safetensors")
     names = weight_map(model_settings(CONFIG), CONFIG, padded_vocab=PADDED[layout])
-    trained = AsHuggingFace(MegatronCheckpoint(tmp_path / "checkpoints/iter_0000002"), names)
+    trained = as_hugging_face(MegatronCheckpoint(tmp_path / "checkpoints/iter_0000002"), names)
     after = {name: trained.read(name, (0,) * len(shape), shape) for name, shape in trained.shapes.items()}
     assert after.keys() == before.keys()
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 from megatron_dynmix.checkpoint.folder import check_contents
 from megatron_dynmix.convert import staging, tensors, to_megatron
+from megatron_dynmix.convert.export_hf import shards_of, size_in_bytes, write_weights
 from megatron_dynmix.convert.families import weight_map
 from megatron_dynmix.convert.hf_folder import INDEX
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.staging import Staging, partial_of
-from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, Box, Cast, boxes_of
-from megatron_dynmix.convert.to_hugging_face import shards_of, size_in_bytes, write_weights
+from megatron_dynmix.convert.tensors import Box, Cast, as_hugging_face, as_megatron, boxes_of
 from megatron_dynmix.convert.to_megatron import write_checkpoint
 from megatron_dynmix.convert.verdict import compare_values
 from megatron_dynmix.errors import InputError
@@ -71,7 +71,7 @@ def write_hf(tensors, place, max_shard_bytes, advance=ignore):
 
 
 def write_megatron(model, place, advance=ignore):
-    return write_checkpoint(AsMegatron(model, NAMES), by_name, place, ITER, advance=advance)
+    return write_checkpoint(as_megatron(model, NAMES), by_name, place, ITER, advance=advance)
 
 
 def written_checkpoint(model, final):
@@ -118,7 +118,7 @@ def test_hf_to_megatron_to_hf_is_bit_equal_in_parts(model, tmp_path):
     assert set(checkpoint.dtypes.values()) == {torch.bfloat16}
     assert not whole(checkpoint, "embedding.word_embeddings.weight")[101:].any(), "padding holds something"
 
-    back = AsHuggingFace(checkpoint, NAMES)
+    back = as_hugging_face(checkpoint, NAMES)
     with Staging(tmp_path / "hf", {}, ignore) as place:
         write_hf(back, place, 30_000)
         place.complete()
@@ -264,7 +264,7 @@ def test_a_conversion_goes_on_where_it_stopped(model, tmp_path, way):
         place.complete()
     if way == "megatron":
         checkpoint = MegatronCheckpoint(tmp_path / "out" / ITER)
-        verdicts = compare_values(model, AsHuggingFace(checkpoint, NAMES), NAMES, ignore)
+        verdicts = compare_values(model, as_hugging_face(checkpoint, NAMES), NAMES, ignore)
         assert not any(verdict.differing for verdict in verdicts)
         assert sum(told) >= total, "what is there already counts as done"
     else:
@@ -414,7 +414,7 @@ def test_a_changed_number_is_found_and_named(model, tmp_path):
     changed = {name: tensor.clone() for name, tensor in model.tensors.items()}
     name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
     changed[name][5, 7] += 1
-    verdicts = compare_values(InMemory(changed), AsHuggingFace(checkpoint, NAMES), NAMES, ignore)
+    verdicts = compare_values(InMemory(changed), as_hugging_face(checkpoint, NAMES), NAMES, ignore)
     assert {verdict.group: verdict.differing for verdict in verdicts if verdict.differing} == {
         "experts": (name,)
     }

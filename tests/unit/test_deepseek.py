@@ -14,7 +14,7 @@ from megatron_dynmix.config.hugging_face import hugging_face_config, model_setti
 from megatron_dynmix.config.load import load_config, to_yaml
 from megatron_dynmix.config.presets import COMMON
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
-from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron
+from megatron_dynmix.convert.tensors import as_hugging_face, as_megatron
 from megatron_dynmix.errors import InputError
 from tests.deepseek_models import DEEPSEEK_V2_LITE, DEEPSEEK_V3, MODELS, YARN, tiny_model
 
@@ -27,9 +27,9 @@ def test_a_folder_is_read_and_back_is_bit_equal(name, fused, tmp_path):
     folder = HuggingFaceFolder(tmp_path)
     names = folder.weight_map(256)
     assert names.parameters == sum(tensor.numel() for tensor in model.state_dict().values())
-    megatron = AsMegatron(folder, names)
+    megatron = as_megatron(folder, names)
     read = {key: megatron.read(key, (0,) * len(shape), shape) for key, shape in megatron.shapes.items()}
-    back = AsHuggingFace(InMemory(read), names)
+    back = as_hugging_face(InMemory(read), names)
     for key, shape in folder.shapes.items():
         zeros = (0,) * len(shape)
         assert torch.equal(back.read(key, zeros, shape), folder.read(key, zeros, shape)), key

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_dynmix.convert import families
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
-from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron, box
+from megatron_dynmix.convert.tensors import as_hugging_face, as_megatron, box
 from megatron_dynmix.errors import InputError
 
 PADDED = 256
@@ -40,10 +40,10 @@ def folder_of(family, changes, fused=False):
 def test_there_and_back_is_bit_equal(family, changes, fused):
     folder = folder_of(family, changes, fused)
     weight_map = folder.weight_map(PADDED)
-    megatron = whole(AsMegatron(folder, weight_map))
+    megatron = whole(as_megatron(folder, weight_map))
     assert {name: tuple(tensor.shape) for name, tensor in megatron.items()} == weight_map.megatron_shapes
     assert not megatron["embedding.word_embeddings.weight"][131:].any(), "padding is zero"
-    back = whole(AsHuggingFace(InMemory(megatron), weight_map))
+    back = whole(as_hugging_face(InMemory(megatron), weight_map))
     original = whole(folder)
     assert back.keys() == original.keys()
     for name, tensor in original.items():
@@ -53,7 +53,7 @@ def test_there_and_back_is_bit_equal(family, changes, fused):
 @pytest.mark.parametrize(("family", "changes"), CASES, ids=str)
 def test_both_layouts_are_the_same_checkpoint(family, changes):
     one, other = (
-        whole(AsMegatron(folder, folder.weight_map()))
+        whole(as_megatron(folder, folder.weight_map()))
         for folder in (folder_of(family, changes), folder_of(family, changes, fused=True))
     )
     assert one.keys() == other.keys()
@@ -74,7 +74,7 @@ def boxes(draw, shapes):
 @functools.cache
 def both_worlds(family, fused):
     folder = folder_of(family, {}, fused)
-    megatron = AsMegatron(folder, folder.weight_map(PADDED))
+    megatron = as_megatron(folder, folder.weight_map(PADDED))
     return folder, whole(folder), megatron, whole(megatron)
 
 
@@ -88,7 +88,7 @@ def test_a_slice_is_that_of_the_whole(family, fused, data):
     part = megatron.read(name, offset, shape)
     assert part.shape == shape
     assert torch.equal(part, all_megatron[name][box(offset, shape)])
-    back = AsHuggingFace(InMemory(all_megatron), folder.weight_map(PADDED))
+    back = as_hugging_face(InMemory(all_megatron), folder.weight_map(PADDED))
     name, offset, shape = data.draw(boxes(folder.shapes))
     for tensors in (back, folder):
         assert torch.equal(tensors.read(name, offset, shape), hf[name][box(offset, shape)])
@@ -130,17 +130,17 @@ def test_any_sizes_there_and_back(drawn, padding, fused):
     total = weight_map.parameters
     numbers = iter(torch.arange(1, total + 1).split([math.prod(s) for s in weight_map.hf_shapes.values()]))
     hf = {name: next(numbers).view(shape) for name, shape in weight_map.hf_shapes.items()}
-    megatron = whole(AsMegatron(InMemory(hf), weight_map))
+    megatron = whole(as_megatron(InMemory(hf), weight_map))
     held = torch.cat([tensor.flatten() for tensor in megatron.values()])
     assert torch.equal(held[held > 0].sort().values, torch.arange(1, total + 1)), "every number once"
-    back = whole(AsHuggingFace(InMemory(megatron), weight_map))
+    back = whole(as_hugging_face(InMemory(megatron), weight_map))
     assert all(torch.equal(back[name], hf[name]) for name in hf)
 
 
 def test_rows_are_where_megatron_core_has_them():
     folder = folder_of("qwen2_moe", {})
     weight_map = folder.weight_map()
-    megatron = whole(AsMegatron(folder, weight_map))
+    megatron = whole(as_megatron(folder, weight_map))
     hf = whole(folder)
     layer = "model.layers.1."
     gate, up = (hf[f"{layer}mlp.experts.4.{part}_proj.weight"] for part in ("gate", "up"))
@@ -161,7 +161,7 @@ def test_a_box_in_one_block_is_not_copied():
     state = whole(folder)
     name = "model.layers.1.block_sparse_moe.experts.4.w2.weight"
     fc2 = "decoder.layers.mlp.experts.experts.linear_fc2.weight"
-    part = AsMegatron(InMemory(state), folder.weight_map()).read(fc2, (1, 4, 3, 0), (1, 1, 5, 14))
+    part = as_megatron(InMemory(state), folder.weight_map()).read(fc2, (1, 4, 3, 0), (1, 1, 5, 14))
     assert part.untyped_storage().data_ptr() == state[name].untyped_storage().data_ptr()
 
 
@@ -177,7 +177,7 @@ def test_no_more_is_read_than_was_asked_for():
     folder = folder_of("qwen3_moe", {}, fused=True)
     held = Counting(whole(folder))
     weight_map = folder.weight_map(PADDED)
-    megatron = AsMegatron(held, weight_map)
+    megatron = as_megatron(held, weight_map)
     megatron.read("decoder.layers.mlp.experts.experts.linear_fc1.weight", (1, 2, 3, 0), (1, 2, 20, 7))
     assert held.numbers == 2 * 20 * 7
     held.numbers = 0

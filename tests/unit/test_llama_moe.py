@@ -15,7 +15,7 @@ from megatron_dynmix.config.load import load_config
 from megatron_dynmix.config.megatron import optimizer_config
 from megatron_dynmix.config.presets import COMMON, PRESETS
 from megatron_dynmix.convert.families import weight_map
-from megatron_dynmix.convert.tensors import AsHuggingFace, AsMegatron
+from megatron_dynmix.convert.tensors import as_hugging_face, as_megatron
 from megatron_dynmix.data.prepare.jinja import compiled
 from megatron_dynmix.errors import InputError
 from tests.llama_moe_reference import LlamaMoE, small_config
@@ -47,9 +47,9 @@ def test_the_map_names_every_tensor_and_back_is_bit_equal(noise):
     tensors = weight_map(settings, config, padded_vocab=1152)
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == dict(tensors.hf_shapes)
     assert ("decoder.layers.mlp.router.noise_weight" in tensors.megatron_shapes) == noise
-    megatron = AsMegatron(InMemory(state), tensors)
+    megatron = as_megatron(InMemory(state), tensors)
     read = {name: megatron.read(name, (0,) * len(shape), shape) for name, shape in megatron.shapes.items()}
-    back = AsHuggingFace(InMemory(read), tensors)
+    back = as_hugging_face(InMemory(read), tensors)
     for name, shape in back.shapes.items():
         assert torch.equal(back.read(name, (0,) * len(shape), shape), state[name]), name
 

@@ -19,7 +19,7 @@ from megatron_dynmix.convert import export_hf, hf_folder
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
 from megatron_dynmix.convert.logits import choose_layers, compare_logits, fixed_tokens, one_rank
 from megatron_dynmix.convert.origin import model_of
-from megatron_dynmix.convert.tensors import AsMegatron
+from megatron_dynmix.convert.tensors import as_megatron
 from megatron_dynmix.convert.weight_map import Block, Side
 from megatron_dynmix.errors import EXIT_FAILED
 
@@ -30,7 +30,7 @@ def compare(folder, change_map=None, change_model=None, **arguments):
     """The folder against itself, seen as a checkpoint through its map."""
     weights = HuggingFaceFolder(folder)
     names = weights.weight_map(256)
-    checkpoint = AsMegatron(weights, change_map(names) if change_map else names)
+    checkpoint = as_megatron(weights, change_map(names) if change_map else names)
     model = model_of(complete_model({"preset": None, **weights.settings}))
     if change_model:
         model = change_model(model)
@@ -290,7 +290,7 @@ def against(weights, checkpoint, folder=None):
 
 def against_right_weights(folder, right):
     weights = HuggingFaceFolder(right)
-    return against(weights, AsMegatron(weights, weights.weight_map()), folder)
+    return against(weights, as_megatron(weights, weights.weight_map()), folder)
 
 
 def in_memory(held):
@@ -323,7 +323,7 @@ def test_another_vocabulary_is_a_reason(tmp_path):
 
 def test_a_checkpoint_with_fewer_rows_than_tokens_is_a_reason():
     weights = HuggingFaceFolder(tiny_folder("mixtral"))
-    held = AsMegatron(weights, weights.weight_map())
+    held = as_megatron(weights, weights.weight_map())
     tensors = in_memory(held)
     name = "embedding.word_embeddings.weight"
     verdict = against(weights, InMemory({**tensors, name: tensors[name][:100]}))
@@ -370,7 +370,7 @@ def test_a_folder_that_transformers_cannot_run_is_a_reason_and_no_traceback(tmp_
 
 def test_a_tensor_that_the_checkpoint_lacks_is_a_reason():
     weights = HuggingFaceFolder(tiny_folder("mixtral"))
-    tensors = in_memory(AsMegatron(weights, weights.weight_map()))
+    tensors = in_memory(as_megatron(weights, weights.weight_map()))
     del tensors["decoder.final_layernorm.weight"]
     verdict = against(weights, InMemory(tensors))
     assert not verdict.passed
