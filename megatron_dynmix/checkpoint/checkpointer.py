@@ -62,28 +62,20 @@ class _Pending:
     """What writes this rank's shards."""
 
 
+@dataclass(kw_only=True, eq=False)
 class Checkpointer:
     """Saves and loads one run."""
 
-    def __init__(
-        self,
-        *,
-        directory: Path,
-        chunks: list[DistributedDataParallel],
-        optimizer: MegatronOptimizer,
-        scheduler: OptimizerParamScheduler,
-        keep_last: int | None = None,
-    ) -> None:
-        self.directory = directory
-        self.chunks = chunks
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.keep_last = keep_last
-        self.newest: int | None = None
-        """Iteration of the newest whole checkpoint that this run has written or read."""
-        self.good: int | None = None
-        """`good` of the run state that was read."""
-        self._pending: _Pending | None = None
+    directory: Path
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    keep_last: int | None = None
+    newest: int | None = None
+    """Iteration of the newest whole checkpoint that this run has written or read."""
+    good: int | None = None
+    """`good` of the run state that was read."""
+    _pending: _Pending | None = None
 
     def save(self, state: RunState, *, before: Callable[[], None] | None = None) -> None:
         """Take the state as it is now and begin to write it; `finish` makes a checkpoint of it.
@@ -142,19 +134,16 @@ class Checkpointer:
         # That iteration may have a folder: a damaged one, or one of a run that was set back before it.
         replaced = [set_aside(final)]
         staging.rename(final)
-        # Before the tracker comes to stand above them, or a later run might resume from one of them.
-        replaced += [set_aside(folder_of(self.directory, n)) for n in self._abandoned(iteration)]
+        # Those of a future that did not come, as the run resumed from one before them, go before the tracker
+        # comes to stand above them, or a later run might resume from one of them.
+        for other in saved_iterations(self.directory):
+            if self.newest is not None and other > self.newest and other != iteration:
+                replaced.append(set_aside(folder_of(self.directory, other)))
         sync(self.directory)
         write_atomically(self.directory / TRACKER, str(iteration))
         for folder in replaced:
             shutil.rmtree(folder, ignore_errors=True)
         self._thin_out(pending.state)
-
-    def _abandoned(self, iteration: int) -> list[int]:
-        """Return the checkpoints of a future that did not come: the run resumed from one before them."""
-        if self.newest is None:
-            return []
-        return [n for n in saved_iterations(self.directory) if n > self.newest and n != iteration]
 
     def _thin_out(self, state: RunState) -> None:
         """Delete old checkpoints; one that is not whole is not counted, and goes with those around it."""

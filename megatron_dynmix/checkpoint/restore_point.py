@@ -63,8 +63,8 @@ def newest_good(directory: Path, damaged: Mapping[Path, str] | None = None) -> R
     for number in candidates:
         source = folder_of(directory, number)
         try:
-            if source in (damaged or {}):
-                raise Damaged((damaged or {})[source])
+            if damaged and source in damaged:
+                raise Damaged(damaged[source])
             check_whole(source)
         except Damaged as damage:
             notes.append(f"{source} is damaged: {damage}")

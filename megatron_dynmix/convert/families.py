@@ -24,40 +24,19 @@ EXPERTS = "mlp.experts.experts."
 SHARED = "mlp.shared_experts."
 
 
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """The tensors of a family's layers: those of every layer, and of each kind of layer.
-
-    `separate` and `fused` are the two ways to write a layer's experts: a tensor for each, as published
-    folders and transformers 4 have them, or all in one, as transformers 5 has them.
-    """
-
-    layer: Rules
-    moe: Rules
-    separate: Rules
-    fused: Rules = ()
-    dense: Rules = ()
-
-
-def router(name: str) -> Rule:
-    """Return the rule of a router that is one linear layer."""
-    return Rule(name, "mlp.router.weight", "E H", "router")
-
-
-def experts(gate: str, up: str, down: str) -> Rules:
-    """Return the rules of a tensor for each expert, of these names."""
+def gated(
+    names: str,
+    megatron: str,
+    inner: str,
+    group: str,
+    parts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj"),
+    when: str | None = None,
+) -> Rules:
+    """Return the rules of a gated MLP: `names` hold `*` where each of them has its part."""
+    gate, up, down = (names.replace("*", part) for part in parts)
     return (
-        Rule((gate, up), EXPERTS + "linear_fc1.weight", "I H", "experts"),
-        Rule(down, EXPERTS + "linear_fc2.weight", "H I", "experts"),
-    )
-
-
-def shared_experts(name: str, when: str | None = None) -> Rules:
-    """Return the rules of the experts that every token goes to."""
-    gate, up, down = (f"mlp.{name}.{part}_proj.weight" for part in ("gate", "up", "down"))
-    return (
-        Rule((gate, up), SHARED + "linear_fc1.weight", "S H", "shared experts", when=when),
-        Rule(down, SHARED + "linear_fc2.weight", "H S", "shared experts", when=when),
+        Rule((gate, up), megatron + "linear_fc1.weight", f"{inner} H", group, when=when),
+        Rule(down, megatron + "linear_fc2.weight", f"H {inner}", group, when=when),
     )
 
 
@@ -66,19 +45,13 @@ OUTSIDE: Rules = (
     Rule("model.norm.weight", "decoder.final_layernorm.weight", "H", "norms"),
     Rule("lm_head.weight", "output_layer.weight", "V H", "output", when=UNTIED),
 )
-QUERY, KEY, VALUE = (f"self_attn.{part}_proj" for part in "qkv")
+QKV_WEIGHTS, QKV_BIASES = (
+    tuple(f"self_attn.{part}_proj.{kind}" for part in "qkv") for kind in ("weight", "bias")
+)
 ATTENTION_RULES: Rules = (
     Rule("input_layernorm.weight", ATTENTION + "qkv.layer_norm_weight", "H", "norms"),
-    QueryKeyValue(
-        (f"{QUERY}.weight", f"{KEY}.weight", f"{VALUE}.weight"), ATTENTION + "qkv.weight", "H", "attention"
-    ),
-    QueryKeyValue(
-        (f"{QUERY}.bias", f"{KEY}.bias", f"{VALUE}.bias"),
-        ATTENTION + "qkv.bias",
-        "",
-        "attention",
-        when="add_qkv_bias",
-    ),
+    QueryKeyValue(QKV_WEIGHTS, ATTENTION + "qkv.weight", "H", "attention"),
+    QueryKeyValue(QKV_BIASES, ATTENTION + "qkv.bias", "", "attention", when="add_qkv_bias"),
     Rule("self_attn.o_proj.weight", ATTENTION + "proj.weight", "H Q", "attention"),
 )
 HEAD_NORMS: Rules = (
@@ -91,58 +64,32 @@ FULL_WIDTH_NORMS: Rules = (
 )
 DENSE: Rules = (
     Rule("post_attention_layernorm.weight", "mlp.linear_fc1.layer_norm_weight", "H", "norms"),
-    Rule(("mlp.gate_proj.weight", "mlp.up_proj.weight"), "mlp.linear_fc1.weight", "F H", "mlp"),
-    Rule("mlp.down_proj.weight", "mlp.linear_fc2.weight", "H F", "mlp"),
+    *gated("mlp.*.weight", "mlp.", "F", "mlp"),
 )
 MOE_NORM = Rule("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", "H", "norms")
-ROUTER = router("mlp.gate.weight")
-SEPARATE = experts(*(f"mlp.experts.{{e}}.{part}_proj.weight" for part in ("gate", "up", "down")))
+ROUTER = Rule("mlp.gate.weight", "mlp.router.weight", "E H", "router")
+SEPARATE = gated("mlp.experts.{e}.*.weight", EXPERTS, "I", "experts")
 FUSED: Rules = (
     Rule("mlp.experts.gate_up_proj", EXPERTS + "linear_fc1.weight", "E J H", "experts"),
     Rule("mlp.experts.down_proj", EXPERTS + "linear_fc2.weight", "E H I", "experts"),
 )
 
-MIXTRAL = Family(
-    layer=ATTENTION_RULES,
-    moe=(MOE_NORM,),
-    separate=(
-        router("block_sparse_moe.gate.weight"),
-        *experts(*(f"block_sparse_moe.experts.{{e}}.{part}.weight" for part in ("w1", "w3", "w2"))),
-    ),
-    fused=(ROUTER, *FUSED),
-)
-QWEN2_MOE = Family(
-    layer=ATTENTION_RULES,
-    moe=(
-        MOE_NORM,
-        ROUTER,
-        *shared_experts("shared_expert"),
-        Rule("mlp.shared_expert_gate.weight", SHARED + "gate_weight", "1 H", "shared experts"),
-    ),
-    separate=SEPARATE,
-    fused=FUSED,
-    dense=DENSE,
-)
-QWEN3_MOE = Family(
-    layer=(*ATTENTION_RULES, *HEAD_NORMS),
-    moe=(MOE_NORM, ROUTER),
-    separate=SEPARATE,
-    fused=FUSED,
-    dense=DENSE,
-)
-OLMOE = Family(
-    layer=(*ATTENTION_RULES, *FULL_WIDTH_NORMS), moe=(MOE_NORM, ROUTER), separate=SEPARATE, fused=FUSED
-)
-LLAMA_MOE = Family(
-    layer=ATTENTION_RULES,
-    moe=(
-        MOE_NORM,
-        router("mlp.gate.gate_network.0.weight"),
-        Rule("mlp.gate.gate_network.2.weight", "mlp.router.output_weight", "E E", "router"),
-        Rule("mlp.gate.weight_noise.weight", "mlp.router.noise_weight", "E H", "router", when="router_noise"),
-    ),
-    separate=experts(*(f"mlp.calculator.experts.weight_{part}.{{e}}" for part in ("gate", "up", "down"))),
-)
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """The tensors of a family's layers: those of every layer, and of each kind of layer.
+
+    `separate` and `fused` are the two ways to write a layer's experts: a tensor for each, as published
+    folders and transformers 4 have them, or all in one, as transformers 5 has them.
+    """
+
+    layer: Rules
+    moe: Rules = ()
+    separate: Rules = SEPARATE
+    fused: Rules = FUSED
+    dense: Rules = ()
+
+
 DEEPSEEK = Family(
     layer=(
         Rule("input_layernorm.weight", "input_layernorm.weight", "H", "norms"),
@@ -163,22 +110,59 @@ DEEPSEEK = Family(
         ),
     ),
     moe=(
-        MOE_NORM,
         ROUTER,
         Rule("mlp.gate.e_score_correction_bias", "mlp.router.expert_bias", "E", "router", when=BIASED),
-        *shared_experts("shared_experts", when="moe_shared_expert_intermediate_size"),
+        *gated(
+            "mlp.shared_experts.*.weight",
+            SHARED,
+            "S",
+            "shared experts",
+            when="moe_shared_expert_intermediate_size",
+        ),
     ),
-    separate=SEPARATE,
-    fused=FUSED,
     dense=DENSE,
 )
 
 FAMILIES: Mapping[str, Family] = {
-    "mixtral": MIXTRAL,
-    "qwen2_moe": QWEN2_MOE,
-    "qwen3_moe": QWEN3_MOE,
-    "olmoe": OLMOE,
-    "llama_moe": LLAMA_MOE,
+    "mixtral": Family(
+        layer=ATTENTION_RULES,
+        separate=(
+            Rule("block_sparse_moe.gate.weight", "mlp.router.weight", "E H", "router"),
+            *gated(
+                "block_sparse_moe.experts.{e}.*.weight", EXPERTS, "I", "experts", parts=("w1", "w3", "w2")
+            ),
+        ),
+        fused=(ROUTER, *FUSED),
+    ),
+    "qwen2_moe": Family(
+        layer=ATTENTION_RULES,
+        moe=(
+            ROUTER,
+            *gated("mlp.shared_expert.*.weight", SHARED, "S", "shared experts"),
+            Rule("mlp.shared_expert_gate.weight", SHARED + "gate_weight", "1 H", "shared experts"),
+        ),
+        dense=DENSE,
+    ),
+    "qwen3_moe": Family(layer=(*ATTENTION_RULES, *HEAD_NORMS), moe=(ROUTER,), dense=DENSE),
+    "olmoe": Family(layer=(*ATTENTION_RULES, *FULL_WIDTH_NORMS), moe=(ROUTER,)),
+    "llama_moe": Family(
+        layer=ATTENTION_RULES,
+        moe=(
+            Rule("mlp.gate.gate_network.0.weight", "mlp.router.weight", "E H", "router"),
+            Rule("mlp.gate.gate_network.2.weight", "mlp.router.output_weight", "E E", "router"),
+            Rule(
+                "mlp.gate.weight_noise.weight",
+                "mlp.router.noise_weight",
+                "E H",
+                "router",
+                when="router_noise",
+            ),
+        ),
+        separate=gated(
+            "mlp.calculator.experts.weight_*.{e}", EXPERTS, "I", "experts", parts=("gate", "up", "down")
+        ),
+        fused=(),
+    ),
     "deepseek_v2": DEEPSEEK,
     "deepseek_v3": DEEPSEEK,
 }
@@ -227,7 +211,7 @@ def weight_map(
             f"{hf_config['model_type']} has no layout with all experts in one tensor; write a tensor for each"
         )
     settings = {UNTIED: True, **settings}
-    moe = (*family.moe, *(family.fused if fused_experts else family.separate))
+    moe = (MOE_NORM, *family.moe, *(family.fused if fused_experts else family.separate))
     rules: list[tuple[int | None, Rule]] = [(None, rule) for rule in OUTSIDE]
     for layer, is_moe in enumerate(moe_layers(settings)):
         assert is_moe or family.dense, f"a dense layer in {hf_config['model_type']}"

@@ -21,10 +21,7 @@ CONVERTED = "hugging_face"
 """Folder of a converted checkpoint that holds all of its origin but the weights."""
 CONVERSION = "conversion.json"
 """File of a converted checkpoint that says how its origin was laid out."""
-TOKENIZER = (
-    *("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens"),
-    TEMPLATES,
-)
+TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "added_tokens", TEMPLATES)
 """What the names of a tokenizer's files begin with."""
 NO_TOKENIZER = "no tokenizer came with the model: put its files into the folder"
 NO_PREDICTION = (

@@ -163,8 +163,7 @@ VOCABULARY = (EMBEDDING, "output_layer.weight")
 """Megatron tensors with a row for each token."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A block within one layer, and one expert if the rule is for each of them."""
 
     hf: str
@@ -198,11 +197,6 @@ class Rule:
         """The Hugging Face tensors, in the order of their rows."""
         return (self.hf,) if isinstance(self.hf, str) else self.hf
 
-    @property
-    def each_expert(self) -> bool:
-        """Whether the rule stands for a tensor of each expert."""
-        return "{e}" in self.names[0]
-
     def pieces(self, sizes: Sizes) -> list[Piece]:
         """Return the blocks, in the order of their rows in the Megatron tensor."""
         shape = _shape(self.axes, sizes)
@@ -211,11 +205,6 @@ class Rule:
             Piece(name, shape, (first, *rest), (number * shape[0], *rest), shape)
             for number, name in enumerate(self.names)
         ]
-
-    def megatron_shape(self, sizes: Sizes) -> Shape:
-        """Shape of the Megatron tensor, without axes of layers and experts."""
-        last = self.pieces(sizes)[-1]
-        return (last.megatron_offset[0] + last.shape[0], *last.shape[1:])
 
 
 class QueryKeyValue(Rule):
@@ -292,12 +281,6 @@ def moe_layers(settings: Mapping[str, Any]) -> list[bool]:
     return [bool(value) for value in frequency]
 
 
-def layers_one_by_one(settings: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint names each layer; Megatron-Core stacks the layers of a model that has one kind."""
-    frequency = settings.get("moe_layer_freq") or 1
-    return not isinstance(frequency, int) or frequency > 1
-
-
 def lay_out(
     settings: Mapping[str, Any], rules: Iterable[tuple[int | None, Rule]], padded_vocab: int | None
 ) -> WeightMap:
@@ -305,7 +288,8 @@ def lay_out(
 
     In the checkpoint, tensors of `VOCABULARY` have `padded_vocab` rows; one for each token if None.
     """
-    sizes, stacked = sizes_of(settings), not layers_one_by_one(settings)
+    sizes = sizes_of(settings)
+    stacked = (settings.get("moe_layer_freq") or 1) == 1  # as Megatron-Core does if layers are of one kind
     hf_shapes: dict[str, Shape] = {}
     megatron_shapes: dict[str, Shape] = {}
     groups: dict[str, str] = {}
@@ -320,17 +304,18 @@ def lay_out(
             prefix = f"model.layers.{layer}."
             megatron = "decoder.layers." + ("" if stacked else f"{layer}.") + megatron
             place, axes = ((layer,), (sizes["L"],)) if stacked else ((), ())
-        experts = [(e,) for e in range(sizes["E"])] if rule.each_expert else [()]
-        axes += (sizes["E"],) if rule.each_expert else ()
-        megatron_shapes[megatron] = (*axes, *rule.megatron_shape(sizes))
-        groups[megatron] = rule.group
+        experts: list[Shape] = [()]
+        if "{e}" in rule.names[0]:
+            experts, axes = [(e,) for e in range(sizes["E"])], (*axes, sizes["E"])
         pieces = rule.pieces(sizes)
-        for expert in experts:
-            for piece in pieces:
-                name = prefix + (piece.hf.format(e=expert[0]) if expert else piece.hf)
-                hf_shapes[name] = piece.hf_shape
-                offset = (*place, *expert, *piece.megatron_offset)
-                blocks.append(Block(name, piece.hf_offset, megatron, offset, piece.shape))
+        last = pieces[-1]
+        megatron_shapes[megatron] = (*axes, last.megatron_offset[0] + last.shape[0], *last.shape[1:])
+        groups[megatron] = rule.group
+        for expert, piece in itertools.product(experts, pieces):
+            name = prefix + piece.hf.format(e=expert[0] if expert else None)
+            hf_shapes[name] = piece.hf_shape
+            offset = (*place, *expert, *piece.megatron_offset)
+            blocks.append(Block(name, piece.hf_offset, megatron, offset, piece.shape))
     vocab = sizes["V"]
     assert padded_vocab is None or padded_vocab >= vocab, f"{padded_vocab} rows for {vocab} tokens"
     padded = {name: vocab for name in VOCABULARY if name in groups}

@@ -22,17 +22,17 @@ from megatron_dynmix.training.source_change import differences as source_differe
 Resume = Literal["no", "must", "auto"]
 Settings = Mapping[str, Any]
 
-# Settings that decide the order of the rows; the state of the mix is that of one order.
-ORDER = (
-    ("training", "seed"),
-    ("data", "seq_length"),
-    ("data", "overlong"),
-    ("data", "packing"),
-    ("mixing", "unit"),
-)
-
-# Settings that decide what a gate load is; the state of the mix holds such loads.
-LOADS = (("mixing", "load_tokens"), ("mixing", "load_mass"))
+ORDER, LOADS = "the order of the rows", "what gate loads are"
+FIXED = {
+    "training.seed": ORDER,
+    "data.seq_length": ORDER,
+    "data.overlong": ORDER,
+    "data.packing": ORDER,
+    "mixing.unit": ORDER,
+    "mixing.load_tokens": LOADS,
+    "mixing.load_mass": LOADS,
+}
+"""Settings that the state of the mix depends on -> what they decide."""
 
 
 def identity(config: RunConfig, reports: Sequence[SourceReport]) -> Identity:
@@ -115,13 +115,12 @@ def check_resume(
         for name in {**settings, **new}
         if settings.get(name) != new.get(name)
     }
-    for section, name in (*ORDER, *LOADS):
-        if f"{section}.{name}" in changed:
-            before, after = changed[f"{section}.{name}"]
-            what = "the order of the rows" if (section, name) in ORDER else "what gate loads are"
+    for name, decided in FIXED.items():
+        if name in changed:
+            before, after = changed[name]
             raise InputError(
-                f"{section}.{name} was {before} when {source} was written and is {after} now, which changes "
-                f"{what}; resume with {before}"
+                f"{name} was {before} when {source} was written and is {after} now, which changes {decided}; "
+                f"resume with {before}"
             )
     _check_strategy(saved.config["mixing"], config.mixing, source)
     before, after = changed.pop("data.sources", ({}, {}))  # paths may differ
