@@ -156,22 +156,24 @@ def read_run_state(folder: Path) -> RunState:
 def _saved(values: dict[str, Any]) -> SavedModel:
     if "mix" not in values:
         return SavedModel(**values)
-    progress, mix, log_interval = (values[part] for part in ("progress", "mix", "log_interval"))
+    progress, mix, log_interval, drawn = (
+        values.pop(part) for part in ("progress", "mix", "log_interval", "drawn")
+    )
     progress |= {"tokens_D": torch.tensor(progress["tokens_D"], dtype=torch.float64)}
+    log_interval |= {"stats": SourceStats.of(np.array(log_interval["stats"]))}
     mix |= {
         "blend": BlendState.from_json(mix["blend"]),
         "controller": ControllerState.from_json(mix["controller"]),
         "interval_counts": np.array(mix["interval_counts"], np.int64),
         "interval_stats": SourceStats.of(np.array(mix["interval_stats"])),
     }
-    log_interval |= {"stats": SourceStats.of(np.array(log_interval["stats"]))}
-    values |= {
-        "progress": Progress(**progress),
-        "mix": MixState(**mix),
-        "log_interval": LogInterval(**log_interval),
-        "drawn": DrawnState(**values["drawn"]),
-    }
-    return RunState(**values)
+    return RunState(
+        progress=Progress(**progress),
+        mix=MixState(**mix),
+        log_interval=LogInterval(**log_interval),
+        drawn=DrawnState(**drawn),
+        **values,
+    )
 
 
 def _plain(part: Any) -> Any:

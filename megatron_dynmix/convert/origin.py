@@ -57,7 +57,10 @@ def origin_of(config: Mapping[str, Any], checkpoint: Path, given: Path | None) -
     """
     settings, data = config["model"], config.get("data", {})
     folder = given if given is not None else _folder(config, checkpoint)
-    tokenizer = _tokenizer_files(data.get("tokenizer"))
+    tokenizer: dict[str, Path] = {}
+    if data.get("tokenizer") is not None and has_tokenizer(Path(data["tokenizer"])):
+        beside = carried_files(Path(data["tokenizer"]))
+        tokenizer = {name: file for name, file in beside.items() if _is_tokenizer(name)}
     if folder is None:
         written = hugging_face_config(settings)
         if not tokenizer:
@@ -144,10 +147,3 @@ def _fused(folder: Path) -> bool:
 
 def _is_tokenizer(name: str) -> bool:
     return name.startswith(TOKENIZER)
-
-
-def _tokenizer_files(path: str | None) -> dict[str, Path]:
-    """Return the files of a run's tokenizer, if it is a folder."""
-    if path is None or not has_tokenizer(Path(path)):
-        return {}
-    return {name: file for name, file in carried_files(Path(path)).items() if _is_tokenizer(name)}

@@ -150,11 +150,6 @@ class WeightMap:
         """Return the kind of a Hugging Face tensor."""
         return self.groups[next(iter(self.hf.index[name].values()))[0].megatron]
 
-    @property
-    def parameters(self) -> int:
-        """Numbers of the model, padding left out."""
-        return sum(math.prod(shape) for shape in self.hf_shapes.values())
-
 
 Sizes = Mapping[str, int]
 
@@ -188,7 +183,7 @@ class Rule:
     """Kind of the Megatron tensor in a verdict."""
     _: KW_ONLY
     when: str | None = None
-    """Setting of the model without which neither side has the tensor; None if it is always there."""
+    """Setting of the model without which neither side has the tensor."""
     unless: str | None = None
     """Setting with which neither side has it."""
 

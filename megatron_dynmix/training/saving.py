@@ -22,10 +22,8 @@ class Saving:
     """Saves as the configuration says, and knows what a run may fall back on."""
 
     def __init__(self, config: RunConfig, checkpointer: Checkpointer, say: Callable[[str], None]) -> None:
-        self.config = config
-        self.checkpointer = checkpointer
+        self.config, self.checkpointer, self.say = config, checkpointer, say
         self.directory = checkpointer.directory
-        self.say = say
         self.newest = checkpointer.newest
         """Iteration of the newest checkpoint, whole or being written."""
         self.good = checkpointer.good
@@ -104,17 +102,16 @@ class Saving:
         whole = self.newest = self.checkpointer.newest
         if self.good == iteration:
             self.good = whole
-        text = (
+        left, remedy = "No checkpoint was written before", ""
+        if whole is not None:
+            left = f"The last good one is {folder_of(self.directory, whole)}"
+            remedy = ", and --resume goes on from it"
+        self._stop_or_say(
             f"the checkpoint of iteration {iteration} could not be written: {failure} "
-            f"({_free(self.directory)}). "
+            f"({_free(self.directory)}). {left}",
+            stop=last,
+            remedy=f"{remedy}. Make room, or give another --run-dir",
         )
-        if whole is None:
-            text += "No checkpoint was written before"
-            remedy = ". Make room, or give another --run-dir"
-        else:
-            text += f"The last good one is {folder_of(self.directory, whole)}"
-            remedy = ", and --resume goes on from it. Make room, or give another --run-dir"
-        self._stop_or_say(text, stop=last, remedy=remedy)
 
     def _stop_or_say(self, text: str, *, stop: bool, remedy: str = "") -> None:
         """End the run with what went wrong, or only say it, as the configuration wants."""

@@ -66,12 +66,6 @@ class SourceChange:
         )
         return cls(before=before, after=after, named_D=named_D, kept_D=kept_D)
 
-    def cursor(self, cursor: Cursor) -> Cursor:
-        """Return where the sources stand: unchanged ones where they stood, all others at their first row."""
-        return Cursor(
-            cursor.sample, carried(cursor.drawn_D, self.kept_D), carried(cursor.owed_D, self.kept_D)
-        )
-
     def weights_D(self, old_D: Sequence[float], initial_D: NDArray[np.float64]) -> NDArray[np.float64]:
         """Give new sources their initial share; the others share the rest in the proportion they had."""
         new_D = np.array([old is None for old in self.named_D])
@@ -87,19 +81,15 @@ class SourceChange:
         lines = []
         for d, (name, size) in enumerate(zip(self.after.names, self.after.sizes, strict=True)):
             old = self.named_D[d]
-            share = f"weight {weights_D[d]:.6f}"
             if old is None:
-                lines.append(f"{name}: new, {size} rows, {share}")
+                lines.append(f"{name}: new, {size} rows, weight {weights_D[d]:.6f}")
                 continue
-            share = f"weight {old_D[old]:.6f} -> {weights_D[d]:.6f}"
+            what = f"changed, {self.before.sizes[old]} -> {size} rows, from the first row on"
             if self.kept_D[d] is not None:
                 epoch, row = divmod(int(cursor.drawn_D[d]), size)
-                lines.append(f"{name}: as it was, goes on after {row} rows of epoch {epoch}, {share}")
-            else:
-                rows = f"{self.before.sizes[old]} -> {size} rows"
-                lines.append(f"{name}: changed, {rows}, from the first row on, {share}")
-        gone = [name for name in self.before.names if name not in self.after.names]
-        return lines + [f"{name}: removed" for name in gone]
+                what = f"as it was, goes on after {row} rows of epoch {epoch}"
+            lines.append(f"{name}: {what}, weight {old_D[old]:.6f} -> {weights_D[d]:.6f}")
+        return lines + [f"{name}: removed" for name in self.before.names if name not in self.after.names]
 
     def carry(self, state: RunState, initial_D: NDArray[np.float64]) -> tuple[RunState, list[str]]:
         """Return the state for the sources of `after`, and what was done, line by line.
@@ -109,13 +99,14 @@ class SourceChange:
         """
         mix, blend, log = state.mix, state.mix.blend, state.log_interval
         old_D = blend.stages[-1].weights
-        cursor = self.cursor(blend.cursor_at(state.progress.consumed_samples))
+        old = blend.cursor_at(state.progress.consumed_samples)
+        # unchanged sources stand where they stood, all others at their first row
+        cursor = Cursor(old.sample, carried(old.drawn_D, self.kept_D), carried(old.owed_D, self.kept_D))
         weights_D = self.weights_D(old_D, initial_D)
+        tokens_D = torch.from_numpy(carried(state.progress.tokens_D, self.named_D))
         state = replace(
             state,
-            progress=replace(
-                state.progress, tokens_D=torch.from_numpy(carried(state.progress.tokens_D, self.named_D))
-            ),
+            progress=replace(state.progress, tokens_D=tokens_D),
             log_interval=replace(log, stats=SourceStats.of(carried(log.stats.sums, self.named_D))),
             mix=replace(
                 mix,
@@ -131,8 +122,6 @@ class SourceChange:
 def carried(values: ArrayLike, old_index_D: Sequence[int | None], *, axis: int = -1) -> NDArray[Any]:
     """Return the values of the old sources with these indices along an axis, 0 where there is none."""
     array = np.moveaxis(np.asarray(values), axis, 0)
-    moved = np.zeros((len(old_index_D), *array.shape[1:]), array.dtype)
-    for new, old in enumerate(old_index_D):
-        if old is not None:
-            moved[new] = array[old]
+    nothing = np.zeros_like(array[0])
+    moved = np.stack([nothing if old is None else array[old] for old in old_index_D])
     return np.moveaxis(moved, 0, axis)

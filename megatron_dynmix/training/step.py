@@ -145,10 +145,7 @@ class BeforePass:
     def restore(self) -> None:
         """Make them what they were; a loss first tracked in this pass goes back to zero."""
         for name, tensor in self._changing().items():
-            if name in self._before:
-                tensor.copy_(self._before[name])
-            else:
-                tensor.zero_()
+            tensor.copy_(self._before.get(name, torch.zeros_like(tensor)))
 
     def _changing(self) -> dict[str, torch.Tensor]:
         changing = {"counts": self._run.counter.counts_HDLE}
@@ -164,9 +161,7 @@ def take_aux_losses(config: TransformerConfig, micro_batches: int) -> dict[str, 
     Each rank has run so many micro-batches. Without any such loss the answer is empty.
     """
     types, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
-    if isinstance(types, str):
-        types, coefficients = [types], [coefficients]
-    pairs = zip(types, coefficients, strict=True)
+    pairs = [(types, coefficients)] if isinstance(types, str) else zip(types, coefficients, strict=True)
     names = [AUX_LOSSES[kind] for kind, coefficient in pairs if kind in AUX_LOSSES and coefficient]
     if config.moe_z_loss_coeff is not None:
         names.append("z_loss")
