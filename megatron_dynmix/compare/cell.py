@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmix.checkpoint import restore_point
+from megatron_dynmix.checkpoint.folder import has_checkpoint, newest_good
 from megatron_dynmix.checkpoint.run_state import read_run_state
 from megatron_dynmix.compare.grid import Grid, Variant
 from megatron_dynmix.config import RunConfig
@@ -79,9 +79,9 @@ class Cell:
 
         """
         directory = self.run_dir / "checkpoints"
-        if not restore_point.has_checkpoint(directory):
+        if not has_checkpoint(directory):
             return False
-        state = read_run_state(restore_point.newest_good(directory).source)
+        state = read_run_state(newest_good(directory).source)
         now = identity(self.config, reports)
         if (state.fingerprints, state.probes) != (now.fingerprints, now.probes):
             raise InputError(

@@ -17,15 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_dynmix.checkpoint import restore_point
-from megatron_dynmix.checkpoint.folder import (
-    TRACKER,
-    check_contents,
-    check_whole,
-    complete,
-    folder_of,
-    read_checksums,
-)
+from megatron_dynmix.checkpoint import folder as checkpoints
 from megatron_dynmix.checkpoint.run_state import Damaged, SavedModel
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.config.presets import complete_model
@@ -73,7 +65,7 @@ def hf_to_megatron(
     plan = {"source": {str(source.resolve()): fingerprint(source)}, "dtype": dtype, "padding": padded}
     with Staging(destination, plan, say) as staging:
         staging.check_space(total + sum(path.stat().st_size for path in carried_files(source).values()))
-        target = folder_of(staging.folder, 0)
+        target = checkpoints.folder_of(staging.folder, 0)
         with ProgressBar("writing", total) as progress:
             order = _reading_order(folder, names)
             sums = write_checkpoint(wanted, order, staging, target.name, advance=progress.advance)
@@ -192,21 +184,21 @@ def _write_beside(
     keep_origin_of(folder, root, dtype=dtype)
     section = yaml.safe_dump({"model": dict(settings)}, sort_keys=False, allow_unicode=True)
     (root / MODEL_YAML).write_text(section, encoding="utf-8")
-    complete(target, SavedModel(config={"model": dict(settings)}).text(), sums)
-    write_atomically(root / TRACKER, "0")
+    checkpoints.complete(target, SavedModel(config={"model": dict(settings)}).text(), sums)
+    write_atomically(root / checkpoints.TRACKER, "0")
 
 
 def checkpoint_of(source: Path) -> Path:
     """Return the `iter_*` folder that is meant; refuse one that is damaged."""
     if (source / ".metadata").is_file():
         try:
-            check_whole(source)
+            checkpoints.check_whole(source)
         except Damaged as damage:
             raise InputError(f"{source} is damaged: {damage}; give another checkpoint") from None
         return source
     for directory in (source, source / "checkpoints"):
-        if restore_point.has_checkpoint(directory):
-            return restore_point.exact(restore_point.newest_good(directory))
+        if checkpoints.has_checkpoint(directory):
+            return checkpoints.exact(checkpoints.newest_good(directory))
     what = "holds no checkpoint" if source.is_dir() else "is not a folder"
     raise InputError(
         f"{source} {what}; give a run, its checkpoints folder, one iter_* folder or what hf-to-megatron made"
@@ -215,11 +207,11 @@ def checkpoint_of(source: Path) -> Path:
 
 def _check_contents(checkpoint: Path) -> None:
     """Read a checkpoint against its checksums: what is made of it would be as wrong, and compare as equal."""
-    sums = read_checksums(checkpoint)
+    sums = checkpoints.read_checksums(checkpoint)
     try:
         with ProgressBar("checking", sum(size for size, _ in sums.values())) as progress:
             for name, (size, _) in sums.items():
-                check_contents(checkpoint, sums, [name])
+                checkpoints.check_contents(checkpoint, sums, [name])
                 progress.advance(size)
     except Damaged as damage:
         raise InputError(f"{checkpoint} is damaged: {damage}; give another checkpoint") from None

@@ -17,8 +17,8 @@ import torch
 from torch.utils.data import default_collate
 
 from megatron_dynmix import platform
-from megatron_dynmix.checkpoint import restore_point
 from megatron_dynmix.checkpoint.checkpointer import Checkpointer
+from megatron_dynmix.checkpoint.folder import verified
 from megatron_dynmix.checkpoint.run_state import read_run_state
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import load_config
@@ -104,7 +104,7 @@ def evaluate(run_dir: Path) -> Evaluation:
         pass  # as the run did: what is prepared is only looked at
     rows = build_rows(config, tokenizer, probe=True)
     join_job(config)
-    point = restore_point.verified(run_dir / "checkpoints")
+    point = verified(run_dir / "checkpoints")
     run = _load_model(config, len(rows), point.source)
     stats = held_out_stats(run, rows, config.training.micro_batch_size)
     evaluation = summarise(config, stats, read_run_state(point.source).progress.iteration)

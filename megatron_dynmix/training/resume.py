@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_dynmix.checkpoint import restore_point
+from megatron_dynmix.checkpoint.folder import exact, has_checkpoint, newest_good
 from megatron_dynmix.checkpoint.run_state import Identity, read_run_state, read_saved
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict
@@ -51,26 +51,22 @@ def identity(config: RunConfig, reports: Sequence[SourceReport]) -> Identity:
     )
 
 
-def has_checkpoint(run_dir: Path) -> bool:
-    """Whether a run directory holds a checkpoint to resume from."""
-    return restore_point.has_checkpoint(run_dir / "checkpoints")
-
-
 def begins(run_dir: Path, resume: Resume) -> bool:
     """Whether a run begins, rather than resuming from a checkpoint."""
-    return resume == "no" or not has_checkpoint(run_dir)
+    return resume == "no" or not has_checkpoint(run_dir / "checkpoints")
 
 
 def check_run_dir(run_dir: Path, resume: Resume) -> None:
     """Refuse a run directory that does not go with `resume`, or cannot be written."""
-    if resume == "must" and not has_checkpoint(run_dir):
+    checkpoints = run_dir / "checkpoints"
+    if resume == "must" and begins(run_dir, resume):
         raise InputError(
-            f"--resume must, but {run_dir / 'checkpoints'} holds no checkpoint; check the path, or start a "
-            "new run with --resume auto"
+            f"--resume must, but {checkpoints} holds no checkpoint; check the path, or start a new run with "
+            "--resume auto"
         )
-    if resume == "no" and (has_checkpoint(run_dir) or (run_dir / "metrics.jsonl").is_file()):
+    if resume == "no" and (has_checkpoint(checkpoints) or (run_dir / "metrics.jsonl").is_file()):
         raise InputError(f"{run_dir} holds a run already; give another --run-dir, or --resume auto")
-    for folder in (run_dir, run_dir / "checkpoints"):  # which may be a link to another disk
+    for folder in (run_dir, checkpoints):  # which may be a link to another disk
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
@@ -98,7 +94,7 @@ def check_resume(
     """
     if begins(run_dir, resume):
         return []
-    source = source or restore_point.newest_good(run_dir / "checkpoints").source
+    source = source or newest_good(run_dir / "checkpoints").source
     saved, now = read_run_state(source), identity(config, reports)
     _check_shape(saved.config["model"], now.config["model"], source)
     other_sources = source_differences(saved.fingerprints, now.fingerprints)
@@ -170,8 +166,7 @@ def _check_strategy(saved: Settings, mixing: MixingConfig, source: Path) -> None
 def check_pretrained(config: RunConfig) -> None:
     """Refuse weights of another model, or none."""
     if config.checkpoint.pretrained_checkpoint is not None:
-        point = restore_point.newest_good(Path(config.checkpoint.pretrained_checkpoint))
-        source = restore_point.exact(point)
+        source = exact(newest_good(Path(config.checkpoint.pretrained_checkpoint)))
         _check_shape(read_saved(source).config["model"], to_dict(config)["model"], source)
 
 

@@ -14,8 +14,8 @@ from megatron.core.num_microbatches_calculator import (
 )
 
 from megatron_dynmix import platform
-from megatron_dynmix.checkpoint import restore_point
 from megatron_dynmix.checkpoint.checkpointer import Checkpointer
+from megatron_dynmix.checkpoint.folder import exact, verified
 from megatron_dynmix.checkpoint.run_state import LogInterval, Progress, RunState
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.megatron import micro_batch_group, moe_layers, transformer_config
@@ -92,8 +92,8 @@ def restore(
             changes,
         )
     if config.checkpoint.pretrained_checkpoint is not None:
-        pretrained = restore_point.verified(Path(config.checkpoint.pretrained_checkpoint))
-        checkpointer.load_weights(restore_point.exact(pretrained))
+        pretrained = verified(Path(config.checkpoint.pretrained_checkpoint))
+        checkpointer.load_weights(exact(pretrained))
     elif config.model.load_hf is not None:
         load_hugging_face(config, checkpointer, say)
     keep_origin(config, checkpointer.directory)
@@ -146,7 +146,7 @@ def train(
         resuming = [not begins(run_dir, resume)]
         torch.distributed.broadcast_object_list(resuming, src=0)
         if resuming[0]:
-            point = restore_point.verified(run_dir / "checkpoints")
+            point = verified(run_dir / "checkpoints")
             source, notes = point.source, list(point.notes)
             changes = check_resume(
                 *(config, prepared.data.reports, run_dir, resume),

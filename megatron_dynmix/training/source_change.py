@@ -66,6 +66,12 @@ class SourceChange:
         )
         return cls(before=before, after=after, named_D=named_D, kept_D=kept_D)
 
+    def cursor(self, cursor: Cursor) -> Cursor:
+        """Return where the sources stand: unchanged ones where they stood, all others at their first row."""
+        return Cursor(
+            cursor.sample, carried(cursor.drawn_D, self.kept_D), carried(cursor.owed_D, self.kept_D)
+        )
+
     def weights_D(self, old_D: Sequence[float], initial_D: NDArray[np.float64]) -> NDArray[np.float64]:
         """Give new sources their initial share; the others share the rest in the proportion they had."""
         new_D = np.array([old is None for old in self.named_D])
@@ -99,9 +105,7 @@ class SourceChange:
         """
         mix, blend, log = state.mix, state.mix.blend, state.log_interval
         old_D = blend.stages[-1].weights
-        old = blend.cursor_at(state.progress.consumed_samples)
-        # unchanged sources stand where they stood, all others at their first row
-        cursor = Cursor(old.sample, carried(old.drawn_D, self.kept_D), carried(old.owed_D, self.kept_D))
+        cursor = self.cursor(blend.cursor_at(state.progress.consumed_samples))
         weights_D = self.weights_D(old_D, initial_D)
         tokens_D = torch.from_numpy(carried(state.progress.tokens_D, self.named_D))
         state = replace(

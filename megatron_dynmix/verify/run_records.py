@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmix.checkpoint.restore_point import has_checkpoint, newest_good
+from megatron_dynmix.checkpoint.folder import has_checkpoint, newest_good
 from megatron_dynmix.checkpoint.run_state import RunState, read_run_state
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.records.jsonl import read_lines, read_records

@@ -12,8 +12,14 @@ import numpy as np
 import psutil
 import pytest
 
-from megatron_dynmix.checkpoint.folder import CHECKSUMS, checksum, checksums_text, read_checksums
-from megatron_dynmix.checkpoint.restore_point import RestorePoint, newest_good
+from megatron_dynmix.checkpoint.folder import (
+    CHECKSUMS,
+    RestorePoint,
+    checksum,
+    checksums_text,
+    newest_good,
+    read_checksums,
+)
 from megatron_dynmix.checkpoint.run_state import FORMAT_VERSION, read_run_state
 from tests.distributed import checkpoint_programs as programs
 from tests.distributed import fault_programs

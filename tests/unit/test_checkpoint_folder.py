@@ -14,12 +14,14 @@ from megatron_dynmix.checkpoint.folder import (
     checksum,
     checksums_text,
     complete,
+    exact,
     files_of,
     folder_of,
+    has_checkpoint,
+    newest_good,
     read_checksums,
     saved_iterations,
 )
-from megatron_dynmix.checkpoint.restore_point import exact, has_checkpoint, newest_good
 from megatron_dynmix.checkpoint.run_state import RUN_STATE, Damaged, SavedModel
 from megatron_dynmix.errors import InputError
 

@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from megatron_dynmix import platform
-from megatron_dynmix.checkpoint.folder import checksum
-from megatron_dynmix.checkpoint.restore_point import exact, newest_good
+from megatron_dynmix.checkpoint.folder import checksum, exact, newest_good
 from megatron_dynmix.cli import main
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.config.presets import other_shape
