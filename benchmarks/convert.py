@@ -199,9 +199,7 @@ def main() -> None:
         print(table([*header, "convert CPU s/GB", "anonymous GB", "memory GB"], [there, back]))
         folder, written = HuggingFaceFolder(scratch / "source"), MegatronCheckpoint(checkpoint)
         names = folder.weight_map(written.shapes["embedding.word_embeddings.weight"][0])
-        took, _ = seconds(
-            lambda: compare_values(folder, as_hugging_face(written, names), names, lambda _: None)
-        )
+        took, _ = seconds(lambda: compare_values(folder, as_hugging_face(written, names), names))
         print(f"comparing values afterwards: {there[1]} GB on either side in {took:.1f} s")
         print(f"largest shard: {largest:.2f} GB; memory is what the process grew by")
 

@@ -73,8 +73,7 @@ def hf_to_megatron(
         groups = logits = None
         if verify:
             written = MegatronCheckpoint(target)
-            with ProgressBar("comparing", total) as progress:
-                groups = compare_values(read, as_hugging_face(written, names), names, progress.advance)
+            groups = compare_values(read, as_hugging_face(written, names), names)
             rounded = dtype not in (None, "float32") and {*folder.dtypes.values()} != {*read.dtypes.values()}
             logits = compare_logits(source, read, written, model_of(settings), rounded=rounded)
         verdict = Verdict(
@@ -134,8 +133,7 @@ def megatron_to_hf(
         groups = logits = None
         if verify:
             written = HuggingFaceFolder(staging.folder)
-            with ProgressBar("comparing", total) as progress:
-                groups = compare_values(wanted, written, names, progress.advance)
+            groups = compare_values(wanted, written, names)
             logits = compare_logits(staging.folder, written, export.held, model_of(export.settings))
         rows, vocab = names.megatron_shapes[EMBEDDING][0], export.settings["vocab_size"]
         verdict = Verdict(

@@ -73,7 +73,10 @@ class Export:
     def write_beside(self, folder: Path) -> None:
         """Write all of the folder but the weights."""
         copy_files(self.origin.files, folder)
-        (folder / CONFIG).write_text(self.origin.config_text(main_type(self.weights)), encoding="utf-8")
+        key = "dtype" if "dtype" in self.origin.config else "torch_dtype"
+        config = {**self.origin.config, key: main_type(self.weights)}
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
 def open_export(

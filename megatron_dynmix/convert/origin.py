@@ -28,7 +28,6 @@ NO_PREDICTION = (
     "config.json of the model that it came from counts {count} layers for multi-token prediction: the export "
     f"has none, and {PREDICTION} is 0 in its config.json"
 )
-TYPE_KEYS = ("dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,6 @@ class Origin:
     """Whether the origin has a layer's experts in one tensor."""
     notes: tuple[str, ...] = ()
     """What a reader must know."""
-
-    def config_text(self, dtype: str) -> str:
-        """Return config.json for weights of a type, under the key that the origin has for it."""
-        key = next((key for key in TYPE_KEYS if key in self.config), TYPE_KEYS[-1])
-        return json.dumps({**self.config, key: dtype}, indent=2, ensure_ascii=False) + "\n"
 
 
 def origin_of(config: Mapping[str, Any], checkpoint: Path, given: Path | None) -> Origin:

@@ -16,15 +16,8 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan, metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import get_crc32_options, set_crc32_options
@@ -93,13 +86,13 @@ class _Reading(DefaultSavePlanner):
 
 
 def _item(tensors: Tensors, box: Box) -> WriteItem:
-    properties, size = TensorProperties(dtype=tensors.dtypes[box.name]), torch.Size(tensors.shapes[box.name])
-    data = TensorWriteData(_chunk(box), properties, size)
-    return WriteItem(MetadataIndex(box.name, box.offset), WriteItemType.SHARD, tensor_data=data)
+    properties = metadata.TensorProperties(dtype=tensors.dtypes[box.name])
+    data = TensorWriteData(_chunk(box), properties, torch.Size(tensors.shapes[box.name]))
+    return WriteItem(metadata.MetadataIndex(box.name, box.offset), WriteItemType.SHARD, tensor_data=data)
 
 
-def _chunk(box: Box) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape))
+def _chunk(box: Box) -> metadata.ChunkStorageMetadata:
+    return metadata.ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape))
 
 
 def _write(writer: FileSystemWriter, plan: SavePlan, planner: _Reading) -> list[WriteResult]:
@@ -127,7 +120,7 @@ def _finish_part(staging: Staging, file: str, results: Sequence[WriteResult]) ->
 def _results(facts: dict[str, Any]) -> list[WriteResult]:
     """Return what a finished part's line in the journal says, as its writer said it."""
     return [
-        WriteResult(MetadataIndex(name, offset), length, _StorageInfo(path, start, length))
+        WriteResult(metadata.MetadataIndex(name, offset), length, _StorageInfo(path, start, length))
         for name, offset, path, start, length in facts["items"]
     ]
 
@@ -136,15 +129,15 @@ def _write_list(
     writer: FileSystemWriter, tensors: Tensors, boxes: list[Box], results: Iterable[list[WriteResult]]
 ) -> None:
     """Write `.metadata`: the tensors, and where their boxes are."""
-    chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in tensors.shapes}
+    chunks: dict[str, list[metadata.ChunkStorageMetadata]] = {name: [] for name in tensors.shapes}
     for box in boxes:
         chunks[box.name].append(_chunk(box))
     listed = {
-        name: TensorStorageMetadata(
-            TensorProperties(dtype=tensors.dtypes[name]), torch.Size(shape), chunks[name]
+        name: metadata.TensorStorageMetadata(
+            metadata.TensorProperties(dtype=tensors.dtypes[name]), torch.Size(shape), chunks[name]
         )
         for name, shape in tensors.shapes.items()
     }
-    writer.finish(Metadata(listed), list(results))
+    writer.finish(metadata.Metadata(listed), list(results))
     found = sum(math.prod(chunk.sizes) for item in listed.values() for chunk in item.chunks)
     assert found == sum(map(math.prod, tensors.shapes.values())), "the boxes fill the tensors"

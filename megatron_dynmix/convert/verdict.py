@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ import numpy as np
 
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.convert.logits import LogitsVerdict
-from megatron_dynmix.convert.tensors import boxes_of, read_bytes, size_of
+from megatron_dynmix.convert.tensors import boxes_of, read_bytes, size_of, total_size
 from megatron_dynmix.convert.weight_map import WeightMap
+from megatron_dynmix.data.prepare.progress import ProgressBar
 from megatron_dynmix.files import sha256
 
 
@@ -66,20 +66,15 @@ class Verdict:
         return logits and not any(group.differing for group in self.groups or ())
 
 
-def compare_values(
-    read: Tensors, written: Tensors, weight_map: WeightMap, advance: Callable[[int], object]
-) -> list[GroupVerdict]:
-    """Read both models to the end, as Hugging Face tensors, and compare them bit for bit.
-
-    The verdicts are in the order of the map; `advance` is told of bytes that were compared.
-    """
+def compare_values(read: Tensors, written: Tensors, weight_map: WeightMap) -> list[GroupVerdict]:
+    """Read both models to the end, as Hugging Face tensors, and compare them bit for bit."""
     groups: dict[str, list[str]] = {}
     found: dict[str, tuple[int, int, bool]] = {}
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, ProgressBar("comparing", total_size(written)) as progress:
         for name in weight_map.hf_shapes:
             groups.setdefault(weight_map.group_of(name), []).append(name)
             found[name] = _compare(pool, read, written, name)
-            advance(size_of(written, name))
+            progress.advance(size_of(written, name))
 
     def combined(names: list[str], side: int) -> str:
         return sha256("".join(f"{name} {found[name][side]:08x}\n" for name in sorted(names)))

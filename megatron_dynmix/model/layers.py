@@ -145,7 +145,9 @@ class SegmentAttention(DotProductAttention):
         assert attention_bias is None, "attention bias is not used by this model"
         if packed_seq_params is not None:
             query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
-            attention_mask = _masked_between_segments(packed_seq_params.cu_seqlens_q, query.shape[0])
+            position = torch.arange(query.shape[0], device=query.device)
+            segment = torch.bucketize(position, packed_seq_params.cu_seqlens_q[1:], right=True)
+            attention_mask = segment_mask(segment[None], position, position)
         if self._gathers:
             assert attention_mask is not None and packed_seq_params is None, "the mask says who is where"
             ranks = parallel_state.get_context_parallel_group()
@@ -168,12 +170,6 @@ class SegmentAttention(DotProductAttention):
             )
         context = context.permute(2, 0, 1, 3).flatten(start_dim=2)
         return context.squeeze(1) if packed_seq_params is not None else context
-
-
-def _masked_between_segments(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
-    position = torch.arange(length, device=cu_seqlens.device)
-    segment = torch.bucketize(position, cu_seqlens[1:], right=True)
-    return segment_mask(segment[None], position, position)
 
 
 def segment_mask(segment_BS: torch.Tensor, query_Q: torch.Tensor, key_K: torch.Tensor) -> torch.Tensor:
