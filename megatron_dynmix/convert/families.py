@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
-from megatron_dynmix.convert.weight_map import EMBEDDING, QueryKeyValue, Rule, WeightMap, lay_out, moe_layers
+from megatron_dynmix.config.megatron_fields import moe_layers
+from megatron_dynmix.convert.weight_map import EMBEDDING, QueryKeyValue, Rule, WeightMap, lay_out
 from megatron_dynmix.errors import InputError
 
 Rules = tuple[Rule, ...]
@@ -213,7 +215,8 @@ def weight_map(
     settings = {UNTIED: True, **settings}
     moe = (MOE_NORM, *family.moe, *(family.fused if fused_experts else family.separate))
     rules: list[tuple[int | None, Rule]] = [(None, rule) for rule in OUTSIDE]
-    for layer, is_moe in enumerate(moe_layers(settings)):
-        assert is_moe or family.dense, f"a dense layer in {hf_config['model_type']}"
-        rules += [(layer, rule) for rule in (*family.layer, *(moe if is_moe else family.dense))]
+    routed = moe_layers(SimpleNamespace(**{"moe_layer_freq": 1, **settings}))
+    for layer in range(settings["num_layers"]):
+        assert layer in routed or family.dense, f"a dense layer in {hf_config['model_type']}"
+        rules += [(layer, rule) for rule in (*family.layer, *(moe if layer in routed else family.dense))]
     return lay_out(settings, rules, padded_vocab)

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -28,9 +29,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron_dynmix import platform
 from megatron_dynmix.checkpoint.tensors import Tensors, own_slices
 from megatron_dynmix.config import RunConfig
-from megatron_dynmix.config.megatron import STAGE_SETTINGS, transformer_config
+from megatron_dynmix.config.megatron import STAGE_SETTINGS, moe_layers, transformer_config
 from megatron_dynmix.config.run_config import ModelConfig
-from megatron_dynmix.convert.weight_map import moe_layers
 from megatron_dynmix.model.gpt import build_gpt
 
 WHOLE_UP_TO = 2_000_000_000
@@ -332,8 +332,8 @@ def _build_cut(model: ModelConfig, checkpoint: Tensors, layers: Sequence[int]) -
     settings = {name: value for name, value in model.megatron.items() if name not in STAGE_SETTINGS}
     if settings.get("moe_layer_freq", 1) != 1:
         # layers that differ; a list keeps the names that such layers have in checkpoints
-        is_moe_L = moe_layers(settings)
-        settings["moe_layer_freq"] = [int(is_moe_L[layer]) for layer in layers]
+        routed = moe_layers(SimpleNamespace(**settings))
+        settings["moe_layer_freq"] = [int(layer in routed) for layer in layers]
     settings |= {name: value for name, value in NOT_LEARNED.items() if name in settings}
     settings |= {"num_layers": len(layers), "perform_initialization": False}
     config = RunConfig(model=dataclasses.replace(model, make_vocab_size_divisible_by=1, megatron=settings))

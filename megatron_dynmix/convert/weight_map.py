@@ -268,14 +268,6 @@ def sizes_of(settings: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def moe_layers(settings: Mapping[str, Any]) -> list[bool]:
-    """Whether each decoder layer is MoE, from `moe_layer_freq`."""
-    frequency = settings.get("moe_layer_freq") or 1
-    if isinstance(frequency, int):
-        return [index % frequency == 0 for index in range(settings["num_layers"])]
-    return [bool(value) for value in frequency]
-
-
 def lay_out(
     settings: Mapping[str, Any], rules: Iterable[tuple[int | None, Rule]], padded_vocab: int | None
 ) -> WeightMap:
