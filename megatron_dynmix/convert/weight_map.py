@@ -150,6 +150,11 @@ class WeightMap:
         """Return the kind of a Hugging Face tensor."""
         return self.groups[next(iter(self.hf.index[name].values()))[0].megatron]
 
+    @property
+    def parameters(self) -> int:
+        """Numbers of the model, padding left out."""
+        return sum(math.prod(shape) for shape in self.hf_shapes.values())
+
 
 Sizes = Mapping[str, int]
 
