@@ -114,7 +114,7 @@ class Staging:
 
     def _finished(self, plan: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
         """Return what is done of this plan; without it, empty the folder and write the plan down."""
-        before: dict[str, Any] = {}
+        before: dict[str, Any] | None = None
         with contextlib.suppress(OSError, ValueError, TypeError):  # none, or one that a crash cut short
             before = dict(json.loads((self.folder / PLAN).read_text(encoding="utf-8")))
         if before != plan:
