@@ -14,12 +14,7 @@ from megatron_dynmix.errors import InputError
 
 
 def parse_json(raw: bytes) -> Any:
-    """Return the value of one JSON text.
-
-    Raises:
-        ValueError: not strict JSON (NaN, Infinity, the same key twice, bad UTF-8); a short reason.
-
-    """
+    """Return the value of one JSON text; `ValueError` with a short reason if it is not strict JSON."""
     try:
         return json.loads(
             raw.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,26 +82,19 @@ def _convert(arguments: argparse.Namespace) -> Verdict:
     source, destination = arguments.source, arguments.destination
     if destination.absolute() == source.absolute():
         raise InputError(f"SRC and DST are both {source}; give DST another name")
-    dtype, verify = TYPES[arguments.dtype], arguments.verify
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    common = {"dtype": TYPES[arguments.dtype], "verify": arguments.verify, "say": say}
     if arguments.direction == "hf-to-megatron":
         vocab_multiple = arguments.make_vocab_size_divisible_by
-        return hf_to_megatron(
-            source, destination, dtype=dtype, vocab_multiple=vocab_multiple, verify=verify, say=_say
-        )
+        return hf_to_megatron(source, destination, vocab_multiple=vocab_multiple, **common)
     return megatron_to_hf(
         source,
         destination,
-        dtype=dtype,
         max_shard_size=arguments.max_shard_size,
         fused_experts=None if arguments.experts is None else arguments.experts == "fused",
         hf_config=arguments.hf_config,
-        verify=verify,
-        say=_say,
+        **common,
     )
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def verdict_text(verdict: Verdict) -> str:

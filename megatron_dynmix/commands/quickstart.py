@@ -97,7 +97,7 @@ def write_sources(directory: Path, seed: int) -> dict[str, Source]:
 
 
 def _draw_new(generate: Callable[[random.Random], Turns], rng: random.Random, seen: set[str]) -> Turns:
-    """Draw until the conversation is new; the generators hold many times the examples needed."""
+    """Draw a new conversation; the generators hold many times the examples needed."""
     for _ in range(1000):
         turns = generate(rng)
         key = "\n".join(turns)
@@ -246,9 +246,8 @@ def arithmetic(rng: random.Random) -> Turns:
     a, b = rng.randint(20, 99), rng.randint(2, 19)
     if kind == "words":
         question = f"What is {in_words(a)} plus {in_words(b)}?"
-        work = f"In digits, {a} and {b}: {a} + {b} = {a + b}."
-        return [question, f"{work} The answer is {a + b}."]
-    if kind == "plus":
+        work, answer = f"In digits, {a} and {b}: {a} + {b} = {a + b}.", a + b
+    elif kind == "plus":
         question = f"{name} has {a} {items} and gets {b} more. How many now?"
         work, answer = f"{a} {items} and {b} more: {a} + {b} = {a + b}.", a + b
     elif kind == "minus":
@@ -281,9 +280,4 @@ def in_words(number: int) -> str:
     return TENS[tens - 2] + (f"-{UNITS[units]}" if units else "")
 
 
-GENERATORS: dict[str, Callable[[random.Random], Turns]] = {
-    "chat": chat,
-    "math": arithmetic,
-    "math_again": arithmetic,
-    "code": code,
-}
+GENERATORS = {"chat": chat, "math": arithmetic, "math_again": arithmetic, "code": code}

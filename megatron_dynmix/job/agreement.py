@@ -23,11 +23,8 @@ def first_failure(failure: str | None) -> str | None:
 def together() -> Iterator[None]:
     """Surround what may fail on a rank alone, a disk for instance: all ranks leave it well, or none does.
 
-    Every rank must come here, and nothing inside may wait for another rank.
-
-    Raises:
-        RankFailure: on every rank, if the block failed on any.
-
+    Every rank must come here, and nothing inside may wait for another rank. If the block failed on any, all
+    raise `RankFailure`.
     """
     caught: Exception | None = None
     text = None

@@ -43,9 +43,7 @@ Ranks = dict[int, dict[str, Any]]
 def meet(timeout_minutes: float) -> torch.distributed.Store:
     """Wait until every rank of the job is there; return the part of the store that belongs to this attempt.
 
-    Raises:
-        TrainingStopped: the store cannot be reached, or ranks are missing; the first to give up says which.
-
+    `TrainingStopped`: it cannot be reached, or ranks are missing; the first to give up says which.
     """
     if torch.distributed.is_initialized():
         return torch.distributed.distributed_c10d._get_default_store()
@@ -104,8 +102,8 @@ def _absent(store: torch.distributed.Store, world_size: int, timeout_minutes: fl
             others = [rank for rank in range(1, world_size) if not here.check([f"came/{rank}"])]
             missing = list(map(str, others)) or missing
     return (
-        f"{len(missing)} of {world_size} ranks did not come to {store_address()} within {timeout_minutes:g} "
-        f"minutes: rank {shortened(missing)}. Look at what they or their hosts said; "
+        f"{len(missing)} of {world_size} ranks did not come to {_address()} within {timeout_minutes:g} "
+        f"minutes: rank {_shortened(missing)}. Look at what they or their hosts said; "
         "--distributed-timeout-minutes sets how long to wait"
     )
 
@@ -117,7 +115,7 @@ def _reach_store(timeout_minutes: float) -> torch.distributed.Store:
         return platform.rendezvous(timeout_minutes)
     except (OSError, torch.distributed.DistError) as error:
         raise TrainingStopped(
-            f"{socket.gethostname()} cannot reach {store_address()}, where the ranks meet, within "
+            f"{socket.gethostname()} cannot reach {_address()}, where the ranks meet, within "
             f"{timeout_minutes:g} minutes: {error}. Check MASTER_ADDR and MASTER_PORT, and whether rank 0 "
             "runs there"
         ) from None
@@ -136,13 +134,11 @@ def _wait_for_host(seconds: float) -> None:
             time.sleep(POLL_SECONDS / 2)
 
 
-def store_address() -> str:
-    """Return where the ranks meet."""
+def _address() -> str:
     return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
 
-def shortened(names: Sequence[str]) -> str:
-    """Join names, no more than one can read."""
+def _shortened(names: Sequence[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
 
@@ -151,9 +147,7 @@ def shortened(names: Sequence[str]) -> str:
 def heartbeat_of_job(timeout_minutes: float) -> Iterator[Heartbeat]:
     """Meet the other ranks, and around all that waits for them find out who is missing when it fails.
 
-    Raises:
-        TrainingStopped: ranks could not reach one another any more; one of them says which are gone.
-
+    `TrainingStopped`: ranks could not reach one another any more; one of them says which are gone.
     """
     store = meet(timeout_minutes)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -192,23 +186,19 @@ class Heartbeat:
 
     def end(self, state: str) -> None:
         """Say for the last time how this rank is, as far as the store can still be reached."""
-        self._fall_silent(state)
+        self._ended.set()
+        self._state = state
         _bounded(self._post)
 
     def explain(self) -> str:
         """Say who made a collective fail, if this rank is the first to ask: one message of the whole job."""
-        self._fall_silent("waiting")
+        self._ended.set()
+        self._state = "waiting"
         found = _bounded(self._look)
         if found is None:
-            return (
-                f"{store_address()}, where the ranks meet, does not answer: its host or the network is gone"
-            )
+            return f"{_address()}, where the ranks meet, does not answer: its host or the network is gone"
         first, before, after = found
         return describe(before, after, self._world_size) if first else ""
-
-    def _fall_silent(self, state: str) -> None:
-        self._ended.set()
-        self._state = state
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
@@ -242,46 +232,36 @@ class Heartbeat:
 
     def _said(self) -> Ranks:
         came = [rank for rank in range(self._world_size) if self._store.check([_key(rank)])]
-        return dict(
-            zip(came, map(json.loads, self._store.multi_get([_key(rank) for rank in came])), strict=True)
-        )
+        said = self._store.multi_get(list(map(_key, came)))
+        return dict(zip(came, map(json.loads, said), strict=True))
 
 
 def describe(before: Ranks, after: Ranks, world_size: int) -> str:
     """Make one message of what the ranks said, twice, some seconds apart."""
     newest = max(said["iteration"] for said in after.values())
-    silent = {
-        rank: said
-        for rank, said in after.items()
-        if said["state"] == "running" and rank in before and said["beats"] == before[rank]["beats"]
-    }
-    failed = {rank: said for rank, said in after.items() if said["state"] == "failed"}
-    behind = {
-        rank: said
-        for rank, said in after.items()
-        if said["iteration"] < newest and rank not in silent and rank not in failed
-    }
-    parts = []
-    for ranks, one, several in (
-        (failed, "failed with a message of its own", "failed with a message of their own"),
-        (silent, "is gone or frozen", "are gone or frozen"),
-        (behind, "is behind", "are behind"),
-    ):
-        if ranks:
-            parts.append(f"{_names(ranks)} {one if len(ranks) == 1 else several}")
-    if parts:
-        return "; ".join(parts)
-    return f"all {world_size} ranks are there and in the same iteration: look at the network between them"
-
-
-def _names(ranks: Ranks) -> str:
-    """Name ranks with all that helps to find them, and no more than one can read."""
-    listed = [
-        f"rank {rank} ({said['host']}, local rank {said['local_rank']}, pid {said['pid']}, "
-        f"last heard in iteration {said['iteration']})"
-        for rank, said in ranks.items()
+    failed, silent, behind = [], [], []
+    for rank, said in after.items():
+        name = (
+            f"rank {rank} ({said['host']}, local rank {said['local_rank']}, pid {said['pid']}, "
+            f"last heard in iteration {said['iteration']})"
+        )
+        if said["state"] == "failed":
+            failed.append(name)
+        elif said["state"] == "running" and rank in before and said["beats"] == before[rank]["beats"]:
+            silent.append(name)
+        elif said["iteration"] < newest:
+            behind.append(name)
+    parts = [
+        f"{_shortened(names)} {one if len(names) == 1 else several}"
+        for names, one, several in (
+            (failed, "failed with a message of its own", "failed with a message of their own"),
+            (silent, "is gone or frozen", "are gone or frozen"),
+            (behind, "is behind", "are behind"),
+        )
+        if names
     ]
-    return shortened(listed)
+    alike = f"all {world_size} ranks are there and in the same iteration: look at the network between them"
+    return "; ".join(parts) or alike
 
 
 def _key(rank: int) -> str:

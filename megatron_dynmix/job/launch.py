@@ -31,11 +31,7 @@ def launch_ranks(command: Sequence[str], nproc: int) -> int:
     """Run `command` as `nproc` ranks that meet on this machine; return the exit code of them all.
 
     SIGTERM and SIGUSR1 are passed on to the ranks; an interrupt ends them. Nothing that they have started
-    outlives this call.
-
-    Raises:
-        TrainingStopped: a rank failed or was killed.
-
+    outlives this call. `TrainingStopped`: a rank failed or was killed.
     """
     from torch.distributed import TCPStore
 

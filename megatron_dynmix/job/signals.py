@@ -18,7 +18,7 @@ class StopRequest:
     asked = False
 
     def ask(self) -> None:
-        """Ask it to stop: what a signal does."""
+        """Do what a signal does."""
         self.asked = True
 
     @contextmanager
