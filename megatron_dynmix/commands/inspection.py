@@ -143,6 +143,9 @@ class Inspection:
         """
         if iteration < 1:
             raise InputError(f"iteration {iteration}: the first one is 1")
+        for name in ("train_iters", "global_batch_size"):
+            if getattr(self.config.training, name) is None:
+                raise InputError(f"--batch needs training.{name}, which is missing; give it, or use --row")
         schedule = BatchSchedule.of(self.config.training)
         rows = build_rows(self.config, self.tokenizer, probe=False)
         first, last = schedule.samples_after(iteration - 1), schedule.samples_after(iteration)

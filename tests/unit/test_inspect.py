@@ -252,6 +252,15 @@ def test_there_is_no_iteration_zero(run_yaml: Path, capsys) -> None:
     assert "the first one is 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["train_iters", "global_batch_size"])
+def test_a_batch_needs_a_run_with_a_length(run_yaml: Path, name: str, capsys) -> None:
+    content = yaml.safe_load(run_yaml.read_text())
+    del content["training"][name]
+    run_yaml.write_text(yaml.safe_dump(content))
+    assert inspect(run_yaml, "--batch", 1) == 2
+    assert f"training.{name}" in capsys.readouterr().err
+
+
 def test_prefix(tmp_path: Path, tokenizer: Tokenizer, tokenizer_dir: Path, capsys) -> None:
     prepare(tmp_path, varied_rows(5), tokenizer)
     prefix = tmp_path / "source"
