@@ -101,13 +101,13 @@ def measure_steps(
         return held
 
     trainer.loader.step = read_and_hold  # type: ignore[method-assign]
-    trainer._train_step(StopRequest())
+    trainer.train_step(StopRequest())
     ours, bare = [], []
     for pair in range(pairs + warmup):
         # Rows of the iteration before: the loader shall go on from step to step, as it does in a run.
         batches = [to_batch(rows, HERE.device, join_rows=HERE.transformer_engine) for rows in held]
         spans = {
-            "ours": (ours, partial(trainer._train_step, StopRequest())),
+            "ours": (ours, partial(trainer.train_step, StopRequest())),
             "bare": (bare, partial(bare_step, trainer, batches)),
         }
         for name in ("ours", "bare") if pair % 2 else ("bare", "ours"):
@@ -118,17 +118,17 @@ def measure_steps(
 
 def measure_probe(trainer: Trainer, repetitions: int) -> NDArray[np.float64]:
     """Seconds of whole weight updates: probe, reduction, decision, new stage and its record."""
-    return np.array([seconds(trainer._reweight) for _ in range(repetitions)])
+    return np.array([seconds(trainer.reweight) for _ in range(repetitions)])
 
 
 def measure_saves(trainer: Trainer, repetitions: int) -> NDArray[np.float64]:
     """Seconds for which training stands still at a checkpoint; R of them, with training in between."""
     stalls = []
     for _ in range(repetitions):
-        trainer._train_step(StopRequest())
+        trainer.train_step(StopRequest())
         stalls.append(seconds(partial(trainer.save, last=False)))
         for _ in range(SETTLE):
-            trainer._train_step(StopRequest())
+            trainer.train_step(StopRequest())
             trainer.saving.settle(wait=False)
     trainer.saving.settle(wait=True)
     return np.array(stalls)

@@ -107,20 +107,20 @@ class Trainer:
             self._stop_on_request()
         while self.progress.iteration < total:
             heartbeat.iteration = self.progress.iteration + 1
-            stopping = self._train_step(stop)
+            stopping = self.train_step(stop)
             iteration = self.progress.iteration
             self.saving.settle(wait=False)
             if iteration % self.config.logging.log_interval == 0 or iteration == total:
                 self._log(total)
             if self.reweighting.is_due(iteration):
-                self._reweight()
+                self.reweight()
             if iteration == total or iteration % (self.config.checkpoint.save_interval or total) == 0:
                 self.save(last=iteration == total)
             if stopping and iteration < total:
                 self._stop_on_request()
 
-    def _train_step(self, stop: StopRequest) -> bool:
-        """One iteration; returns whether any rank is to stop after it."""
+    def train_step(self, stop: StopRequest) -> bool:
+        """Train one iteration; return whether any rank is to stop after it."""
         progress, start = self.progress, time.perf_counter()
         update_num_microbatches(progress.consumed_samples, consistency_check=True)
         batch_size, num_micro_batches = get_current_global_batch_size(), get_num_microbatches()
@@ -243,7 +243,8 @@ class Trainer:
         )
         self.writer.ledger(line)
 
-    def _reweight(self) -> None:
+    def reweight(self) -> None:
+        """Update the weights and put that on record."""
         progress = self.progress
         try:
             update = self.reweighting.update(progress.iteration, progress.consumed_samples, progress.tokens_D)

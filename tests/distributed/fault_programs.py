@@ -23,13 +23,13 @@ PLACES = {
 def before(place, iteration, rank, act):
     """On `rank`, call `act()` once, as iteration `iteration` reaches the place."""
     reached = {"iteration": 0}
-    step = Trainer._train_step
+    step = Trainer.train_step
 
     def counting_step(trainer, stop):
         reached["iteration"] = trainer.progress.iteration + 1
         return step(trainer, stop)
 
-    Trainer._train_step = counting_step
+    Trainer.train_step = counting_step
     owner, name = PLACES[place]
     original, acted = getattr(owner, name), []
 
@@ -102,7 +102,7 @@ def train_with_group_signalled(run_yaml, flags, run_dir, iteration):
 def train_with_nan(run_yaml, flags, run_dir, iterations, rank, resume="no"):
     """A run in which one rank finds NaN among its gradients in some iterations."""
     original = PassRunner.__call__
-    step = Trainer._train_step
+    step = Trainer.train_step
     now = {}
 
     def counting_step(trainer, stop):
@@ -115,7 +115,7 @@ def train_with_nan(run_yaml, flags, run_dir, iterations, rank, resume="no"):
             runner.chunks[0].buffers[0].grad_data[0] = float("nan")
         return stats
 
-    Trainer._train_step, PassRunner.__call__ = counting_step, spoiled
+    Trainer.train_step, PassRunner.__call__ = counting_step, spoiled
     return train(run_yaml, flags, run_dir, resume)
 
 
