@@ -19,8 +19,6 @@ from megatron_dynmix.checkpoint.folder import exact, verified
 from megatron_dynmix.checkpoint.run_state import LogInterval, Progress, RunState
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.megatron import micro_batch_group, moe_layers, transformer_config
-from megatron_dynmix.convert.export_hf import keep_origin
-from megatron_dynmix.convert.import_hf import load_hugging_face
 from megatron_dynmix.data.loader import BlendLoader
 from megatron_dynmix.data.source_set import Prints, SourceSet, fingerprint
 from megatron_dynmix.data.source_stats import SourceStats
@@ -91,12 +89,7 @@ def restore(
             DrawnSamples(state.drawn.first_sample, carried=state.drawn.digest),
             changes,
         )
-    if config.checkpoint.pretrained_checkpoint is not None:
-        pretrained = verified(Path(config.checkpoint.pretrained_checkpoint))
-        checkpointer.load_weights(exact(pretrained))
-    elif config.model.load_hf is not None:
-        load_hugging_face(config, checkpointer, say)
-    keep_origin(config, checkpointer.directory)
+    _load_first_weights(config, checkpointer, say)
     num_sources = len(config.data.sources)
     return Start(
         Progress(0, 0, torch.zeros(num_sources, dtype=torch.float64)),
@@ -104,6 +97,22 @@ def restore(
         DrawnSamples(0, carried=0),
         [],
     )
+
+
+def _load_first_weights(config: RunConfig, checkpointer: Checkpointer, say: Callable[[str], None]) -> None:
+    """Load the weights of another run or of a Hugging Face folder, and keep what belongs beside them."""
+    pretrained, load_hf = config.checkpoint.pretrained_checkpoint, config.model.load_hf
+    if pretrained is None and load_hf is None:
+        return
+    from megatron_dynmix.convert.export_hf import keep_origin
+
+    if pretrained is not None:
+        checkpointer.load_weights(exact(verified(Path(pretrained))))
+    else:
+        from megatron_dynmix.convert.import_hf import load_hugging_face
+
+        load_hugging_face(config, checkpointer, say)
+    keep_origin(config, checkpointer.directory)
 
 
 def _carried(state: RunState, reweighting: Reweighting, prints: Prints) -> tuple[RunState, list[str]]:

@@ -12,7 +12,6 @@ from megatron_dynmix.checkpoint.checkpointer import Checkpointer
 from megatron_dynmix.checkpoint.folder import TRACKER, folder_of
 from megatron_dynmix.checkpoint.run_state import RunState
 from megatron_dynmix.config import RunConfig
-from megatron_dynmix.convert.export_hf import export
 from megatron_dynmix.errors import TrainingStopped
 from megatron_dynmix.job.agreement import RankFailure, on_rank_0
 from megatron_dynmix.records.logline import saved_line, saving_line
@@ -71,6 +70,8 @@ class Saving:
         save_hf, total = self.config.checkpoint.save_hf, self.config.training.train_iters
         if save_hf is None or (save_hf == "end" and iteration != total):
             return
+        from megatron_dynmix.convert.export_hf import export
+
         checkpoint = folder_of(self.directory, iteration)
         destination = folder_of(self.directory.parent / "hugging_face", iteration)
         try:

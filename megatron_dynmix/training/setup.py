@@ -15,8 +15,6 @@ from megatron_dynmix.config.check import check_tokenizer
 from megatron_dynmix.config.host import Host, check_host
 from megatron_dynmix.config.megatron import check_with_megatron
 from megatron_dynmix.config.megatron_fields import model_settings, moe_layers
-from megatron_dynmix.convert.export_hf import check_save_hf
-from megatron_dynmix.convert.import_hf import check_load_hf
 from megatron_dynmix.data.sources import Data, read_data
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.data.tokenizer.load import load_tokenizer
@@ -69,7 +67,10 @@ def check_before_start(config: RunConfig, *, fresh: bool = True) -> CheckedRun:
     tokenizer = load_tokenizer(config.data.tokenizer or "", trust_remote_code=config.data.trust_remote_code)
     check_tokenizer(config, tokenizer.vocab_size)
     if fresh:
-        check_load_hf(config)
+        if config.model.load_hf is not None:
+            from megatron_dynmix.convert.import_hf import check_load_hf
+
+            check_load_hf(config)
         check_pretrained(config)
     return CheckedRun(config, tokenizer, resolved)
 
@@ -102,7 +103,10 @@ def set_up(
     """
     checked = check_before_start(config, fresh=begins(run_dir, resume))
     check_run_dir(run_dir, resume)
-    check_save_hf(config, run_dir)
+    if config.checkpoint.save_hf is not None:
+        from megatron_dynmix.convert.export_hf import check_save_hf
+
+        check_save_hf(config, run_dir)
     prepared = prepare_run(checked)
     check_resume(config, prepared.data.reports, run_dir, resume, allow_source_change=allow_source_change)
     return prepared

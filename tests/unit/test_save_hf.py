@@ -10,13 +10,14 @@ from megatron_dynmix import platform
 from megatron_dynmix.errors import TrainingStopped
 
 platform.start()
+from megatron_dynmix.convert import export_hf  # noqa: E402
 from megatron_dynmix.job.agreement import RankFailure  # noqa: E402
 from megatron_dynmix.training import saving  # noqa: E402
 
 
 def settled(tmp_path, monkeypatch, *, iteration, flags, export):
     """What is said when the checkpoint of an iteration is whole, of a run of 20."""
-    monkeypatch.setattr(saving, "export", export)
+    monkeypatch.setattr(export_hf, "export", export)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     checkpointer = Mock(directory=tmp_path / "checkpoints", newest=None, good=None)
     checkpointer.finish.return_value = iteration
