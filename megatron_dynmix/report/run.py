@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,12 @@ def entries_of(
     events: Sequence[Event], metrics: Iterable[TrainingRecord], stages: Iterable[StageLine]
 ) -> list[Entry]:
     """Return what the records but those of updates tell."""
-    entries = [Entry(event.iteration, _kind_of(event), _event_text(event)) for event in events]
+    entries = []
+    for event in events:
+        time = event.time.replace("T", " ").replace("+00:00", " UTC")
+        kind = "fault" if event.event == "failed" else event.event
+        text = "; ".join(part for part in (time, *event.notes) if part)
+        entries.append(Entry(event.iteration, kind, text))
     for event, after in itertools.pairwise(events):
         if event.event in ("start", "resume") and after.event in ("start", "resume"):
             text = "the processes before ended without a word: killed, interrupted, or the machine was lost"
@@ -56,16 +62,6 @@ def entries_of(
         if stage.why == "sources changed":
             entries.append(Entry(stage.iteration, "sources", "; ".join(stage.changes) or stage.why))
     return entries
-
-
-def _kind_of(event: Event) -> str:
-    return "fault" if event.event == "failed" else event.event
-
-
-def _event_text(event: Event) -> str:
-    """Time, what is said of it, and what was found."""
-    time = event.time.replace("T", " ").replace("+00:00", " UTC")
-    return "; ".join(text for text in (time, *event.notes) if text)
 
 
 MOST_FRAMES = 60
@@ -89,9 +85,8 @@ class Frame:
 
 def by_name(sources: Sequence[str], values: Sequence[float] | None) -> dict[str, float]:
     """Return values by name of the source; none where a record has none, or not one for each."""
-    return (
-        dict(zip(sources, values, strict=True)) if values is not None and len(values) == len(sources) else {}
-    )
+    known = values is not None and len(values) == len(sources)
+    return dict(zip(sources, values or (), strict=True)) if known else {}
 
 
 def thinned(length: int, most: int) -> list[int]:
@@ -110,20 +105,16 @@ def flat_load(load: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def quantised(frames: Sequence[Frame]) -> dict[str, Any] | None:
-    """Frames as the page reads them: 0 to 255 for 0 to the largest value of all, in base64.
+    """Return frames as the page reads them: 0 to 255 for 0 to the largest value of all, in base64.
 
-    Frames of other sources or experts than the last are left out: they have other axes. The keys:
-    `iterations`, `shape` [F, R, C], `most` (the value of 255),
-    `coloured_most` (the value of the last colour), `sources`, `bytes`, `left_out`.
+    Frames of other sources or experts than the last are `left_out`: they have other axes. `shape` is
+    [F, R, C], `most` the value of 255, `coloured_most` that of the last colour.
     """
     if not frames:
         return None
     last = frames[-1]
-    alike = [
-        frame
-        for frame in frames
-        if frame.sources == last.sources and frame.values_RC.shape == last.values_RC.shape
-    ]
+    axes = (last.sources, last.values_RC.shape)
+    alike = [frame for frame in frames if (frame.sources, frame.values_RC.shape) == axes]
     values_FRC = np.nan_to_num(np.stack([frame.values_RC for frame in alike]), posinf=0.0, neginf=0.0)
     most = float(values_FRC.max()) or 1.0
     bytes_FRC = np.rint(values_FRC.clip(min=0) * (255 / most)).astype(np.uint8)
@@ -198,14 +189,10 @@ class Run:
     def keeps_weights(self) -> bool:
         """Whether an update was due and the ledger knows of none: the strategy never changes them."""
         interval = self.setting("mixing", "interval")
-        is_due = isinstance(interval, int) and 0 < interval < self.iteration
-        first = self.weights[0].shares if self.weights else None
-        return (
-            is_due
-            and not self.updates
-            and all(point.shares == first for point in self.weights)
-            and bool(first)
-        )
+        if self.updates or not isinstance(interval, int) or not 0 < interval < self.iteration:
+            return False
+        first = self.weights[0].shares if self.weights else {}
+        return bool(first) and all(point.shares == first for point in self.weights)
 
     @property
     def sources(self) -> list[str]:
@@ -221,9 +208,8 @@ class Run:
     @property
     def iteration(self) -> int:
         """The last one on record."""
-        ends = [self.metrics[-1].iteration] if self.metrics else []
-        ends += [self.updates[-1].iteration] if self.updates else []
-        return int(max(ends, default=0))
+        ends = [record.iteration for record in self.metrics[-1:]]
+        return max(ends + [update.iteration for update in self.updates[-1:]], default=0)
 
     @property
     def train_iters(self) -> int | None:
@@ -248,12 +234,7 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run directory.
-
-    Raises:
-        InputError: it is none: not there, not a folder, or full of other things.
-
-    """
+    """Read a run directory; `InputError` if it is none: not there, not a folder, or full of other things."""
     _check(path)
     run = Run(path=path, name=path.resolve().name)
     if not any(found.name != REPORT for found in path.iterdir()):
@@ -261,19 +242,16 @@ def read_run(path: Path) -> Run:
         return run
     _read_config(run)
     _read_updates(run)
-    run.metrics = list(
-        map(TrainingRecord.salvaged, found_records(path / "metrics.jsonl", run.missing.append))
-    )
-    ledger = found_records(path / "ledger.jsonl", run.missing.append)
+    found = partial(found_records, say=run.missing.append)
+    run.metrics = [TrainingRecord.salvaged(line) for line in found(path / "metrics.jsonl")]
+    ledger = found(path / "ledger.jsonl")
     stages = [StageLine.salvaged(line) for line in ledger if line.get("kind") == "stage"]
     if stages:
         run.weights = [Weights(line.iteration, by_name(line.sources, line.weights)) for line in stages]
-    events: list[Event] = []
-    if (path / "events.jsonl").exists():
-        events = list(map(Event.salvaged, found_records(path / "events.jsonl", run.missing.append)))
-    run.events = sorted(
-        [*entries_of(events, run.metrics, stages), *run.events], key=lambda entry: entry.iteration
-    )
+    events = path / "events.jsonl"
+    starts_and_ends = [Event.salvaged(line) for line in found(events)] if events.exists() else []
+    run.events = [*entries_of(starts_and_ends, run.metrics, stages), *run.events]
+    run.events.sort(key=lambda entry: entry.iteration)
     files = [path / name for name in FILES if name.endswith("jsonl")]
     run.written = max((file.stat().st_mtime for file in files if file.is_file()), default=None)
     if run.keeps_weights:
@@ -332,19 +310,19 @@ def _read_updates(run: Run) -> None:
                 update = with_signal(update, run.path / SIGNALS)
             except InputError as error:
                 lost.append(str(error))
-        load = _checked(update.load, len(new)) if place in drawn | frames else None
+        load = update.load if place in drawn | frames else None
+        if load is not None and (load.ndim not in (2, 3) or len(load) != len(new) or not load.size):
+            load = None
         if not run.weights:
             run.weights.append(Weights(0, by_name(sources, update.old_weights)))
         run.weights.append(Weights(update.iteration, new))
         run.updates.append(_update(update, load))
-        run.events += [
-            Entry(update.iteration, "override" if event.kind == "override" else "guardrail", event.text)
-            for event in update.events
-        ]
-        run.events += [
-            Entry(update.iteration, "fault" if note.kind == "override_unusable" else "note", note.text)
-            for note in update.notes
-        ]
+        for event in update.events:
+            kind = "override" if event.kind == "override" else "guardrail"
+            run.events.append(Entry(update.iteration, kind, event.text))
+        for note in update.notes:
+            kind = "fault" if note.kind == "override_unusable" else "note"
+            run.events.append(Entry(update.iteration, kind, note.text))
         if place in frames:
             _add_frames(run, update, load, tuple(new))
     run.load_frames, run.distance_frames = _few(run.load_frames), _few(run.distance_frames)
@@ -358,37 +336,29 @@ def _read_updates(run: Run) -> None:
         )
 
 
-def _checked(load: NDArray[np.float64] | None, sources: int) -> NDArray[np.float64] | None:
-    """Gate loads, if they are some of so many sources."""
-    return load if load is not None and load.ndim in (2, 3) and len(load) == sources and load.size else None
-
-
 def _update(update: MixingUpdate, load: NDArray[np.float64] | None) -> Update:
-    names = update.sources
-    old = by_name(names, update.old_weights)
+    named = {
+        name: by_name(update.sources, getattr(update, name))
+        for name in ("delta", "delta_error", "epochs", "rows")
+    }
     return Update(
+        **named,
         iteration=update.iteration,
-        delta=by_name(names, update.delta),
-        delta_error=by_name(names, update.delta_error),
-        epochs=by_name(names, update.epochs),
-        rows=by_name(names, update.rows),
         seconds=update.seconds,
         entropy=update.entropy,
         kl_step=update.kl_step,
-        imbalance=_imbalance(load, np.array([*old.values()]))
-        if load is not None and len(old) == len(load)
-        else (),
+        imbalance=() if load is None else _imbalance(load, update.old_weights),
     )
 
 
-def _imbalance(load: NDArray[np.float64], weights_D: NDArray[np.float64]) -> tuple[float, ...]:
+def _imbalance(load: NDArray[np.float64], weights_D: Sequence[float]) -> tuple[float, ...]:
     """Largest over mean load of the experts in the mix that was drawn, for each layer."""
-    load_DLE = load if load.ndim == 3 else load[:, None]
-    mixed_LE = np.tensordot(weights_D, load_DLE, axes=1)
-    mean_L = mixed_LE.mean(axis=-1)
-    if not (mean_L > 0).all():
+    if len(weights_D) != len(load):
         return ()
-    return tuple((mixed_LE.max(axis=-1) / mean_L).tolist())
+    load_DLE = load if load.ndim == 3 else load[:, None]
+    mixed_LE = np.tensordot(np.array(weights_D), load_DLE, axes=1)
+    mean_L = mixed_LE.mean(axis=-1)
+    return tuple((mixed_LE.max(axis=-1) / mean_L).tolist()) if (mean_L > 0).all() else ()
 
 
 def _add_frames(
@@ -408,9 +378,7 @@ def _add_frames(
 
 def _few(frames: list[Frame]) -> list[Frame]:
     """As many of the frames as a page can hold."""
-    if not frames:
-        return []
-    most = max(2, MOST_CELLS // frames[-1].values_RC.size)
+    most = max(2, MOST_CELLS // frames[-1].values_RC.size) if frames else 0
     return [frames[place] for place in thinned(len(frames), most)]
 
 

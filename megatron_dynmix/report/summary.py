@@ -20,13 +20,7 @@ UNEVEN = 4.0
 
 
 def summary(run: Run, now: float) -> list[str]:
-    """Sentences, the most important first.
-
-    Args:
-        run: what was read.
-        now: seconds since 1970.
-
-    """
+    """Return sentences, the most important first; `now` is in seconds since 1970."""
     return [sentence for sentence in (_what(run), _state(run, now), _loss(run), *_mix(run)) if sentence]
 
 
@@ -66,8 +60,7 @@ def _state(run: Run, now: float) -> str:
 
 
 def _loss(run: Run) -> str:
-    losses = [record.lm_loss for record in run.metrics]
-    losses = [loss for loss in losses if math.isfinite(loss)]
+    losses = [record.lm_loss for record in run.metrics if math.isfinite(record.lm_loss)]
     if len(losses) < 2:
         return ""
     verb = "fell" if losses[-1] < losses[0] else "rose"
@@ -81,16 +74,13 @@ def _mix(run: Run) -> list[str]:
     moved = {name: last.get(name, 0.0) - first.get(name, 0.0) for name in run.sources}
     if not moved or max(map(abs, moved.values())) < 1e-6:
         return ["The mix did not change: every source ended with the weight it began with."]
-    won, lost = max(moved, key=lambda name: moved[name]), min(moved, key=lambda name: moved[name])
+    won, lost = max(moved, key=moved.__getitem__), min(moved, key=moved.__getitem__)
 
     def course(name: str) -> str:
         return f"{name}, from {first.get(name, 0.0):.1%} to {last.get(name, 0.0):.1%} of the rows"
 
-    sentences = [f"Weight went most to {course(won)}, and away from {course(lost)}." + _why(run, won, lost)]
-    if pair := _nearest(run):
-        sentences.append(pair)
-    sentences.append(_settled(run))
-    return sentences
+    went = f"Weight went most to {course(won)}, and away from {course(lost)}."
+    return [went + _why(run, won, lost), _nearest(run), _settled(run)]
 
 
 def _why(run: Run, won: str, lost: str) -> str:
@@ -159,35 +149,30 @@ def warnings(run: Run) -> list[str]:
     found = [f"{sentence}." for sentence in run.missing]
     if run.weights:
         last = run.weights[-1].shares
-        tiny = [name for name, share in last.items() if share < TINY and len(last) * TINY < 0.5]
-        if tiny:
+        if tiny := [name for name, share in last.items() if share < TINY and len(last) * TINY < 0.5]:
             found.append(f"Hardly drawn any more, under {TINY:.0%} of the rows: {_names(tiny)}.")
         huge = [name for name, share in last.items() if share > HUGE and len(last) > 1]
         found += [f"{name} has over {HUGE:.0%} of the rows: the mix has collapsed on it." for name in huge]
     if run.updates:
-        often = [name for name, epochs in run.updates[-1].epochs.items() if epochs > MANY_EPOCHS]
-        if often:
+        if often := [name for name, epochs in run.updates[-1].epochs.items() if epochs > MANY_EPOCHS]:
             found.append(
                 f"Drawn more than {MANY_EPOCHS} times over, where repeating brings little: {_names(often)}; "
                 "max_epochs limits it."
             )
-        noisy = _noisy(run)
-        found += [noisy] if noisy else []
+        if noisy := _noisy(run):
+            found.append(noisy)
         imbalance = [max(update.imbalance) for update in run.updates if update.imbalance]
         if imbalance and imbalance[-1] > UNEVEN:
             found.append(f"The busiest expert takes {imbalance[-1]:.1f} times the mean load.")
-    if run.step_seconds and run.mixing_seconds / (run.mixing_seconds + run.step_seconds) > COSTLY:
-        share = run.mixing_seconds / (run.mixing_seconds + run.step_seconds)
+    share = run.step_seconds and run.mixing_seconds / (run.mixing_seconds + run.step_seconds)
+    if share > COSTLY:
         found.append(
             f"Mixing takes {share:.0%} of the time; a longer interval, fewer probe tokens or signal: train "
             "make it cheaper."
         )
-    faults = [event for event in run.events if event.kind == "fault"]
-    if faults:
-        found.append(
-            f"Faults: {len(faults)}, the last at iteration {faults[-1].iteration}: "
-            f"{faults[-1].text.rstrip('.')}."
-        )
+    if faults := [event for event in run.events if event.kind == "fault"]:
+        iteration, text = faults[-1].iteration, faults[-1].text.rstrip(".")
+        found.append(f"Faults: {len(faults)}, the last at iteration {iteration}: {text}.")
     return found
 
 

@@ -65,7 +65,7 @@ class Replay:
         self.sample = 0
         self.retired: list[SourceTally] = []
         """Of sources that left, or whose content changed."""
-        self.tallies = self._new_tallies(stage)
+        self.tallies = _tallies(stage)
         self.worst_stray = 0.0
         """Most rows that any prefix of a chunk was off its weights."""
         self.digest = 0
@@ -98,17 +98,13 @@ class Replay:
         self.stage = stage
 
     def change_sources(self, stage: StageLine, cursor: Cursor, same_D: Sequence[int | None]) -> None:
-        """From here on draw from other sources.
+        """From here on draw from other sources, which stand at `cursor`.
 
-        Args:
-            stage: the first stage of theirs.
-            cursor: where they stand.
-            same_D: which of the sources so far each one is, if its content is the same.
-
+        `same_D` tells which of the sources so far each one is, if its content is the same.
         """
         self.begin_stage(stage)
         self._cursor = cursor
-        old, new = self.tallies, self._new_tallies(stage)
+        old, new = self.tallies, _tallies(stage)
         self.retired += [tally for index, tally in enumerate(old) if index not in same_D]
         pairs = zip(same_D, new, strict=True)
         self.tallies = [fresh if same is None else old[same] for same, fresh in pairs]
@@ -140,7 +136,6 @@ class Replay:
         self._sum_N1 = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hash_N, dtype=np.uint64)])
         self._chunk = chunk
 
-    @staticmethod
-    def _new_tallies(stage: StageLine) -> list[SourceTally]:
-        pairs = zip(stage.sources, stage.sizes, strict=True)
-        return [SourceTally(name, size) for name, size in pairs]
+
+def _tallies(stage: StageLine) -> list[SourceTally]:
+    return [SourceTally(name, size) for name, size in zip(stage.sources, stage.sizes, strict=True)]

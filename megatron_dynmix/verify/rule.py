@@ -29,16 +29,9 @@ class RuleReplay:
     """
 
     def __init__(self, start: StageLine, where: str, notes: list[str]) -> None:
-        """Choose the first weights again.
+        """Choose the first weights again; `NotProven` if they are not those of the first stage.
 
-        Args:
-            start: the line of the run's first stage.
-            where: what to call it.
-            notes: what a reader must know is added to them, here and by `check`.
-
-        Raises:
-            NotProven: they are not those of the first stage.
-
+        What a reader must know is added to `notes`, here and by `check`.
         """
         self._notes = notes
         self._line = start
@@ -60,16 +53,9 @@ class RuleReplay:
         self._state = controller.state
 
     def check(self, update: MixingUpdate, line: StageLine, last: StageLine) -> bool:
-        """Ask for an update again; return whether it could be.
+        """Ask again for an update, with its arrays, that began stage `line`; return whether it could be.
 
-        Args:
-            update: with its arrays.
-            line: the stage that it began.
-            last: the stage before.
-
-        Raises:
-            NotProven: what was measured does not give what is on record.
-
+        `NotProven` if what was measured does not give what is on record.
         """
         where = f"mixing.jsonl, iteration {line.iteration}"
         if update.signal is None:
@@ -84,10 +70,13 @@ class RuleReplay:
             self._state = None  # nothing that follows is known from the start on
             return False
         try:
-            decision, controller = self._decide(update, line, last)
+            controller = self._controller(line, last.weights)
+            state = for_strategy(self._state, self._line.settings.strategy, line.settings.strategy)
+            controller.resume(state.at(last.weights))
+            decision = controller.update(signal_of(update, **_told(line)), update.override)
         except (IndexError, TypeError, ValueError) as error:
             raise NotProven(f"{where}: the update cannot be made again: {error}") from None
-        self._compare(update, decision, controller, line, where)
+        _compare(update, decision, controller, line, where)
         self._state, self._line = controller.state, line
         return True
 
@@ -109,57 +98,36 @@ class RuleReplay:
 
     def _controller(self, line: StageLine, weights: Any) -> MixingController:
         own = {shadow.label for shadow in line.settings.shadows if shadow.own}
-        return controller_of(
-            line.settings,
-            line.resolved,
-            line.sources,
-            np.array(line.sizes, np.int64),
-            np.array(weights, np.float64),
-            without=own,
-        )
+        size_D, weights_D = np.array(line.sizes, np.int64), np.array(weights, np.float64)
+        return controller_of(line.settings, line.resolved, line.sources, size_D, weights_D, without=own)
 
-    def _decide(
-        self, update: MixingUpdate, line: StageLine, last: StageLine
-    ) -> tuple[Decision, MixingController]:
-        assert self._state is not None
-        controller = self._controller(line, last.weights)
-        state = for_strategy(self._state, self._line.settings.strategy, line.settings.strategy)
-        controller.resume(state.at(last.weights))
-        signal = signal_of(update, **_told(line))
-        return controller.update(signal, update.override), controller
 
-    def _compare(
-        self,
-        update: MixingUpdate,
-        decision: Decision,
-        controller: MixingController,
-        line: StageLine,
-        where: str,
-    ) -> None:
-        """Everything that the record says and the replay gives."""
-        size_D = np.array(line.sizes)
-        again = update_record(
-            controller,
-            decision,
-            iteration=line.iteration,
-            consumed_samples=line.start_sample,
-            old_D=decision.weights_D,
-            new_D=decision.weights_D,
-            tokens_D=size_D,
-            rows_D=np.array(line.drawn),
-            size_D=size_D,
-            seconds={},
-        )
-        compared = {name: (getattr(update, name), getattr(again, name)) for name in COMPARED}
-        compared |= {
-            f"shadow {label}": (update.shadow.get(label), weights) for label, weights in again.shadow.items()
-        }
-        for name, (recorded, replayed) in compared.items():
-            if not _equal(recorded, replayed):
-                raise NotProven(f"{where}: {name} does not follow from the recorded signal and old weights")
-        if update.events != again.events:
-            recorded, replayed = ([event.text for event in each.events] for each in (update, again))
-            raise NotProven(f"{where}: events are {recorded}; guardrails and override do {replayed}")
+def _compare(
+    update: MixingUpdate, decision: Decision, controller: MixingController, line: StageLine, where: str
+) -> None:
+    """Refuse an update unless the replay gives everything that its record says."""
+    size_D, weights_D = np.array(line.sizes), decision.weights_D
+    again = update_record(
+        controller,
+        decision,
+        iteration=line.iteration,
+        consumed_samples=line.start_sample,
+        old_D=weights_D,
+        new_D=weights_D,
+        tokens_D=size_D,
+        rows_D=np.array(line.drawn),
+        size_D=size_D,
+        seconds={},
+    )
+    compared = {name: (getattr(update, name), getattr(again, name)) for name in COMPARED}
+    shadows = again.shadow.items()
+    compared |= {f"shadow {label}": (update.shadow.get(label), weights) for label, weights in shadows}
+    for name, (recorded, replayed) in compared.items():
+        if not _equal(recorded, replayed):
+            raise NotProven(f"{where}: {name} does not follow from the recorded signal and old weights")
+    if update.events != again.events:
+        recorded, replayed = ([event.text for event in each.events] for each in (update, again))
+        raise NotProven(f"{where}: events are {recorded}; guardrails and override do {replayed}")
 
 
 def _told(line: StageLine) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,6 @@ from megatron_dynmix.errors import InputError
 from megatron_dynmix.records.jsonl import read_lines, read_records
 from megatron_dynmix.records.schema import MixingUpdate, SamplesLine, StageLine, TrainingRecord
 from megatron_dynmix.records.signals import SIGNALS, with_signal
-from megatron_dynmix.verify.verdict import NotProven
 
 Record = Mapping[str, Any]
 
@@ -38,12 +38,7 @@ class RunRecords:
 
 
 def read_run(run_dir: Path) -> RunRecords:
-    """Read a run directory; a last line that a kill cut short is left out.
-
-    Raises:
-        InputError: it is no run directory, a file is missing, or holds what is no record.
-
-    """
+    """Read a run directory; a last line that a kill cut short is left out, other damage an `InputError`."""
     files = {name: run_dir / f"{name}.jsonl" for name in ("ledger", "mixing", "metrics")}
     missing = [path.name for path in files.values() if not path.is_file()]
     mixing = [] if missing else read_records(files["mixing"])
@@ -86,14 +81,17 @@ def _newest_state(directory: Path) -> tuple[RunState | None, str]:
     return read_run_state(source), source.name
 
 
-def stage_line(record: Record, where: str) -> StageLine:
-    """Read a stage's line.
-
-    Raises:
-        InputError: it is not one.
-
-    """
+@contextmanager
+def _refusing(where: str) -> Iterator[None]:
     try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{where} is no line of a ledger ({error})") from None
+
+
+def stage_line(record: Record, where: str) -> StageLine:
+    """Read a stage's line; `InputError` if it is not one."""
+    with _refusing(where):
         line = StageLine.from_json(record)
         line.settings  # noqa: B018 - can be read
         sizes = {len(line.weights), len(line.drawn), len(line.owed), len(line.sources), len(line.sizes)}
@@ -101,35 +99,12 @@ def stage_line(record: Record, where: str) -> StageLine:
             raise ValueError("lists of different lengths")
         if min(line.sizes) < 1 or line.chunk_size < 1:
             raise ValueError("sources or chunks without rows")
-    except ValueError as error:
-        raise InputError(f"{where} is no line of a ledger ({error})") from None
     return line
 
 
-def mixing_update(record: Record) -> MixingUpdate:
-    """Read the record of an update.
-
-    Raises:
-        NotProven: it is none.
-
-    """
-    try:
-        return MixingUpdate.from_json(record)
-    except ValueError as error:
-        where = f"mixing.jsonl, iteration {record['iteration']}"
-        raise NotProven(f"{where} is no record of an update: {error}") from None
-
-
 def samples_line(record: Record, where: str) -> SamplesLine:
-    """Read the line of a log interval.
-
-    Raises:
-        InputError: it is not one.
-
-    """
-    try:
+    """Read the line of a log interval; `InputError` if it is not one."""
+    with _refusing(where):
         line = SamplesLine.from_json(record)
         int(line.digest, 16)
-    except ValueError as error:
-        raise InputError(f"{where} is no line of a ledger ({error})") from None
     return line

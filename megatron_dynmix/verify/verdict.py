@@ -36,23 +36,19 @@ class Verdict:
         return self.failure is None
 
 
-def verdict_table(verdict: Verdict) -> str:
-    """Return a table of what was drawn of each source, by the replay."""
-    header = ["source", "rows", "drawn", "epochs", "least often", "most often", "lost", "repeated"]
-    rows = [
-        [
-            *(tally.name, tally.size, tally.drawn, f"{tally.drawn / tally.size:.3f}"),
-            *(int(tally.times_R.min()), int(tally.times_R.max()), tally.lost, tally.repeated),
-        ]
-        for tally in verdict.tallies
-    ]
-    return table(header, rows)
-
-
 def verdict_text(verdict: Verdict) -> str:
-    """Return the table, what a reader must know, and one line that says whether the run is proven."""
-    lines = [verdict_table(verdict), ""] if verdict.tallies else []
+    """Return what was drawn of each source, what a reader must know, and whether the run is proven."""
+    lines = []
     if verdict.tallies:
+        header = ["source", "rows", "drawn", "epochs", "least often", "most often", "lost", "repeated"]
+        rows = [
+            [
+                *(tally.name, tally.size, tally.drawn, f"{tally.drawn / tally.size:.3f}"),
+                *(int(tally.times_R.min()), int(tally.times_R.max()), tally.lost, tally.repeated),
+            ]
+            for tally in verdict.tallies
+        ]
+        lines += [table(header, rows), ""]
         lines.append(
             f"furthest from the weights: {verdict.worst_stray:.3f} rows in any chunk; owed at the end: "
             f"{verdict.worst_owed:.3f} rows at most"

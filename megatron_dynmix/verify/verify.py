@@ -21,34 +21,17 @@ from megatron_dynmix.records.schema import MixingUpdate, StageLine
 from megatron_dynmix.training.source_change import SourceChange
 from megatron_dynmix.verify.replay import Replay
 from megatron_dynmix.verify.rule import RuleReplay
-from megatron_dynmix.verify.run_records import (
-    Record,
-    RunRecords,
-    mixing_update,
-    read_run,
-    samples_line,
-    stage_line,
-)
+from megatron_dynmix.verify.run_records import Record, RunRecords, read_run, samples_line, stage_line
 from megatron_dynmix.verify.verdict import TOLERANCE, NotProven, Verdict
 
 
 def verify(run_dir: Path) -> Verdict:
-    """Prove a run from its directory alone.
-
-    Raises:
-        InputError: it is no run directory, or its files are incomplete.
-
-    """
+    """Prove a run from its directory alone; `InputError` if it is none, or its files are incomplete."""
     return verify_records(read_run(run_dir))
 
 
 def verify_records(records: RunRecords) -> Verdict:
-    """Prove a run from its records.
-
-    Raises:
-        InputError: a line of the ledger that no run wrote.
-
-    """
+    """Prove a run from its records; `InputError` for a line of the ledger that no run wrote."""
     proof = _Proof(records)
     try:
         proof.run()
@@ -67,19 +50,19 @@ class _Proof:
         self.stages: list[StageLine] = []
         self.replay: Replay | None = None
         self._updates = sorted(records.mixing)
-        self._checkpoint_done = records.state is None
+        self._checkpoint_done = False
         if records.state is None:
             self.verdict.notes.append(records.checkpoint)
 
     def run(self) -> None:
-        last = self.records.ledger[-1]["iteration"]
-        for before, after in pairwise(self.records.ledger):
+        ledger, notes = self.records.ledger, self.verdict.notes
+        for before, after in pairwise(ledger):
             if after["iteration"] < before["iteration"]:
                 raise NotProven(
                     f"ledger.jsonl: iteration {after['iteration']} comes after {before['iteration']}: lines "
                     "were exchanged"
                 )
-        for number, record in enumerate(self.records.ledger, start=1):
+        for number, record in enumerate(ledger, start=1):
             where, iteration = f"ledger.jsonl:{number}", record["iteration"]
             self._check_checkpoint(before=iteration)
             self._refuse_unmatched_updates(before=iteration)
@@ -88,25 +71,19 @@ class _Proof:
             elif record.get("kind") == "samples":
                 self._check_samples(record, where)
             else:
-                self._check_stage(
-                    stage_line(record, where), where, is_last=number == len(self.records.ledger)
-                )
+                self._check_stage(stage_line(record, where), where, is_last=number == len(ledger))
         self._check_checkpoint(before=None)
-        self._refuse_unmatched_updates(before=last + 1)
+        self._refuse_unmatched_updates(before=ledger[-1]["iteration"] + 1)
         if self._updates:
-            self.verdict.notes.append(
-                f"mixing.jsonl continues to iteration {self._updates[-1]}, the ledger does not"
-            )
-        beyond = [
-            samples for samples in self.records.consumed_samples.values() if samples > self.verdict.samples
-        ]
+            notes.append(f"mixing.jsonl continues to iteration {self._updates[-1]}, the ledger does not")
         if self.records.skipped_iterations:
-            self.verdict.notes.append(
+            notes.append(
                 f"{self.records.skipped_iterations} iterations changed no parameter (skipped_iterations in "
                 "metrics.jsonl); their rows count as drawn"
             )
-        if beyond:
-            self.verdict.notes.append(f"metrics.jsonl continues to sample {max(beyond)}, the ledger does not")
+        last_sample = max(self.records.consumed_samples.values(), default=0)
+        if last_sample > self.verdict.samples:
+            notes.append(f"metrics.jsonl continues to sample {last_sample}, the ledger does not")
 
     def finish(self) -> None:
         """Fill in what was drawn, as far as the replay came."""
@@ -125,16 +102,10 @@ class _Proof:
         line = stage_line(record, where) if record.get("why") == "start" else None
         if line is None or line.start_sample or any(line.drawn) or any(line.owed):
             raise NotProven(f"{where} is not the start of a run: a line is missing or was changed")
-        self._check_shares(line, where)
+        _check_shares(line, where)
         self.stages.append(line)
         self.replay = Replay(line)
         self._rule = RuleReplay(line, where, self.verdict.notes)
-
-    def _check_shares(self, line: StageLine, where: str) -> None:
-        try:
-            check_weights(line.weights, len(line.weights))
-        except ValueError as error:
-            raise NotProven(f"{where}: {error}") from None
 
     def _check_samples(self, record: Record, where: str) -> None:
         """Refuse a digest of what was trained on that is not that of what the stages call for."""
@@ -175,7 +146,7 @@ class _Proof:
             )
         if (line.seed, line.chunk_size) != (last.seed, last.chunk_size):
             raise NotProven(f"{where} has another seed or chunk size than the stages before")
-        self._check_shares(line, where)
+        _check_shares(line, where)
         if line.why == "update":
             self._check_update(line, last, where, is_last=is_last)
         elif line.why == "sources changed":
@@ -195,8 +166,7 @@ class _Proof:
         iteration, start = line.iteration, line.start_sample
         if line.source_set != last.source_set:
             raise NotProven(f"{where} has other sources than the stage before")
-        record = self.records.mixing.get(iteration)
-        update = None if record is None else mixing_update(record)
+        update = self._update(iteration)
         if update is None:
             if not is_last or any(update > iteration for update in self._updates):
                 raise NotProven(f"{where}: mixing.jsonl has no update after iteration {iteration}")
@@ -212,7 +182,7 @@ class _Proof:
         self._check_cursor(cursor_of(line), self.replay.cursor, where)
         if update is not None:
             self._updates.remove(iteration)
-            check_update(update, line, last, self.replay.cursor)
+            _check_update(update, line, last, self.replay.cursor)
             try:
                 update = self.records.with_arrays(update)
             except InputError as error:
@@ -220,6 +190,14 @@ class _Proof:
             if self._rule.check(update, line, last):
                 self.verdict.updates += 1
         self.replay.begin_stage(line)
+
+    def _update(self, iteration: int) -> MixingUpdate | None:
+        try:
+            record = self.records.mixing.get(iteration)
+            return None if record is None else MixingUpdate.from_json(record)
+        except ValueError as error:
+            where = f"mixing.jsonl, iteration {iteration}"
+            raise NotProven(f"{where} is no record of an update: {error}") from None
 
     def _change_sources(self, line: StageLine, last: StageLine, where: str) -> None:
         assert self.replay is not None
@@ -261,10 +239,9 @@ class _Proof:
         if before is not None and iteration >= before:
             return
         self._checkpoint_done = True
-        where = self.records.checkpoint
         if self.replay is None:
             return
-        self._compare_state(state, where)
+        self._compare_state(state, self.records.checkpoint)
         if before is None:  # it stands beyond the ledger: the digest it holds has proven the rest
             self.verdict.samples, self.verdict.iteration = consumed, iteration
 
@@ -292,7 +269,14 @@ class _Proof:
             raise NotProven(f"{where}: its shuffle ids are not those of the ledger")
 
 
-def check_update(update: MixingUpdate, line: StageLine, last: StageLine, cursor: Cursor) -> None:
+def _check_shares(line: StageLine, where: str) -> None:
+    try:
+        check_weights(line.weights, len(line.weights))
+    except ValueError as error:
+        raise NotProven(f"{where}: {error}") from None
+
+
+def _check_update(update: MixingUpdate, line: StageLine, last: StageLine, cursor: Cursor) -> None:
     """Refuse an update that does not agree with its stage and with what was drawn before it."""
     expected: dict[str, list[Any]] = {
         "sources": line.sources,
