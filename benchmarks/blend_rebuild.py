@@ -53,7 +53,7 @@ def stand_ins(arguments: argparse.Namespace, num_rows: int) -> list[Any]:
 
 
 def new_blend(arguments: argparse.Namespace) -> DynamicBlendedDataset:
-    """The blend of a run that begins, with uniform weights."""
+    """Make the blend of a run that begins, with uniform weights."""
     return DynamicBlendedDataset(
         stand_ins(arguments, arguments.source_rows),
         np.full(arguments.sources, 1 / arguments.sources),
@@ -76,7 +76,7 @@ def time_rebuild(blend: DynamicBlendedDataset, weights_D: NDArray[np.float64]) -
 
 
 def time_updates(arguments: argparse.Namespace) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Times `[P, 2]` of the first update of new runs, and of updates after `consumed` rows, in pairs."""
+    """Return times `[P, 2]` of the first update of new runs, and of updates after `consumed` rows, in pairs."""
     rng = np.random.default_rng(SEED)
     # from nearly uniform to far from it, as weights are in the course of a run
     draws = [rng.dirichlet(np.full(arguments.sources, a)) for a in np.geomspace(100, 0.3, arguments.pairs)]
@@ -92,7 +92,7 @@ def time_updates(arguments: argparse.Namespace) -> tuple[NDArray[np.float64], ND
 
 
 def time_stock(arguments: argparse.Namespace) -> NDArray[np.float64]:
-    """Times `[builds, 2]` of making the stock dataset for a run of `consumed` rows."""
+    """Return times `[builds, 2]` of making the stock dataset for a run of `consumed` rows."""
     rng = np.random.default_rng(SEED)
     config = BlendedMegatronDatasetConfig(
         random_seed=SEED, sequence_length=1, blend=(["stand-in"], None), split="1"
@@ -105,7 +105,7 @@ def time_stock(arguments: argparse.Namespace) -> NDArray[np.float64]:
 
 
 def report(arguments: argparse.Namespace, young: NDArray, old: NDArray, stock: NDArray) -> str:
-    """The table, and the ratios on both clocks."""
+    """Return the table, and the ratios on both clocks."""
     millions = f"{arguments.consumed / 1e6:g} million rows"
 
     def row(label: str, times_P2: NDArray) -> list[object]:

@@ -39,7 +39,7 @@ Spent = dict[str, float]
 
 
 def timed(function: Callable[..., Any], spent: Spent, name: str) -> Callable[..., Any]:
-    """The same function; its seconds are added to `spent[name]`."""
+    """Wrap a function; its seconds are added to `spent[name]`."""
 
     @wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
@@ -53,7 +53,7 @@ def timed(function: Callable[..., Any], spent: Spent, name: str) -> Callable[...
 
 
 def build_trainer(folder: Path, iterations: int) -> Trainer:
-    """The quickstart's run, as `train` builds it on one rank."""
+    """Build the quickstart's run, as `train` builds it on one rank."""
     run_yaml = make_quickstart(folder / "data")
     config = load_config(
         run_yaml,

@@ -63,7 +63,7 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def bare_step(trainer: Trainer, batches: list[Batch]) -> None:
-    """An iteration of a loop that only trains."""
+    """Run an iteration of a loop that only trains."""
     for chunk in trainer.run.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()

@@ -51,7 +51,7 @@ def find_sources(data: Path | None, folder: Path) -> dict[str, Path]:
 
 
 def train_tokenizer(files: list[Path], vocab_size: int, folder: Path) -> Tokenizer:
-    """A byte-level BPE of the rendered examples, the template's own words included."""
+    """Train a byte-level BPE on the rendered examples, the template's own words included."""
     bytes_only = train_bpe([], vocab_size, folder / "bytes")
     renderer = Renderer(bytes_only, TEMPLATE)
 
@@ -157,7 +157,7 @@ def kept_mates(lengths_N: NDArray[np.int64], capacity: int) -> float:
 
 
 def speed(num_examples: int, capacity: int) -> str:
-    """A line of figures: a million examples of a realistic spread of lengths, packed in two ways."""
+    """Return a line of figures: a million examples of a realistic spread of lengths, packed in two ways."""
     lengths_N = np.random.default_rng(SEED).lognormal(5.0, 0.8, num_examples).astype(np.int64)
     lengths_N = lengths_N.clip(1, capacity)
     seconds = []
@@ -181,7 +181,7 @@ def speed(num_examples: int, capacity: int) -> str:
 
 
 def longest_of_batch_share(lengths_N: NDArray[np.int64], batch_size: int, seed: int) -> float:
-    """Useful share when shuffled examples are padded to the longest of their batch."""
+    """Return the useful share when shuffled examples are padded to the longest of their batch."""
     shuffled_N = np.random.default_rng(seed).permutation(lengths_N)
     batches = np.split(shuffled_N, np.arange(batch_size, len(shuffled_N), batch_size))
     return int(lengths_N.sum()) / sum(int(batch.max()) * len(batch) for batch in batches)

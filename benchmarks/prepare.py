@@ -47,7 +47,7 @@ class Measured(NamedTuple):
 
 
 def words_of(rng: np.random.Generator) -> list[str]:
-    """A made-up language: frequent words are short, as in real ones."""
+    """Make up a language: frequent words are short, as in real ones."""
     syllables = [first + then for first in "bcdfghklmnprstvwz" for then in "aeiou"]
     lengths = 1 + (np.log2(1 + np.arange(VOCABULARY)) / 4).astype(int) + rng.integers(0, 2, VOCABULARY)
     drawn = iter(rng.integers(0, len(syllables), int(lengths.sum())).tolist())
@@ -80,7 +80,7 @@ def _rows(words: Iterator[str], rng: np.random.Generator) -> Iterator[str]:
 
 
 def texts_of(path: Path) -> Iterator[str]:
-    """What is said in the first rows: enough to train a tokenizer on."""
+    """Return what is said in the first rows: enough to train a tokenizer on."""
     with path.open(encoding="utf-8") as file:
         for _, line in zip(range(TOKENIZER_ROWS), file, strict=False):
             yield from (turn["value"] for turn in json.loads(line)["conversations"])
@@ -112,7 +112,7 @@ def peak_memory() -> Iterator[dict[int, float]]:
 
 
 def floor(path: Path, tokenizer_dir: Path, renderer: Renderer) -> Measured:
-    """The tokenizer alone, one thread; only its own time is counted."""
+    """Time the tokenizer alone, one thread; only its own time is counted."""
     from megatron_dynmix.data.prepare.formats import Format
     from megatron_dynmix.data.prepare.readers import raw_rows
     from megatron_dynmix.data.prepare.workers import one_tokenizer_thread
