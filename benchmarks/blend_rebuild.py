@@ -76,7 +76,7 @@ def time_rebuild(blend: DynamicBlendedDataset, weights_D: NDArray[np.float64]) -
 
 
 def time_updates(arguments: argparse.Namespace) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return times `[P, 2]` of the first update of new runs, and of updates after `consumed` rows, in pairs."""
+    """Return times `[P, 2]` of the first update of new runs, and of updates after `consumed` rows."""
     rng = np.random.default_rng(SEED)
     # from nearly uniform to far from it, as weights are in the course of a run
     draws = [rng.dirichlet(np.full(arguments.sources, a)) for a in np.geomspace(100, 0.3, arguments.pairs)]
