@@ -13,7 +13,6 @@ from numpy.typing import ArrayLike
 
 from megatron_dynmix.mixing.guardrails import Guardrails, Override
 from megatron_dynmix.mixing.last_known import (
-    FILLS,
     HALVES,
     LOSS,
     STAND_INS,
@@ -249,6 +248,10 @@ class MixingController:
         self.guardrails.check(len(sources))
         self.shadows = dict(shadows or {})
         self.state = ControllerState.beginning(sources, weights_D, self.shadows)
+        self._needed = needs(strategy).union(*map(needs, self.shadows.values()))
+        self.needs_gate_load, self.needs_halves, self.needs_loss = (
+            what in self._needed for what in (TOKENS, HALVES, LOSS)
+        )
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -266,24 +269,6 @@ class MixingController:
         return self.guardrails.caps or any(
             strategy.updates for strategy in (self.strategy, *self.shadows.values())
         )
-
-    @property
-    def needs_gate_load(self) -> bool:
-        """Whether the strategy or a shadow needs token counts to update."""
-        return TOKENS in self._needed()
-
-    @property
-    def needs_loss(self) -> bool:
-        """Whether the strategy or a shadow needs losses to update."""
-        return LOSS in self._needed()
-
-    @property
-    def needs_halves(self) -> bool:
-        """Whether the strategy or a shadow needs the counts in two halves to update."""
-        return HALVES in self._needed()
-
-    def _needed(self) -> set[str]:
-        return needs(self.strategy).union(*map(needs, self.shadows.values()))
 
     def start(self, signal: Signal, override: Override | None = None) -> Decision:
         """Choose the first weights, before anything is drawn; call it once in a fresh run.
@@ -363,12 +348,12 @@ class MixingController:
 
     def _fill(self, signal: Signal) -> tuple[LastKnown, Signal, dict[str, Filled]]:
         """Fill in last known values for what the interval did not bring, and say who was not measured."""
-        known, unmeasured, needed = self.state.known, {}, self._needed()
-        for what, fill in FILLS.items():
-            if what not in needed:
+        known, unmeasured = self.state.known, {}
+        for what in STAND_INS:
+            if what not in self._needed:
                 continue
             try:
-                known, signal, unmeasured[what] = fill(known, signal)
+                known, signal, unmeasured[what] = known.fill(what, signal)
             except ValueError:
                 # What only shadows need must not stop the run; they refuse it themselves when they are asked.
                 if what in needs(self.strategy):

@@ -14,6 +14,10 @@ from megatron_dynmix.mixing.strategy import HALVES as NUM_HALVES
 from megatron_dynmix.mixing.strategy import Counts, Signal, Strategy
 from megatron_dynmix.mixing.weights import Floats
 
+TOKENS, HALVES, LOSS = "tokens", "tokens in both halves", "loss"
+STAND_INS = {TOKENS: "counts", HALVES: "halves", LOSS: "losses"}
+"""What may be needed of every source -> what is kept of it."""
+
 
 @dataclass(frozen=True)
 class Filled:
@@ -25,78 +29,51 @@ class Filled:
 
 @dataclass(frozen=True, eq=False)
 class LastKnown:
-    """Counts, their halves and the loss of each source when they were last measured; None before that.
+    """What each source had when it was last measured: for each key of `STAND_INS` D values, None before that.
 
-    Attributes:
-        sources: D names.
-        counts: D arrays `[L, E]`.
-        halves: D arrays `[H, L, E]`, where halves are asked for; of a later or an earlier interval than the
-            counts, if a source had rows of one half only.
-        losses: D means in nats.
-
+    Counts are `[L, E]`, halves `[H, L, E]`, losses numbers. Halves are of a later or an earlier interval than
+    the counts, if a source had rows of one half only.
     """
 
     sources: tuple[str, ...]
-    counts: tuple[Counts | None, ...]
-    halves: tuple[Counts | None, ...]
-    losses: tuple[float | None, ...]
+    values: Mapping[str, tuple[NDArray[Any] | None, ...]]
 
     @classmethod
     def nothing(cls, sources: Sequence[str]) -> "LastKnown":
         """Return what is known before anything was measured: nothing."""
-        none = (None,) * len(sources)
-        return cls(tuple(sources), none, none, none)
+        return cls(tuple(sources), dict.fromkeys(STAND_INS, (None,) * len(sources)))
 
-    def fill_counts(self, signal: Signal) -> tuple["LastKnown", Signal, Filled]:
-        """Remember the counts of the sources that have tokens, and complete the signal where there are none.
+    def fill(self, what: str, signal: Signal) -> tuple["LastKnown", Signal, Filled]:
+        """Remember what was measured of the sources, and complete the signal for those that were not.
 
-        Returns:
-            What is known now; the signal, with 0 for sources that were never measured; who was not measured.
-
-        Raises:
-            ValueError: no counts, the wrong shape, or a negative, NaN or infinite one. Nothing is remembered.
-
+        What was never measured is 0, or a loss of NaN. A signal that is refused leaves nothing behind.
         """
-        counts_DLE = self._checked_counts(signal)
-        measured_D = self._totals(counts_DLE) > 0
-        known = self._updated(self.counts, counts_DLE, measured_D, "counts")
+        if what == LOSS:
+            new_D: NDArray[Any] = self._checked_losses(signal)
+            measured_D = ~np.isnan(new_D)
+        elif what == TOKENS:
+            new_D = self._checked_counts(signal)
+            measured_D = self._totals(new_D) > 0
+        else:  # a half alone does not tell the noise
+            halves_HDLE = self._checked_halves(signal)
+            measured_D = np.all([self._totals(half_DLE) > 0 for half_DLE in halves_HDLE], axis=0)
+            new_D = halves_HDLE.swapaxes(0, 1)
+        known_D = self._updated(what, new_D, measured_D)
         if not measured_D.all():
-            signal = replace(signal, counts_DLE=_stacked(known, counts_DLE[0], axis=0))
-        return replace(self, counts=known), signal, self._filled(measured_D, known)
-
-    def fill_halves(self, signal: Signal) -> tuple["LastKnown", Signal, Filled]:
-        """Do the same for the halves of sources with tokens in both: one alone does not tell the noise."""
-        halves_HDLE = self._checked_halves(signal)
-        measured_D = np.all([self._totals(half_DLE) > 0 for half_DLE in halves_HDLE], axis=0)
-        known = self._updated(self.halves, halves_HDLE.swapaxes(0, 1), measured_D, "halves of counts")
-        if not measured_D.all():
-            signal = replace(signal, half_counts_HDLE=_stacked(known, halves_HDLE[:, 0], axis=1))
-        return replace(self, halves=known), signal, self._filled(measured_D, known)
-
-    def fill_losses(self, signal: Signal) -> tuple["LastKnown", Signal, Filled]:
-        """Do the same for losses, where NaN says that nothing of a source was trained on.
-
-        Raises:
-            ValueError: no losses, not one per source, or an infinite one.
-
-        """
-        if signal.loss_D is None:
-            raise ValueError("a loss per source is needed; the signal holds none")
-        loss_D = np.asarray(signal.loss_D, dtype=np.float64)
-        if loss_D.shape != (len(self.sources),):
-            raise ValueError(
-                f"losses have shape {loss_D.shape}; give one for each of {len(self.sources)} sources"
-            )
-        for name, loss in zip(self.sources, loss_D, strict=True):
-            if np.isinf(loss):
-                raise ValueError(f"the loss of source {name!r} is {loss}; it must be finite, or NaN for none")
-        measured_D = ~np.isnan(loss_D)
-        known = tuple(
-            float(loss) if measured else old
-            for loss, measured, old in zip(loss_D, measured_D, self.losses, strict=True)
+            blank = np.full_like(new_D[0], np.nan if what == LOSS else 0)
+            filled = [blank if value is None else value for value in known_D]
+            if what == LOSS:
+                signal = replace(signal, loss_D=np.stack(filled))
+            elif what == TOKENS:
+                signal = replace(signal, counts_DLE=np.stack(filled))
+            else:
+                signal = replace(signal, half_counts_HDLE=np.stack(filled, axis=1))
+        rows = list(zip(self.sources, measured_D, known_D, strict=True))
+        unmeasured = Filled(
+            stand_ins=tuple(name for name, measured, value in rows if not measured and value is not None),
+            unknown=tuple(name for name, _, value in rows if value is None),
         )
-        filled_D = np.array([np.nan if loss is None else loss for loss in known])
-        return replace(self, losses=known), replace(signal, loss_D=filled_D), self._filled(measured_D, known)
+        return replace(self, values={**self.values, what: known_D}), signal, unmeasured
 
     def _checked_counts(self, signal: Signal) -> Counts:
         counts_DLE = signal.counts_DLE
@@ -135,76 +112,66 @@ class LastKnown:
                     )
         return total_D
 
+    def _checked_losses(self, signal: Signal) -> Floats:
+        if signal.loss_D is None:
+            raise ValueError("a loss per source is needed; the signal holds none")
+        loss_D = np.asarray(signal.loss_D, dtype=np.float64)
+        if loss_D.shape != (len(self.sources),):
+            raise ValueError(
+                f"losses have shape {loss_D.shape}; give one for each of {len(self.sources)} sources"
+            )
+        for name, loss in zip(self.sources, loss_D, strict=True):
+            if np.isinf(loss):
+                raise ValueError(f"the loss of source {name!r} is {loss}; it must be finite, or NaN for none")
+        return loss_D
+
     def _updated(
-        self, olds: Sequence[Counts | None], news: Counts, measured_D: NDArray[np.bool_], what: str
-    ) -> tuple[Counts | None, ...]:
-        for name, old, measured in zip(self.sources, olds, measured_D, strict=True):
-            if old is not None and not measured and old.shape != news.shape[1:]:
+        self, what: str, new_D: NDArray[Any], measured_D: NDArray[np.bool_]
+    ) -> tuple[NDArray[Any] | None, ...]:
+        old_D = self.values[what]
+        for name, old, measured in zip(self.sources, old_D, measured_D, strict=True):
+            if old is not None and not measured and old.shape != new_D.shape[1:]:
+                kept = "halves of counts" if what == HALVES else STAND_INS[what]
                 raise ValueError(
-                    f"last known {what} of source {name!r} have shape {old.shape}, the signal has "
-                    f"{news.shape[1:]}; resume with the same model"
+                    f"last known {kept} of source {name!r} have shape {old.shape}, the signal has "
+                    f"{new_D.shape[1:]}; resume with the same model"
                 )
         return tuple(
-            new.copy() if measured else old for new, old, measured in zip(news, olds, measured_D, strict=True)
-        )
-
-    def _filled(self, measured_D: NDArray[np.bool_], known: Sequence[object]) -> Filled:
-        rows = list(zip(self.sources, measured_D, known, strict=True))
-        return Filled(
-            stand_ins=tuple(name for name, measured, value in rows if not measured and value is not None),
-            unknown=tuple(name for name, _, value in rows if value is None),
+            np.array(new) if measured else old
+            for new, old, measured in zip(new_D, old_D, measured_D, strict=True)
         )
 
     def with_sources(self, sources: Sequence[str], old_index_D: Sequence[int | None]) -> "LastKnown":
         """Return what is known of other sources, each being the old one of that index, or new."""
-
-        def moved(old_D: Sequence[Any]) -> tuple[Any, ...]:
-            return tuple(None if old is None else old_D[old] for old in old_index_D)
-
-        return LastKnown(tuple(sources), moved(self.counts), moved(self.halves), moved(self.losses))
+        moved = {
+            what: tuple(None if old is None else old_D[old] for old in old_index_D)
+            for what, old_D in self.values.items()
+        }
+        return LastKnown(tuple(sources), moved)
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it in JSON types; reading it gives the same bits back."""
         return {
-            "last_counts": [None if counts is None else counts.tolist() for counts in self.counts],
-            "last_halves": [None if halves is None else halves.tolist() for halves in self.halves],
-            "last_losses": list(self.losses),
+            f"last_{kept}": [None if value is None else value.tolist() for value in self.values[what]]
+            for what, kept in STAND_INS.items()
         }
 
     @classmethod
     def from_json(cls, sources: Sequence[str], record: Mapping[str, Any]) -> "LastKnown":
-        """Read what `to_json` gave.
-
-        Raises:
-            ValueError: it is of another number of sources.
-
-        """
-        for key in ("last_counts", "last_halves", "last_losses"):
-            if len(record[key]) != len(sources):
+        """Read what `to_json` gave, if it is of so many sources."""
+        values: dict[str, tuple[NDArray[Any] | None, ...]] = {}
+        for what, kept in STAND_INS.items():
+            saved_D = record[f"last_{kept}"]
+            if len(saved_D) != len(sources):
                 raise ValueError(
-                    f"the saved mix has {key} of {len(record[key])} sources; need {len(sources)}"
+                    f"the saved mix has last_{kept} of {len(saved_D)} sources; need {len(sources)}"
                 )
-        return cls(
-            tuple(sources),
-            counts=tuple(None if counts is None else np.array(counts) for counts in record["last_counts"]),
-            halves=tuple(None if halves is None else np.array(halves) for halves in record["last_halves"]),
-            losses=tuple(record["last_losses"]),
-        )
-
-
-def _stacked(known: Sequence[Counts | None], like: Counts, axis: int) -> Counts:
-    filled: list[Any] = [np.zeros_like(like) if counts is None else counts for counts in known]
-    return np.stack(filled, axis)
-
-
-TOKENS, HALVES, LOSS = "tokens", "tokens in both halves", "loss"
-FILLS = {TOKENS: LastKnown.fill_counts, HALVES: LastKnown.fill_halves, LOSS: LastKnown.fill_losses}
-"""What may be needed of every source -> how last known values complete it."""
-STAND_INS = {TOKENS: "counts", HALVES: "halves", LOSS: "losses"}
+            values[what] = tuple(None if value is None else np.array(value) for value in saved_D)
+        return cls(tuple(sources), values)
 
 
 def needs(strategy: Strategy) -> set[str]:
-    """Return what must be known of every source for a strategy to update: keys of `FILLS`."""
+    """Return what must be known of every source for a strategy to update: keys of `STAND_INS`."""
     if not strategy.updates:
         return set()
     asked = {TOKENS: strategy.needs_gate_load, HALVES: strategy.needs_halves, LOSS: strategy.needs_loss}

@@ -179,8 +179,9 @@ def test_with_other_sources_what_is_known_of_unchanged_ones_stays_and_strategies
     assert state.sources == state.known.sources == ("chat", "law", "code")
     assert state.course.weights_D.tolist() == state.course.first_D.tolist() == [0.5, 0.25, 0.25]
     assert state.course.state == {} and state.shadows == {} and list(state.before_pause) == ["chat"]
-    assert state.known.losses == (5.0, None, None)
-    assert state.known.counts[0].tolist() == COUNTS_DLE[2].tolist() and state.known.counts[1:] == (None, None)
+    assert state.known.values["loss"] == (5.0, None, None)
+    chat_LE, *others = state.known.values["tokens"]
+    assert chat_LE.tolist() == COUNTS_DLE[2].tolist() and others == [None, None]
 
 
 def test_another_strategy_begins_at_the_weights_in_force_and_remembers_nothing():

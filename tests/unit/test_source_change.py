@@ -79,8 +79,8 @@ def test_unchanged_sources_go_on_where_they_stood_and_others_begin():
     assert weights == pytest.approx([0.5 * math / (chat + math), 0.5, 0.5 * chat / (chat + math)], abs=1e-12)
     assert (carried.mix.interval_counts.transpose(0, 2, 3, 1) == [2, 0, 0]).all()
     assert carried.mix.interval_stats.sums.tolist() == [[1.0, 0.0, 0.0]] * 3
-    math_counts, *others = controller.known.counts
-    assert math_counts is state.mix.controller.known.counts[1] and others == [None, None]
+    math_counts, *others = controller.known.values["tokens"]
+    assert math_counts is state.mix.controller.known.values["tokens"][1] and others == [None, None]
     assert carried.progress.tokens_D.tolist() == [200.0, 0.0, 100.0]
     assert carried.log_interval.stats.sums.tolist() == [[1.0, 0.0, 0.0]] * 3
     assert lines[0].startswith("math: as it was, goes on after ") and "0.500000" in lines[1]
