@@ -23,13 +23,9 @@ from megatron_dynmix.mixing.strategy import Signal
 from megatron_dynmix.mixing.weights import normalise_weights
 from megatron_dynmix.training.mix_setup import controller_of, read_losses, refusing, resolve_files
 
-ONE_LAYER = 2
-"""Axes of loads `[D, E]`; with layers there is one more."""
-RUN_ONLY = frozenset(
-    {
-        *("interval", "signal", "probe_tokens", "probe_rows", "load_tokens", "load_mass", "min_tokens"),
-        *("override_file", "unit"),
-    }
+RUN_ONLY = (
+    *("interval", "signal", "probe_tokens", "probe_rows", "load_tokens", "load_mass", "min_tokens"),
+    *("override_file", "unit"),
 )
 """Settings of the mixing section that mean something in a run only."""
 
@@ -44,25 +40,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Print the weights and deltas of one update as JSON."""
-    answer = update_once(rest, load=arguments.load, loss=arguments.loss, weights=arguments.weights)
-    print(json.dumps(answer, indent=2))
-    return 0
-
-
-def update_once(
-    flags: Sequence[str], *, load: Path | None, loss: Path | None, weights: Path | None
-) -> dict[str, Any]:
-    """Return the weights after one update, and the numbers they came from, by source.
-
-    Files are JSON: loads are {source: [load per expert]}, or a list of such lists, one per layer.
-    """
-    mixing = _settings(flags)
-    contents = {path: read_object(path) for path in (load, loss, weights) if path is not None}
+    """Print the weights after one update, and the numbers they came from, by source as JSON."""
+    load, loss, weights = arguments.load, arguments.loss, arguments.weights
+    known = {name: leaf for name, leaf in leaves.mixing_leaves().items() if name not in RUN_ONLY}
+    mixing = MixingConfig.from_flat(parse_flags(rest, known))
+    contents = {path: _read_object(path) for path in (load, loss, weights) if path is not None}
     if not contents:
         raise InputError("there is nothing to update from; give --load FILE.json, --loss FILE.json or both")
     sources = list(next(iter(contents.values())))
-    weights_D = _weights(None if weights is None else contents[weights], sources, weights)
+    try:
+        weights_D = normalise_weights(contents.get(weights, dict.fromkeys(sources, 1.0)), sources)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{weights}: {error}") from None
     with refusing(mixing, str(load or loss or weights), sources):
         counts_DLE = None if load is None else _loads(contents[load], sources)
         loss_D = None if loss is None else np.array(read_losses(loss, sources))
@@ -78,27 +67,15 @@ def update_once(
     def named(values_D: NDArray[np.float64]) -> dict[str, float]:
         return dict(zip(sources, values_D.tolist(), strict=True))
 
-    return {
+    answer = {
         "weights": named(decision.weights_D),
         "delta": named(decision.proposal.delta_D),
         "note": "; ".join(note.text for note in decision.notes) or None,
         "events": [event.text for event in decision.events],
         "shadow": {label: named(shadow.weights_D) for label, shadow in decision.shadow.items()},
     }
-
-
-def _settings(flags: Sequence[str]) -> MixingConfig:
-    known = {name: leaf for name, leaf in leaves.mixing_leaves().items() if name not in RUN_ONLY}
-    return MixingConfig.from_flat(parse_flags(flags, known))
-
-
-def _weights(
-    content: Mapping[str, Any] | None, sources: Sequence[str], path: Path | None
-) -> NDArray[np.float64]:
-    try:
-        return normalise_weights(dict.fromkeys(sources, 1.0) if content is None else content, sources)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: {error}") from None
+    print(json.dumps(answer, indent=2))
+    return 0
 
 
 def _loads(content: Mapping[str, Any], sources: Sequence[str]) -> NDArray[np.float64]:
@@ -107,12 +84,14 @@ def _loads(content: Mapping[str, Any], sources: Sequence[str]) -> NDArray[np.flo
     if len({np.shape(load) for load in loads}) != 1:
         raise ValueError("every source must have the same number of experts, and of layers")
     counts = np.array(loads, dtype=np.float64)
-    if counts.ndim not in (ONE_LAYER, ONE_LAYER + 1):
+    if counts.ndim == 2:
+        counts = counts[:, None, :]
+    if counts.ndim != 3:
         raise ValueError("the load of a source must be a list of numbers, or one such list per layer")
-    return counts[:, None, :] if counts.ndim == ONE_LAYER else counts
+    return counts
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object that holds something, or raise InputError."""
     content = read_json(path)
     if not isinstance(content, dict) or not content:

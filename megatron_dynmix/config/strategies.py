@@ -28,7 +28,10 @@ def is_own(strategy: str) -> bool:
 def option_hints() -> dict[str, Any]:
     """Return every flat option of the mixing section, of any built-in strategy -> its type."""
     return {
-        name: hint for kind in STRATEGIES.values() for name, hint in _hints(kind).items() if _is_flat(name)
+        field.name: typing.get_type_hints(kind)[field.name]
+        for kind in STRATEGIES.values()
+        for field in dataclasses.fields(kind)  # type: ignore[arg-type]
+        if _is_flat(field.name)
     }
 
 
@@ -119,11 +122,6 @@ def chosen_shadow(entry: str | Mapping[str, Any]) -> Chosen:
         raise InputError(f"{where} never changes weights, so there is nothing to watch; leave it out")
     label = ",".join([strategy, *(f"{name}={value}" for name, value in given.items())])
     return Chosen(label=label.replace(",", ":", 1), strategy=strategy, options=options, own=own)
-
-
-def _hints(kind: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _is_flat(option: str) -> bool:

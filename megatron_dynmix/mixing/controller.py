@@ -158,20 +158,17 @@ def checked(proposal: Proposal, strategy: Strategy, num_sources: int) -> Proposa
     if not isinstance(proposal, Proposal):
         raise ValueError(f"strategy {strategy.name} gave {type(proposal).__name__}; it must give a Proposal")
     weights_D = check_weights(proposal.weights_D, num_sources)
-    delta_D = _fit("delta", proposal.delta_D, (num_sources,), strategy)
-    assert delta_D is not None, "a proposal has scores"
-    load_DLE = _fit("load", proposal.load_DLE, (num_sources, -1, -1), strategy)
-    distance_DD = _fit("distance", proposal.distance_DD, (num_sources, num_sources), strategy)
-    error_D = _fit("delta error", proposal.delta_error_D, (num_sources,), strategy)
+    parts: dict[str, Any] = {
+        part: _fit(what, getattr(proposal, part), shape, strategy)
+        for what, part, shape in (
+            ("delta", "delta_D", (num_sources,)),
+            ("load", "load_DLE", (num_sources, -1, -1)),
+            ("distance", "distance_DD", (num_sources, num_sources)),
+            ("delta error", "delta_error_D", (num_sources,)),
+        )
+    }
     _check_state(proposal.state, strategy)
-    return replace(
-        proposal,
-        weights_D=weights_D,
-        delta_D=delta_D,
-        load_DLE=load_DLE,
-        distance_DD=distance_DD,
-        delta_error_D=error_D,
-    )
+    return replace(proposal, weights_D=weights_D, **parts)
 
 
 def _fit(what: str, values: ArrayLike | None, shape: tuple[int, ...], strategy: Strategy) -> Floats | None:
@@ -179,9 +176,8 @@ def _fit(what: str, values: ArrayLike | None, shape: tuple[int, ...], strategy: 
     if values is None:
         return None
     array = np.asarray(values, dtype=np.float64)
-    if array.ndim != len(shape) or any(
-        need not in (-1, size) for size, need in zip(array.shape, shape, strict=True)
-    ):
+    fits = [need in (-1, size) for size, need in zip(array.shape, shape, strict=False)]
+    if array.ndim != len(shape) or not all(fits):
         need = ", ".join("any" if size < 0 else str(size) for size in shape)
         raise ValueError(f"strategy {strategy.name} gave a {what} of shape {array.shape}; need ({need})")
     if not np.isfinite(array).all():
@@ -303,10 +299,7 @@ class MixingController:
         so. A strategy that never updates is not asked: its first weights are proposed again, so that they
         come back when an override ends. A source comes back from a pause with the share it had.
 
-        Raises:
-            ValueError: the strategy refuses the signal, its proposal cannot be adopted, or no weights are
-                within the guardrails. The controller is then unchanged.
-
+        A ValueError, by the strategy, its proposal or the guardrails, leaves the controller unchanged.
         """
         known, signal, unmeasured = self._fill(signal)
         course = replace(self.state.course, weights_D=self._with_returned(override))
@@ -366,13 +359,9 @@ class MixingController:
             if what == HALVES and filled == unmeasured.get(TOKENS):
                 continue
             if filled.unknown:
-                text = f"kept: no {what} measured yet from {', '.join(filled.unknown)}"
+                text = f"weights kept: no {what} measured yet from {', '.join(filled.unknown)}"
                 waiting = waits(self.strategy, {what: filled})
-                notes.append(
-                    Remark("kept", f"weights {text}")
-                    if waiting
-                    else Remark("shadow_kept", f"shadow weights {text}")
-                )
+                notes.append(Remark("kept", text) if waiting else Remark("shadow_kept", f"shadow {text}"))
             elif filled.stand_ins:
                 names = ", ".join(filled.stand_ins)
                 text = f"no {what} in this interval, last known {STAND_INS[what]} used: {names}"

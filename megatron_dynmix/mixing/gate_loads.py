@@ -62,11 +62,8 @@ def at_layers(counts_DLE: Counts, layers: str | Sequence[int]) -> Counts:
 def gate_load(counts_DLE: Counts, layers: str | Sequence[int], *, by_layer: bool = False) -> Floats:
     """Turn token counts into loads of the chosen layers: O_i / sum(O_i), Zhu et al. (2025), section 3.
 
-    The chosen layers of a source are divided by their sum; with `by_layer` each by its own.
-
-    Raises:
-        SourceError: a source without tokens, or with a negative, NaN or infinite count.
-
+    The chosen layers of a source are divided by their sum; with `by_layer` each by its own. A source
+    without tokens, or with a negative, NaN or infinite count, is refused.
     """
     if counts_DLE.ndim != 3:
         raise ValueError(f"counts have shape {counts_DLE.shape}; give [sources, layers, experts]")
@@ -129,11 +126,6 @@ def l2_scale(load_DLE: Floats) -> float:
     return math.sqrt(load_DLE[0].size / PUBLISHED_EXPERTS)
 
 
-def scaled_l2_distance(load_DLE: Floats) -> Floats:
-    """Return `l2_distance` times `l2_scale`: the same for 8 experts."""
-    return l2_distance(load_DLE) * l2_scale(load_DLE)
-
-
 def cosine_distance(load_DLE: Floats) -> Floats:
     """Return one minus the cosine similarity of every two loads, none of which may be all zeros."""
     load_DV = load_DLE.reshape(len(load_DLE), -1)
@@ -143,25 +135,6 @@ def cosine_distance(load_DLE: Floats) -> Floats:
     # For unit vectors 1 - cos = |u - v|^2 / 2. This form gives 0 for equal loads and keeps the digits
     # of close ones, which 1 - u.v loses.
     return l2_distance(load_DV / length_D[:, None]) ** 2 / 2
-
-
-def hellinger_distance(load_DLE: Floats) -> Floats:
-    """Return ||sqrt(O_i) - sqrt(O_j)||_2 / sqrt(2), from 0 to 1 (no expert in common)."""
-    return l2_distance(np.sqrt(load_DLE)) / math.sqrt(2)
-
-
-def js_distance(load_DLE: Floats) -> Floats:
-    """Return the square root of the Jensen-Shannon divergence in nats, from 0 to sqrt(log 2).
-
-    With m = (p + q) / 2, JS = (KL(p || m) + KL(q || m)) / 2 (Lin 1991; Endres and Schindelin 2003 for its
-    root being a metric).
-    """
-    return _row_by_row(load_DLE, lambda p_V, q_DV: np.sqrt(_js_divergence(p_V, q_DV)))
-
-
-def tv_distance(load_DLE: Floats) -> Floats:
-    """Return sum |O_i - O_j| / 2, the share of choices that would have to move; from 0 to 1."""
-    return _row_by_row(load_DLE, lambda p_V, q_DV: np.abs(q_DV - p_V).sum(axis=1) / 2)
 
 
 def _row_by_row(load_DLE: Floats, distance: Callable[[Floats, Floats], Floats]) -> Floats:
@@ -200,11 +173,15 @@ def _quotient(numerator: Floats, divisor: Floats) -> Floats:
 
 DISTANCES: dict[str, Callable[[Floats], Floats]] = {
     "l2": l2_distance,
-    "scaled-l2": scaled_l2_distance,
+    "scaled-l2": lambda load_DLE: l2_distance(load_DLE) * l2_scale(load_DLE),
     "cos": cosine_distance,
-    "hellinger": hellinger_distance,
-    "js": js_distance,
-    "tv": tv_distance,
+    # ||sqrt(O_i) - sqrt(O_j)||_2 / sqrt(2), from 0 to 1 (no expert in common)
+    "hellinger": lambda load_DLE: l2_distance(np.sqrt(load_DLE)) / math.sqrt(2),
+    # The square root of the Jensen-Shannon divergence in nats, from 0 to sqrt(log 2): with m = (p + q) / 2,
+    # JS = (KL(p || m) + KL(q || m)) / 2 (Lin 1991; Endres and Schindelin 2003 for its root being a metric).
+    "js": lambda load_DLE: _row_by_row(load_DLE, lambda p_V, q_DV: np.sqrt(_js_divergence(p_V, q_DV))),
+    # sum |O_i - O_j| / 2, the share of choices that would have to move, from 0 to 1
+    "tv": lambda load_DLE: _row_by_row(load_DLE, lambda p_V, q_DV: np.abs(q_DV - p_V).sum(axis=1) / 2),
 }
 
 
@@ -214,31 +191,30 @@ def gradient(metric: str, load_DLE: Floats, source: int) -> Floats:
     0 where it does not exist: for equal loads, and for experts that the source leaves idle.
     """
     q_DV = load_DLE.reshape(len(load_DLE), -1)
-    return _gradient(metric, q_DV[source], q_DV, load_DLE).reshape(load_DLE.shape)
-
-
-def _gradient(metric: str, p_V: Floats, q_DV: Floats, load_DLE: Floats) -> Floats:
+    p_V = q_DV[source]
     difference_DV = p_V - q_DV
     match metric:
         case "l2":
-            return _unit(difference_DV)
+            gradient_DV = _unit(difference_DV)
         case "scaled-l2":
-            return _unit(difference_DV) * l2_scale(load_DLE)
+            gradient_DV = _unit(difference_DV) * l2_scale(load_DLE)
         case "cos":
             length = np.linalg.norm(p_V)
             p_V, q_DV = p_V / length, q_DV / np.linalg.norm(q_DV, axis=1, keepdims=True)
-            return np.asarray(((q_DV @ p_V)[:, None] * p_V - q_DV) / length)
+            gradient_DV = ((q_DV @ p_V)[:, None] * p_V - q_DV) / length
         case "hellinger":
             root_V = np.sqrt(p_V)
             steep_V = np.divide(1, 2 * root_V, out=np.zeros_like(p_V), where=p_V > 0)
-            return np.asarray(_unit(root_V - np.sqrt(q_DV)) * steep_V / math.sqrt(2))
+            gradient_DV = _unit(root_V - np.sqrt(q_DV)) * steep_V / math.sqrt(2)
         case "js":
             distance_D1 = np.sqrt(_js_divergence(p_V, q_DV))[:, None]
             x_DV = np.divide(difference_DV, p_V + q_DV, out=np.zeros_like(q_DV), where=p_V > 0)
-            return _quotient(np.log1p(x_DV), 4 * distance_D1)
+            gradient_DV = _quotient(np.log1p(x_DV), 4 * distance_D1)
         case "tv":
-            return np.asarray(np.sign(difference_DV) / 2)
-    raise AssertionError(f"metric {metric} has no gradient")
+            gradient_DV = np.sign(difference_DV) / 2
+        case _:
+            raise AssertionError(f"metric {metric} has no gradient")
+    return gradient_DV.reshape(load_DLE.shape)
 
 
 def _unit(vector_DV: Floats) -> Floats:
@@ -250,7 +226,13 @@ REFERENCE_GAP = 1 / 64
 size, so that the published step size stays what it is."""
 NO_GAP = 1e-9
 """Gaps below this part of the scores are rounding, and are not blown up."""
-AGGREGATES = ("mean", "max", "min", "others-mean", "others-min")
+AGGREGATES: dict[str, Callable[[Floats], Floats]] = {
+    "mean": lambda distance_DD: distance_DD.mean(axis=1),
+    "max": lambda distance_DD: distance_DD.max(axis=1),
+    "min": lambda distance_DD: distance_DD.min(axis=1),
+    "others-mean": lambda distance_DD: distance_DD.sum(axis=1) / (len(distance_DD) - 1),
+    "others-min": lambda distance_DD: _without_self(distance_DD).min(axis=1),
+}
 
 
 def source_delta(distance_DD: Floats, aggregate: str) -> Floats:
@@ -264,18 +246,9 @@ def source_delta(distance_DD: Floats, aggregate: str) -> Floats:
     square = distance_DD.ndim == 2 and len(distance_DD) == distance_DD.shape[1]
     if not square or not np.isfinite(distance_DD).all():
         raise ValueError(f"distances of shape {distance_DD.shape} must be [sources, sources] and finite")
-    match aggregate:
-        case "mean":
-            return np.asarray(distance_DD.mean(axis=1))
-        case "max":
-            return np.asarray(distance_DD.max(axis=1))
-        case "min":
-            return np.asarray(distance_DD.min(axis=1))
-        case "others-mean":
-            return np.asarray(distance_DD.sum(axis=1) / (len(distance_DD) - 1))
-        case "others-min":
-            return np.asarray(_without_self(distance_DD).min(axis=1))
-    raise ValueError(f"aggregate {aggregate!r} is unknown; give one of {AGGREGATES}")
+    if aggregate not in AGGREGATES:
+        raise ValueError(f"aggregate {aggregate!r} is unknown; give one of {tuple(AGGREGATES)}")
+    return AGGREGATES[aggregate](distance_DD)
 
 
 def delta_shares(distance_DD: Floats, aggregate: str) -> Floats:
@@ -299,12 +272,11 @@ def delta_shares(distance_DD: Floats, aggregate: str) -> Floats:
 def gap_scale(delta_D: Floats) -> float:
     """Return the factor that brings the gaps between scores to `REFERENCE_GAP`; 1 where they are rounding.
 
-    Only the gaps delta_i - mean(delta) move weights. Their size, for the same differences between sources,
-    depends on what is no property of the sources. For n experts l2 falls like 1 / sqrt(n), see `l2_scale`. If
-    sources differ at random, with deviations u of the same size for every expert, then |u_i - u_j|^2 also
-    comes closer to its mean relative to it, by another 1 / sqrt(n): so gaps fall like 1 / sqrt(n) to 1 / n.
-    A mean over D with the source itself adds (D - 1) / D. No formula in D and n fits all of that, so the size
-    that is expected of a gap is taken from the scores themselves: their standard deviation over the sources.
+    Only the gaps delta_i - mean(delta) move weights, and their size depends on what is no property of the
+    sources. For n experts l2 falls like 1 / sqrt(n), see `l2_scale`, and the gaps between sources that
+    differ at random by another 1 / sqrt(n), as |u_i - u_j|^2 comes closer to its mean. A mean over D with the
+    source itself adds (D - 1) / D. No formula in D and n fits all of that, so the size that is expected of a
+    gap is taken from the scores themselves: their standard deviation over the sources.
 
     A step is then the same in size however alike the sources are; noise must be kept out by other means.
     """

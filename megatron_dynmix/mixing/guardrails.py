@@ -20,7 +20,7 @@ Axes: D sources.
 import difflib
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,13 +39,7 @@ ACTED = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class Guarded:
-    """Weights within the limits, and what had to be done for that.
-
-    Attributes:
-        weights_D: shares, summing to 1.
-        events: one line for each limit that changed something; a pull towards the prior is none.
-
-    """
+    """Weights within the limits, and what had to be done for that."""
 
     weights_D: Floats
     events: tuple[Remark, ...]
@@ -126,12 +120,8 @@ class Guardrails:
         """Bring proposed weights within the limits; also return a remark for each that changed something.
 
         A pull towards the prior is not remarked on. `old_D` are the weights in force, from which the KL step
-        is measured; caps read `size_D`, `drawn_D` and `interval_rows` of the signal.
-
-        Raises:
-            ValueError: no mix keeps the limits: all sources are paused, or what is left under their caps
-                does not fill the next interval.
-
+        is measured; caps read `size_D`, `drawn_D` and `interval_rows` of the signal. It is a ValueError if no
+        mix keeps the limits: all sources are paused, or their caps do not leave enough for the next interval.
         """
         most_D, events = self._most(proposed_D, signal, paused_D, sources)
         pulled_D = proposed_D
@@ -185,13 +175,12 @@ class Guardrails:
         self, weights_D: Floats, most_D: Floats, sources: Sequence[str]
     ) -> tuple[Floats, list[Remark]]:
         """Bring weights within floor and largest shares, and make them even enough."""
-        events: list[Remark] = []
+        events = []
         least_D = np.minimum(self.floor, most_D)
         within_D = fit_shares(weights_D, least_D, most_D)
         raised_D = (weights_D < least_D) & (within_D > weights_D + ACTED)
         if raised_D.any():
-            text = f"floor: {_names(sources, raised_D)} raised to {self.floor:g}"
-            events.append(Remark("floor", text))
+            events.append(Remark("floor", f"floor: {_names(sources, raised_D)} raised to {self.floor:g}"))
         drawable_D = most_D > 0
         if self.min_entropy is None or drawable_D.sum() < 2:
             return within_D, events
@@ -200,12 +189,8 @@ class Guardrails:
             return within_D, events
         evenest_D = fit_shares(drawable_D / drawable_D.sum(), least_D, most_D)
         # Along the line to the evenest mix the entropy only rises: it is concave, with its maximum there.
-        low, high = 0.0, 1.0
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            enough = entropy(_between(within_D, evenest_D, middle)) >= needed
-            low, high = (low, middle) if enough else (middle, high)
-        even_D = _between(within_D, evenest_D, high)
+        _, enough = _bisected(lambda share: entropy(_between(within_D, evenest_D, share)) < needed)
+        even_D = _between(within_D, evenest_D, enough)
         short = ", as even as caps allow" if entropy(even_D) < needed - ACTED else ""
         text = (
             f"entropy: {entropy(within_D):.4g} nats proposed, at least {needed:.4g} wanted; mixed with the "
@@ -233,18 +218,23 @@ class Guardrails:
         whole = kl_divergence(target_D, start_D)
         if whole <= self.max_kl_step:
             return target_D, events
-        low, high = 0.0, 1.0  # KL grows along the line away from its minimum at the start
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            fits = kl_divergence(_between(start_D, target_D, middle), start_D) <= self.max_kl_step
-            low, high = (middle, high) if fits else (low, middle)
-        text = f"kl-step: {whole:.4g} nats proposed, shortened to {self.max_kl_step:g}"
-        events.append(Remark("kl_step", text))
-        return _between(start_D, target_D, low), events
+        limit = self.max_kl_step  # KL grows along the line away from its minimum at the start
+        fits, _ = _bisected(lambda share: kl_divergence(_between(start_D, target_D, share), start_D) <= limit)
+        text = f"kl-step: {whole:.4g} nats proposed, shortened to {limit:g}"
+        return _between(start_D, target_D, fits), [*events, Remark("kl_step", text)]
 
 
 def _names(sources: Sequence[str], chosen_D: NDArray[np.bool_]) -> str:
     return ", ".join(name for name, chosen in zip(sources, chosen_D, strict=True) if chosen)
+
+
+def _bisected(holds: Callable[[float], bool]) -> tuple[float, float]:
+    """Return the last share of a line at which a condition holds that is lost on the way, and the next."""
+    low, high = 0.0, 1.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low, high
 
 
 def _between(start_D: Floats, end_D: Floats, share: float) -> Floats:

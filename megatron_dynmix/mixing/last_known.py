@@ -17,6 +17,8 @@ from megatron_dynmix.mixing.weights import Floats
 TOKENS, HALVES, LOSS = "tokens", "tokens in both halves", "loss"
 STAND_INS = {TOKENS: "counts", HALVES: "halves", LOSS: "losses"}
 """What may be needed of every source -> what is kept of it."""
+PARTS = {TOKENS: "counts_DLE", HALVES: "half_counts_HDLE", LOSS: "loss_D"}
+"""The part of a `Signal` that brings it."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,8 @@ class LastKnown:
         if not measured_D.all():
             blank = np.full_like(new_D[0], np.nan if what == LOSS else 0)
             filled = [blank if value is None else value for value in known_D]
-            if what == LOSS:
-                signal = replace(signal, loss_D=np.stack(filled))
-            elif what == TOKENS:
-                signal = replace(signal, counts_DLE=np.stack(filled))
-            else:
-                signal = replace(signal, half_counts_HDLE=np.stack(filled, axis=1))
+            part: dict[str, Any] = {PARTS[what]: np.stack(filled, axis=1 if what == HALVES else 0)}
+            signal = replace(signal, **part)
         rows = list(zip(self.sources, measured_D, known_D, strict=True))
         unmeasured = Filled(
             stand_ins=tuple(name for name, measured, value in rows if not measured and value is not None),
@@ -128,18 +126,17 @@ class LastKnown:
     def _updated(
         self, what: str, new_D: NDArray[Any], measured_D: NDArray[np.bool_]
     ) -> tuple[NDArray[Any] | None, ...]:
-        old_D = self.values[what]
-        for name, old, measured in zip(self.sources, old_D, measured_D, strict=True):
-            if old is not None and not measured and old.shape != new_D.shape[1:]:
+        known = []
+        rows = zip(self.sources, self.values[what], new_D, measured_D, strict=True)
+        for name, old, new, measured in rows:
+            if old is not None and not measured and old.shape != new.shape:
                 kept = "halves of counts" if what == HALVES else STAND_INS[what]
                 raise ValueError(
                     f"last known {kept} of source {name!r} have shape {old.shape}, the signal has "
-                    f"{new_D.shape[1:]}; resume with the same model"
+                    f"{new.shape}; resume with the same model"
                 )
-        return tuple(
-            np.array(new) if measured else old
-            for new, old, measured in zip(new_D, old_D, measured_D, strict=True)
-        )
+            known.append(np.array(new) if measured else old)
+        return tuple(known)
 
     def with_sources(self, sources: Sequence[str], old_index_D: Sequence[int | None]) -> "LastKnown":
         """Return what is known of other sources, each being the old one of that index, or new."""

@@ -98,14 +98,10 @@ class Strategy:
     """False if the weights never change after the start, so that nothing need be measured at all."""
 
     def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
-        """Propose the next weights; must not change its arguments.
+        """Propose the next weights, or refuse the signal by a ValueError; must not change its arguments.
 
         `weights_D` are those in force, which a guardrail or the operator may have changed; `state` is
         `Proposal.state` of the last update, empty at the first.
-
-        Raises:
-            ValueError: the signal lacks what the strategy needs, or holds values it cannot use.
-
         """
         raise NotImplementedError
 

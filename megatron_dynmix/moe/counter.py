@@ -55,21 +55,17 @@ class GateLoadCounter:
         self._arange_G = torch.arange(HALVES * num_sources, device=device)
         self._source_T: torch.Tensor | None = None
         self._group_one_hot_GT: torch.Tensor | None = None
-        self._recording = False
+        self.is_recording = False
+        """Whether a forward pass now would be counted."""
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Count the forward passes inside this context."""
-        before, self._recording = self._recording, True
+        before, self.is_recording = self.is_recording, True
         try:
             yield
         finally:
-            self._recording = before
-
-    @property
-    def is_recording(self) -> bool:
-        """Whether a forward pass now would be counted."""
-        return self._recording
+            self.is_recording = before
 
     def set_sources(self, source_T: torch.Tensor, half_T: torch.Tensor, trained_T: torch.Tensor) -> None:
         """Announce the micro-batch that the next forward pass of this rank routes.
@@ -79,7 +75,7 @@ class GateLoadCounter:
         label is trained on.
         """
         self._source_T, self._group_one_hot_GT = source_T, None
-        if not self._recording:
+        if not self.is_recording:
             return
         counted_T = source_T >= 0
         if self._trained_only:

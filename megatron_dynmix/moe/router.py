@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_dynmix.moe.counter import GateLoadCounter
@@ -73,11 +74,6 @@ class GateLoadRouter(TopKRouter):
         if config.moe_expert_capacity_factor is not None:
             self.router_replay = ChoiceBeforeDropping()
 
-    def attach(self, counter: GateLoadCounter, moe_layer_index: int) -> None:
-        """Count into `counter`, as its layer `moe_layer_index` (from 0, over the whole model)."""
-        self.counter = counter
-        self.moe_layer_index = moe_layer_index
-
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,7 +113,7 @@ class GateLoadRouter(TopKRouter):
 
         The parent's path names a Transformer Engine function that is not defined without it.
         """
-        if _without_transformer_engine():
+        if not moe_utils.HAVE_TE:
             dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(
                 self.config.moe_router_dtype, input.dtype
             )
@@ -131,12 +127,6 @@ class GateLoadRouter(TopKRouter):
         super()._apply_expert_bias(routing_map, padding_mask=mask_T1)
 
 
-def _without_transformer_engine() -> bool:
-    from megatron.core.transformer.moe import moe_utils
-
-    return not moe_utils.HAVE_TE
-
-
 def attach_counter(
     model_chunks: list[torch.nn.Module], counter: GateLoadCounter, moe_layers: list[int]
 ) -> None:
@@ -144,7 +134,8 @@ def attach_counter(
     for chunk in model_chunks:
         for module in chunk.modules():
             if isinstance(module, GateLoadRouter):
-                module.attach(counter, moe_layers.index(module.layer_number - 1))
+                module.counter = counter
+                module.moe_layer_index = moe_layers.index(module.layer_number - 1)
 
 
 def router_token_slice(per_token_SB: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:

@@ -171,7 +171,7 @@ def test_gradients_are_those_of_the_distances(seed, metric):
 
 
 @checked
-@given(st.integers(0, 10**6), st.sampled_from(AGGREGATES), st.sampled_from(["l2", "scaled-l2"]))
+@given(st.integers(0, 10**6), st.sampled_from(list(AGGREGATES)), st.sampled_from(["l2", "scaled-l2"]))
 def test_the_fast_errors_of_l2_equal_those_by_gradients(seed, aggregate, metric):
     rng = np.random.default_rng(seed)
     load_DLE = rng.dirichlet(np.ones(7), size=(5, 3)) / 3
@@ -186,7 +186,7 @@ def test_the_fast_errors_of_l2_equal_those_by_gradients(seed, aggregate, metric)
 
 
 @checked
-@given(st.integers(0, 10**6), st.sampled_from(AGGREGATES))
+@given(st.integers(0, 10**6), st.sampled_from(list(AGGREGATES)))
 def test_deltas_are_the_shares_of_the_distances(seed, aggregate):
     distance_DD = l2_distance(np.random.default_rng(seed).dirichlet(np.ones(4), size=5))
     expected_D = (delta_shares(distance_DD, aggregate) * distance_DD).sum(axis=1)

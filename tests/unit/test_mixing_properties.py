@@ -19,7 +19,7 @@ rules = st.builds(
     eta=st.floats(0, 100),
     smoothing=st.floats(0, 1),
     metric=st.sampled_from(sorted(DISTANCES)),
-    aggregate=st.sampled_from(AGGREGATES),
+    aggregate=st.sampled_from(list(AGGREGATES)),
     layers=st.sampled_from(["last", "all"]),
     layer_mix=st.sampled_from(["concat", "mean"]),
 )

@@ -39,12 +39,8 @@ def build_strategy(name: str, options: Mapping[str, Any]) -> Strategy:
     """Make the strategy of that name with its options; what is not given has its published default.
 
     A name with a colon is `module:name` of a user's own: a class with the parts of `Strategy`, whose
-    constructor's parameters are its options, or a function `(weights_D, signal) -> weights_D`.
-
-    Raises:
-        ValueError: an unknown name or option (with the nearest), an option that is missing or out of range,
-            or a user's class without all parts of a strategy (they are listed).
-
+    constructor's parameters are its options, or a function `(weights_D, signal) -> weights_D`. What is
+    refused is said with the nearest name or what is missing.
     """
     if ":" not in name:
         if name not in STRATEGIES:

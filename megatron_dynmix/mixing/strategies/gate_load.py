@@ -88,7 +88,7 @@ class GateLoad(Strategy):
             raise ValueError("aggregate 'others-max' is the same as max; give max")
         for option, value, allowed in (
             ("metric", self.metric, tuple(DISTANCES)),
-            ("aggregate", self.aggregate, AGGREGATES),
+            ("aggregate", self.aggregate, tuple(AGGREGATES)),
             ("layer_mix", self.layer_mix, LAYER_MIXES),
             ("normalise", self.normalise, NORMALISATIONS),
         ):
@@ -320,12 +320,11 @@ def delta_error(load_DLE: Floats, noise: Noise, metric: str, distance_DD: Floats
     `distance_DD` are not debiased; `share_DD` is w, see `delta_shares`, its diagonal ignored.
     """
     share_DD = np.where(np.eye(len(share_DD), dtype=bool), 0.0, share_DD)
+    factor = l2_scale(load_DLE) if metric == "scaled-l2" else 1.0
     if metric in ("l2", "scaled-l2"):
-        factor = l2_scale(load_DLE) if metric == "scaled-l2" else 1.0
         own_D, other_DD = _l2_variances(load_DLE, distance_DD / factor, share_DD)
     else:
         own_D, other_DD = _variances(load_DLE, share_DD, metric)
-        factor = 1.0
     variance_D = noise.size_D * own_D + (share_DD**2 * other_DD.T) @ noise.size_D
     return np.asarray(factor * np.sqrt(variance_D))
 

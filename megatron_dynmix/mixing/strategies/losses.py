@@ -33,15 +33,11 @@ class ExcessLoss(Strategy):
     max_gap: float = 10.0
 
     needs_loss = True
-
-    @property
-    def _given(self) -> tuple[str, Sequence[float]]:
-        """What the given losses are called, and one of them per source."""
-        raise NotImplementedError
+    given = given_in = ""
+    """What the given losses are called, and the option that holds one of them per source."""
 
     def __post_init__(self) -> None:
-        what, given_D = self._given
-        numbers_of(given_D, what, lowest=0)
+        numbers_of(getattr(self, self.given_in), self.given, lowest=0)
         check_step_size(self.eta, self.smoothing)
         if math.isnan(self.max_gap) or self.max_gap <= 0:
             raise ValueError(f"max_gap {self.max_gap} is no distance in nats; give a number > 0")
@@ -49,10 +45,10 @@ class ExcessLoss(Strategy):
     def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Step by how far each loss is above the given one; down if below, unless clipped."""
         loss_D = loss_of(signal, len(weights_D), self.name)
-        what, given_D = self._given
+        given_D = getattr(self, self.given_in)
         if len(given_D) != len(loss_D):
             raise ValueError(
-                f"{len(given_D)} values of {what} for {len(loss_D)} sources; give one per source"
+                f"{len(given_D)} values of {self.given} for {len(loss_D)} sources; give one per source"
             )
         delta_D = loss_D - np.asarray(given_D, dtype=np.float64)
         furthest = int(np.argmax(np.abs(delta_D)))
@@ -61,7 +57,7 @@ class ExcessLoss(Strategy):
                 [furthest],
                 f"is {given_D[furthest]}, its measured loss {loss_D[furthest]:.4g}: more than "
                 f"{self.max_gap:g} nats apart; correct it, or raise max_gap",
-                before=f"the {what} of ",
+                before=f"the {self.given} of ",
             )
         if self.clip:
             delta_D = np.maximum(delta_D, 0)
@@ -82,10 +78,7 @@ class RefLoss(ExcessLoss):
     reference_D: Sequence[float]
 
     name = "ref-loss"
-
-    @property
-    def _given(self) -> tuple[str, Sequence[float]]:
-        return "reference loss", self.reference_D
+    given, given_in = "reference loss", "reference_D"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +93,7 @@ class Sheared(ExcessLoss):
     target_D: Sequence[float]
 
     name = "sheared"
-
-    @property
-    def _given(self) -> tuple[str, Sequence[float]]:
-        return "target loss", self.target_D
+    given, given_in = "target loss", "target_D"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,8 +189,10 @@ class OnlineDataMixing(Strategy):
             state = {}
         before = np.array(state["rewards"]) if state else None
         explored = _exploration(signal.iteration, len(weights_D))
-        if self.variant == "smoothed":
-            reward_D = self._log_smoothed(loss_D, before)
+        if self.variant == "smoothed":  # the reward is log R: in R itself a loss above 709 would overflow
+            reward_D = math.log1p(-self.decay) + loss_D
+            if before is not None and self.decay > 0:
+                reward_D = np.logaddexp(math.log(self.decay) + before, reward_D)
             score_D = reward_D
         else:
             reward_D = np.zeros(len(loss_D)) if before is None else before
@@ -214,13 +206,6 @@ class OnlineDataMixing(Strategy):
             delta_D=reward_D,
             state={"variant": self.variant, "iteration": signal.iteration, "rewards": reward_D.tolist()},
         )
-
-    def _log_smoothed(self, loss_D: Floats, before: Floats | None) -> Floats:
-        """Return the logarithm of R: in R itself a loss above 709 would overflow."""
-        gained_D = math.log1p(-self.decay) + loss_D
-        if before is None or self.decay == 0:
-            return gained_D
-        return np.logaddexp(math.log(self.decay) + before, gained_D)
 
 
 def check_warmup(warmup: float) -> None:
