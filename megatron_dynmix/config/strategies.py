@@ -31,7 +31,7 @@ def option_hints() -> dict[str, Any]:
         field.name: typing.get_type_hints(kind)[field.name]
         for kind in STRATEGIES.values()
         for field in dataclasses.fields(kind)  # type: ignore[arg-type]
-        if _is_flat(field.name)
+        if field.name not in RESOLVED.values()
     }
 
 
@@ -40,7 +40,7 @@ def option_defaults(strategy: str) -> dict[str, Any]:
     if is_own(strategy):
         return {}
     fields = dataclasses.fields(STRATEGIES[strategy])  # type: ignore[arg-type]
-    return {field.name: field.default for field in fields if _is_flat(field.name)}
+    return {field.name: field.default for field in fields if field.name not in RESOLVED.values()}
 
 
 def resolved_options(strategy: str) -> dict[str, bool]:
@@ -122,7 +122,3 @@ def chosen_shadow(entry: str | Mapping[str, Any]) -> Chosen:
         raise InputError(f"{where} never changes weights, so there is nothing to watch; leave it out")
     label = ",".join([strategy, *(f"{name}={value}" for name, value in given.items())])
     return Chosen(label=label.replace(",", ":", 1), strategy=strategy, options=options, own=own)
-
-
-def _is_flat(option: str) -> bool:
-    return option not in RESOLVED.values()

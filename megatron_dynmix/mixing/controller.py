@@ -1,7 +1,4 @@
-"""The mixing controller: holds the weights, asks the strategy for new ones, and checks the answer.
-
-Axes: D sources.
-"""
+"""The controller holds the weights of D sources, asks the strategy for new ones and checks its answer."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -167,6 +164,7 @@ def checked(proposal: Proposal, strategy: Strategy, num_sources: int) -> Proposa
             ("delta error", "delta_error_D", (num_sources,)),
         )
     }
+    assert parts["delta_D"] is not None, "a proposal has scores"
     _check_state(proposal.state, strategy)
     return replace(proposal, weights_D=weights_D, **parts)
 
@@ -245,9 +243,9 @@ class MixingController:
         self.shadows = dict(shadows or {})
         self.state = ControllerState.beginning(sources, weights_D, self.shadows)
         self._needed = needs(strategy).union(*map(needs, self.shadows.values()))
-        self.needs_gate_load, self.needs_halves, self.needs_loss = (
-            what in self._needed for what in (TOKENS, HALVES, LOSS)
-        )
+        self.needs_gate_load = TOKENS in self._needed
+        self.needs_halves = HALVES in self._needed
+        self.needs_loss = LOSS in self._needed
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -72,8 +72,7 @@ def gate_load(counts_DLE: Counts, layers: str | Sequence[int], *, by_layer: bool
     total_DG = grouped_DGE.sum(axis=2)
     if not (np.isfinite(total_DG).all() and total_DG.all() and load_DLE.min() >= 0):
         _refuse(grouped_DGE)
-    load_DLE = load_DLE / total_DG[:, :, None]
-    return load_DLE
+    return np.asarray(load_DLE / total_DG[:, :, None])
 
 
 def _refuse(load_DGE: Floats) -> NoReturn:

@@ -149,8 +149,7 @@ class Guardrails:
         if rows == 0:  # nothing more will be drawn: nothing can overshoot
             return drawable_D, []
         epochs_D = np.asarray(self.max_epochs_D, dtype=np.float64)
-        left_D = np.maximum(np.floor(epochs_D * signal.size_D) - signal.drawn_D, 0.0)
-        left_D = np.minimum(left_D, rows) * drawable_D
+        left_D = np.clip(np.floor(epochs_D * signal.size_D) - signal.drawn_D, 0, rows) * drawable_D
         spare = left_D.sum() - rows
         if spare < 0:
             raise ValueError(

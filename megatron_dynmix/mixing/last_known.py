@@ -127,8 +127,7 @@ class LastKnown:
         self, what: str, new_D: NDArray[Any], measured_D: NDArray[np.bool_]
     ) -> tuple[NDArray[Any] | None, ...]:
         known = []
-        rows = zip(self.sources, self.values[what], new_D, measured_D, strict=True)
-        for name, old, new, measured in rows:
+        for name, old, new, measured in zip(self.sources, self.values[what], new_D, measured_D, strict=True):
             if old is not None and not measured and old.shape != new.shape:
                 kept = "halves of counts" if what == HALVES else STAND_INS[what]
                 raise ValueError(

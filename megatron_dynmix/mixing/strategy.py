@@ -128,7 +128,6 @@ class InExamples(Wrapped):
     """A strategy whose weights, sizes and draws count examples, in a run that counts rows."""
 
     def __init__(self, inner: Strategy, examples_per_row_D: Floats) -> None:
-        """Wrap `inner`, a row of each source holding that many examples on average."""
         super().__init__(inner)
         self.examples_per_row_D = examples_per_row_D
 

@@ -109,11 +109,8 @@ class GateLoadRouter(TopKRouter):
         return routing_map_TE
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
-        """Return router logits; without Transformer Engine by a plain product.
-
-        The parent's path names a Transformer Engine function that is not defined without it.
-        """
-        if not moe_utils.HAVE_TE:
+        """Return router logits, without Transformer Engine by a plain product."""
+        if not moe_utils.HAVE_TE:  # the parent names a function of it that is undefined then
             dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(
                 self.config.moe_router_dtype, input.dtype
             )

@@ -80,9 +80,9 @@ def _construct(name: str, kind: type[Any], options: Mapping[str, Any]) -> Any:
     except ValueError:
         raise
     except Exception as error:  # a user's own constructor may raise anything
+        said = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"strategy {name} cannot be made with the options {dict(options)}: {type(error).__name__}: "
-            f"{error}"
+            f"strategy {name} cannot be made with the options {dict(options)}: {said}"
         ) from error
 
 

@@ -144,7 +144,10 @@ class Ado(Strategy):
         update = state.get("updates", 0) + 1
         point = [float(drawn_D.sum()), *loss_D.tolist()]
         points = [*state.get("history", []), point]
-        slope_D = _slopes(np.array(points))
+        n_T, loss_TD = np.split(np.array(points), [1], axis=1)
+        slope_D = np.zeros(len(weights_D))
+        if len(np.unique(n_T)) >= MIN_POINTS:
+            slope_D = fit(n_T[:, 0], loss_TD).slope_D()
         rho_D = _instant(prior_D * credit_D**CREDIT_POWER * slope_D, prior_D)
         new_D = KEEP * average_D + (1 - KEEP) * rho_D
         average_D = average_D + (rho_D - average_D) / (update + 1)
@@ -164,14 +167,6 @@ def _averages(prior_D: Floats, drawn_D: Floats, state: Mapping[str, Any]) -> tup
     if interval_D.sum() > 0:
         credit_D = KEEP * credit_D + (1 - KEEP) * interval_D / interval_D.sum()
     return credit_D, average_D
-
-
-def _slopes(point_T: Floats) -> Floats:
-    """Return how fast each loss falls per row; zeros while too few points are known."""
-    n_T, loss_TD = point_T[:, 0], point_T[:, 1:]
-    if len(np.unique(n_T)) < MIN_POINTS:
-        return np.zeros(loss_TD.shape[1])
-    return fit(n_T, loss_TD).slope_D()
 
 
 def _instant(score_D: Floats, prior_D: Floats) -> Floats:

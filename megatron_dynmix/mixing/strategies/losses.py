@@ -1,7 +1,4 @@
-"""Strategies on losses: excess over a given loss, the loss itself, and the loss as the reward of a bandit.
-
-Axes: D sources.
-"""
+"""Strategies on the losses of D sources: excess over a given one, the loss itself, the reward of a bandit."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -173,10 +170,7 @@ class OnlineDataMixing(Strategy):
         check_warmup(self.warmup)
 
     def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
-        """Turn losses into rewards and weights. The state holds the rewards and the iteration.
-
-        Rewards of the other variant mean something else: after a change the counting begins again.
-        """
+        """Turn losses into rewards and weights. The state holds the rewards and the iteration."""
         if signal.iteration < 1:
             raise ValueError(
                 "odm mixing needs the iterations done, from which its exploration follows; the signal tells "
@@ -186,7 +180,7 @@ class OnlineDataMixing(Strategy):
         if signal.iteration < self.warmup * signal.train_iters:
             return Proposal(weights_D=weights_D.copy(), delta_D=np.zeros(len(weights_D)), state=dict(state))
         if state.get("variant") != self.variant:
-            state = {}
+            state = {}  # rewards of the other variant mean something else
         before = np.array(state["rewards"]) if state else None
         explored = _exploration(signal.iteration, len(weights_D))
         if self.variant == "smoothed":  # the reward is log R: in R itself a loss above 709 would overflow
