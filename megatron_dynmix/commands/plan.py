@@ -13,12 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--world-size", type=int, required=True, metavar="N", help="ranks: the GPUs of all nodes"
     )
     parser.add_argument("--gpu-memory-gb", type=float, metavar="GB", help="of each GPU; default 80")
-    parser.add_argument(
-        "--host",
-        choices=["te", "cuda", "cpu"],
-        help="what the ranks have: CUDA with Transformer Engine (default with bf16), CUDA without, or a CPU "
-        "(default in float32)",
-    )
+    has = "CUDA with Transformer Engine (default with bf16), CUDA without, or a CPU (default in float32)"
+    parser.add_argument("--host", choices=["te", "cuda", "cpu"], help=f"what the ranks have: {has}")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 

@@ -89,8 +89,7 @@ def _check(host: Host, config: RunConfig, world_size: int) -> None:
 def plan_of(config: RunConfig, world_size: int, host: Host) -> Plan:
     """Plan a run whose settings were checked, with what is known of its data on this machine."""
     notes: list[str] = []
-    tokenizer = _tokenizer(config, notes)
-    resolved = _check_mix(config, notes)
+    tokenizer, resolved = _tokenizer(config, notes), _check_mix(config, notes)
     _check_weights(config, notes)
     sources = _sources(config, tokenizer, resolved)
     return Plan(config=config, world_size=world_size, host=host, sources=sources, notes=tuple(notes))
@@ -104,8 +103,7 @@ def _tokenizer(config: RunConfig, notes: list[str]) -> Tokenizer | None:
         notes.append(str(error))
     if name.startswith(HUB):
         notes.append(f"data.tokenizer is {name}, which is not fetched for a plan")
-        return None
-    if not Path(name).exists():
+    if name.startswith(HUB) or not Path(name).exists():
         return None
     tokenizer = load_tokenizer(name, trust_remote_code=config.data.trust_remote_code)
     check_tokenizer(config, tokenizer.vocab_size)

@@ -51,9 +51,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
                 raise InputError(f"--{name} is for --input; in RUN.yaml each source has its own `{name}`")
         return _prepare_run(arguments, rest)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            "; nothing half-written is left, and sources that were done are not prepared again"
-        ) from None
+        left = "; nothing half-written is left, and sources that were done are not prepared again"
+        raise KeyboardInterrupt(left) from None
 
 
 def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -103,19 +102,12 @@ def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
     print(prepared_table(list(made.values())))
     if seq_length is not None:
         print(f"\nwhat training with --seq-length {seq_length} --overlong {overlong} makes of them:")
-        rows = [
-            PackedRows(
-                name=report.name,
-                prefix=prefix,
-                seq_length=seq_length,
-                seed=0,
-                overlong=overlong,
-                cache_dir=None,
-                pad_id=tokenizer.pad_id,
-            )
+        how = {"seq_length": seq_length, "overlong": overlong, "pad_id": tokenizer.pad_id}
+        packed = (
+            PackedRows(name=report.name, prefix=prefix, seed=0, cache_dir=None, **how)
             for prefix, report in made.items()
-        ]
-        print(packed_table(rows))
+        )
+        print(packed_table(list(packed)))
     return 0
 
 

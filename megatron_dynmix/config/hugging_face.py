@@ -29,14 +29,12 @@ NAMES = {
     "layernorm_epsilon": "rms_norm_eps",
 }
 """Our name -> that in config.json, for what every family has and must say."""
-FIXED: dict[str, Any] = {
+USUAL: dict[str, Any] = {
     "normalization": "RMSNorm",
     "gated_linear_unit": True,
     "add_bias_linear": False,
-}
-"""Settings that are the same in every family."""
-USUAL: dict[str, Any] = {
     "qk_layernorm": False,
+    "qk_layernorm_full_width": False,
     "add_qkv_bias": False,
     "moe_shared_expert_intermediate_size": None,
     "moe_shared_expert_gate": False,
@@ -149,14 +147,6 @@ DIALECTS: dict[str, Dialect] = {
 """The `model_type` of config.json -> how that family says it."""
 
 
-SIZES = {
-    *("vocab_size", "max_position_embeddings", "num_layers", "hidden_size", "ffn_hidden_size"),
-    *("num_attention_heads", "moe_router_topk", "num_moe_experts", "moe_ffn_hidden_size"),
-    "moe_shared_expert_intermediate_size",
-}
-"""Settings that are whole numbers, 1 or more."""
-
-
 def read_config(path: Path, remedy: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what a config.json holds, and the `model` section that it means."""
     config = read_object(path, remedy)
@@ -177,7 +167,7 @@ def model_settings(config: Values) -> dict[str, Any]:
     _refuse_what_we_cannot_run(config, dialect)
     names = {**NAMES, **dialect.names}
     settings = {ours: _said(config, theirs) for ours, theirs in names.items()}
-    for ours in settings.keys() & SIZES:
+    for ours in settings.keys() - {"layernorm_epsilon"}:
         _require_size(names[ours], settings[ours])
     heads = settings["num_attention_heads"]
     groups, width = config.get("num_key_value_heads"), config.get("head_dim")
@@ -200,8 +190,7 @@ def model_settings(config: Values) -> dict[str, Any]:
     settings["attention_dropout"] = config.get("attention_dropout", 0.0)
     _check_numbers(config, settings)
     settings["moe_layer_freq"] = _moe_layer_freq(config, settings["num_layers"]) if dialect.mixed else 1
-    usual = {"qk_layernorm_full_width": False, **FIXED, **USUAL}
-    settings = {**usual, **settings, **dialect.fixed, **dialect.own(config)}
+    settings = {**USUAL, **settings, **dialect.fixed, **dialect.own(config)}
     if settings["moe_router_topk"] == 1 and not settings["moe_router_pre_softmax"]:
         raise InputError(
             "num_experts_per_tok is 1 and norm_topk_prob true: every weight would be 1 and the router learn "
@@ -216,15 +205,13 @@ def hugging_face_config(settings: Values) -> dict[str, Any]:
     Token ids are null: a model does not know its tokenizer. If no family has all of it, the refusal says what
     the closest has not.
     """
-    defaults = _defaults()
-    given = _completed(settings, defaults)
+    defaults, given = model_defaults(), _completed(settings)
     wrong: dict[str, list[str]] = {}
     for model_type, dialect in DIALECTS.items():
-        means = {**{name: defaults[name] for name in PLAIN}, **FIXED, **USUAL, **dialect.fixed}
+        means = {**{name: defaults[name] for name in PLAIN}, **USUAL, **dialect.fixed}
         said = {*dialect.names, *dialect.switches, *dialect.own({})}
         wrong[model_type] = [name for name in means if name not in said and given[name] != means[name]]
-        if given["num_moe_experts"] is None:
-            wrong[model_type].append("num_moe_experts")
+        wrong[model_type] += ["num_moe_experts"] if given["num_moe_experts"] is None else []
         if not wrong[model_type]:
             config = _written(model_type, dialect, given)
             read = model_settings(config)
@@ -239,18 +226,18 @@ def hugging_face_config(settings: Values) -> dict[str, Any]:
     )
 
 
-def _defaults() -> dict[str, Any]:
+def model_defaults() -> dict[str, Any]:
     """Return what settings of the model are where nothing is said: Megatron-Core's, and ours."""
     megatron = {name: field.default for name, field in megatron_fields()["TransformerConfig"].items()}
     return {**megatron, **ModelConfig(preset=None).flat()}
 
 
-def _completed(settings: Values, defaults: Values) -> dict[str, Any]:
+def _completed(settings: Values) -> dict[str, Any]:
     """Return the settings, those not given filled in as Megatron-Core would."""
     heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
     inner = settings.get("ffn_hidden_size") or 4 * hidden
     filled: dict[str, Any] = {
-        **defaults,
+        **model_defaults(),
         "num_query_groups": heads,
         "kv_channels": hidden // heads,
         "ffn_hidden_size": inner,

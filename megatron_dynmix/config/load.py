@@ -183,15 +183,13 @@ def parse_flags(flags: Sequence[str], known: Mapping[str, leaves.Leaf] | None = 
     for leaf in known.values():
         names = [f"--{leaf.name.replace('_', '-')}"]
         names += [f"--{alias}" for alias, target in leaves.FLAG_ALIASES.items() if target == leaf.name]
+        # Megatron-LM's ramp takes three words; a list in one does too
+        nargs = "?" if leaf.hint is bool else "+" if leaf.name == "rampup_batch_size" else None
+        parser.add_argument(*names, dest=leaf.name, nargs=nargs, const="true" if leaf.hint is bool else None)
         if leaf.hint is bool:
-            parser.add_argument(*names, dest=leaf.name, nargs="?", const="true")
             off = [f"--no-{name[2:]}" for name in names]
             off += [f"--{alias}" for alias, to in leaves.FLAG_ALIASES.items() if to == f"no-{leaf.name}"]
             parser.add_argument(*off, dest=leaf.name, action="store_const", const=False)
-        elif leaf.name == "rampup_batch_size":  # Megatron-LM's takes three words; a list in one does too
-            parser.add_argument(*names, dest=leaf.name, nargs="+")
-        else:
-            parser.add_argument(*names, dest=leaf.name)
     spaced, unknown = parser.parse_known_args(list(flags))
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]

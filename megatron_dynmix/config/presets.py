@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from megatron_dynmix.config.hugging_face import read_config
+from megatron_dynmix.config.hugging_face import model_defaults, read_config
 from megatron_dynmix.config.run_config import ModelConfig
 from megatron_dynmix.errors import InputError
 
@@ -41,13 +41,6 @@ SHAPE = (
     "v_head_dim",
 )
 """Settings of the model section that decide which tensors the model has."""
-DEFAULTS = {
-    **COMMON,
-    "moe_layer_freq": 1,
-    "untie_embeddings_and_output_weights": True,
-    "router_network": "linear",
-}
-"""What settings of `SHAPE` are where nothing is said; the others are then off."""
 NEEDED = (
     *("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"),
     "rotary_base",
@@ -71,7 +64,12 @@ def complete_model(given: Mapping[str, Any]) -> dict[str, Any]:
     load_hf = given.get("load_hf")
     preset = given.get("preset", ModelConfig.preset if load_hf is None else None)
     if "preset" in given and preset is None:
-        return _alone(given)
+        if missing := [name for name in NEEDED if given.get(name) is None]:
+            raise InputError(
+                f"model.preset is null, so the model is what its section says, but {', '.join(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} missing; set them, or name a preset"
+            )
+        return {**COMMON, **given}
     folder = load_hf if load_hf is not None else preset if is_folder(preset) else None
     # A preset beside a folder that is on other machines says as much; `train` refuses to start without it.
     if folder is None or (preset in PRESETS and not Path(folder).exists()):
@@ -80,7 +78,11 @@ def complete_model(given: Mapping[str, Any]) -> dict[str, Any]:
     if load_hf is not None and preset is not None:
         other = read_shape(Path(preset)) if is_folder(preset) else _published(preset)
         _agree({name: value for name, value in other.items() if name not in given}, base, load_hf, preset)
-    _refuse_other_shape(given, base, folder)
+    if differing := other_shape({**base, **given}, base):
+        changes = ", ".join(f"{name} {given[name]} (there {base.get(name)})" for name in differing)
+        raise InputError(
+            f"the model of {folder} has another shape than the settings: {changes}; leave them out"
+        )
     return {**COMMON, **base, **given, "preset": None}
 
 
@@ -91,16 +93,6 @@ def _published(preset: Any) -> Mapping[str, Any]:
             "with a config.json (./NAME for one in the folder of the file)"
         )
     return PRESETS[preset]
-
-
-def _alone(given: Mapping[str, Any]) -> dict[str, Any]:
-    missing = [name for name in NEEDED if given.get(name) is None]
-    if missing:
-        raise InputError(
-            f"model.preset is null, so the model is what its section says, but {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing; set them, or name a preset"
-        )
-    return {**COMMON, **given}
 
 
 def read_shape(folder: Path) -> dict[str, Any]:
@@ -118,8 +110,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _agree(preset: Mapping[str, Any], base: Mapping[str, Any], load_hf: str, name: str) -> None:
-    differing = [key for key in preset if key in base and preset[key] != base[key]]
-    if differing:
+    if differing := [key for key in preset if key in base and preset[key] != base[key]]:
         changes = ", ".join(f"{key} {preset[key]} (there {base[key]})" for key in differing)
         raise InputError(
             f"model.preset is {name}, but model.load_hf is {load_hf}, a model of another kind: {changes}; "
@@ -129,9 +120,10 @@ def _agree(preset: Mapping[str, Any], base: Mapping[str, Any], load_hf: str, nam
 
 def other_shape(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Return the settings in which two model sections have other tensors."""
+    defaults = {**model_defaults(), **COMMON}
 
     def value(settings: Mapping[str, Any], name: str) -> Any:
-        found = settings.get(name, DEFAULTS.get(name)) or None
+        found = settings.get(name, defaults.get(name)) or None
         if found is None and (one.get(name) or other.get(name)):
             found = _implied(settings).get(name)
         return found is not None if name == "router_noise" else found  # its weights are there or not
@@ -147,12 +139,3 @@ def _implied(settings: Mapping[str, Any]) -> dict[str, Any]:
         "kv_channels": settings["hidden_size"] // heads if heads else None,
         "moe_ffn_hidden_size": settings.get("ffn_hidden_size"),
     }
-
-
-def _refuse_other_shape(given: Mapping[str, Any], base: Mapping[str, Any], folder: str) -> None:
-    differing = other_shape({**base, **given}, base)
-    if differing:
-        changes = ", ".join(f"{name} {given[name]} (there {base.get(name)})" for name in differing)
-        raise InputError(
-            f"the model of {folder} has another shape than the settings: {changes}; leave them out"
-        )

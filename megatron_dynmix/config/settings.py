@@ -72,6 +72,7 @@ WORDS: dict[Any, str] = {
     type(None): "null",
 }
 """Types in a user's words."""
+UNIONS = (typing.Union, types.UnionType)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,13 +121,10 @@ def find(name: str) -> Leaf:
     return all_leaves()[name]
 
 
-CLOSE = 0.7
-"""Likeness from which a known name may be what was meant: `aggregate` is not like `learning_rate`."""
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint at the known name most like `name`, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=CLOSE)
+    # at 0.6, the default, `aggregate` would be like `learning_rate`
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -148,7 +146,7 @@ def _as_written(hint: Any) -> Any:
     origin, members = typing.get_origin(hint), typing.get_args(hint)
     if hint is float:
         return Annotated[float, BeforeValidator(_number)]
-    if origin in (typing.Union, types.UnionType):
+    if origin in UNIONS:
         return functools.reduce(operator.or_, map(_as_written, members))
     if tuple in (hint, origin):
         items = tuple(map(_as_written, members)) or (Any, ...)
@@ -172,11 +170,11 @@ def _tuple(value: Any) -> Any:
 def describe(hint: Any) -> str:
     """Return a type in a user's words: `text or null`, `a list whose items are each a whole number`."""
     members = typing.get_args(hint)
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(describe(member) for member in members)
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(str, members))
     kind = typing.get_origin(hint) or hint
+    if kind in UNIONS:
+        return " or ".join(map(describe, members))
+    if kind is typing.Literal:
+        return "one of " + ", ".join(map(str, members))
     if kind in (list, tuple, Sequence):
         element = next((member for member in members if member not in (Any, ...)), None)
         return "a list" if element is None else f"a list whose items are each {describe(element)}"

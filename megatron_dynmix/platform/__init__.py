@@ -7,6 +7,7 @@ host with CUDA it changes nothing but one wrong flag where Transformer Engine is
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -41,20 +42,10 @@ class Platform:
             torch.cuda.synchronize()
 
 
-_started: Platform | None = None
-
-
+@functools.cache  # the stand-ins are process-wide, so is the decision
 def start() -> Platform:
     """Decide once per process, and on CPU install the stand-ins; later calls return the same platform."""
-    global _started  # the stand-ins are process-wide, so is the decision
-    if _started is None:
-        _silence_expected_warnings()
-        _started = _cuda() if torch.cuda.is_available() else _cpu()
-    return _started
-
-
-def _silence_expected_warnings() -> None:
-    """Drop what Megatron-Core makes every run say: what is not installed, and names torch has renamed."""
+    # what Megatron-Core makes every run say: what is not installed, and names torch has renamed
     for message in (
         ".*Falling back to",
         ".*is deprecated. Please use",
@@ -63,6 +54,7 @@ def _silence_expected_warnings() -> None:
         "The .grad attribute of a Tensor that is not a leaf",
     ):
         warnings.filterwarnings("ignore", message=message)
+    return _cuda() if torch.cuda.is_available() else _cpu()
 
 
 def _cuda() -> Platform:

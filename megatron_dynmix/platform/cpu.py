@@ -32,14 +32,6 @@ class Idle:
 
     __init__ = record = wait = synchronize = wait_stream = wait_event = __exit__ = _nothing
 
-    def query(self) -> bool:
-        """Return that it has nothing left to do."""
-        return True
-
-    def elapsed_time(self, other: Any) -> float:
-        """Return the milliseconds between two events: not measured on a CPU."""
-        return 0.0
-
     def record_event(self, event: Idle | None = None) -> Idle:
         """Return an event that has happened."""
         return event or Idle()
