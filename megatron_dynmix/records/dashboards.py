@@ -31,16 +31,15 @@ CHARTS = {
 
 def training_scalars(record: TrainingRecord) -> dict[str, float]:
     """Return the scalars of one training record; a source without a loss has none."""
-    return _known(
-        {
-            **megatron_scalars(record),
-            "iteration-time": record.seconds,
-            "tokens-per-second": record.tokens_per_second,
-            "useful-token-share": record.useful_token_share,
-            "skipped-iterations": record.skipped_iterations,
-            **{f"dynmix/lm-loss/{name}": loss for name, loss in record.source_loss.items()},
-        }
-    )
+    losses = {f"dynmix/lm-loss/{name}": loss for name, loss in record.source_loss.items()}
+    return {
+        **megatron_scalars(record),
+        "iteration-time": record.seconds,
+        "tokens-per-second": record.tokens_per_second,
+        "useful-token-share": record.useful_token_share,
+        "skipped-iterations": record.skipped_iterations,
+        **_known(losses),
+    }
 
 
 def megatron_scalars(record: TrainingRecord) -> dict[str, float]:
@@ -73,18 +72,14 @@ def mixing_scalars(update: MixingUpdate) -> dict[str, float]:
         if values_D is not None
         for source, value in zip(update.sources, values_D, strict=True)
     }
-    return _known(
-        {
-            **scalars,
-            "dynmix/entropy": update.entropy,
-            "dynmix/kl-step": update.kl_step,
-            **{f"dynmix/seconds/{part}": value for part, value in update.seconds.items()},
-            **{
-                f"dynmix/expert-load/layer-{layer}": load
-                for layer, load in enumerate(update.expert_load or [])
-            },
-        }
-    )
+    loads = enumerate(update.expert_load or [])
+    return {
+        **_known(scalars),
+        "dynmix/entropy": update.entropy,
+        "dynmix/kl-step": update.kl_step,
+        **{f"dynmix/seconds/{part}": value for part, value in update.seconds.items()},
+        **{f"dynmix/expert-load/layer-{layer}": load for layer, load in loads},
+    }
 
 
 def mixing_images(update: MixingUpdate) -> dict[str, NDArray[np.uint8]]:

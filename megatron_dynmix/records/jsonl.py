@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
@@ -20,12 +20,7 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Around what writes records: a failure names the file, or the folder of files, and what to do.
-
-    Raises:
-        TrainingStopped: the disk is full, gone, or read-only.
-
-    """
+    """Around what writes records: `TrainingStopped` names the file or folder that the disk did not take."""
     try:
         yield
     except OSError as error:
@@ -35,27 +30,17 @@ def naming(path: Path) -> Iterator[None]:
         ) from error
 
 
-class JsonlWriter:
-    """One JSON object per line, flushed as it is written, so that a kill loses at most the line in hand.
+class RecordFile:
+    """A file of records that grows; a failure to write names it."""
 
-    An existing file is continued: a last line that a kill cut short is cut off, and with `keep_until`
-    every record of a later iteration too, because a resumed run will write those iterations again. The
-    file is replaced atomically. Raises `InputError` where any other line is not a record, `TrainingStopped`
-    where it cannot be written.
-    """
-
-    def __init__(self, path: Path, *, keep_until: int | None = None):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _cut(path, keep_until)
+    def __init__(self, path: Path, mode: Literal["ab", "r+b"]) -> None:
         self._path = path
-        self._file = path.open("a", encoding="utf-8", newline="\n")
+        self._file = path.open(mode)
 
-    def write(self, record: Line) -> None:
-        """Append one record."""
-        line = json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False) + "\n"
+    def add(self, data: bytes) -> None:
+        """Append data, which a kill of this process can then no longer lose."""
         with naming(self._path):
-            self._file.write(line)
+            self._file.write(data)
             self._file.flush()
 
     def flush(self) -> None:
@@ -70,23 +55,36 @@ class JsonlWriter:
             self._file.close()
 
 
+class JsonlWriter(RecordFile):
+    """One JSON object per line, flushed as it is written, so that a kill loses at most the line in hand.
+
+    An existing file is continued: a last line that a kill cut short is cut off, and with `keep_until`
+    every record of a later iteration too, because a resumed run will write those iterations again. The
+    file is replaced atomically. Raises `InputError` where any other line is not a record, `TrainingStopped`
+    where it cannot be written.
+    """
+
+    def __init__(self, path: Path, *, keep_until: int | None = None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _cut(path, keep_until)
+        super().__init__(path, "ab")
+
+    def write(self, record: Line) -> None:
+        """Append one record."""
+        self.add(f"{json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False)}\n".encode())
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Return all whole records of a file; a last line that a kill cut short is left out, with a warning.
 
-    Raises:
-        InputError: another line is not a JSON object with an integer `iteration`; names file and line.
-
+    `InputError` names file and line of another that is not a JSON object with an integer `iteration`.
     """
     return [record for _, record in _read(path)]
 
 
 def read_lines(path: Path, kind: type[AnyLine]) -> list[AnyLine]:
-    """Return all whole records of a file of one kind.
-
-    Raises:
-        InputError: as for `read_records`, and for a record that is none of that kind.
-
-    """
+    """Return all whole records of a file of one kind; refuse others, see `read_records`."""
     lines = []
     for number, (_, record) in enumerate(_read(path), start=1):
         try:
@@ -107,12 +105,9 @@ def count_lines(path: Path) -> int:
 
 
 def found_records(path: Path, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """Yield what records there are in a file that may be damaged, or still being written, one at a time.
+    """Yield what records a file has that may be missing, damaged or still being written.
 
-    Args:
-        path: the file; it may be missing.
-        say: told once of each kind of thing that was left out.
-
+    `say` is told once of each kind of thing that was left out.
     """
     if not path.is_file():
         say(f"{path.name} is missing")
@@ -130,11 +125,11 @@ def found_records(path: Path, say: Callable[[str], None]) -> Iterator[dict[str, 
                 record = orjson.loads(line)
             except orjson.JSONDecodeError:
                 record = None
-            if not isinstance(record, dict) or type(record.get("iteration")) is not int:
+            if isinstance(record, dict) and type(record.get("iteration")) is int:
+                found += 1
+                yield record
+            else:
                 broken.append(place)
-                continue
-            found += 1
-            yield record
     if broken:
         what = (
             f"line {broken[0]} is" if len(broken) == 1 else f"{len(broken)} lines, the first {broken[0]}, are"
@@ -154,26 +149,20 @@ def _read(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             if not line.endswith(b"\n"):
                 logger.warning("%s:%d: incomplete last line, as a kill leaves it: not read", path, number)
                 return
-            yield line, _parse(path, number, line)
-
-
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    """Return the record on one line."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{path}:{number}: not JSON ({error}). Mend or remove the line.") from error
-    if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
-        raise InputError(
-            f"{path}:{number}: not a record with an integer `iteration`. Mend or remove the line."
-        )
-    return record
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}:{number}: not JSON ({error}). Mend or remove the line.") from error
+            if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
+                raise InputError(
+                    f"{path}:{number}: not a record with an integer `iteration`. Mend or remove the line."
+                )
+            yield line, record
 
 
 def _cut(path: Path, keep_until: int | None) -> None:
     """Rewrite the file with whole records only, up to iteration `keep_until` included (None: all)."""
     kept = [line for line, record in _read(path) if keep_until is None or record["iteration"] <= keep_until]
     data = b"".join(kept)
-    if len(data) == path.stat().st_size:
-        return
-    write_atomically(path, data)
+    if len(data) != path.stat().st_size:
+        write_atomically(path, data)

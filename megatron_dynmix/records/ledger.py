@@ -81,8 +81,8 @@ def newest_stage(
     *,
     why: Why,
     iteration: int,
-    changes: Sequence[str] = (),
-    begin: Mapping[str, Any] | None = None,
+    changes: Sequence[str],
+    begin: Mapping[str, Any],
 ) -> StageLine:
     """Return the line of the stage that has just begun."""
     stage = blend.stages[-1]
@@ -103,7 +103,7 @@ def newest_stage(
         mixing=mixing.flat(),
         resolved=dict(resolved),
         changes=list(changes),
-        begin=dict(begin or {}),
+        begin=dict(begin),
     )
 
 

@@ -7,8 +7,10 @@ import math
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from textwrap import indent
 
 from megatron_dynmix.records.schema import MixingUpdate, TrainingRecord
+from megatron_dynmix.records.text_table import table
 
 STAND_STILL = ("kept", "override_unusable", "override_not_followed")
 """Kinds of notes on weights that are not what strategy or operator would have them be."""
@@ -80,19 +82,16 @@ def mixing_table(update: MixingUpdate) -> str:
     """
     names = update.sources
     deltas = [math.nan] * len(names) if update.delta is None else update.delta
-    rows = [("source", "old weight", "", "new weight", "change", "delta", "tokens", "epochs")]
+    header, rows = ["source", "old weight", "", "new weight", "change", "delta", "tokens", "epochs"], []
     for name, before, after, delta, seen, epoch in zip(
         names, update.old_weights, update.new_weights, deltas, update.tokens, update.epochs, strict=True
     ):
         score = "-" if math.isnan(delta) else f"{delta:.4f}"
         weights = (f"{before:.4f}", "->", f"{after:.4f}", f"{after - before:+.4f}")
         rows.append((name, *weights, score, f"{seen:,}", f"{epoch:.2f}"))
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     iteration, samples = update.iteration, update.consumed_samples
     lines = [f" weight update at iteration {iteration:8d} | consumed samples: {samples:12d} |"]
-    for name, *cells in rows:
-        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  " + "  ".join([name.ljust(widths[0]), *aligned]))
+    lines.append(indent(table(header, rows), "  "))
     if update.example_weights is not None:  # the weights above are shares of the rows
         lines.append(f"  shares of examples: {_shares(names, update.example_weights)}")
     lines += [f"  shadow {label}: {_shares(names, weights)}" for label, weights in update.shadow.items()]

@@ -22,23 +22,15 @@ TOLD = ("train_iters", "interval_rows", "run_rows")
 """Parts of a signal that only its own record tells, 0 where it does not; the others stand in the ledger."""
 
 
-def layers_read(strategies: Iterable[Strategy], num_layers: int) -> list[int]:
-    """Return the MoE layers whose loads any of the strategies reads."""
-    read: set[int] = set()
-    for strategy in strategies:
-        if strategy.needs_gate_load:
-            read.update(select_layers(strategy.layers, num_layers))
-    return sorted(read)
-
-
-def measured(signal: Signal, strategies: Iterable[Strategy]) -> tuple[Measured, dict[str, NDArray[Any]]]:
+def _measured(signal: Signal, strategies: Iterable[Strategy]) -> tuple[Measured, dict[str, NDArray[Any]]]:
     """Return what is kept of a signal as the strategies saw it, last known values filled in, and its counts.
 
     Counts that are the sum of their halves are not kept beside them.
     """
     counts_DLE, halves_HDLE = signal.counts_DLE, signal.half_counts_HDLE
     num_layers = 0 if counts_DLE is None else counts_DLE.shape[1]
-    layers = layers_read(strategies, num_layers) if num_layers else []
+    reading = [strategy.layers for strategy in strategies if strategy.needs_gate_load and num_layers]
+    layers = sorted({layer for chosen in reading for layer in select_layers(chosen, num_layers)})
     counts: dict[str, NDArray[Any]] = {}
     if counts_DLE is not None and layers:
         if halves_HDLE is not None:
@@ -50,15 +42,9 @@ def measured(signal: Signal, strategies: Iterable[Strategy]) -> tuple[Measured, 
 
 
 def signal_of(update: MixingUpdate, **told: Any) -> Signal:
-    """Return the signal of an update again; layers that nobody reads are 0.
+    """Return the signal of an update with its arrays again, `told` what the ledger knows.
 
-    Args:
-        update: with its arrays.
-        told: parts of the signal that the ledger tells.
-
-    Raises:
-        ValueError: counts that are not as `measured` gives them.
-
+    Layers that nobody reads are 0. ValueError for counts that are not as `_measured` gives them.
     """
     signal = update.signal
     assert signal is not None, "asked of updates with a signal"
@@ -131,23 +117,25 @@ def update_record(
 def _decided(controller: MixingController, decision: Decision, old_D: NDArray[np.float64]) -> dict[str, Any]:
     """Return the fields that only an update has for which the strategies were asked."""
     proposal, signal = decision.proposal, decision.signal
+    load_DLE = proposal.load_DLE
     asked = (controller.strategy, *controller.shadows.values())
-    told, counts = measured(signal, [strategy for strategy in asked if strategy.updates])
+    told, counts = _measured(signal, [strategy for strategy in asked if strategy.updates])
     return {
         "delta": proposal.delta_D.tolist(),
         "delta_error": None if proposal.delta_error_D is None else proposal.delta_error_D.tolist(),
-        "load": _load(proposal.load_DLE),
+        # without the axis of layers where there is one layer
+        "load": load_DLE[:, 0] if load_DLE is not None and load_DLE.shape[1] == 1 else load_DLE,
         "distance": proposal.distance_DD,
         "events": list(decision.events),
         "shadow": {name: shadow.weights_D.tolist() for name, shadow in decision.shadow.items()},
         "loss": None if signal.loss_D is None else signal.loss_D.tolist(),
         "signal": told,
         "counts": counts,
-        "expert_load": busiest_expert(signal, old_D),
+        "expert_load": _busiest_expert(signal, old_D),
     }
 
 
-def busiest_expert(signal: Signal, weights_D: NDArray[np.float64]) -> list[float] | None:
+def _busiest_expert(signal: Signal, weights_D: NDArray[np.float64]) -> list[float] | None:
     """Return the load of the busiest expert over the mean, by MoE layer, of the mix in force.
 
     1 is an even load, None stands for one that was not measured. Sources are weighted as they are drawn: a
@@ -161,8 +149,3 @@ def busiest_expert(signal: Signal, weights_D: NDArray[np.float64]) -> list[float
     mix_LE = np.einsum("d,dle->le", weights_D, load_DLE)
     mean_L = mix_LE.mean(axis=1)
     return (mix_LE.max(axis=1) / np.where(mean_L > 0, mean_L, 1)).tolist()
-
-
-def _load(load_DLE: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
-    """Return loads as a line of `mixing.jsonl` has them: without the axis of layers where there is one."""
-    return load_DLE[:, 0] if load_DLE is not None and load_DLE.shape[1] == 1 else load_DLE

@@ -35,19 +35,12 @@ class Line:
 
     def to_json(self) -> dict[str, Any]:
         """Return the line in JSON's own types, every float to the bit; NaN and infinities are strings."""
-        line: dict[str, Any] = plain(self)
-        return line
+        return cast(dict[str, Any], plain(self))
 
     @classmethod
     def from_json(cls: type[AnyLine], record: Mapping[str, Any]) -> AnyLine:
-        """Read a line back.
-
-        Raises:
-            ValueError: it has not the keys and values that `to_json` writes; the first such key is named.
-
-        """
-        line: AnyLine = _read(cls, record)
-        return line
+        """Read a line back; ValueError names the first key that is not as `to_json` writes it."""
+        return cast(AnyLine, _read(cls, record))
 
     @classmethod
     def salvaged(cls: type[AnyLine], record: Mapping[str, Any]) -> AnyLine:
@@ -239,12 +232,7 @@ class StageLine(Line):
 
     @property
     def settings(self) -> MixingConfig:
-        """`mixing` as a configuration.
-
-        Raises:
-            InputError: a setting that there is not.
-
-        """
+        """`mixing` as a configuration; `InputError` for a setting that there is not."""
         return MixingConfig.from_flat(self.mixing)
 
     def to_json(self) -> dict[str, Any]:
@@ -340,15 +328,5 @@ def _read_key(kind: Any, record: Mapping[str, Any], name: str) -> Any:
 
 def _nothing(kind: Any) -> Any:
     """Return what stands for a value of a type that cannot be read."""
-    origin = get_origin(kind)
-    empty: dict[Any, Any] = {
-        float: math.nan,
-        int: 0,
-        str: "",
-        Literal: "",
-        list: [],
-        tuple: (),
-        dict: {},
-        Mapping: {},
-    }
-    return empty.get(origin or kind)
+    empty = {float: math.nan, int: 0, str: "", Literal: "", list: [], tuple: (), dict: {}, Mapping: {}}
+    return empty.get(get_origin(kind) or kind)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,20 +18,19 @@ from numpy.typing import NDArray
 
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import sha256
-from megatron_dynmix.records.jsonl import naming
+from megatron_dynmix.records.jsonl import RecordFile
 from megatron_dynmix.records.schema import Block, MixingUpdate
 
 SIGNALS = "signals.bin"
 logger = logging.getLogger(__name__)
 
 
-class SignalWriter:
+class SignalWriter(RecordFile):
     """Appends the arrays of updates to a file, behind those of `kept`; what lies after them is cut off."""
 
     def __init__(self, path: Path, kept: Sequence[MixingUpdate]) -> None:
         path.touch()
-        self._path = path
-        self._file = path.open("r+b")
+        super().__init__(path, "r+b")
         end = max((update.block.offset + update.block.size for update in kept if update.block), default=0)
         if path.stat().st_size < end:
             logger.warning("%s is shorter than mixing.jsonl says: signals of updates are lost", path)
@@ -43,35 +41,18 @@ class SignalWriter:
         """Write a block, and tell where it is."""
         data = packed(arrays)
         block = Block(offset=self._file.tell(), size=len(data), digest=sha256(data))
-        with naming(self._path):
-            self._file.write(data)
-            self._file.flush()
+        self.add(data)
         return block
-
-    def flush(self) -> None:
-        """Hand the file to the disk."""
-        with naming(self._path):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file; writing is an error from then on."""
-        with naming(self._path):
-            self._file.close()
 
 
 def packed(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     """Return arrays as one block; counts take as many bytes each as the largest of them needs."""
-    file = io.BytesIO()
-    narrow: dict[str, Any] = {name: _narrow(array) for name, array in arrays.items()}
+    file, narrow = io.BytesIO(), dict[str, Any](arrays)
+    for name, array in arrays.items():
+        if np.issubdtype(array.dtype, np.integer) and array.size and array.min() >= 0:
+            narrow[name] = array.astype(np.min_scalar_type(array.max()))
     np.savez(file, **narrow)
     return file.getvalue()
-
-
-def _narrow(array: NDArray[Any]) -> NDArray[Any]:
-    if not np.issubdtype(array.dtype, np.integer) or not array.size or array.min() < 0:
-        return array
-    return array.astype(np.min_scalar_type(array.max()))
 
 
 def unpacked(data: bytes) -> dict[str, NDArray[Any]]:
@@ -85,12 +66,7 @@ def unpacked(data: bytes) -> dict[str, NDArray[Any]]:
 
 
 def with_signal(update: MixingUpdate, path: Path) -> MixingUpdate:
-    """Return an update with the arrays that its line points to.
-
-    Raises:
-        InputError: they are not in the file as they were written.
-
-    """
+    """Return an update with the arrays that its line points to; `InputError` if they are not as written."""
     block = update.block
     if block is None:
         return update

@@ -30,6 +30,8 @@ from megatron_dynmix.records.schema import (
 )
 from megatron_dynmix.records.signals import SIGNALS, SignalWriter
 
+Board = TensorBoardWriter | WeightsAndBiasesWriter
+
 
 class MetricsWriter:
     """Writes `metrics.jsonl`, `mixing.jsonl`, `signals.bin`, `ledger.jsonl` and `tensorboard/` in `run_dir`.
@@ -50,19 +52,24 @@ class MetricsWriter:
         wandb_exp_name: str | None = None,
     ):
         metrics, mixing, ledger = (run_dir / f"{name}.jsonl" for name in ("metrics", "mixing", "ledger"))
-        if resume_iteration is None:
-            _refuse_records(metrics, mixing, ledger, run_dir / SIGNALS)
+        for path in (metrics, mixing, ledger, run_dir / SIGNALS):
+            if resume_iteration is None and path.exists() and path.stat().st_size:
+                raise InputError(
+                    f"{path} holds the records of another run; a new run cannot add its own. Resume that "
+                    "run, or choose another run directory."
+                )
         self._metrics = JsonlWriter(metrics, keep_until=resume_iteration)
         self._mixing = JsonlWriter(mixing, keep_until=resume_iteration)
         self._signals = SignalWriter(run_dir / SIGNALS, read_lines(mixing, MixingUpdate))
         self._ledger = JsonlWriter(ledger, keep_until=resume_iteration)
+        self._files = (self._metrics, self._signals, self._mixing, self._ledger)
         purge_step = None if resume_iteration is None else resume_iteration + 1
         self._events = run_dir / "tensorboard"
         tensorboard = TensorBoardWriter(self._events, purge_step=purge_step)
         # on resuming, TensorBoard hides kept points of these curves: their steps are samples, not iterations
         for record in read_lines(metrics, TrainingRecord):
             tensorboard.samples(record)
-        self._boards: list[TensorBoardWriter | WeightsAndBiasesWriter] = [tensorboard]
+        self._boards: list[Board] = [tensorboard]
         if wandb_project is not None:
             resumes = resume_iteration is not None
             self._boards.append(
@@ -72,18 +79,14 @@ class MetricsWriter:
     def training(self, record: TrainingRecord) -> None:
         """Write the record of one log interval."""
         self._metrics.write(record)
-        with naming(self._events):
-            for board in self._boards:
-                board.training(record)
+        self._show(lambda board: board.training(record))
 
     def mixing(self, update: MixingUpdate) -> None:
         """Write the record of one weight update."""
         if update.arrays:
             update = replace(update, block=self._signals.append(update.arrays))
         self._mixing.write(update)
-        with naming(self._events):
-            for board in self._boards:
-                board.mixing(update)
+        self._show(lambda board: board.mixing(update))
 
     def ledger(self, line: StageLine | SamplesLine) -> None:
         """Write one line of the ledger."""
@@ -91,37 +94,28 @@ class MetricsWriter:
 
     def text(self, tag: str, markdown: str) -> None:
         """Show a text on the dashboards, such as the resolved configuration."""
-        with naming(self._events):
-            for board in self._boards:
-                board.text(tag, markdown)
+        self._show(lambda board: board.text(tag, markdown))
 
     def settings(self, settings: Mapping[str, bool | int | float | str]) -> None:
         """Tell the dashboards the settings of the run, to compare it with others."""
-        with naming(self._events):
-            for board in self._boards:
-                board.settings(settings)
+        self._show(lambda board: board.settings(settings))
 
     def flush(self) -> None:
         """Hand everything to the disk."""
-        for writer in (self._metrics, self._signals, self._mixing, self._ledger, *self._boards):
-            with naming(self._events):  # the others name themselves
-                writer.flush()
+        for file in self._files:
+            file.flush()
+        self._show(lambda board: board.flush())
 
     def close(self) -> None:
         """Hand everything to the disk and close the files."""
-        for writer in (self._metrics, self._signals, self._mixing, self._ledger, *self._boards):
-            with naming(self._events):
-                writer.close()
+        for file in self._files:
+            file.close()
+        self._show(lambda board: board.close())
 
-
-def _refuse_records(*paths: Path) -> None:
-    """Keep a new run from writing its iterations behind those of another."""
-    for path in paths:
-        if path.exists() and path.stat().st_size:
-            raise InputError(
-                f"{path} holds the records of another run; a new run cannot add its own. Resume that run, or "
-                "choose another run directory."
-            )
+    def _show(self, write: Callable[[Board], None]) -> None:
+        with naming(self._events):
+            for board in self._boards:
+                write(board)
 
 
 EVENTS = "events.jsonl"
@@ -133,15 +127,7 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "numpy
 def open_writer(
     config: RunConfig, run_dir: Path, source_tables: Sequence[str], *, resume_iteration: int | None
 ) -> MetricsWriter:
-    """Open the writer of a run, on one rank; write `config.yaml` and tell the dashboards what runs.
-
-    Args:
-        config: the resolved configuration.
-        run_dir: the run's directory.
-        source_tables: what became of the data, for people to read.
-        resume_iteration: see `MetricsWriter`.
-
-    """
+    """Open the writer of a run, on one rank; write `config.yaml` and tell the dashboards what runs."""
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / "config.yaml", to_yaml(config))
     writer = MetricsWriter(
@@ -168,20 +154,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def flat_settings(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, bool | int | float | str]:
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
     """Return settings under `section.name`, or `data.sources.NAME.name`; lists as text."""
     flat: dict[str, bool | int | float | str] = {}
-
-    def add(prefix: str, value: Any) -> None:
+    for name, value in settings.items():
         if isinstance(value, Mapping):
-            for name, item in value.items():
-                add(f"{prefix}.{name}" if prefix else name, item)
+            flat |= flat_settings(value, f"{prefix}{name}.")
         elif isinstance(value, Sequence) and not isinstance(value, str):
-            flat[prefix] = ", ".join(map(str, value))
+            flat[f"{prefix}{name}"] = ", ".join(map(str, value))
         elif value is not None:
-            flat[prefix] = value
-
-    add("", sections)
+            flat[f"{prefix}{name}"] = value
     return flat
 
 
@@ -191,17 +173,8 @@ def recorded(
 ) -> Iterator[None]:
     """Around the training of a job, on every rank: put its start and its end on record; rank 0 writes.
 
-    A job that is killed writes no end: what follows in the file is the next start.
-
-    Args:
-        run_dir: the run's directory.
-        iteration: tells how many iterations are done.
-        resumed: whether it resumes from a checkpoint.
-        notes: changed settings, checkpoints that were not good.
-
-    Raises:
-        TrainingStopped: the file cannot be written.
-
+    A job that is killed writes no end: what follows in the file is the next start. `iteration` tells how many
+    are done; `notes` are changed settings, and checkpoints that were not good.
     """
     if torch.distributed.get_rank() != 0:
         yield
@@ -221,15 +194,12 @@ def recorded(
         )
 
     write("resume" if resumed else "start", notes)
-    event: EventKind = "failed"
+    event: EventKind = "finished"
     said = ""
     try:
         yield
-        event = "finished"
-    except (StoppedOnRequest, KeyboardInterrupt) as error:
-        event, said = "stopped", str(error)
-        raise
     except BaseException as error:
+        event = "stopped" if isinstance(error, StoppedOnRequest | KeyboardInterrupt) else "failed"
         said = str(error)
         raise
     finally:

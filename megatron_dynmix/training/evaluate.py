@@ -94,7 +94,12 @@ def evaluate(run_dir: Path) -> Evaluation:
         CommandFailed: the model has diverged.
 
     """
-    config = on_one_rank(_config_of(run_dir))
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise InputError(
+            f"{run_dir} holds no run: there is no config.yaml in it; give the --run-dir of a run"
+        )
+    config = on_one_rank(load_config(path))
     if not config.data.probed:
         raise InputError(
             f"{run_dir}: no source has held-out rows to evaluate on; give some, as data.sources.NAME.probe"
@@ -110,15 +115,6 @@ def evaluate(run_dir: Path) -> Evaluation:
     evaluation = summarise(config, stats, read_run_state(point.source).progress.iteration)
     evaluation.write(run_dir)
     return evaluation
-
-
-def _config_of(run_dir: Path) -> RunConfig:
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise InputError(
-            f"{run_dir} holds no run: there is no config.yaml in it; give the --run-dir of a run"
-        )
-    return load_config(path)
 
 
 def on_one_rank(config: RunConfig) -> RunConfig:

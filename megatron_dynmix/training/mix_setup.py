@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,26 +41,19 @@ examples, their `examples_per_row`, in the order of the sources."""
 
 
 def resolve_files(mixing: MixingConfig, sources: Sequence[str]) -> dict[str, Any]:
-    """Return the value of each option of `RESOLVED` whose setting is given.
-
-    Raises:
-        InputError: a file that cannot be read, does not match the sources, or holds what is no such value.
-
-    """
-    readers = {
+    """Return the value of each option of `RESOLVED` whose setting is given; `InputError` if it is no such."""
+    readers: dict[str, Callable[[Any, Sequence[str]], list[Any]]] = {
         "reference": read_losses,
         "target": read_losses,
         "weights_from": last_weights,
         "embeddings": read_embeddings,
+        "schedule": schedule_points,
     }
-    resolved: dict[str, Any] = {
-        RESOLVED[setting]: read(Path(path), sources)
+    return {
+        RESOLVED[setting]: read(Path(given) if isinstance(given, str) else given, sources)
         for setting, read in readers.items()
-        if (path := getattr(mixing, setting)) is not None
+        if (given := getattr(mixing, setting)) is not None
     }
-    if mixing.schedule is not None:
-        resolved[RESOLVED["schedule"]] = schedule_points(mixing.schedule, sources)
-    return resolved
 
 
 def read_losses(path: Path, sources: Sequence[str]) -> list[float]:
@@ -70,8 +63,7 @@ def read_losses(path: Path, sources: Sequence[str]) -> list[float]:
         content = {name: measured.get("loss") for name, measured in content["sources"].items()}
     content = _by_source(path, content, sources)
     for name, loss in content.items():
-        good = isinstance(loss, int | float) and not isinstance(loss, bool) and math.isfinite(loss)
-        if not good or loss < 0:
+        if type(loss) not in (int, float) or not 0 <= loss < math.inf:
             raise InputError(
                 f"{path}: the loss of source {name} is {loss!r}; it must be a finite number of nats, 0 "
                 "or more"
@@ -97,9 +89,9 @@ def last_weights(run_dir: Path, sources: Sequence[str]) -> list[float]:
     try:
         weights = dict(zip(last.sources, last.new_weights, strict=True))
         return normalise_weights(_by_source(path, weights, sources), sources).tolist()
+    except InputError:
+        raise
     except ValueError as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{path}: its last weights cannot be used: {error}") from None
 
 
@@ -130,20 +122,17 @@ def schedule_points(points: Sequence[Any], sources: Sequence[str]) -> list[list[
     """Return `[[iteration, {source: weight}], ...]` with the weights in the order of the sources."""
     resolved = []
     for point in points:
-        if (
-            not isinstance(point, list | tuple)
-            or len(point) != 2
-            or not isinstance(point[0], int)
-            or not isinstance(point[1], Mapping)
-        ):
-            raise InputError(
-                f"mixing.schedule holds {point!r}; give [[iteration, {{source: weight, ...}}], ...]"
-            )
+        match point:
+            case (int(iteration), Mapping() as weights):
+                pass
+            case _:
+                raise InputError(
+                    f"mixing.schedule holds {point!r}; give [[iteration, {{source: weight, ...}}], ...]"
+                )
         try:
-            weights_D = normalise_weights(point[1], sources)
+            resolved.append([iteration, normalise_weights(weights, sources).tolist()])
         except (TypeError, ValueError) as error:
-            raise InputError(f"mixing.schedule at iteration {point[0]}: {error}") from None
-        resolved.append([point[0], weights_D.tolist()])
+            raise InputError(f"mixing.schedule at iteration {iteration}: {error}") from None
     return resolved
 
 
@@ -171,12 +160,7 @@ def _by_source(path: Path, content: Any, sources: Sequence[str]) -> dict[str, An
 
 
 def resolve(config: RunConfig) -> dict[str, Any]:
-    """Return what the settings of a run say by file and by source.
-
-    Raises:
-        InputError: a file that cannot be used.
-
-    """
+    """Return what the settings of a run say by file and by source; `InputError` if a file cannot be used."""
     sources = config.data.sources
     resolved = resolve_files(config.mixing, list(sources))
     caps = [source.max_epochs for source in sources.values()]
@@ -204,12 +188,7 @@ def reason(error: Exception, sources: Sequence[str] = ()) -> str:
 
 @contextmanager
 def refusing(mixing: MixingConfig, where: str = "mixing", sources: Sequence[str] = ()) -> Iterator[None]:
-    """Say what is wrong with settings in one message, also where a user's own code fails in its own way.
-
-    Raises:
-        InputError: what is wrong.
-
-    """
+    """Say what is wrong with settings as `InputError`, also where a user's own code fails in its own way."""
     try:
         yield
     except InputError:
@@ -222,24 +201,17 @@ def refusing(mixing: MixingConfig, where: str = "mixing", sources: Sequence[str]
 
 
 def strategy_of(chosen: Chosen, resolved: Resolved) -> Strategy:
-    """Build a strategy with its options, those from files included.
-
-    Raises:
-        ValueError: an option that it cannot take.
-
-    """
+    """Build a strategy with its options, those from files included; ValueError if it cannot take one."""
     from_files = {
         RESOLVED[setting]: resolved[RESOLVED[setting]]
         for setting in resolved_options(chosen.strategy)
         if RESOLVED[setting] in resolved
     }
-    per_row_D = examples_per_row(resolved)
-    if per_row_D is None:
-        return build_strategy(chosen.strategy, {**chosen.options, **from_files})
-    if RESOLVED["weights_from"] in from_files:  # on record are shares of rows
-        last_D = np.array(from_files[RESOLVED["weights_from"]])
-        from_files[RESOLVED["weights_from"]] = example_shares(last_D, per_row_D).tolist()
-    return InExamples(build_strategy(chosen.strategy, {**chosen.options, **from_files}), per_row_D)
+    per_row_D, last = examples_per_row(resolved), RESOLVED["weights_from"]
+    if per_row_D is not None and last in from_files:  # on record are shares of rows
+        from_files[last] = example_shares(np.array(from_files[last]), per_row_D).tolist()
+    strategy = build_strategy(chosen.strategy, {**chosen.options, **from_files})
+    return strategy if per_row_D is None else InExamples(strategy, per_row_D)
 
 
 def examples_per_row(resolved: Resolved) -> NDArray[np.float64] | None:
@@ -256,12 +228,7 @@ def in_rows(weights_D: NDArray[np.float64], resolved: Resolved) -> NDArray[np.fl
 def guardrails_of(
     mixing: MixingConfig, resolved: Resolved, sources: Sequence[str], size_D: NDArray[np.int64]
 ) -> Guardrails:
-    """Build the limits on the weights.
-
-    Raises:
-        ValueError: a limit out of range, or a prior that does not name the sources.
-
-    """
+    """Build the limits on the weights; ValueError if one is out of range, or the prior of other sources."""
     prior_D = None
     if mixing.prior == "size":
         prior_D = normalise_weights(size_D)
@@ -291,19 +258,9 @@ def controller_of(
     *,
     without: Container[str] = (),
 ) -> MixingController:
-    """Build strategy, guardrails and shadows of a run, at the weights given.
+    """Build strategy, guardrails and shadows of a run, but `without` some; ValueError if that cannot work.
 
-    Args:
-        mixing: the settings.
-        resolved: what they say by file and by source.
-        sources: names, in the order of their dataset_id.
-        size_D: rows of each source.
-        weights_D: shares of the rows.
-        without: labels of shadows to leave out.
-
-    Raises:
-        ValueError: settings that cannot work.
-
+    `size_D` are rows, `weights_D` shares of the rows, both in the order of `sources`.
     """
     return MixingController(
         sources,
@@ -387,14 +344,9 @@ class Horizon:
 
 
 def check_mix(config: RunConfig, num_layers: int) -> dict[str, Any]:
-    """Refuse strategies, shadows and guardrails that cannot be made, before anything is prepared.
+    """Refuse, as `InputError`, strategies, shadows and guardrails that cannot be made, whatever the data.
 
-    Returns:
-        What the settings say by file and by source, for `Mix.of`.
-
-    Raises:
-        InputError: what is wrong.
-
+    Return what the settings say by file and by source, for `Mix.of`.
     """
     mixing, names = config.mixing, list(config.data.sources)
     resolved = resolve(config)
@@ -436,11 +388,6 @@ class Mix:
     @classmethod
     def of(cls, config: RunConfig, resolved: Resolved, rows: Sequence[PackedRows]) -> Mix:
         """Make the controller of a run and ask it for the first weights.
-
-        Args:
-            config: the resolved configuration.
-            resolved: what it says by file and by source, see `check_mix`.
-            rows: of each source.
 
         Raises:
             InputError: there are no such weights; or caps cannot feed the run: how many rows are missing.

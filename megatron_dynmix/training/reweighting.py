@@ -64,12 +64,7 @@ def told_by_rank_0(
 
 
 def read_override(path: Path, sources: Sequence[str], resolved: Resolved) -> Override | None:
-    """Return what the operator says now, in shares of the rows; None if there is no file.
-
-    Raises:
-        BrokenOverride: there is one that cannot be used.
-
-    """
+    """Return what the operator says now, in shares of the rows; None if there is no file."""
     try:
         said = parse_override(parse_json(path.read_bytes()), sources)
         if said.weights is None:
@@ -86,10 +81,7 @@ def read_override(path: Path, sources: Sequence[str], resolved: Resolved) -> Ove
 def begin_of(
     controller: MixingController, horizon: Horizon, initial_D: NDArray[np.float64]
 ) -> dict[str, Any]:
-    """Return what the first weights of a run come from, beside its settings.
-
-    The shares given; and how far it is to go, where something is made of that.
-    """
+    """Return what first weights come from beside settings: the shares given, and the horizon if asked for."""
     begin: dict[str, Any] = {"weights": initial_D.tolist()}
     strategies = (controller.strategy, *controller.shadows.values())
     if controller.guardrails.caps or any(strategy.starts for strategy in strategies):
@@ -141,27 +133,15 @@ class Reweighting:
         return self.mixing.interval - iteration % self.mixing.interval
 
     def is_due(self, iteration: int) -> bool:
-        """Whether the weights may change after this iteration.
-
-        Whatever the strategy: an operator may override it at every interval.
-        """
+        """Whether the weights may change after this iteration: whatever the strategy, by override."""
         return iteration % self.mixing.interval == 0
 
     def update(self, iteration: int, consumed_samples: int, tokens_D: torch.Tensor) -> MixingUpdate | None:
         """Measure, decide on rank 0, tell everybody, append the stage.
 
-        Args:
-            iteration: iterations done.
-            consumed_samples: global samples they drew.
-            tokens_D: tokens of each source trained on so far.
-
-        Returns:
-            The record of the update; only that of rank 0 tells how it was decided. None if there was none:
-            nothing changes the weights, and the stage goes on.
-
-        Raises:
-            MixingError: on every rank, if the signal or the new weights cannot be used.
-
+        Return the record of the update, or None if nothing changes the weights, and the stage goes on; only
+        the record of rank 0 tells how it was decided. `tokens_D` were trained on so far. `MixingError` on
+        every rank, if the signal or the new weights cannot be used.
         """
         seconds: dict[str, float] = {"reduce": 0.0}
         with self._timed(seconds, "signal"):
@@ -169,18 +149,14 @@ class Reweighting:
         seconds["signal"] -= seconds["reduce"]
         rows_D = self.blend.drawn_D(consumed_samples)
         told = self.horizon.signal(iteration, consumed_samples, rows_D)
-        signal, notes = self._without_scarce(
-            replace(
-                told,
-                counts_DLE=measured.counts_DLE,
-                half_counts_HDLE=measured.half_counts_HDLE,
-                loss_D=measured.loss_D,
-            )
-        )
+        signal, notes = self._without_scarce(replace(told, **measured))
         old_D = self.blend.weights_D
         with self._timed(seconds, "update"):
             new_D, decision, override, notes = self._decide(signal, old_D, notes)
-        self._begin_interval()
+        # not before it was used, or a rule that fails would lose what the interval saw
+        self._interval = SourceStats.zero(len(self.controller.sources))
+        self._carried_HDLE.zero_()
+        self.run.counter.counts_HDLE.zero_()
         if new_D is None:
             return None
         with self._timed(seconds, "rebuild"):
@@ -202,8 +178,10 @@ class Reweighting:
             examples_per_row_D=examples_per_row(self.resolved),
         )
 
-    def _measure(self, seconds: dict[str, float], iteration: int) -> tuple[Signal, SourceStats | None]:
-        """Measure counts and losses, on the held-out rows or over the interval."""
+    def _measure(
+        self, seconds: dict[str, float], iteration: int
+    ) -> tuple[dict[str, Any], SourceStats | None]:
+        """Measure parts of the signal, counts and losses, on the held-out rows or over the interval."""
         counts_HDLE, probe_stats = None, None
         if self.probe is not None:
             number = iteration // self.mixing.interval
@@ -212,22 +190,15 @@ class Reweighting:
             with self._timed(seconds, "reduce"):
                 counts_HDLE = self._interval_counts()
         losses = (probe_stats or self._interval).source_losses()
-        loss_D = np.array([np.nan if loss is None else loss for loss in losses])
-        if counts_HDLE is None or not self.controller.needs_gate_load:
-            return Signal(loss_D=loss_D), probe_stats
-        halves_HDLE = self.run.counter.as_signal(counts_HDLE)
-        counts_DLE = halves_HDLE.sum(axis=0)
-        return Signal(counts_DLE=counts_DLE, half_counts_HDLE=halves_HDLE, loss_D=loss_D), probe_stats
+        measured = {"loss_D": np.array([np.nan if loss is None else loss for loss in losses])}
+        if counts_HDLE is not None and self.controller.needs_gate_load:
+            halves_HDLE = self.run.counter.as_signal(counts_HDLE)
+            measured |= {"counts_DLE": halves_HDLE.sum(axis=0), "half_counts_HDLE": halves_HDLE}
+        return measured, probe_stats
 
     def _interval_counts(self) -> torch.Tensor:
         """Return the counts of the running interval so far, of all ranks."""
         return self._carried_HDLE + reduce_counts(self.run.counter.counts_HDLE).cpu()
-
-    def _begin_interval(self) -> None:
-        """Forget what the last one saw; not before it was used, or a rule that fails would lose it."""
-        self._interval = SourceStats.zero(len(self.controller.sources))
-        self._carried_HDLE.zero_()
-        self.run.counter.counts_HDLE.zero_()
 
     def _without_scarce(self, signal: Signal) -> tuple[Signal, list[Remark]]:
         """Without the sources of which the interval brought too few tokens to tell anything."""
@@ -235,11 +206,8 @@ class Reweighting:
             return signal, []
         tokens_D = self._interval.tokens_D.numpy()
         scarce_D = tokens_D < self.mixing.min_tokens
-        seen = [
-            f"{name} ({int(tokens)})"
-            for name, tokens, scarce in zip(self.controller.sources, tokens_D, scarce_D, strict=True)
-            if scarce and tokens
-        ]
+        some = zip(self.controller.sources, tokens_D, scarce_D, strict=True)
+        seen = [f"{name} ({int(tokens)})" for name, tokens, scarce in some if scarce and tokens]
         text = f"fewer than min_tokens {self.mixing.min_tokens}: {', '.join(seen)}"
         assert signal.loss_D is not None, "the losses of an interval are always known"
         signal = replace(signal, loss_D=np.where(scarce_D, np.nan, signal.loss_D))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,17 +44,6 @@ from megatron_dynmix.training.step import PassRunner
 from megatron_dynmix.training.trainer import Trainer, seed_iteration
 
 
-@dataclass(frozen=True)
-class Start:
-    """The state that a run begins with, beside that of its mix."""
-
-    progress: Progress
-    interval: LogInterval
-    drawn: DrawnSamples
-    source_changes: list[str]
-    """What became of each source, if they are not those of the checkpoint."""
-
-
 def restore(
     config: RunConfig,
     checkpointer: Checkpointer,
@@ -62,17 +51,10 @@ def restore(
     prints: Prints,
     say: Callable[[str], None],
     source: Path | None,
-) -> Start:
-    """Load what the run starts from into model, optimizer and mix.
+) -> tuple[Progress, LogInterval, DrawnSamples, list[str]]:
+    """Load what the run starts from, checkpoint `source` or first weights, into model, optimizer and mix.
 
-    Args:
-        config: the resolved configuration.
-        checkpointer: knows model and optimizer.
-        reweighting: knows the mix.
-        prints: what the sources hold now; the mix is carried over to them if they are others.
-        say: prints a line, on one rank.
-        source: the run's checkpoint; None to begin.
-
+    Return the rest of its state, and what became of each source, if `prints` are not those of the checkpoint.
     """
     if source is not None:
         state, changes = _carried(checkpointer.load(source), reweighting, prints)
@@ -83,20 +65,12 @@ def restore(
         say(loaded_line(state.progress.iteration, checkpointer.directory, tp_size=tp, pp_size=pp))
         for change in changes:
             say(f"  from sample {state.progress.consumed_samples} on: {change}")
-        return Start(
-            state.progress,
-            state.log_interval,
-            DrawnSamples(state.drawn.first_sample, carried=state.drawn.digest),
-            changes,
-        )
+        drawn = DrawnSamples(state.drawn.first_sample, carried=state.drawn.digest)
+        return state.progress, state.log_interval, drawn, changes
     _load_first_weights(config, checkpointer, say)
     num_sources = len(config.data.sources)
-    return Start(
-        Progress(0, 0, torch.zeros(num_sources, dtype=torch.float64)),
-        LogInterval(SourceStats.zero(num_sources)),
-        DrawnSamples(0, carried=0),
-        [],
-    )
+    progress = Progress(0, 0, torch.zeros(num_sources, dtype=torch.float64))
+    return progress, LogInterval(SourceStats.zero(num_sources)), DrawnSamples(0, carried=0), []
 
 
 def _load_first_weights(config: RunConfig, checkpointer: Checkpointer, say: Callable[[str], None]) -> None:
@@ -129,16 +103,7 @@ def _carried(state: RunState, reweighting: Reweighting, prints: Prints) -> tuple
 def train(
     prepared: PreparedRun, run_dir: Path, *, resume: Resume = "no", allow_source_change: bool = False
 ) -> Trainer:
-    """Train on this rank; every rank of the job calls it with the same arguments.
-
-    Args:
-        prepared: from `set_up`, with the arguments that follow.
-        run_dir: where everything is written.
-        resume: `no`, `must` or `auto`.
-        allow_source_change: whether a resumed run may have other sources than it had.
-
-    Returns:
-        The trainer after the last iteration.
+    """Train on this rank what `set_up` has prepared; every rank of the job calls it with the same arguments.
 
     Raises:
         TrainingStopped: the run ended early; its last good state is kept.
@@ -165,12 +130,8 @@ def train(
         if torch.distributed.get_rank() == 0:
             report_start(prepared, run_dir, changes, notes)
         trainer = build_trainer(prepared, run_dir, resume=resume, source=source)
-        with recorded(
-            run_dir,
-            lambda: trainer.progress.iteration,
-            resumed=source is not None,
-            notes=[*changes, *notes],
-        ):
+        said = [*changes, *notes]
+        with recorded(run_dir, lambda: trainer.progress.iteration, resumed=source is not None, notes=said):
             trainer.fit(stop, heartbeat)
     return trainer
 
@@ -224,9 +185,11 @@ def build_trainer(
         keep_last=config.checkpoint.keep_last,
     )
     mine = identity(config, data.reports)
-    say = _say if rank0 else _silent
-    start = restore(config, checkpointer, reweighting, mine.fingerprints, say, source)
-    iteration = start.progress.iteration
+    say: Callable[[str], None] = partial(print, flush=True) if rank0 else lambda _: None
+    progress, interval, drawn, source_changes = restore(
+        config, checkpointer, reweighting, mine.fingerprints, say, source
+    )
+    iteration = progress.iteration
     live = LiveLine(tuple(config.data.sources), config.training.train_iters or 0, iteration, silent=not rank0)
     # A run that died before its first checkpoint begins again: its records are those of no state.
     keep_until = None if resume == "no" else iteration if source else -1
@@ -237,25 +200,22 @@ def build_trainer(
         optimizer=optimizer,
         scheduler=scheduler,
         loader=BlendLoader(
-            reweighting.blend,
-            num_workers=config.data.num_workers,
-            pin_memory=here.pin_memory,
-            **batching,
+            reweighting.blend, num_workers=config.data.num_workers, pin_memory=here.pin_memory, **batching
         ),
         reweighting=reweighting,
         checkpointer=checkpointer,
         writer=open_writer(config, run_dir, tables, resume_iteration=keep_until) if rank0 else None,
         identity=mine,
-        progress=start.progress,
-        interval=start.interval,
-        drawn=start.drawn,
+        progress=progress,
+        interval=interval,
+        drawn=drawn,
         live=live,
     )
     if source is None:
         trainer.record_stage("start", 0)
-    elif start.source_changes:
+    elif source_changes:
         # The checkpoint is of before the change: a run resumed from it must not find the change on record.
-        trainer.record_stage("sources changed", iteration + 1, start.source_changes)
+        trainer.record_stage("sources changed", iteration + 1, source_changes)
     return trainer
 
 
@@ -303,11 +263,3 @@ def build_runner(config: RunConfig, num_sources: int, here: platform.Platform) -
         join_rows=joins_rows(here.transformer_engine, transformer.context_parallel_size),
         micro_batch_group=micro_batch_group(transformer),
     )
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def _silent(text: str) -> None:
-    """Only rank 0 speaks."""

@@ -41,16 +41,9 @@ class PreparedRun:
 
 
 def check_before_start(config: RunConfig, *, fresh: bool = True) -> CheckedRun:
-    """Refuse what can be refused without looking at any data.
+    """Refuse, as `InputError`, what `check_run` has passed and can be refused without looking at any data.
 
-    Args:
-        config: one that `check_run` has passed.
-        fresh: whether the run begins, and so with weights of its own or of another; what it would have begun
-            with need not be there any more when it is resumed.
-
-    Raises:
-        InputError: what is wrong.
-
+    What a run began with need not be there any more when it is resumed, and so is not `fresh`.
     """
     here = platform.start()
     check_host(
@@ -76,12 +69,7 @@ def check_before_start(config: RunConfig, *, fresh: bool = True) -> CheckedRun:
 
 
 def prepare_run(checked: CheckedRun, data: Data | None = None) -> PreparedRun:
-    """Prepare and pack the data, unless they are given, and make the mix.
-
-    Raises:
-        InputError: data that cannot be used, or a mix that cannot be drawn from them.
-
-    """
+    """Prepare and pack the data, unless they are given, and make the mix; `InputError` if that cannot be."""
     data = data or read_data(checked.config, checked.tokenizer)
     return PreparedRun(checked.config, data, Mix.of(checked.config, checked.resolved, data.train))
 
@@ -89,18 +77,7 @@ def prepare_run(checked: CheckedRun, data: Data | None = None) -> PreparedRun:
 def set_up(
     config: RunConfig, run_dir: Path, *, resume: Resume = "no", allow_source_change: bool = False
 ) -> PreparedRun:
-    """Refuse all that `train` may refuse before ranks wait for one another, and prepare the run.
-
-    Args:
-        config: one that `check_run` has passed.
-        run_dir: where everything is to be written.
-        resume: `no`, `must` or `auto`.
-        allow_source_change: whether a resumed run may have other sources than it had.
-
-    Raises:
-        InputError: what is wrong.
-
-    """
+    """Refuse, as `InputError`, all that `train` may before ranks wait for one another; prepare the run."""
     checked = check_before_start(config, fresh=begins(run_dir, resume))
     check_run_dir(run_dir, resume)
     if config.checkpoint.save_hf is not None:

@@ -33,33 +33,25 @@ NOTABLE_DROP = 0.1
 def report_start(prepared: PreparedRun, run_dir: Path, changes: Sequence[str], notes: Sequence[str]) -> None:
     """Print everything a user should see once, on one rank.
 
-    Args:
-        prepared: the run.
-        run_dir: where everything is written.
-        changes: settings that are not those of the checkpoint.
-        notes: what was found wrong with checkpoints that are not used.
-
+    `changes` are settings that are not those of the checkpoint, `notes` tell of checkpoints not used.
     """
     config, data = prepared.config, prepared.data
     print(f"------------------------ arguments ------------------------\n{to_yaml(config).rstrip()}")
     print("-------------------- end of arguments ---------------------")
-    print(prepared_table(data.reports))
-    for line in shared_lines(list(source_files(config)), config):
-        print(line)
-    print()
-    print(packed_table([*data.train, *data.probe]))
-    print()
-    print(share_table(data.train, prepared.mix.initial_D))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    print(f"\n{overview(prepared, world_size)}")
-    for line in mix_warnings(config):
-        print(line)
-    print("\nthe beginning of a row, [[what is trained on]] and {{special tokens}} in brackets:")
-    print(excerpt(plain(row_text(data.train[0], 0, data.tokenizer)), SHOWN_LINES))
-    for note in notes:
-        print(note)
-    for change in changes:
-        print(f"changed since the checkpoint: {change}")
+    lines = [
+        prepared_table(data.reports),
+        *shared_lines(list(source_files(config)), config),
+        f"\n{packed_table([*data.train, *data.probe])}",
+        f"\n{share_table(data.train, prepared.mix.initial_D)}",
+        f"\n{overview(prepared, world_size)}",
+        *mix_warnings(config),
+        "\nthe beginning of a row, [[what is trained on]] and {{special tokens}} in brackets:",
+        excerpt(plain(row_text(data.train[0], 0, data.tokenizer)), SHOWN_LINES),
+        *notes,
+        *(f"changed since the checkpoint: {change}" for change in changes),
+    ]
+    print(*lines, sep="\n")
     ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
     print(f"\ntraining on {ranks}; everything is written to {run_dir}:\n{written(config)}\n", flush=True)
 
@@ -130,7 +122,7 @@ def shared_lines(files: Sequence[SourceFile], config: RunConfig) -> list[str]:
 
 def mix_warnings(config: RunConfig) -> list[str]:
     """Return a line for each setting with which the strategy changes weights late, or never."""
-    mixing, lines = config.mixing, late_changes(config.mixing)
+    mixing, lines = config.mixing, _late_changes(config.mixing)
     if not any(mixing.chosen.needs):
         return lines
     if config.training.train_iters is not None and mixing.interval >= config.training.train_iters:
@@ -147,19 +139,18 @@ def mix_warnings(config: RunConfig) -> list[str]:
     return lines
 
 
-def late_changes(mixing: MixingConfig) -> list[str]:
+def _late_changes(mixing: MixingConfig) -> list[str]:
     """Return a line if a plan made beforehand is to change weights where there is no update."""
     points: dict[str, list[int]] = {
         "schedule": [point[0] for point in mixing.schedule or ()],
         "sequential": [mixing.options.get("every", 0)],
     }
-    late = [point for point in points.get(mixing.strategy, ()) if point % mixing.interval]
-    if not late:
-        return []
-    return [
-        f"WARNING: {mixing.strategy} is to change the weights at {', '.join(map(str, late))}, between two "
-        f"updates (--interval {mixing.interval}); they will change at the update that follows"
-    ]
+    late = ", ".join(str(point) for point in points.get(mixing.strategy, ()) if point % mixing.interval)
+    text = (
+        f"WARNING: {mixing.strategy} is to change the weights at {late}, between two updates (--interval "
+        f"{mixing.interval}); they will change at the update that follows"
+    )
+    return [text] if late else []
 
 
 def share_table(rows: Sequence[PackedRows], row_shares_D: NDArray[np.float64]) -> str:

@@ -146,10 +146,9 @@ class Trainer:
         self.drawn.fold(micro_batches, progress.consumed_samples)
         progress.iteration += 1
         progress.consumed_samples += batch_size
-        seconds = time.perf_counter() - start
+        seconds, tokens = time.perf_counter() - start, float(stats.tokens_D.sum())
         self.interval.iterations += 1
         self.interval.seconds += seconds
-        tokens = float(stats.tokens_D.sum())
         self.live.step(stats.lm_loss, tokens / seconds, self.reweighting.blend.weights_D)
         return stopping
 
@@ -189,6 +188,7 @@ class Trainer:
         return self._schedule.samples_after(iterations, self.progress.consumed_samples)
 
     def _log(self, total: int) -> None:
+        """Put the log interval on record, and the samples that were trained on in it; begin the next."""
         progress, interval = self.progress, self.interval
         aux_losses = {}
         if interval.micro_batches_here:  # none if every batch was skipped
@@ -215,11 +215,6 @@ class Trainer:
         self.say(training_line(record, total, datetime.now()))
         self.say(source_loss_line(record))
         self.interval = LogInterval(SourceStats.zero(len(sources)))
-        self._log_samples()
-
-    def _log_samples(self) -> None:
-        """Put on record which samples were trained on since the last time."""
-        progress = self.progress
         line = self.drawn.line(progress.iteration, progress.consumed_samples, self.run.platform.device)
         if self.writer is not None:
             self.writer.ledger(line)
@@ -261,9 +256,7 @@ class Trainer:
     def save(self, *, last: bool) -> Path:
         """Write a checkpoint of the state after the last whole iteration, unless there is one.
 
-        Args:
-            last: whether the run ends with it, so that it must be whole when this returns.
-
+        If it is the `last` of the run, it is whole when this returns.
         """
         progress = self.progress
         if progress.iteration != self.saving.newest:

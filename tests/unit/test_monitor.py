@@ -351,7 +351,7 @@ def test_a_diverged_loss_is_recorded_not_fatal(tmp_path):
 
 def test_a_full_disk_stops_the_run_and_names_the_file(tmp_path):
     writer = JsonlWriter(tmp_path / "metrics.jsonl")
-    writer._file = open("/dev/full", "w")  # noqa: SIM115
+    writer._file = open("/dev/full", "wb")  # noqa: SIM115
     for write in (lambda: writer.write(event_of(1)), writer.flush, writer.close):
         with pytest.raises(TrainingStopped, match=r"metrics.jsonl cannot be written \(No space left on dev"):
             write()
