@@ -53,7 +53,7 @@ def calls(monkeypatch):
 
     count(config_load, "load_config", lambda args, kwargs: "config")
     count(setup, "load_tokenizer", lambda args, kwargs: "tokenizer")
-    count(PackedRows, "build", lambda args, kwargs: f"packing of {kwargs['name']}")
+    count(PackedRows, "__init__", lambda args, kwargs: f"packing of {kwargs['name']}")
     count(MixingController, "__init__", lambda args, kwargs: "controller")
     count(MixingController, "start", lambda args, kwargs: "first weights")
     for reader in READERS:
