@@ -134,7 +134,7 @@ def flash_attention(facts: Facts) -> Finding:
 
 GIB = 2**30
 BUSY_SHARE = 0.9
-"""Of a GPU's memory; with less of it free another process is using the GPU."""
+"""Share of a GPU's memory; with less of it free another process is using the GPU."""
 
 
 def cuda(facts: Facts) -> Finding:
@@ -213,7 +213,7 @@ def infiniband(facts: Facts) -> Finding:
 TOGETHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 BELOW = (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
 SAME = (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"))
-"""Of one job that `srun` started: a rank of `torchrun` has a number of its own."""
+"""Variables of a job that `srun` started: a rank of `torchrun` has a number of its own."""
 OLD_NAMES = ("NCCL_ASYNC_ERROR_HANDLING", "NCCL_BLOCKING_WAIT", "NCCL_DESYNC_DEBUG")
 OFF = ("0", "false", "no")
 OPEN_FILES = 4096

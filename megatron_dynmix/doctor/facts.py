@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from megatron_dynmix.config import RunConfig
 
 UNLIMITED = -1
-"""Of a limit that is not set."""
+"""A limit that is not set."""
 SMI = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 SMI_SECONDS = 20
 
@@ -48,7 +48,7 @@ class Folder:
 
     path: str
     kind: str = "ext4"
-    """Of file system."""
+    """Kind of file system."""
     free: int = 1000 * 2**30
     error: str = ""
     """Why a file could not be written, flushed and renamed; empty if it could."""
@@ -68,7 +68,7 @@ class Facts:
     versions: Mapping[str, str] = field(default_factory=dict)
     """Installed distributions by the name that indexes compare: `Flash_Attn` is `flash-attn`."""
     import_errors: Mapping[str, str] = field(default_factory=dict)
-    """Of compiled modules that are installed and fail to import: why."""
+    """Why a compiled module that is installed fails to import, by module."""
     apex: Literal["none", "NVIDIA", "namesake"] = "none"
     flash_attention_range: tuple[str, str] | None = None
     """Versions that Transformer Engine accepts, least and greatest; None if it cannot be asked."""
@@ -103,9 +103,9 @@ class Facts:
     folder: Folder | None = None
     """What came of trying it; None where there is none."""
     config: RunConfig | None = None
-    """Of the run that this machine is checked for, if there is one."""
+    """The run that this machine is checked for, if there is one."""
     checkpoint_bytes: int | None = None
-    """Of one checkpoint of the run."""
+    """Size of one checkpoint of the run."""
     model_error: str = ""
     """Why the run's model cannot be sized."""
 

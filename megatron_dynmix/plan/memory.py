@@ -41,9 +41,9 @@ MASTER, MOMENTS = 4, 8
 """Bytes of the optimizer for each parameter, unless it is told other types."""
 PRECISION_AWARE = ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 OVERHEAD_BYTES = 2 * 2**30
-"""Of a GPU that no formula has: the CUDA context, NCCL's buffers, workspaces of the libraries."""
+"""What no formula has on a GPU: the CUDA context, NCCL's buffers, workspaces of the libraries."""
 FRAGMENTATION = 1.05
-"""Of what the allocator holds to what is in use, with room for rows of experts that get more than others."""
+"""What the allocator holds over what is in use, with room for rows of experts that get more than others."""
 LOSS_COPIES = 2
 """Logits in float32 that the loss holds at once: the softmax, which is kept, and its gradient."""
 
@@ -55,9 +55,9 @@ class Activations:
     layers: int
     """Kept by the layers of all micro-batches whose backward pass is still to come."""
     working: int
-    """Of the one layer whose forward pass is done again, with full recomputation."""
+    """Bytes of the one layer whose forward pass is done again, with full recomputation."""
     logits: int
-    """Of the last stage: the logits, and what the loss makes of them."""
+    """Bytes of the last stage: the logits, and what the loss makes of them."""
 
     @property
     def total(self) -> int:

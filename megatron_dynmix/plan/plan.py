@@ -29,11 +29,11 @@ class SourceWork:
 
     name: str
     rows: int
-    """Of an epoch."""
+    """Rows of an epoch."""
     useful_share: float
     """Tokens that are no padding, of all positions of the rows."""
     share: float
-    """Of the rows drawn, at the start."""
+    """Share of the rows drawn, at the start."""
 
     @classmethod
     def of(cls, rows: PackedRows, share: float) -> SourceWork:
@@ -52,7 +52,7 @@ class MixingWork:
     mixing_compute_share: float
     """Part of all computing that is spent on probes."""
     count_bytes: int
-    """Of the counts that each rank sends and receives for an update."""
+    """Size of the counts that each rank sends and receives for an update."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,7 +167,7 @@ class MixingUpdate(Line):
     probe_loss: list[float | None] | None = None
     """Mean losses in nats on held-out rows; None for a source without a trained token."""
     entropy: float
-    """Of the new weights, in nats."""
+    """Entropy of the new weights, in nats."""
     kl_step: float
     """KL divergence of the new weights from the old, in nats."""
     counts: Mapping[str, NDArray[Any]] = field(default_factory=dict)
@@ -249,7 +249,7 @@ class SamplesLine(Line):
     first_sample: int
     consumed_samples: int
     digest: str
-    """Of the samples first_sample <= i < consumed_samples, see `DrawnSamples`; 16 hexadecimal digits."""
+    """Digest of samples first_sample <= i < consumed_samples, see `DrawnSamples`; 16 hexadecimal digits."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,12 +66,12 @@ def entries_of(
 
 MOST_FRAMES = 60
 MOST_CELLS = 1_500_000
-"""Of all frames of a heat map; one byte each."""
+"""Cells in all frames of a heat map; one byte each."""
 COLOURED = 0.995
 """Share of the values in a run's second half that the colours tell apart: its first loads may be far from
 all others."""
 MOST_COLUMNS = 256
-"""Of gate loads; a model with more experts in all its layers is shown by the mean over its layers."""
+"""Columns of gate loads; a model with more experts in all its layers is shown by the mean over its layers."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def quantised(frames: Sequence[Frame]) -> dict[str, Any] | None:
 FILES = ("config.yaml", "mixing.jsonl", "metrics.jsonl", "ledger.jsonl", "events.jsonl")
 FOLDERS = ("checkpoints", "tensorboard")
 MOST_POINTS = 400
-"""Of a curve: more cannot be told apart on a screen."""
+"""Points of a curve: more cannot be told apart on a screen."""
 PHASES = ("signal", "reduce", "update", "rebuild")
 
 
@@ -224,12 +224,12 @@ class Run:
 
     @property
     def step_seconds(self) -> float:
-        """Of all training steps."""
+        """Seconds of all training steps."""
         return step_seconds(self.metrics)
 
     @property
     def mixing_seconds(self) -> float:
-        """Of all weight updates."""
+        """Seconds of all weight updates."""
         return sum(value for update in self.updates for value in update.seconds.values() if value > 0)
 
 

@@ -25,7 +25,7 @@ from megatron_dynmix.records.text_table import table
 from megatron_dynmix.training.setup import PreparedRun
 
 SHOWN_LINES = 10
-"""Of a row, at the start of the log."""
+"""Lines of a row at the start of the log."""
 NOTABLE_DROP = 0.1
 """Share of a source's examples whose loss deserves a line of its own."""
 

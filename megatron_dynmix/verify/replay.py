@@ -64,12 +64,12 @@ class Replay:
     def __init__(self, stage: StageLine) -> None:
         self.sample = 0
         self.retired: list[SourceTally] = []
-        """Of sources that left, or whose content changed."""
+        """Tallies of sources that left, or whose content changed."""
         self.tallies = _tallies(stage)
         self.worst_stray = 0.0
         """Most rows that any prefix of a chunk was off its weights."""
         self.digest = 0
-        """Of the samples since it was last set to 0; see `DrawnSamples`."""
+        """Digest of the samples since it was last set to 0; see `DrawnSamples`."""
         self._cursor = Cursor.start(len(stage.weights))
         self._chunk: Chunk | None = None
         self.stage = stage

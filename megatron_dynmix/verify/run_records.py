@@ -29,7 +29,7 @@ class RunRecords:
     with_arrays: Callable[[MixingUpdate], MixingUpdate]
     """Adds what was measured, see `with_signal`."""
     consumed_samples: dict[int, int]
-    """Of `metrics.jsonl`, by iteration."""
+    """From `metrics.jsonl`, by iteration."""
     skipped_iterations: int
     state: RunState | None
     """Run state of the newest checkpoint."""

@@ -8,7 +8,7 @@ from megatron_dynmix.records.text_table import table
 from megatron_dynmix.verify.replay import SourceTally
 
 TOLERANCE = 1e-12
-"""Of recomputed numbers: the same bits on the same machine, a rounding apart on another."""
+"""How far recomputed numbers may be off: the same bits on the same machine, a rounding apart on another."""
 
 
 class NotProven(Exception):
