@@ -10,6 +10,7 @@ import pytest
 from tests.distributed import fault_programs
 from tests.distributed.ranks import run_ranks, started_ranks
 
+pytestmark = pytest.mark.alone
 SAVING = ["--train-iters", "6", "--interval", "3", "--save-interval", "3"]
 SHORT = ["--distributed-timeout-minutes", "0.1"]
 

@@ -18,6 +18,7 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.test_faults import without_clock
 from tests.distributed.test_launch import children_of
 
+pytestmark = pytest.mark.alone
 TRAIN = Path(__file__).parents[2] / "examples/torchrun.sh"
 HOSTS = ["10.213.7.1", "10.213.7.2"]
 

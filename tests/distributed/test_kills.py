@@ -4,6 +4,8 @@ import pytest
 
 from tests.distributed import kills
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.parametrize(
     "extra",

@@ -19,6 +19,7 @@ from tests.distributed.conftest import SMALL
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_faults import without_clock
 
+pytestmark = pytest.mark.alone
 ROOT = Path(__file__).parents[2]
 
 

@@ -86,7 +86,7 @@ def _code_of(main, arguments, environment) -> int:
 class ForkedRank:
     """What `launch_ranks` needs of `subprocess.Popen`, for `python -m megatron_dynmix ...`."""
 
-    def __init__(self, command, *, env, start_new_session, pass_fds):
+    def __init__(self, command, *, env, **same_for_every_fork):
         from megatron_dynmix.cli import main
 
         self.returncode = None
