@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_dynmix.config import leaves
 from megatron_dynmix.config import megatron_fields as known
 from megatron_dynmix.config import run_config as tree
-from megatron_dynmix.config import settings as leaves
 from megatron_dynmix.mixing.strategies import STRATEGIES
 
 HEAD = """# Configuration reference

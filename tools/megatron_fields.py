@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmix import platform
-from megatron_dynmix.config.settings import DECIDED
+from megatron_dynmix.config.leaves import DECIDED
 
 OWNERS = {
     "ModelParallelConfig": "megatron.core.model_parallel_config",

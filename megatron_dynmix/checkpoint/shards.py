@@ -30,7 +30,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from megatron_dynmix.checkpoint.folder import Checksum, checksum
 from megatron_dynmix.job.agreement import together
-from megatron_dynmix.platform.megatron import use_results_queue
+from megatron_dynmix.platform.megatron_patches import use_results_queue
 
 BACKEND = ("torch_dist", 1)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dynmix.config import settings as leaves
+from megatron_dynmix.config import leaves
 from megatron_dynmix.config.load import parse_flags
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.errors import InputError

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from megatron_dynmix.config import settings as leaves
+from megatron_dynmix.config import leaves
 from megatron_dynmix.config.load import StrictLoader
 from megatron_dynmix.errors import InputError
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
+from megatron_dynmix.config import leaves
 from megatron_dynmix.config import run_config as tree
-from megatron_dynmix.config import settings as leaves
 from megatron_dynmix.config.strategies import option_hints
 from megatron_dynmix.errors import InputError
 

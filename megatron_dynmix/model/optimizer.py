@@ -19,7 +19,7 @@ from megatron.core.utils import get_model_config
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.megatron import optimizer_config
-from megatron_dynmix.platform.megatron import load_states_without_step
+from megatron_dynmix.platform.megatron_patches import load_states_without_step
 
 SHARDING_TYPE = "fully_reshardable"
 """The default cannot be saved from these optimizers, and another one not be loaded into another layout."""

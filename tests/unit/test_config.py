@@ -9,10 +9,10 @@ from config_fixtures import good_settings, load, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_dynmix.config.leaves import DECIDED, FLAG_ALIASES, all_leaves
 from megatron_dynmix.config.load import load_config, to_dict, to_yaml
 from megatron_dynmix.config.megatron import ddp_config, moe_layers, optimizer_config, transformer_config
 from megatron_dynmix.config.presets import PRESETS
-from megatron_dynmix.config.settings import DECIDED, FLAG_ALIASES, all_leaves
 from megatron_dynmix.errors import InputError
 
 

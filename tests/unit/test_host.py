@@ -6,8 +6,8 @@ import pytest
 from config_fixtures import good_settings, load
 
 from megatron_dynmix.config.host import NEEDS, Host, check_host, without_unmet
+from megatron_dynmix.config.leaves import all_leaves
 from megatron_dynmix.config.megatron import transformer_config
-from megatron_dynmix.config.settings import all_leaves
 from megatron_dynmix.errors import InputError
 
 CPU = Host(cuda=False, transformer_engine=False)

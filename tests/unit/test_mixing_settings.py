@@ -10,9 +10,9 @@ from config_fixtures import good_settings, load
 
 from megatron_dynmix.cli import main
 from megatron_dynmix.config.check import check_run
+from megatron_dynmix.config.leaves import all_leaves, mixing_leaves
 from megatron_dynmix.config.load import to_yaml
 from megatron_dynmix.config.run_config import MixingConfig
-from megatron_dynmix.config.settings import all_leaves, mixing_leaves
 from megatron_dynmix.config.strategies import RESOLVED, option_hints
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.strategies import STRATEGIES
