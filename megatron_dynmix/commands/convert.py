@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dynmix.convert.families import prediction_text
 from megatron_dynmix.convert.staging import partial_of
 from megatron_dynmix.errors import EXIT_FAILED, InputError
 from megatron_dynmix.records.text_table import table
@@ -119,6 +118,8 @@ def verdict_text(verdict: Verdict) -> str:
             lines += ["", f"values differ in {', '.join(differing[:SHOWN])}{more}"]
         lines += ["", *([verdict.logits.describe()] if verdict.logits is not None else [])]
     if verdict.predicting:
+        from megatron_dynmix.convert.families import prediction_text
+
         lines.append(f"not converted: {prediction_text(verdict.predicting)}")
     lines += [f"note: {note}" for note in verdict.notes]
     if not verdict.passed:
