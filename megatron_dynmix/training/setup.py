@@ -6,18 +6,18 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_dynmix import platform
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.check import check_tokenizer
-from megatron_dynmix.config.host import Host, check_host
+from megatron_dynmix.config.host import check_host
 from megatron_dynmix.config.megatron import check_with_megatron
 from megatron_dynmix.config.megatron_fields import model_settings, moe_layers
 from megatron_dynmix.data.sources import Data, read_data
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.data.tokenizer.load import load_tokenizer
+from megatron_dynmix.plan.parameters import this_host
 from megatron_dynmix.training.mix_setup import Mix, Resolved, check_mix
 from megatron_dynmix.training.resume import Resume, begins, check_pretrained, check_resume, check_run_dir
 
@@ -45,16 +45,8 @@ def check_before_start(config: RunConfig, *, fresh: bool = True) -> CheckedRun:
 
     What a run began with need not be there any more when it is resumed, and so is not `fresh`.
     """
-    here = platform.start()
-    check_host(
-        config,
-        Host(
-            cuda=here.device.type == "cuda",
-            transformer_engine=here.transformer_engine,
-            deep_ep=importlib.util.find_spec("deep_ep") is not None,
-            wandb=importlib.util.find_spec("wandb") is not None,
-        ),
-    )
+    installed = {name: importlib.util.find_spec(name) is not None for name in ("deep_ep", "wandb")}
+    check_host(config, replace(this_host(), **installed))
     resolved = check_mix(config, len(moe_layers(model_settings(config))))
     check_with_megatron(config)
     tokenizer = load_tokenizer(config.data.tokenizer or "", trust_remote_code=config.data.trust_remote_code)
