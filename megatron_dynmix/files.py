@@ -6,18 +6,39 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_dynmix.errors import InputError
 
 
-def parse_json(raw: bytes) -> Any:
+class Number(float):
+    """A JSON number with a fraction or an exponent that keeps its digits: `1.10`, `1e5`.
+
+    `json.dumps` writes floats by their value: it is `text` that stands in the row.
+    """
+
+    def __new__(cls, text: str) -> Number:
+        """Return the number that is written so."""
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def parse_json(raw: bytes, parse_float: Callable[[str], float] = float) -> Any:
     """Return the value of one JSON text; `ValueError` with a short reason if it is not strict JSON."""
     try:
         return json.loads(
-            raw.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys
+            raw.decode("utf-8"),
+            parse_float=parse_float,
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_unique_keys,
         )
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start} of the line") from None

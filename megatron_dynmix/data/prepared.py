@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dynmix.config.run_config import RowFormat
+from megatron_dynmix.data.prepare.notices import Noticed
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import sha256, write_atomically
 
 WRITTEN = ("bin", "idx", "digests", "json")
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised when the same inputs would give other files; sources of another version are prepared again."""
 DIGEST_BYTES = 16
 DIGEST = np.dtype([("high", ">u8"), ("low", ">u8")])
@@ -66,6 +67,7 @@ class SourceReport:
 
     ``examples`` are written. ``untrained`` (no token to train on) and ``broken`` (no usable
     conversation) rows are not; the first few are in ``first_broken`` as ``file:line: reason``.
+    ``notices`` tell what rows have that a user should know of.
     ``split`` conversations became ``split_parts`` examples; ``held_out`` examples are in the probe's
     files. So ``rows - split + split_parts = examples + held_out + untrained + broken``.
     ``duplicates`` counts written examples whose text was written before. ``tokens``,
@@ -88,6 +90,7 @@ class SourceReport:
     split_parts: int
     held_out: int
     first_broken: tuple[str, ...]
+    notices: tuple[Noticed, ...]
     inputs: tuple[InputFile, ...]
     recipe: Recipe
     probe_of: str | None
@@ -137,6 +140,7 @@ def load_report(prefix: Path) -> SourceReport:
             )
         content["inputs"] = tuple(InputFile(**entry) for entry in content["inputs"])
         content["first_broken"] = tuple(content["first_broken"])
+        content["notices"] = tuple(Noticed(**entry) for entry in content["notices"])
         content["recipe"] = Recipe(**content["recipe"])
         report = SourceReport(**content)
         sizes = [file_of(prefix, suffix).stat().st_size for suffix in ("bin", "idx", "digests")]

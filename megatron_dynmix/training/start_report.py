@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_yaml
 from megatron_dynmix.config.run_config import MixingConfig
+from megatron_dynmix.data.prepare.notices import HINTS
 from megatron_dynmix.data.prepared import SourceReport, file_of, read_digests, shared_texts
 from megatron_dynmix.data.row_text import excerpt, plain, row_text
 from megatron_dynmix.data.rows import PackedRows
@@ -103,7 +104,17 @@ def prepared_table(reports: Sequence[SourceReport]) -> str:
         for report in reports
     ]
     broken = [f"  broken: {line}" for report in reports for line in report.first_broken]
-    return "\n".join([table(header, rows), *broken])
+    notices = [f"  {line}" for report in reports for line in notice_lines(report)]
+    return "\n".join([table(header, rows), *broken, *notices])
+
+
+def notice_lines(report: SourceReport) -> list[str]:
+    """Return a line for each thing that rows of a source have and a user should know of."""
+    return [
+        f"{report.name}: {one.kind}{f' {one.detail}' if one.detail else ''} in "
+        f"{one.rows:,} row{'s' if one.rows > 1 else ''} (first: {one.first}): {HINTS[one.kind]}"
+        for one in report.notices
+    ]
 
 
 def shared_lines(files: Sequence[SourceFile], config: RunConfig) -> list[str]:

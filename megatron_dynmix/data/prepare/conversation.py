@@ -4,20 +4,29 @@ What cannot be one is a ValueError with a short reason, without a location.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
+
+from megatron_dynmix.data.prepare.notices import Notice
 
 Role = Literal["system", "user", "assistant", "tool", "text"]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one speaker says at once; ``extra`` holds the keys of tool calls and results for templates."""
+    """What one speaker says at once.
+
+    ``text`` is None where the row has null. ``extra`` holds the keys of tool calls and results as they were
+    given: the ``arguments`` of a call are an object or a string. ``reasoning`` comes before the text.
+    """
 
     role: Role
-    text: str
-    extra: Mapping[str, Any] | None = None
+    text: str | None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    reasoning: str | None = None
+    is_trained: bool | None = None
+    """Whether the row itself says that an answer is trained on; None leaves it to `train_on`."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +34,20 @@ class Conversation:
     """Turns in order: at most one system turn, then user and assistant alternating, assistant last.
 
     An assistant turn with tool calls is followed by tool turns, then by the assistant again. A row of
-    plain text is a single turn of the role ``text``. ``tools`` are JSON schemas.
+    plain text is a single turn of the role ``text``. ``tools`` are JSON schemas, ``template_kwargs`` what
+    the row gives to the chat template beside them. Numbers in all of them are `files.Number` where they
+    were written with a fraction or an exponent.
     """
 
     turns: tuple[Turn, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    notices: tuple[Notice, ...] = ()
 
 
 def checked_conversation(turns: Sequence[Turn], tools: tuple[Mapping[str, Any], ...] = ()) -> Conversation:
     """Return the turns in order, without a blank system prompt."""
-    kept = [turn for turn in turns if turn.role != "system" or turn.text.strip()]
+    kept = [turn for turn in turns if turn.role != "system" or (turn.text or "").strip()]
     _check_order(kept)
     return Conversation(tuple(kept), tools)
 
@@ -60,7 +73,7 @@ def _check_order(turns: list[Turn]) -> None:
 
 
 def _check_pair(earlier: Turn, later: Turn) -> None:
-    is_call = bool(earlier.extra and earlier.extra.get("tool_calls"))
+    is_call = bool(earlier.extra.get("tool_calls"))
     if later.role == "tool":
         if not is_call and earlier.role != "tool":
             raise ValueError(f"a tool's result after the {earlier.role}'s turn, where no tool was called")

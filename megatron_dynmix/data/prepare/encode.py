@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from megatron_dynmix.data.prepare.conversation import Conversation, Turn
 from megatron_dynmix.data.prepare.examples import Examples, pack_examples
 from megatron_dynmix.data.prepare.formats import Format
+from megatron_dynmix.data.prepare.notices import Noticed, merged, noticed
 from megatron_dynmix.data.prepare.readers import RawRow
 from megatron_dynmix.data.prepare.template import Rendered, Renderer, token_mask
 from megatron_dynmix.data.prepared import DIGEST_BYTES
@@ -45,9 +46,12 @@ class Counts:
     split: int = 0
     split_parts: int = 0
     first_broken: tuple[str, ...] = ()
+    notices: tuple[Noticed, ...] = ()
+    """Of rows that have become examples, or would have if they trained anything."""
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+        total = Counts(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+        return replace(total, notices=merged(total.notices))
 
 
 class Encoded(NamedTuple):
@@ -110,6 +114,11 @@ class Encoder:
                     untrained.append(f"{place}: no token to train on")
         counts.untrained = len(untrained)
         counts.first_broken = (*broken, *untrained)
+        counts.notices = merged(
+            one
+            for place, conversation, rendered in read
+            for one in noticed(place, (*conversation.notices, *rendered.notices))
+        )
         return Encoded(counts, pack_examples(ids, trained, digests, self.dtype), chunk.size)
 
     def _tokens(self, rendered: Sequence[Rendered]) -> list[Masked]:

@@ -16,7 +16,7 @@ from megatron_dynmix.config.run_config import FormatName
 from megatron_dynmix.data.prepare.conversation import Conversation, Role, Turn, checked_conversation
 from megatron_dynmix.data.prepare.readers import parsed_rows
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.files import parse_json
+from megatron_dynmix.files import Number, parse_json
 
 NO_FIELDS: Mapping[str, str] = MappingProxyType({})
 _MESSAGE_ROLES: dict[str, Role] = {
@@ -153,7 +153,7 @@ def _turn_of_message(where: str, item: dict[str, Any], fields: Mapping[str, str]
     text = _string(f'{where}: "{content_key}"', content)
     if role in ("user", "assistant") and not calls and not text.strip():
         raise ValueError(f"{where}: the {role}'s text is empty")
-    return Turn(role, text, extra if calls or role == "tool" else None)
+    return Turn(role, text, extra if calls or role == "tool" else {})
 
 
 def _tool_calls(where: str, given: object) -> list[dict[str, Any]]:
@@ -190,7 +190,7 @@ def _check_json(where: str, value: object) -> None:
 
 def _json(where: str, text: str) -> Any:
     try:
-        return parse_json(_string(where, text).encode())
+        return parse_json(_string(where, text).encode(), Number)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.files import parse_json
+from megatron_dynmix.files import Number, parse_json
 
 UTF8_BOM = b"\xef\xbb\xbf"
 _SPACE = b" \t\r\n"
@@ -128,8 +128,8 @@ class RawRow:
     content: bytes | dict[str, Any]
 
     def parse(self) -> Any:
-        """Return the row's value; what is not strict JSON is a ValueError with a short reason."""
-        return parse_json(self.content) if isinstance(self.content, bytes) else self.content
+        """Return the row's value, numbers with their digits; what is not strict JSON is a ValueError."""
+        return parse_json(self.content, Number) if isinstance(self.content, bytes) else self.content
 
 
 def find_inputs(path: str | Path) -> list[Path]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from megatron_dynmix.config.run_config import JINJA_SUFFIXES, TrainOn
 from megatron_dynmix.data.prepare.conversation import Conversation, Turn
 from megatron_dynmix.data.prepare.jinja import ChatTemplate, compiled
+from megatron_dynmix.data.prepare.notices import Notice
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import sha256
@@ -32,6 +33,7 @@ class Rendered:
 
     text: str
     trained_spans: tuple[tuple[int, int], ...]
+    notices: tuple[Notice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Renderer:
         """
         turns = conversation.turns
         if turns[0].role == "text":
-            bos, text = self.tokenizer.bos, self.tokenizer.special.guard(turns[0].text)
+            bos, text = self.tokenizer.bos, self.tokenizer.special.guard(turns[0].text or "")
             whole = f"{bos}{text}{self.tokenizer.eos}"
             return Rendered(whole, ((len(bos), len(whole)),))
         if self.train_on == "completion" and (rounds := sum(t.role == "assistant" for t in turns)) > 1:
@@ -101,7 +103,7 @@ class Renderer:
     def _guarded(self, conversation: Conversation) -> Conversation:
         special = self.tokenizer.special
         turns = tuple(
-            Turn(turn.role, special.guard(turn.text), special.guard_json(turn.extra))
+            Turn(turn.role, special.guard(turn.text or ""), special.guard_json(turn.extra))
             for turn in conversation.turns
         )
         return Conversation(turns, tuple(special.guard_json(tool) for tool in conversation.tools))
@@ -121,7 +123,7 @@ class Renderer:
         assert self.source is not None, "read at construction"
         template = compiled(self.source)
         messages: list[dict[str, Any]] = [
-            {"role": turn.role, "content": turn.text, **(turn.extra or {})} for turn in conversation.turns
+            {"role": turn.role, "content": turn.text, **turn.extra} for turn in conversation.turns
         ]
         _refuse_unknown_tools(template, messages, conversation)
         given: Mapping[str, Any] = {"tools": conversation.tools, "names": self.tokenizer.template_names}
@@ -150,7 +152,7 @@ class Renderer:
     def _with_end(self, text: str, span: tuple[int, int], turn: Turn, number: int) -> tuple[int, int]:
         """Return the span of an answer with its end-of-turn token, and without space behind that."""
         start, end = span
-        said = turn.text.strip()
+        said = (turn.text or "").strip()
         if said not in text[start:end]:
             raise InputError(
                 f"the chat template does not write answer {number} as it is; use the template vicuna, or "
@@ -210,7 +212,7 @@ def _chatml(turns: Sequence[Turn], eos: str) -> Iterator[tuple[str, bool]]:
 def _plain(turns: Sequence[Turn], eos: str) -> Iterator[tuple[str, bool]]:
     for turn in turns:
         is_answer = turn.role == "assistant"
-        yield turn.text + (eos if is_answer else "\n"), is_answer
+        yield (turn.text or "") + (eos if is_answer else "\n"), is_answer
 
 
 def _refuse_unknown_tools(
