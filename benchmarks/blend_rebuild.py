@@ -57,6 +57,7 @@ def new_blend(arguments: argparse.Namespace) -> DynamicBlendedDataset:
     return DynamicBlendedDataset(
         stand_ins(arguments, arguments.source_rows),
         np.full(arguments.sources, 1 / arguments.sources),
+        names=[f"source {number}" for number in range(arguments.sources)],
         seed=SEED,
         chunk_size=arguments.interval_rows,
     )

@@ -22,7 +22,7 @@ from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.controller import ControllerState
 
 RUN_STATE = "run_state.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 class Damaged(Exception):

@@ -1,4 +1,4 @@
-"""The blend as a pure function: global sample -> (dataset_id, row), from (seed, sizes, stages).
+"""The blend as a pure function: global sample -> (dataset_id, row), from (seed, names, sizes, stages).
 
 The weights of a run are a list of stages. A stage is materialized one chunk at a time; from chunk to
 chunk and from stage to stage only two small vectors carry over: how many rows of each source were drawn,
@@ -8,11 +8,14 @@ permutation that takes no memory. Axes: D sources, N samples of a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from megatron.core.datasets import helpers
 from numpy.typing import NDArray
+
+from megatron_dynmix.files import sha256
 
 _ROUNDS = 4
 MAX_STRAY = 2.0
@@ -196,18 +199,26 @@ def _exchange_last_rows(dataset_index_N: NDArray[np.int16], counts_D: NDArray[np
     return first
 
 
+def order_seed(seed: int, source: str) -> int:
+    """Return the number that a source's rows, and their order in every epoch, are drawn from.
+
+    It follows from the run's seed and the source's name, which no other source of the run has. So sources of
+    equal content are not drawn in step, which would put the same rows into the same batches, and an order
+    does not change with the other sources, nor with the place among them.
+    """
+    return int(sha256([seed, source])[:15], 16)
+
+
 def rows_of(
     dataset_id_N: NDArray[np.int16],
     ordinal_N: NDArray[np.int64],
     sizes_D: NDArray[np.int64],
-    shuffle_ids_D: NDArray[np.int64],
-    seed: int,
+    order_seeds_D: Sequence[int],
 ) -> NDArray[np.int64]:
     """Return which row of its source each drawn sample is.
 
     The first epoch takes the rows in their order (packing has shuffled them); each later epoch has its own
-    permutation, so every row is drawn once before any is drawn twice. `shuffle_ids_D` names the shuffles of
-    each source; unlike its index it never changes.
+    permutation, so every row is drawn once before any is drawn twice.
     """
     epoch_N, row_N = np.divmod(ordinal_N, sizes_D[dataset_id_N])
     later = np.flatnonzero(epoch_N)
@@ -222,25 +233,21 @@ def rows_of(
         row_N[here] = permute(
             row_N[here],
             size=int(sizes_D[dataset_id]),
-            seed=seed,
-            dataset_id=int(shuffle_ids_D[dataset_id]),
+            seed=order_seeds_D[dataset_id],
             epoch=int(epoch_N[here[0]]),
         )
     return row_N
 
 
-def permute(
-    position_N: NDArray[np.int64], *, size: int, seed: int, dataset_id: int, epoch: int
-) -> NDArray[np.int64]:
-    """Return the row at each position, 0 <= position < size, of the shuffle of one epoch of one source.
+def permute(position_N: NDArray[np.int64], *, size: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return the row at each position, 0 <= position < size, of the shuffle of one epoch.
 
     A Feistel network over the next power of four, with cycle walking: a bijection of 0..size-1. It is
     integer arithmetic of our own, so the order of a run does not depend on the release of a library.
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    key = splitmix64(np.array([seed % 2**64] * _ROUNDS, np.uint64))
-    key = splitmix64(splitmix64(key ^ np.uint64(dataset_id)) ^ np.uint64(epoch))
+    key = splitmix64(splitmix64(np.array([seed] * _ROUNDS, np.uint64)) ^ np.uint64(epoch))
     keys = splitmix64(key + np.array(range(_ROUNDS), np.uint64))
     value_N = position_N.astype(np.uint64)
     todo = np.arange(value_N.size)

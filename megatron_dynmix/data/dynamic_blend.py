@@ -12,7 +12,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from numpy.typing import NDArray
 
-from megatron_dynmix.data.blend import Chunk, Cursor, Stage, advance, build_chunk, rows_of
+from megatron_dynmix.data.blend import Chunk, Cursor, Stage, advance, build_chunk, order_seed, rows_of
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.strategy import half_of
 
@@ -27,7 +27,6 @@ class BlendState:
     seed: int
     chunk_size: int
     sizes: tuple[int, ...]
-    shuffle_ids: tuple[int, ...]
     stages: tuple[Stage, ...]
     cursor: Cursor
     """At the start of the chunk in use."""
@@ -37,13 +36,12 @@ class BlendState:
         return advance(self.cursor, np.array(self.stages[-1].weights), self.chunk_size, sample)
 
     def with_sources(
-        self, sizes: Sequence[int], shuffle_ids: Sequence[int], cursor: Cursor, weights_D: NDArray[np.float64]
+        self, sizes: Sequence[int], cursor: Cursor, weights_D: NDArray[np.float64]
     ) -> BlendState:
         """Return the state in which a stage of other sources has just begun at the cursor."""
         return replace(
             self,
             sizes=tuple(sizes),
-            shuffle_ids=tuple(shuffle_ids),
             stages=(*self.stages, Stage(cursor.sample, tuple(weights_D.tolist()))),
             cursor=cursor,
         )
@@ -54,7 +52,6 @@ class BlendState:
             "seed": self.seed,
             "chunk_size": self.chunk_size,
             "sizes": self.sizes,
-            "shuffle_ids": self.shuffle_ids,
             "stages": [[stage.start_sample, stage.weights] for stage in self.stages],
             "chunk_start": self.cursor.sample,
             "drawn": self.cursor.drawn_D.tolist(),
@@ -68,7 +65,6 @@ class BlendState:
             seed=record["seed"],
             chunk_size=record["chunk_size"],
             sizes=tuple(record["sizes"]),
-            shuffle_ids=tuple(record["shuffle_ids"]),
             stages=tuple(Stage(start, tuple(weights)) for start, weights in record["stages"]),
             cursor=Cursor(record["chunk_start"], np.array(record["drawn"]), np.array(record["owed"], float)),
         )
@@ -91,6 +87,7 @@ class DynamicBlendedDataset(BlendedDataset):
         datasets: Sequence[MegatronDataset],
         weights_D: NDArray[np.float64],
         *,
+        names: Sequence[str],
         seed: int,
         chunk_size: int,
     ) -> None:
@@ -109,7 +106,7 @@ class DynamicBlendedDataset(BlendedDataset):
         self.seed = seed
         self.chunk_size = chunk_size
         self.sizes_D = np.array([len(dataset) for dataset in datasets], np.int64)
-        self.shuffle_ids_D = np.arange(len(datasets))
+        self._order_seeds_D = [order_seed(seed, name) for name in names]
         self.stages: list[Stage] = []
         self._begin_stage(Cursor.start(len(datasets)), weights_D)
 
@@ -148,7 +145,7 @@ class DynamicBlendedDataset(BlendedDataset):
         for chunk in self._chunks:
             here = slice(max(first - chunk.start.sample, 0), max(last - chunk.start.sample, 0))
             ids_N, ordinal_N = chunk.dataset_index_N[here], chunk.ordinal_N[here]
-            rows_N = rows_of(ids_N, ordinal_N, self.sizes_D, self.shuffle_ids_D, self.seed)
+            rows_N = rows_of(ids_N, ordinal_N, self.sizes_D, self._order_seeds_D)
             found += zip(ids_N.tolist(), rows_N.tolist(), half_of(ordinal_N).tolist(), strict=True)
         return found
 
@@ -174,7 +171,6 @@ class DynamicBlendedDataset(BlendedDataset):
             seed=self.seed,
             chunk_size=self.chunk_size,
             sizes=tuple(self.sizes_D.tolist()),
-            shuffle_ids=tuple(self.shuffle_ids_D.tolist()),
             stages=tuple(self.stages),
             cursor=self.chunk.start,
         )
@@ -189,7 +185,6 @@ class DynamicBlendedDataset(BlendedDataset):
                 "seq_length and seed, or start a new run directory"
             )
         self.chunk_size = state.chunk_size
-        self.shuffle_ids_D = np.array(state.shuffle_ids, np.int64)
         self.stages = list(state.stages)
         weights_D = np.array(self.stages[-1].weights)
         self._chunks = deque([build_chunk(state.cursor, weights_D, self.chunk_size)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_dynmix.data.dynamic_blend import BlendState
 from megatron_dynmix.files import sha256
 
 Prints = Mapping[str, Sequence[str]]
@@ -26,15 +25,12 @@ class SourceSet:
     """Equal where the rows are."""
     sizes: tuple[int, ...]
     """Rows."""
-    shuffle_ids: tuple[int, ...]
-    """What names the shuffles of each source's later epochs."""
 
     @classmethod
-    def of(cls, prints: Prints, blend: BlendState) -> SourceSet:
-        """Return the sources of a blend."""
+    def of(cls, prints: Prints, sizes: Sequence[int]) -> SourceSet:
+        """Return sources of so many rows."""
         return cls(
             names=tuple(prints),
             fingerprints=tuple(map(fingerprint, prints.values())),
-            sizes=blend.sizes,
-            shuffle_ids=blend.shuffle_ids,
+            sizes=tuple(sizes),
         )

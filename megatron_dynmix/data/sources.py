@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dynmix.config import RunConfig
+from megatron_dynmix.data.blend import order_seed
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
 from megatron_dynmix.data.prepare.template import Renderer
 from megatron_dynmix.data.prepared import Recipe, SourceReport, load_report, probe_prefix, refuse_broken
@@ -177,7 +178,7 @@ def pack_file(config: RunConfig, file: SourceFile, tokenizer: Tokenizer) -> Pack
         name=file.label,
         prefix=file.prefix(config),
         seq_length=config.data.seq_length,
-        seed=config.training.seed,
+        seed=config.training.seed if file.is_probe else order_seed(config.training.seed, file.name),
         overlong=config.data.overlong,
         cache_dir=Path(config.data.prepared_dir) / "packing",
         pad_id=tokenizer.pad_id,
@@ -191,6 +192,7 @@ def build_blend(config: RunConfig, rows: list[PackedRows], weights_D: np.ndarray
     return DynamicBlendedDataset(
         rows,
         weights_D,
+        names=list(config.data.sources),
         seed=config.training.seed,
         chunk_size=config.mixing.interval * config.training.global_batch_size,
     )

@@ -99,7 +99,6 @@ def newest_stage(
         drawn=cursor.drawn_D.tolist(),
         owed=cursor.owed_D.tolist(),
         fingerprints=list(sources.fingerprints),
-        shuffle_ids=list(sources.shuffle_ids),
         mixing=mixing.flat(),
         resolved=dict(resolved),
         changes=list(changes),

@@ -210,7 +210,6 @@ class StageLine(Line):
     owed: list[float]
     """What rounding owes each source."""
     fingerprints: list[str]
-    shuffle_ids: list[int]
     mixing: dict[str, Any]
     """The settings that the weights came from, as `MixingConfig.flat` gives them."""
     resolved: dict[str, Any]
@@ -224,10 +223,7 @@ class StageLine(Line):
     def source_set(self) -> SourceSet:
         """Its sources, with all that tells them from others."""
         return SourceSet(
-            names=tuple(self.sources),
-            fingerprints=tuple(self.fingerprints),
-            sizes=tuple(self.sizes),
-            shuffle_ids=tuple(self.shuffle_ids),
+            names=tuple(self.sources), fingerprints=tuple(self.fingerprints), sizes=tuple(self.sizes)
         )
 
     @property

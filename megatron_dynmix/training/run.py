@@ -20,7 +20,7 @@ from megatron_dynmix.checkpoint.run_state import LogInterval, Progress, RunState
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.megatron import micro_batch_group, moe_layers, transformer_config
 from megatron_dynmix.data.loader import BlendLoader
-from megatron_dynmix.data.source_set import Prints, SourceSet, fingerprint
+from megatron_dynmix.data.source_set import Prints, SourceSet
 from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.data.sources import build_blend
 from megatron_dynmix.job.heartbeat import heartbeat_of_job
@@ -93,9 +93,9 @@ def _carried(state: RunState, reweighting: Reweighting, prints: Prints) -> tuple
     """Return the state for the sources of now, and what was done to it; `check_resume` has allowed it."""
     if not differences(state.fingerprints, prints):
         return state, []
-    before = SourceSet.of(state.fingerprints, state.mix.blend)
     change = SourceChange.between(
-        before, list(prints), list(map(fingerprint, prints.values())), reweighting.blend.sizes_D.tolist()
+        SourceSet.of(state.fingerprints, state.mix.blend.sizes),
+        SourceSet.of(prints, reweighting.blend.sizes_D.tolist()),
     )
     return change.carry(state, reweighting.blend.weights_D)
 

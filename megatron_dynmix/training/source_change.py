@@ -5,7 +5,6 @@ Pure: no files, no ranks. Axes: D sources.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,21 +47,12 @@ class SourceChange:
     """The same, where it holds the same rows too."""
 
     @classmethod
-    def between(
-        cls, before: SourceSet, names: Sequence[str], fingerprints: Sequence[str], sizes: Sequence[int]
-    ) -> SourceChange:
-        """Compare by name and fingerprint; sources that are not as they were get shuffles of their own."""
-        named_D = tuple(before.names.index(name) if name in before.names else None for name in names)
+    def between(cls, before: SourceSet, after: SourceSet) -> SourceChange:
+        """Compare by name and fingerprint."""
+        named_D = tuple(before.names.index(name) if name in before.names else None for name in after.names)
         kept_D = tuple(
             old if old is not None and before.fingerprints[old] == now else None
-            for old, now in zip(named_D, fingerprints, strict=True)
-        )
-        fresh = itertools.count(max(before.shuffle_ids) + 1)
-        after = SourceSet(
-            names=tuple(names),
-            fingerprints=tuple(fingerprints),
-            sizes=tuple(sizes),
-            shuffle_ids=tuple(next(fresh) if old is None else before.shuffle_ids[old] for old in kept_D),
+            for old, now in zip(named_D, after.fingerprints, strict=True)
         )
         return cls(before=before, after=after, named_D=named_D, kept_D=kept_D)
 
@@ -114,7 +104,7 @@ class SourceChange:
             log_interval=replace(log, stats=SourceStats.of(carried(log.stats.sums, self.named_D))),
             mix=replace(
                 mix,
-                blend=blend.with_sources(self.after.sizes, self.after.shuffle_ids, cursor, weights_D),
+                blend=blend.with_sources(self.after.sizes, cursor, weights_D),
                 controller=mix.controller.with_sources(self.after.names, self.kept_D, weights_D),
                 interval_counts=carried(mix.interval_counts, self.kept_D, axis=1),
                 interval_stats=SourceStats.of(carried(mix.interval_stats.sums, self.kept_D)),

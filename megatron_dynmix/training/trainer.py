@@ -225,7 +225,7 @@ class Trainer:
         if self.writer is None:
             return
         reweighting = self.reweighting
-        sources = SourceSet.of(self.identity.fingerprints, reweighting.blend.state)
+        sources = SourceSet.of(self.identity.fingerprints, reweighting.blend.sizes_D.tolist())
         line = newest_stage(
             reweighting.blend,
             sources,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dynmix.data.blend import Chunk, Cursor, build_chunk, rows_of, stray
+from megatron_dynmix.data.blend import Chunk, Cursor, build_chunk, order_seed, rows_of, stray
 from megatron_dynmix.records.ledger import sample_hash
 from megatron_dynmix.records.schema import StageLine
 
@@ -129,9 +129,8 @@ class Replay:
         stage = self.stage
         chunk = build_chunk(self._cursor, np.array(stage.weights), stage.chunk_size)
         ids_N = chunk.dataset_index_N
-        self._row_N = rows_of(
-            ids_N, chunk.ordinal_N, np.array(stage.sizes), np.array(stage.shuffle_ids), stage.seed
-        )
+        order_seeds_D = [order_seed(stage.seed, name) for name in stage.sources]
+        self._row_N = rows_of(ids_N, chunk.ordinal_N, np.array(stage.sizes), order_seeds_D)
         hash_N = sample_hash(np.arange(chunk.start.sample, chunk.end_sample), ids_N, self._row_N)
         self._sum_N1 = np.concatenate([np.zeros(1, np.uint64), np.cumsum(hash_N, dtype=np.uint64)])
         self._chunk = chunk

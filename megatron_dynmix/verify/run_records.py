@@ -95,7 +95,7 @@ def stage_line(record: Record, where: str) -> StageLine:
         line = StageLine.from_json(record)
         line.settings  # noqa: B018 - can be read
         sizes = {len(line.weights), len(line.drawn), len(line.owed), len(line.sources), len(line.sizes)}
-        if len(sizes | {len(line.fingerprints), len(line.shuffle_ids)}) != 1:
+        if len(sizes | {len(line.fingerprints)}) != 1:
             raise ValueError("lists of different lengths")
         if min(line.sizes) < 1 or line.chunk_size < 1:
             raise ValueError("sources or chunks without rows")

@@ -35,7 +35,8 @@ def blend_of(
     sizes: Sequence[int], weights: Sequence[float], chunk_size: int, seed: int = 7
 ) -> DynamicBlendedDataset:
     weights_D = np.array(weights, float) / np.sum(weights)
-    return DynamicBlendedDataset(sources(*sizes), weights_D, seed=seed, chunk_size=chunk_size)
+    names = [f"source {number}" for number in range(len(sizes))]
+    return DynamicBlendedDataset(sources(*sizes), weights_D, names=names, seed=seed, chunk_size=chunk_size)
 
 
 def chunks_of(stages: Sequence[tuple[Sequence[float], int]]) -> list[Chunk]:

@@ -14,7 +14,7 @@ from megatron_dynmix.checkpoint.run_state import DrawnState, LogInterval, MixSta
 from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
-from megatron_dynmix.data.source_set import SourceSet, fingerprint
+from megatron_dynmix.data.source_set import SourceSet
 from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.files import sha256
 from megatron_dynmix.mixing.guardrails import Override
@@ -73,11 +73,15 @@ class FakeRun:
         self.controller = controller_of(self.settings, self.resolved, list(self.prints), size_D, weights_D)
         first = self.controller.start(self.horizon.signal(0, 0, np.zeros_like(size_D)))
         self.blend = DynamicBlendedDataset(
-            sources(*self.sizes), first.weights_D, seed=self.seed, chunk_size=BATCH * INTERVAL
+            sources(*self.sizes),
+            first.weights_D,
+            names=list(self.prints),
+            seed=self.seed,
+            chunk_size=BATCH * INTERVAL,
         )
 
     def _write_stage(self, why, iteration, changes=()) -> None:
-        source_set = SourceSet.of(self.prints, self.blend.state)
+        source_set = SourceSet.of(self.prints, self.sizes)
         line = newest_stage(
             self.blend,
             source_set,
@@ -186,8 +190,8 @@ class FakeRun:
     def change_sources(self, prints: Prints, sizes: tuple[int, ...], initial_D=None) -> list[str]:
         """Go on from here with other sources."""
         state = self.state()
-        before = SourceSet.of(state.fingerprints, state.mix.blend)
-        change = SourceChange.between(before, list(prints), list(map(fingerprint, prints.values())), sizes)
+        before = SourceSet.of(state.fingerprints, state.mix.blend.sizes)
+        change = SourceChange.between(before, SourceSet.of(prints, sizes))
         initial_D = np.full(len(sizes), 1 / len(sizes)) if initial_D is None else initial_D
         state, changes = change.carry(state, initial_D)
         self.prints, self.sizes = prints, sizes

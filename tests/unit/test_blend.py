@@ -9,7 +9,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
 
 from megatron_dynmix.data import blend
-from megatron_dynmix.data.blend import Cursor, build_chunk, largest_remainder, rows_of
+from megatron_dynmix.data.blend import Cursor, build_chunk, largest_remainder, order_seed, rows_of
 
 
 @st.composite
@@ -195,7 +195,7 @@ def test_I4_every_row_once_per_epoch_before_any_twice():
     chunks = chunks_of([([0.3, 0.5, 0.2], 40), ([0.6, 0.4, 0.0], 40), ([0.1, 0.8, 0.1], 40)])
     drawn: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for chunk in chunks:
-        rows_N = rows_of(chunk.dataset_index_N, chunk.ordinal_N, sizes_D, np.arange(3), seed=5)
+        rows_N = rows_of(chunk.dataset_index_N, chunk.ordinal_N, sizes_D, [5, 6, 7])
         for dataset_id, row in zip(chunk.dataset_index_N.tolist(), rows_N.tolist(), strict=True):
             drawn[dataset_id].append(row)
     for dataset_id, rows in drawn.items():
@@ -210,19 +210,29 @@ def test_I4_every_row_once_per_epoch_before_any_twice():
 def test_I4_the_first_epoch_keeps_the_order_and_later_ones_are_reshuffled_differently():
     size, epochs = 50, 4
     ids_N = np.zeros(size * epochs, np.int16)
-    rows_N = rows_of(ids_N, np.arange(size * epochs), np.array([size]), np.array([0]), seed=5)
+    rows_N = rows_of(ids_N, np.arange(size * epochs), np.array([size]), [5])
     orders = [tuple(order) for order in rows_N.reshape(epochs, size).tolist()]
     assert orders[0] == tuple(range(size))
     assert len(set(orders)) == epochs
-    other_seed = rows_of(ids_N, np.arange(size * epochs), np.array([size]), np.array([0]), seed=6)
+    other_seed = rows_of(ids_N, np.arange(size * epochs), np.array([size]), [6])
     assert (other_seed[:size] == rows_N[:size]).all()
     assert (other_seed[size:] != rows_N[size:]).any()
 
 
 def test_I4_a_source_keeps_its_shuffles_when_its_index_changes():
-    """Its shuffle id stays; under another one the epoch in hand would repeat rows and leave others out."""
+    """Its seed stays; under another one the epoch in hand would repeat rows and leave others out."""
     ordinals_N = np.arange(150)
-    alone_N = rows_of(np.zeros(150, np.int16), ordinals_N, np.array([50]), np.array([3]), seed=5)
-    second_N = rows_of(np.ones(150, np.int16), ordinals_N, np.array([9, 50]), np.array([8, 3]), seed=5)
-    other_N = rows_of(np.ones(150, np.int16), ordinals_N, np.array([9, 50]), np.array([8, 1]), seed=5)
+    alone_N = rows_of(np.zeros(150, np.int16), ordinals_N, np.array([50]), [3])
+    second_N = rows_of(np.ones(150, np.int16), ordinals_N, np.array([9, 50]), [8, 3])
+    other_N = rows_of(np.ones(150, np.int16), ordinals_N, np.array([9, 50]), [8, 1])
     assert second_N.tolist() == alone_N.tolist() != other_N.tolist()
+
+
+def test_seed_and_name_decide_the_order_of_a_source():
+    names = ["math", "math-again", "Math", "1", "", "数学"]
+    seeds = {order_seed(seed, name) for seed in (0, 1, 11, 2**63) for name in names}
+    assert len(seeds) == 4 * len(names) and order_seed(1, "1x") != order_seed(11, "x")
+    assert all(0 <= seed < 2**60 for seed in seeds)
+    assert order_seed(1234, "math") == 1074304245634521961, (
+        "frozen: another one changes the order of every run"
+    )

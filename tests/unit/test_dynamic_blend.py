@@ -165,4 +165,6 @@ def test_other_data_or_seed_is_refused(sizes, seed):
 def test_more_sources_than_a_dataset_id_can_name_are_refused():
     one = sources(1) * 32_767
     with pytest.raises(InputError, match=r"32767 sources given.*at most 32,766"):
-        DynamicBlendedDataset(one, np.full(len(one), 1 / len(one)), seed=1, chunk_size=1)
+        DynamicBlendedDataset(
+            one, np.full(len(one), 1 / len(one)), names=["a"] * len(one), seed=1, chunk_size=1
+        )

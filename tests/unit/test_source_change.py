@@ -7,7 +7,7 @@ import pytest
 from run_fixtures import fake_run
 
 from megatron_dynmix.data.blend import advance
-from megatron_dynmix.data.source_set import SourceSet, fingerprint
+from megatron_dynmix.data.source_set import SourceSet
 from megatron_dynmix.training.source_change import SourceChange, differences
 
 CHAT, MATH, CODE, LAW = (
@@ -52,8 +52,8 @@ def test_all_differences_are_listed(after, found):
 
 def change_to(run, prints, sizes):
     state = run.state()
-    before = SourceSet.of(state.fingerprints, state.mix.blend)
-    return SourceChange.between(before, list(prints), list(map(fingerprint, prints.values())), sizes), state
+    before = SourceSet.of(state.fingerprints, state.mix.blend.sizes)
+    return SourceChange.between(before, SourceSet.of(prints, sizes)), state
 
 
 def cursor_of(run):
@@ -71,7 +71,6 @@ def test_unchanged_sources_go_on_where_they_stood_and_others_begin():
     assert blend.cursor.drawn_D.tolist() == [stood.drawn_D[1], 0, 0]
     assert blend.cursor.owed_D.tolist() == [stood.owed_D[1], 0.0, 0.0]
     assert blend.sizes == (11, 9, 55) and blend.cursor.sample == run.consumed
-    assert blend.shuffle_ids == (1, 3, 4)  # math keeps its shuffles, the others get new ones
     assert blend.stages[:-1] == state.mix.blend.stages
     weights = blend.stages[-1].weights
     chat, math, _ = state.mix.controller.course.weights_D

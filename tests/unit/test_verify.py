@@ -314,7 +314,6 @@ def test_a_run_whose_sources_changed_is_proven_over_all_its_eras():
     "key, value, where",
     [
         ("drawn", [0, 0, 0], "rows drawn of the sources"),
-        ("shuffle_ids", [0, 1, 2], "sizes or shuffle ids"),
         ("weights", [0.5, 1 / 3, 1 / 6], "did not keep the proportion"),
     ],
 )
