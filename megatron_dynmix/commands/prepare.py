@@ -11,7 +11,7 @@ from megatron_dynmix.errors import InputError
 
 SETTINGS = (
     *("tokenizer", "template", "train_on", "probe", "overlong", "seq_length"),
-    *("strict", "trust_remote_code"),
+    *("strict", "trust_remote_code", "template_kwargs", "template_date"),
 )
 """Arguments that are settings too, where there is a RUN.yaml."""
 
@@ -24,9 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="PATH", help="folder, .model or .tiktoken file, or hf://NAME")
     parser.add_argument("--template", help="tokenizer (default), vicuna, chatml, plain or PATH.jinja")
     parser.add_argument("--train-on", help="all (answers; the default), last, completion or everything")
+    parser.add_argument(
+        "--template-kwargs", metavar="{NAME: VALUE}", help="what the chat template is given besides"
+    )
+    parser.add_argument("--template-date", metavar="YYYY-MM-DD", help="the day that it is told")
     parser.add_argument("--format", help="shape of the rows of --input; found out if not given")
     parser.add_argument(
         "--fields", nargs="+", metavar="OURS=YOURS", help="what keys are called in the rows of --input"
+    )
+    parser.add_argument(
+        "--roles", nargs="+", metavar="YOURS=OURS", help="who is who in the rows of --input: bot=assistant"
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run the tokenizer's own code")
     parser.add_argument("--workers", type=int, metavar="N", help="processes; by default one for each core")
@@ -46,7 +53,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
             return _prepare_files(arguments, rest)
         if arguments.input or arguments.output:
             raise InputError("give either RUN.yaml or --input and --output, not both")
-        for name in ("format", "fields"):
+        for name in ("format", "fields", "roles"):
             if getattr(arguments, name):
                 raise InputError(f"--{name} is for --input; in RUN.yaml each source has its own `{name}`")
         return _prepare_run(arguments, rest)
@@ -56,7 +63,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from megatron_dynmix.config.run_config import Overlong, require
+    from megatron_dynmix.config.load import parse_flags
+    from megatron_dynmix.config.run_config import DataConfig, Overlong, SourceConfig, require
     from megatron_dynmix.data.prepare.prepare import prepare_source
     from megatron_dynmix.data.prepare.readers import find_inputs
     from megatron_dynmix.data.prepare.template import Renderer
@@ -79,7 +87,17 @@ def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
     require(seq_length is None or seq_length >= 1, "--seq-length", seq_length, "1 or more")
     require(arguments.probe is None or arguments.probe >= 1, "--probe", arguments.probe, "1 or more")
     tokenizer = load_tokenizer(arguments.tokenizer, trust_remote_code=arguments.trust_remote_code)
-    renderer = Renderer(tokenizer, arguments.template or "tokenizer", arguments.train_on or "all")
+    data = DataConfig(**parse_flags(_flags(arguments, ("template_kwargs", "template_date"))))
+    renderer = Renderer(
+        tokenizer,
+        arguments.template or "tokenizer",
+        arguments.train_on or "all",
+        data.template_kwargs,
+        data.template_date,
+    )
+    names = _pairs("--fields", arguments.fields or [], "prompt=question completion=answer")
+    roles = _pairs("--roles", arguments.roles or [], "bot=assistant")
+    SourceConfig(path="", roles=roles)  # refuses a role that there is not
     report = prepare_source(
         name=prefix.name,
         inputs=[path for given in arguments.input for path in find_inputs(given)],
@@ -89,7 +107,8 @@ def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
             tokenizer=tokenizer.fingerprint,
             template=renderer.fingerprint,
             format=arguments.format or "auto",
-            fields=_checked_fields(arguments.fields or []),
+            fields=names,
+            roles=roles,
             split_length=seq_length if overlong == "split" else None,
             held_out=arguments.probe or 0,
         ),
@@ -111,17 +130,25 @@ def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _checked_fields(pairs: Sequence[str]) -> dict[str, str]:
-    fields: dict[str, str] = {}
+def _pairs(flag: str, pairs: Sequence[str], example: str) -> dict[str, str]:
+    names: dict[str, str] = {}
     for pair in pairs:
-        ours, equals, yours = pair.partition("=")
-        if not (ours and equals and yours) or ours in fields:
-            raise InputError(
-                f"--fields has {pair!r}; give each of our names once, with the name in your rows: "
-                "--fields prompt=question completion=answer"
-            )
-        fields[ours] = yours
-    return fields
+        name, equals, meaning = pair.partition("=")
+        if not (name and equals and meaning) or name in names:
+            once = "each of our names once, with the name" if flag == "--fields" else "each role"
+            raise InputError(f"{flag} has {pair!r}; give {once} in your rows: {flag} {example}")
+        names[name] = meaning
+    return names
+
+
+def _flags(arguments: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """Return as flags of settings what was given of them."""
+    flags = []
+    for name in names:
+        value, flag = getattr(arguments, name), f"--{name.replace('_', '-')}"
+        if value is not None and value is not False:
+            flags += [flag] if value is True else [flag, str(value)]
+    return flags
 
 
 def _prepare_run(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -132,12 +159,7 @@ def _prepare_run(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix.training.mix_setup import initial_shares
     from megatron_dynmix.training.start_report import packed_table, prepared_table, share_table, shared_lines
 
-    flags = list(rest)
-    for name in SETTINGS:
-        value, flag = getattr(arguments, name), f"--{name.replace('_', '-')}"
-        if value is not None and value is not False:
-            flags += [flag] if value is True else [flag, str(value)]
-    config = load_config(arguments.run_yaml, flags)
+    config = load_config(arguments.run_yaml, [*rest, *_flags(arguments, SETTINGS)])
     check_data(config)
     tokenizer = load_tokenizer(config.data.tokenizer or "", trust_remote_code=config.data.trust_remote_code)
     check_tokenizer(config, tokenizer.vocab_size)

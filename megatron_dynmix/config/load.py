@@ -90,7 +90,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 class StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, instead of keeping the last."""
+    """SafeLoader that refuses a key given twice, instead of keeping the last; a date is the text it is."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:timestamp"]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return the mapping of a node."""
@@ -141,7 +146,7 @@ def _is_path(name: str, value: Any) -> bool:
 def _sources(where: str, value: Any, folder: Path) -> dict[str, tree.SourceConfig]:
     if not isinstance(value, dict) or not value:
         raise InputError(f"{where} holds {value!r}; it must hold at least one source, as name: {{path: ...}}")
-    hints = {**typing.get_type_hints(tree.SourceConfig), "format": str, "fields": dict}
+    hints = {**typing.get_type_hints(tree.SourceConfig), "format": str, "fields": dict, "roles": dict}
     sources = {}
     for name, settings in value.items():
         at = f"{where}.{name}"

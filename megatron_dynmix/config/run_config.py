@@ -8,10 +8,12 @@ agree on is checked in `check.py`.
 from __future__ import annotations
 
 import functools
+import json
 import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from datetime import date
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 from megatron_dynmix.config.strategies import Chosen, chosen_shadow, complete_options, is_own
@@ -20,11 +22,15 @@ from megatron_dynmix.errors import InputError
 Overlong = Literal["drop", "truncate", "split", "error"]
 TrainOn = Literal["all", "last", "completion", "everything"]
 FormatName = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"]
+Speaker = Literal["system", "user", "assistant", "tool", "function_call"]
+"""Who says a turn; `function_call` is the assistant, with the JSON of its calls as the text."""
 RowFormat = Literal["auto", FormatName]
 RouterNoise = Literal["idle", "training"]
 HUB = "hf://"
 """What stands before the name of a tokenizer on the Hugging Face hub."""
 JINJA_SUFFIXES = (".jinja", ".j2")
+RESERVED = ("messages", "tools", "add_generation_prompt")
+"""What a chat template is given of the conversation itself."""
 FLAT = ("megatron", "options")
 """Mappings of a section that are written flat in YAML."""
 
@@ -166,6 +172,8 @@ class SourceConfig(Section):
     """Shape of the rows; found out for each file by its first rows if not given."""
     fields: Mapping[str, str] = field(default_factory=dict)
     """Names that our keys have in the rows, such as `{prompt: question, completion: answer}`."""
+    roles: Mapping[str, str] = field(default_factory=dict)
+    """Who is who, beyond the roles that are known, such as `{bot: assistant, customer: user}`."""
     weight: float | None = None
     """Initial share; uniform if no source has one."""
     probe: str | None = None
@@ -177,8 +185,26 @@ class SourceConfig(Section):
         super().__post_init__()
         named = all(isinstance(name, str) for pair in self.fields.items() for name in pair)
         require(named, "source.fields", self.fields, "names, as {prompt: question}")
+        known = get_args(Speaker)
+        named = all(isinstance(name, str) and role in known for name, role in self.roles.items())
+        need = f"names in the rows, each with one of {', '.join(known)}, as {{bot: assistant}}"
+        require(named, "source.roles", self.roles, need)
         good = self.weight is None or (math.isfinite(self.weight) and self.weight >= 0)
         require(good, "source.weight", self.weight, "a finite number, 0 or more")
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
+def _is_json(value: object) -> bool:
+    try:
+        return json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError):
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +218,12 @@ class DataConfig(Section):
     template: str = "tokenizer"
     """How a conversation becomes text: the tokenizer's own chat template, `vicuna`, `chatml`, `plain`, or the
     path of a Jinja file."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """What the chat template is given beside the conversation, such as `{enable_thinking: false}`; what a row
+    says itself (`chat_template_kwargs`) comes first."""
+    template_date: str | None = None
+    """The day that a chat template is told when it asks (`strftime_now`), as `2026-01-31`; without one such a
+    template is refused, as the same rows must give the same tokens on any day."""
     train_on: TrainOn = "all"
     """Which tokens are trained on: all answers, the last one, the only one of rows with one
     (`completion`), or everything."""
@@ -218,6 +250,12 @@ class DataConfig(Section):
         known = self.template in ("tokenizer", "vicuna", "chatml", "plain")
         good = known or self.template.endswith(JINJA_SUFFIXES)
         require(good, "data.template", self.template, "one of tokenizer, vicuna, chatml, plain")
+        kwargs = dict(self.template_kwargs)
+        need = f"values that JSON has (put quotes around dates), under other names than {', '.join(RESERVED)}"
+        good = _is_json(kwargs) and not set(RESERVED) & set(kwargs)
+        require(good, "data.template_kwargs", kwargs, need)
+        is_day = self.template_date is None or _is_day(self.template_date)
+        require(is_day, "data.template_date", self.template_date, "a day, as 2026-01-31")
 
     @property
     def probed(self) -> tuple[str, ...]:

@@ -42,14 +42,16 @@ class Recipe:
     """Everything but the rows that decides the files of a source.
 
     ``tokenizer`` and ``template`` are fingerprints (of a built-in template its name); ``fields`` are
-    names that our keys have in the rows; ``split_length`` is the positions above which conversations
-    are split at turn borders (None: never), ``held_out`` how many texts are kept from training.
+    names that our keys have in the rows, ``roles`` what the names of speakers there mean;
+    ``split_length`` is the positions above which conversations are split at turn borders (None: never),
+    ``held_out`` how many texts are kept from training.
     """
 
     tokenizer: str
     template: str
     format: RowFormat = "auto"
     fields: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
     split_length: int | None = None
     held_out: int = 0
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.run_config import DataConfig
 from megatron_dynmix.data.blend import order_seed
 from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
 from megatron_dynmix.data.prepare.template import Renderer
@@ -91,7 +92,7 @@ def prepare_sources(
     that cannot be read, or a prepared one made in another way, is an InputError.
     """
     data = config.data
-    renderer = Renderer(tokenizer, data.template, data.train_on)
+    renderer = make_renderer(data, tokenizer)
     for file in source_files(config):
         prefix = file.prefix(config)
         recipe = _recipe(config, file, renderer)
@@ -116,11 +117,16 @@ def prepare_sources(
         yield report
 
 
+def make_renderer(data: DataConfig, tokenizer: Tokenizer) -> Renderer:
+    """Return what writes conversations as these settings have it."""
+    return Renderer(tokenizer, data.template, data.train_on, data.template_kwargs, data.template_date)
+
+
 def check_prepared(config: RunConfig, file: SourceFile, tokenizer: Tokenizer) -> None:
     """Refuse an input that is not prepared, or from other rows or in another way; nothing is prepared."""
     prefix = file.prefix(config)
     report = load_report(prefix)
-    renderer = Renderer(tokenizer, config.data.template, config.data.train_on)
+    renderer = make_renderer(config.data, tokenizer)
     _refuse_other_recipe(file, report, _recipe(config, file, renderer))
     if file.is_prepared or file.is_held_out:
         return
@@ -141,6 +147,7 @@ def _recipe(config: RunConfig, file: SourceFile, renderer: Renderer) -> Recipe:
         template=renderer.fingerprint,
         format=source.format,
         fields=dict(source.fields),
+        roles=dict(source.roles),
         split_length=data.seq_length if data.overlong == "split" else None,
         held_out=0 if file.is_probe or source.probe else data.probe or 0,
     )

@@ -3,8 +3,10 @@
 Shape legend: T tokens of one text.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
@@ -53,6 +55,9 @@ class Renderer:
     tokenizer: Tokenizer
     template: str
     train_on: TrainOn = "all"
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    template_date: str | None = None
+    """The day, as `2026-01-31`, that a Jinja template is told by `strftime_now`."""
     source: str | None = field(init=False, repr=False, default=None)
     """Text of the Jinja template, None for one that is built in."""
 
@@ -76,7 +81,19 @@ class Renderer:
         name = self.template
         if self.source is not None and name != "tokenizer":
             name = f"jinja:{sha256(self.source)}"
-        return name if self.train_on == "all" else f"{name}/{self.train_on}"
+        if self.train_on != "all":
+            name += f"/{self.train_on}"
+        if self.template_kwargs:
+            name += f"/{json.dumps(self.template_kwargs, sort_keys=True)}"
+        return name if self.template_date is None else f"{name}/{self.template_date}"
+
+    @property
+    def _names(self) -> dict[str, Any]:
+        """What a Jinja template knows whatever the conversation is."""
+        names: dict[str, Any] = {**self.tokenizer.template_names, **self.template_kwargs}
+        if self.template_date is not None:
+            names["strftime_now"] = datetime.fromisoformat(self.template_date).strftime
+        return names
 
     def render(self, conversation: Conversation) -> Rendered:
         """Return the text of a conversation, and what of it is trained on.
@@ -106,7 +123,8 @@ class Renderer:
             Turn(turn.role, special.guard(turn.text or ""), special.guard_json(turn.extra))
             for turn in conversation.turns
         )
-        return Conversation(turns, tuple(special.guard_json(tool) for tool in conversation.tools))
+        tools = tuple(special.guard_json(tool) for tool in conversation.tools)
+        return replace(conversation, turns=turns, tools=tools)
 
     def _built_in(self, conversation: Conversation) -> Rendered:
         if conversation.tools or any(turn.extra for turn in conversation.turns):
@@ -126,7 +144,10 @@ class Renderer:
             {"role": turn.role, "content": turn.text, **turn.extra} for turn in conversation.turns
         ]
         _refuse_unknown_tools(template, messages, conversation)
-        given: Mapping[str, Any] = {"tools": conversation.tools, "names": self.tokenizer.template_names}
+        given: Mapping[str, Any] = {
+            "tools": conversation.tools,
+            "names": {**self._names, **conversation.template_kwargs},
+        }
         answers = [at for at, turn in enumerate(conversation.turns) if turn.role == "assistant"]
         # Answers that are not trained on may change as turns follow: templates for reasoning shorten them.
         wanted = {"last": answers[-1:], "everything": []}.get(self.train_on, answers)
