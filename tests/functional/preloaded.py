@@ -7,6 +7,7 @@ too.
 """
 
 import array
+import gc
 import json
 import os
 import signal
@@ -39,6 +40,7 @@ def serve(address: Path) -> None:
     from megatron_dynmix.job import launch
 
     launch.subprocess = SimpleNamespace(Popen=ForkedRank)
+    gc.freeze()  # the collector of a fork need not look through what was loaded here
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(address))
         server.listen()
