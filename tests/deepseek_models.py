@@ -142,10 +142,15 @@ DEEPSEEK_V3 = {
 """config.json as it was published, without its quantisation: weights in bfloat16."""
 
 
+def tiny_config(name, **changes):
+    """The configuration of a model, with changes to it."""
+    family, own = MODELS[name]
+    return transformers.AutoConfig.for_model(family, **{**COMMON, **own, **changes})
+
+
 def tiny_model(name, **changes):
     """A model with random weights, the correction of its router's scores among them."""
-    family, own = MODELS[name]
-    config = transformers.AutoConfig.for_model(family, **{**COMMON, **own, **changes})
+    config = tiny_config(name, **changes)
     with torch.random.fork_rng():
         torch.manual_seed(2)
         model = transformers.AutoModelForCausalLM.from_config(

@@ -15,7 +15,7 @@ from megatron_dynmix.records.text_table import table
 if TYPE_CHECKING:  # `--help` must not wait for torch
     from megatron_dynmix.convert.verdict import GroupVerdict, Verdict
 
-TYPES = {"keep": None, "bf16": "bfloat16", "fp32": "float32"}
+TYPES = {"keep": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SUM_DIGITS = 16
 """Digits of a checksum that are shown."""
 SHOWN = 5
@@ -127,17 +127,23 @@ def verdict_text(verdict: Verdict) -> str:
     elif verdict.groups is None:
         lines.append(f"CONVERTED, NOT VERIFIED: {verdict.folder} ({verdict.dtype})")
     else:
-        lines.append(f"CONVERTED: {verdict.folder} ({verdict.dtype}) holds every value that was read")
+        rounded = ", rounded" if any(group.rounded for group in verdict.groups) else ""
+        lines.append(
+            f"CONVERTED: {verdict.folder} ({verdict.dtype}) holds every value that was read{rounded}"
+        )
     return "\n".join(lines)
 
 
 def _values_table(groups: list[GroupVerdict]) -> str:
     header = ["values of", "tensors", "numbers", "GB", "checksum read", "checksum written", "equal"]
+    cast = any(group.rounded for group in groups)
+    header += ["rounded off"] if cast else []
     rows = [
         [
             *(group.group, group.tensors, f"{group.numbers:,}", f"{group.nbytes / 1e9:.3f}"),
             *(group.read_sum[:SUM_DIGITS], group.written_sum[:SUM_DIGITS]),
             "NO" if group.differing else "yes",
+            *([f"{group.rounded:.1e}"] if cast else []),
         ]
         for group in groups
     ]

@@ -22,7 +22,7 @@ from megatron_dynmix.checkpoint.run_state import Damaged, SavedModel
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.config.presets import complete_model
 from megatron_dynmix.convert.export_hf import open_export, size_in_bytes, write_weights
-from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, carried_files
+from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, carried_files, some
 from megatron_dynmix.convert.logits import compare_logits
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.origin import keep_origin_of, model_of
@@ -58,7 +58,8 @@ def hf_to_megatron(
     vocab = folder.settings["vocab_size"]
     padded = -(-vocab // vocab_multiple) * vocab_multiple
     names = folder.weight_map(padded)
-    read: Tensors = folder if dtype is None else Cast(folder, getattr(torch, dtype))
+    cast_to = None if dtype is None else getattr(torch, dtype)
+    read: Tensors = folder if cast_to is None else Cast(folder, cast_to, names.float32)
     wanted = as_megatron(read, names)
     total = total_size(wanted)
     settings = complete_model({"preset": None, **folder.settings})
@@ -73,9 +74,8 @@ def hf_to_megatron(
         groups = logits = None
         if verify:
             written = MegatronCheckpoint(target)
-            groups = compare_values(read, as_hugging_face(written, names), names)
-            rounded = dtype not in (None, "float32") and {*folder.dtypes.values()} != {*read.dtypes.values()}
-            logits = compare_logits(source, read, written, model_of(settings), rounded=rounded)
+            groups = compare_values(folder, as_hugging_face(written, names), names, cast_to)
+            logits = compare_logits(source, folder, written, model_of(settings), cast_to, names.float32)
         verdict = Verdict(
             folder=staging.folder,
             read=len(folder.shapes),
@@ -83,6 +83,7 @@ def hf_to_megatron(
             dtype=main_type(wanted),
             computed=folder.computed,
             predicting=folder.predicting,
+            notes=_kept(names, cast_to),
             padding=f"{padded - vocab} rows of zeros added to {vocab}" if padded > vocab else "none",
             groups=groups,
             logits=logits,
@@ -110,7 +111,8 @@ def megatron_to_hf(
     checkpoint = checkpoint_of(source)
     if verify:
         _check_contents(checkpoint)
-    export = open_export(checkpoint, dtype=dtype, fused_experts=fused_experts, hf_config=hf_config)
+    cast_to = None if dtype is None else getattr(torch, dtype)
+    export = open_export(checkpoint, dtype=cast_to, fused_experts=fused_experts, hf_config=hf_config)
     wanted, names, origin = export.weights, export.names, export.origin
     total = total_size(wanted)
     plan = {
@@ -133,8 +135,8 @@ def megatron_to_hf(
         groups = logits = None
         if verify:
             written = HuggingFaceFolder(staging.folder)
-            groups = compare_values(wanted, written, names)
-            logits = compare_logits(staging.folder, written, export.held, model_of(export.settings))
+            groups = compare_values(as_hugging_face(export.held, names), written, names, cast_to)
+            logits = compare_logits(staging.folder, written, export.cast, model_of(export.settings))
         rows, vocab = names.megatron_shapes[EMBEDDING][0], export.settings["vocab_size"]
         verdict = Verdict(
             folder=staging.folder,
@@ -142,11 +144,19 @@ def megatron_to_hf(
             written=len(wanted.shapes),
             dtype=main_type(wanted),
             padding=f"{rows - vocab} rows taken off {rows}" if rows > vocab else "none",
-            notes=origin.notes,
+            notes=(*_kept(names, cast_to), *origin.notes),
             groups=groups,
             logits=logits,
         )
         return _completed(staging, verdict)
+
+
+def _kept(names: WeightMap, dtype: torch.dtype | None) -> tuple[str, ...]:
+    """Say which tensors were not cast with the others."""
+    kept = names.float32 & names.hf_shapes.keys()
+    if not kept or dtype in (None, torch.float32):
+        return ()
+    return (f"float32 as in transformers, and not cast: {some(kept)}",)
 
 
 def _completed(staging: Staging, verdict: Verdict) -> Verdict:

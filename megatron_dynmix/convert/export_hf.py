@@ -62,13 +62,20 @@ class Export:
     """The `model` section, flat."""
     origin: Origin
     held: Tensors
-    """The weights under their Megatron names."""
+    """The weights under their Megatron names, in the types of the checkpoint."""
     names: WeightMap
+    dtype: torch.dtype | None
+    """Type that they are cast to, if it is another."""
+
+    @property
+    def cast(self) -> Tensors:
+        """The weights under their Megatron names, in the types that are written."""
+        return self.held if self.dtype is None else Cast(self.held, self.dtype, self.names.float32)
 
     @property
     def weights(self) -> Seen:
-        """The weights under their Hugging Face names."""
-        return as_hugging_face(self.held, self.names)
+        """The weights under their Hugging Face names, in the types that are written."""
+        return as_hugging_face(self.cast, self.names)
 
     def write_beside(self, folder: Path) -> None:
         """Write all of the folder but the weights."""
@@ -82,14 +89,14 @@ class Export:
 def open_export(
     checkpoint: Path,
     *,
-    dtype: str | None = None,
+    dtype: torch.dtype | None = None,
     fused_experts: bool | None = None,
     hf_config: Path | None = None,
 ) -> Export:
     """Find out what a checkpoint, an `iter_*` folder, is as a Hugging Face folder; no weights are read yet.
 
-    What is not given is found out: the type of the weights, by its name in torch, whether a layer's experts
-    are one tensor, and the folder with the model's config.json.
+    What is not given is found out: the type of the weights, whether a layer's experts are one tensor, and the
+    folder with the model's config.json.
     """
     config = read_saved(checkpoint).config
     settings = config["model"]
@@ -98,7 +105,7 @@ def open_export(
     if fused_experts is not None:
         origin = replace(origin, fused_experts=fused_experts)
     names = _names_of(held, settings, origin)
-    return Export(settings, origin, held if dtype is None else Cast(held, getattr(torch, dtype)), names)
+    return Export(settings, origin, held, names, dtype)
 
 
 def _names_of(held: MegatronCheckpoint, settings: Mapping[str, Any], origin: Origin) -> WeightMap:

@@ -113,7 +113,14 @@ DEEPSEEK = Family(
     ),
     moe=(
         ROUTER,
-        Rule("mlp.gate.e_score_correction_bias", "mlp.router.expert_bias", "E", "router", when=BIASED),
+        Rule(
+            "mlp.gate.e_score_correction_bias",
+            "mlp.router.expert_bias",
+            "E",
+            "router",
+            when=BIASED,
+            float32=True,
+        ),
         *gated(
             "mlp.shared_experts.*.weight",
             SHARED,

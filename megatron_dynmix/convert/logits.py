@@ -13,7 +13,7 @@ import dataclasses
 import gc
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,7 +92,7 @@ class LogitsVerdict:
     experts_reached: float | None = None
     """Share of the experts of those layers that a token went to: the others were not compared."""
     rounded: bool = False
-    """Whether the reference was given the rounded weights too."""
+    """Whether the reference rounded its weights too."""
 
     def describe(self) -> str:
         """Return one line for people."""
@@ -113,16 +113,18 @@ def compare_logits(
     weights: Tensors,
     checkpoint: Tensors,
     model: ModelConfig,
+    dtype: torch.dtype | None = None,
+    float32: Collection[str] = (),
     *,
-    rounded: bool = False,
     limit: int = WHOLE_UP_TO,
     memory: int | None = None,
 ) -> LogitsVerdict:
     """Run both models on the same tokens, one after the other, and compare.
 
     Whatever goes wrong on the way is a reason in the verdict. None of the folder's own code is run. Its
-    `weights` are given to the reference if they are `rounded` to another type than it has, or if the model
-    has more parameters than `limit` or wants more than `memory` bytes; see `choose_layers`.
+    `weights` are given to the reference if the model has more parameters than `limit` or wants more than
+    `memory` bytes; see `choose_layers`. If those of the checkpoint were cast to `dtype`, the reference rounds
+    its own to that type, but not what `transformers` keeps in float32, nor the tensors that `float32` names.
     """
     found: dict[str, Any] = {}
     try:
@@ -145,11 +147,13 @@ def compare_logits(
                 f"one layer with embedding and output layer does not fit in the {memory / 2**30:.1f} GiB of "
                 "memory that are free; compare on a larger machine"
             )
+        held = {weights.dtypes[name] for name in weights.shapes if name not in float32}
+        rounded = dtype is not None and any(torch.promote_types(dtype, kind) != dtype for kind in held)
         found = {"layers": layers, "num_layers": config.num_hidden_layers, "rounded": rounded}
         tokens_BS = fixed_tokens(config.vocab_size, int(config.max_position_embeddings)).to(device)
-        itself = len(layers) == config.num_hidden_layers and not rounded
-        given = None if itself else _cut_weights(weights, layers)
-        reference_BSV = _reference_logits(hf_folder, config, given, layers, tokens_BS)
+        given = None if len(layers) == config.num_hidden_layers else _cut_weights(weights, layers)
+        rounding = (dtype, {name.rpartition(".")[2] for name in float32}) if rounded else None
+        reference_BSV = _reference_logits(hf_folder, config, given, layers, tokens_BS, rounding)
         del given
         ours_BSV, reached = _our_logits(checkpoint, model, layers, tokens_BS)
         return _verdict(reference_BSV, ours_BSV, {**found, "experts_reached": reached})
@@ -234,8 +238,12 @@ def _reference_logits(
     given: dict[str, torch.Tensor] | None,
     layers: tuple[int, ...],
     tokens_BS: torch.Tensor,
+    rounding: tuple[torch.dtype, set[str]] | None,
 ) -> torch.Tensor:
-    """Return `[B, S, V]` of `transformers`, on the CPU, with the weights given or else those it reads."""
+    """Return `[B, S, V]` of `transformers`, on the CPU, with the weights given or else those it reads.
+
+    `rounding` is the type that they are rounded to, and names of tensors that are not.
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.utils import logging as hf_logging
 
@@ -253,6 +261,8 @@ def _reference_logits(
             raise Different(f"transformers misses {', '.join(missing)} in {hf_folder}")
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # its default asks for widths that divide by 16 bytes
+        if rounding is not None:
+            _round(model, *rounding)
         with torch.no_grad():
             logits_BSV = model.float().eval().to(tokens_BS.device)(tokens_BS, use_cache=False).logits
     except Different:
@@ -263,6 +273,15 @@ def _reference_logits(
         if weights_bar:
             hf_logging.enable_progress_bar()
     return logits_BSV.float().cpu()
+
+
+@torch.no_grad()
+def _round(model: Any, dtype: torch.dtype, float32: set[str]) -> None:
+    """Round a model of `transformers` as if it were loaded in that type."""
+    kept = float32 | set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and kept.isdisjoint(name.split(".")):
+            tensor.copy_(tensor.to(dtype))
 
 
 def _first_line(error: Exception) -> str:

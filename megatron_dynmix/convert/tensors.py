@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from operator import sub
 from typing import NamedTuple, TypeVar
 
@@ -14,6 +14,7 @@ import torch
 
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.convert.weight_map import Shape, Side, WeightMap
+from megatron_dynmix.errors import InputError
 
 T = TypeVar("T")
 BOX_BYTES = 16 << 20
@@ -22,15 +23,25 @@ give the same memory again and again; large enough that what surrounds the numbe
 
 
 class Cast:
-    """Tensors whose numbers are of another type than they are held in."""
+    """Tensors whose numbers are of another type than they are held in; those of `float32` are that."""
 
-    def __init__(self, held: Tensors, dtype: torch.dtype) -> None:
+    def __init__(self, held: Tensors, dtype: torch.dtype, float32: Container[str] = ()) -> None:
         self._held, self.shapes = held, held.shapes
-        self.dtypes: Mapping[str, torch.dtype] = dict.fromkeys(held.shapes, dtype)
+        self.dtypes: Mapping[str, torch.dtype] = {
+            name: torch.float32 if name in float32 else dtype for name in held.shapes
+        }
 
     def read(self, name: str, offset: Shape, shape: Shape) -> torch.Tensor:
-        """Read a box, and cast it."""
-        return self._held.read(name, offset, shape).to(self.dtypes[name])
+        """Read a box, and cast it; refuse a number for which the type has no room."""
+        held = self._held.read(name, offset, shape)
+        cast = held.to(self.dtypes[name])
+        largest = torch.finfo(cast.dtype).max
+        if largest < torch.finfo(held.dtype).max and (lost := cast.isinf() & held.isfinite()).any():
+            raise InputError(
+                f"{name} holds {held[lost][0].item():g}, and {type_name(cast.dtype)} ends at {largest:g}, so "
+                "that it would be infinite; give another --dtype"
+            )
+        return cast
 
 
 class Seen:
@@ -119,8 +130,12 @@ def box(offset: Shape, shape: Shape) -> tuple[slice, ...]:
 
 def read_bytes(tensors: Tensors, part: Box) -> np.ndarray:
     """Read a box as its bytes, in C order."""
-    numbers = tensors.read(part.name, part.offset, part.shape).contiguous()
-    return numbers.flatten().view(torch.uint8).numpy()
+    return as_bytes(tensors.read(part.name, part.offset, part.shape))
+
+
+def as_bytes(numbers: torch.Tensor) -> np.ndarray:
+    """Return the bytes of numbers, in C order."""
+    return numbers.contiguous().flatten().view(torch.uint8).numpy()
 
 
 def size_of(tensors: Tensors, name: str) -> int:
@@ -138,4 +153,9 @@ def main_type(tensors: Tensors) -> str:
     sizes = Counter[torch.dtype]()
     for name in tensors.shapes:
         sizes[tensors.dtypes[name]] += size_of(tensors, name)
-    return str(sizes.most_common(1)[0][0]).removeprefix("torch.")
+    return type_name(sizes.most_common(1)[0][0])
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """Return the name of a type in torch."""
+    return str(dtype).removeprefix("torch.")

@@ -7,12 +7,14 @@ import zlib
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.convert.logits import LogitsVerdict
-from megatron_dynmix.convert.tensors import boxes_of, read_bytes, size_of, total_size
+from megatron_dynmix.convert.tensors import as_bytes, boxes_of, size_of, total_size
 from megatron_dynmix.convert.weight_map import WeightMap
 from megatron_dynmix.data.prepare.progress import ProgressBar
 from megatron_dynmix.files import sha256
@@ -29,11 +31,13 @@ class GroupVerdict:
     read_sum: str
     """SHA-256, in hex, over lines of name and CRC-32 of its Hugging Face tensors, sorted by name.
 
-    It is for people: whether values differ is found by comparing them.
+    It is for people, and of numbers as they are cast: whether values differ is found by comparing them.
     """
     written_sum: str
     differing: tuple[str, ...]
-    """Hugging Face tensors whose values are not equal."""
+    """Hugging Face tensors whose values are not equal, but for what a cast may round off."""
+    rounded: float
+    """Largest part of a number that a cast has rounded off; 0 without one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +70,35 @@ class Verdict:
         return logits and not any(group.differing for group in self.groups or ())
 
 
-def compare_values(read: Tensors, written: Tensors, weight_map: WeightMap) -> list[GroupVerdict]:
-    """Read both models to the end, as Hugging Face tensors, and compare them bit for bit."""
+class _Compared(NamedTuple):
+    """One tensor on both sides: its CRC-32, whether all is well, and what a cast has rounded off."""
+
+    read_sum: int
+    written_sum: int
+    equal: bool
+    rounded: float
+
+
+def compare_values(
+    read: Tensors, written: Tensors, weight_map: WeightMap, dtype: torch.dtype | None = None
+) -> list[GroupVerdict]:
+    """Read both models to the end, as Hugging Face tensors, and compare them bit for bit.
+
+    If what was `read` is to be cast to `dtype`, a number may differ by the rounding to that type, and only in
+    tensors that are cast: those which stay float32 must be equal.
+    """
+
+    def wanted(name: str) -> torch.dtype:
+        if dtype is None:
+            return read.dtypes[name]
+        return torch.float32 if name in weight_map.float32 else dtype
+
     groups: dict[str, list[str]] = {}
-    found: dict[str, tuple[int, int, bool]] = {}
+    found: dict[str, _Compared] = {}
     with ThreadPoolExecutor(1) as pool, ProgressBar("comparing", total_size(written)) as progress:
         for name in weight_map.hf_shapes:
             groups.setdefault(weight_map.group_of(name), []).append(name)
-            found[name] = _compare(pool, read, written, name)
+            found[name] = _compare(pool, read, written, name, wanted(name))
             progress.advance(size_of(written, name))
 
     def combined(names: list[str], side: int) -> str:
@@ -87,19 +112,42 @@ def compare_values(read: Tensors, written: Tensors, weight_map: WeightMap) -> li
             nbytes=sum(size_of(written, name) for name in names),
             read_sum=combined(names, 0),
             written_sum=combined(names, 1),
-            differing=tuple(name for name in names if not found[name][2]),
+            differing=tuple(name for name in names if not found[name].equal),
+            rounded=max(found[name].rounded for name in names),
         )
         for group, names in groups.items()
     ]
 
 
-def _compare(pool: Executor, read: Tensors, written: Tensors, name: str) -> tuple[int, int, bool]:
-    """Compare a tensor as bytes, so that NaN equals itself; return its CRC-32 on either side first."""
-    read_sum, written_sum, equal = 0, 0, True
+def _compare(pool: Executor, read: Tensors, written: Tensors, name: str, wanted: torch.dtype) -> _Compared:
+    """Compare a tensor with what was read of it, cast to the type that is `wanted`.
+
+    If that holds every number of the other, bytes are compared, so that NaN equals itself.
+    """
+    exact = torch.promote_types(read.dtypes[name], wanted) == wanted
+    read_sum, written_sum, rounded = 0, 0, 0.0
+    equal = written.dtypes[name] == wanted
     for box in boxes_of(written, name):
-        reading = pool.submit(read_bytes, read, box)
-        two = read_bytes(written, box)
+        reading = pool.submit(read.read, name, box.offset, box.shape)
+        two = written.read(name, box.offset, box.shape)
         one = reading.result()
-        equal = equal and np.array_equal(one, two)
-        read_sum, written_sum = zlib.crc32(one.data, read_sum), zlib.crc32(two.data, written_sum)
-    return read_sum, written_sum, equal
+        before, after = as_bytes(one.to(wanted)), as_bytes(two)
+        if exact:
+            equal = equal and np.array_equal(before, after)
+        else:
+            lost, within = _rounding(one.float(), two.float(), torch.finfo(wanted))
+            equal, rounded = equal and within, max(rounded, lost)
+        read_sum, written_sum = zlib.crc32(before.data, read_sum), zlib.crc32(after.data, written_sum)
+    return _Compared(read_sum, written_sum, equal, rounded)
+
+
+def _rounding(one: torch.Tensor, two: torch.Tensor, kind: torch.finfo) -> tuple[float, bool]:
+    """Return the largest part of a number that was lost, and whether none lost more than rounding takes.
+
+    That is half of the last digit, which is a part of the number itself, or of the smallest number there is.
+    """
+    differ = (one != two) & ~(one.isnan() & two.isnan())
+    one, two = one[differ], two[differ]
+    lost = (two - one).abs()
+    allowed = kind.eps / 2 * one.abs().clamp(min=kind.smallest_normal)
+    return float((lost / one.abs()).max()) if len(lost) else 0.0, bool((lost <= allowed).all())

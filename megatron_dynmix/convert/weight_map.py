@@ -130,6 +130,8 @@ class WeightMap:
     """Megatron tensor -> its kind for a verdict: attention, router, experts, norms, embedding, ..."""
     padded: Mapping[str, int] = field(default_factory=dict)
     """Megatron tensor -> its rows that hold something; those after them pad the vocabulary."""
+    float32: frozenset[str] = frozenset()
+    """Tensors of either world that are float32 whatever type the model is in."""
 
     def __post_init__(self) -> None:
         self.hf.assert_covered()
@@ -191,6 +193,8 @@ class Rule:
     """Setting of the model without which neither side has the tensor."""
     unless: str | None = None
     """Setting with which neither side has it."""
+    float32: bool = False
+    """Whether it stays float32 where a model is in another type: `_keep_in_fp32_modules_strict` there."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -285,6 +289,7 @@ def lay_out(
     hf_shapes: dict[str, Shape] = {}
     megatron_shapes: dict[str, Shape] = {}
     groups: dict[str, str] = {}
+    float32: set[str] = set()
     blocks: list[Block] = []
     for layer, rule in rules:
         if (rule.when and not settings.get(rule.when)) or (rule.unless and settings.get(rule.unless)):
@@ -308,9 +313,10 @@ def lay_out(
             hf_shapes[name] = piece.hf_shape
             offset = (*place, *expert, *piece.megatron_offset)
             blocks.append(Block(name, piece.hf_offset, megatron, offset, piece.shape))
+            float32 |= {name, megatron} if rule.float32 else set()
     vocab = sizes["V"]
     assert padded_vocab is None or padded_vocab >= vocab, f"{padded_vocab} rows for {vocab} tokens"
     padded = {name: vocab for name in VOCABULARY if name in groups}
     for name in padded:
         megatron_shapes[name] = (padded_vocab or vocab, *megatron_shapes[name][1:])
-    return WeightMap(hf_shapes, megatron_shapes, tuple(blocks), groups, padded)
+    return WeightMap(hf_shapes, megatron_shapes, tuple(blocks), groups, padded, frozenset(float32))

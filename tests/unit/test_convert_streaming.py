@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -167,6 +168,17 @@ def test_dtype_is_cast_on_the_way(model, tmp_path, dtype):
         "one file needs no index"
     )
     assert_same(loaded(tmp_path / "hf"), {name: tensor.to(dtype) for name, tensor in model.tensors.items()})
+
+
+@pytest.mark.parametrize(("number", "dtype"), [(70_000.0, torch.float16), (-3.4e38, torch.bfloat16)])
+def test_a_number_that_its_type_has_no_room_for_is_named(number, dtype):
+    held = InMemory({"w": torch.tensor([[1.0, float("inf")], [number, float("nan")]])})
+    with pytest.raises(
+        InputError, match=rf"w holds {re.escape(f'{number:g}')}, and {str(dtype)[6:]} ends at"
+    ):
+        Cast(held, dtype).read("w", (0, 0), (2, 2))
+    assert Cast(held, dtype).read("w", (0, 0), (1, 2)).isinf().sum() == 1, "what was infinite stays so"
+    assert Cast(held, dtype, {"w"}).read("w", (0, 0), (2, 2))[1, 0] == torch.tensor(number)
 
 
 def test_tensors_of_two_types_lie_without_gaps(tmp_path):
@@ -422,6 +434,26 @@ def test_a_changed_number_is_found_and_named(model, tmp_path):
     assert experts.read_sum != experts.written_sum
     assert all(verdict.read_sum == verdict.written_sum for verdict in verdicts if verdict is not experts)
     assert sum(verdict.tensors for verdict in verdicts) == len(NAMES.hf_shapes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_may_round_and_no_more(model, dtype):
+    """To the nearest number of the type, the smallest ones included; nothing else is called equal."""
+    name = "model.norm.weight"
+    given = {key: tensor.float() for key, tensor in model.tensors.items()}
+    odd = [1e-7, -3e-8, 6e-5, 1.00390625, float("nan"), -float("inf")]
+    given[name] = 1.0001 * torch.tensor(odd).repeat(4)
+    cast = {key: tensor.to(dtype) for key, tensor in given.items()}
+
+    def differing():
+        verdicts = compare_values(InMemory(given), InMemory(cast), NAMES, dtype)
+        return [one.differing for one in verdicts if one.differing]
+
+    assert not differing()
+    neighbor = torch.nextafter(cast[name][2], cast[name][3])
+    for wrong in (neighbor, 0.0, float("inf"), float("nan")):
+        cast[name][2] = wrong
+        assert differing() == [(name,)], wrong
 
 
 def test_numbers_that_are_none_and_signs_of_zero_are_compared_as_bits(model):

@@ -12,9 +12,12 @@ from megatron_dynmix.cli import main
 from megatron_dynmix.config.check import check_settings
 from megatron_dynmix.config.hugging_face import hugging_face_config, model_settings
 from megatron_dynmix.config.load import load_config, to_yaml
-from megatron_dynmix.config.presets import COMMON
+from megatron_dynmix.config.presets import COMMON, complete_model
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
-from megatron_dynmix.convert.tensors import as_hugging_face, as_megatron
+from megatron_dynmix.convert.logits import compare_logits
+from megatron_dynmix.convert.origin import model_of
+from megatron_dynmix.convert.tensors import Cast, as_hugging_face, as_megatron
+from megatron_dynmix.convert.verdict import compare_values
 from megatron_dynmix.errors import InputError
 from tests.deepseek_models import DEEPSEEK_V2_LITE, DEEPSEEK_V3, MODELS, YARN, tiny_model
 
@@ -145,3 +148,54 @@ def test_what_is_not_computed_the_same_is_refused(name, changes, message):
     config = json.loads(tiny_model(name).config.to_json_string(use_diff=False))
     with pytest.raises(InputError, match=message):
         model_settings({**config, **changes})
+
+
+BIAS = "model.layers.{}.mlp.gate.e_score_correction_bias"
+
+
+@pytest.fixture(scope="module", name="biased")
+def biased_fixture(tmp_path_factory):
+    """A folder in which rounding the correction of the router's scores sends tokens to other experts."""
+    folder, model = tmp_path_factory.mktemp("biased"), tiny_model("V3")
+    with torch.no_grad():
+        for name, values in model.named_buffers():
+            if name.endswith("correction_bias"):
+                values += 100
+    model.save_pretrained(folder)
+    return folder
+
+
+def weights_in(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(("first", "second"), [("bf16", "keep"), ("keep", "fp16")])
+def test_corrections_of_scores_stay_float32_in_both_directions(first, second, biased, tmp_path, capsys):
+    way_in = ["convert", "hf-to-megatron", str(biased), str(tmp_path / "in"), "--dtype", first]
+    assert main(way_in) == 0
+    way_out = ["convert", "megatron-to-hf", str(tmp_path / "in"), str(tmp_path / "out"), "--dtype", second]
+    assert main(way_out) == 0
+    said = capsys.readouterr().out
+    assert said.count("equal: logits of 256 tokens") == 2
+    assert "every value that was read, rounded" in said
+    assert f"float32 as in transformers, and not cast: {BIAS.format(1)}, {BIAS.format(2)}" in said
+    before, after = weights_in(biased), weights_in(tmp_path / "out")
+    narrow = torch.bfloat16 if first == "bf16" else torch.float16
+    for name, values in before.items():
+        kept = name.endswith("correction_bias")
+        assert torch.equal(after[name], values if kept else values.to(narrow)), name
+        assert after[name].dtype == (torch.float32 if kept else narrow), name
+
+
+def test_a_correction_that_was_rounded_is_no_conversion(biased, tmp_path):
+    """Wherever it happens: neither values nor logits are compared with a source that is rounded likewise."""
+    folder = HuggingFaceFolder(biased)
+    names = folder.weight_map()
+    wrong = Cast(folder, torch.bfloat16)
+    verdicts = compare_values(folder, wrong, names, torch.bfloat16)
+    assert [group.differing for group in verdicts if group.differing] == [(BIAS.format(1), BIAS.format(2))]
+    model = model_of(complete_model({"preset": None, **folder.settings}))
+    for kept, passed in ((names.float32, True), ((), False)):
+        checkpoint = as_megatron(Cast(folder, torch.bfloat16, kept), names)
+        verdict = compare_logits(biased, folder, checkpoint, model, torch.bfloat16, names.float32)
+        assert verdict.passed == passed and verdict.rounded, verdict.describe()

@@ -1,6 +1,7 @@
 """The name maps: every family there and back, bit for bit, and any slice of it."""
 
 import functools
+import json
 import math
 
 import convert_fixtures as tiny
@@ -9,11 +10,14 @@ import torch
 from convert_fixtures import InMemory
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from megatron_dynmix.config.hugging_face import model_settings
 from megatron_dynmix.convert import families
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
 from megatron_dynmix.convert.tensors import as_hugging_face, as_megatron, box
 from megatron_dynmix.errors import InputError
+from tests import deepseek_models
 
 PADDED = 256
 CASES = [
@@ -198,3 +202,16 @@ def test_what_no_family_has_is_refused():
         families.weight_map(section, {"model_type": "gpt2"})
     with pytest.raises(InputError, match="a tensor for each"):
         families.weight_map(section, {"model_type": "llama_moe"}, fused_experts=True)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES.keys() - {"llama_moe"})
+def test_what_stays_float32_is_what_transformers_keeps(family):
+    """Of every family that it has; of LLaMA-MoE the published code keeps nothing."""
+    name = {"deepseek_v2": "V2-Lite", "deepseek_v3": "V3"}.get(family)
+    config = deepseek_models.tiny_config(name) if name else tiny.tiny_config(family)
+    names = families.weight_map(
+        model_settings(json.loads(config.to_json_string(use_diff=False))), config.to_dict()
+    )
+    kept = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_keep_in_fp32_modules_strict", None) or ()
+    assert {name.rpartition(".")[2] for name in names.float32 & names.hf_shapes.keys()} == set(kept)
+    assert len(names.float32 & names.megatron_shapes.keys()) == len(names.float32 & names.hf_shapes.keys())
