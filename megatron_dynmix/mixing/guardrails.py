@@ -27,7 +27,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megatron_dynmix.mixing.strategy import Remark, Signal
-from megatron_dynmix.mixing.weights import Floats, check_weights, entropy, fit_shares, kl_divergence
+from megatron_dynmix.mixing.weights import (
+    Floats,
+    check_weights,
+    entropy,
+    fit_shares,
+    kl_divergence,
+    unevenness,
+)
 
 ROUNDING_ROWS = 1
 """Rows of a capped source kept back: a blend draws less than two rows more than an interval's share of it."""
@@ -183,17 +190,22 @@ class Guardrails:
         drawable_D = most_D > 0
         if self.min_entropy is None or drawable_D.sum() < 2:
             return within_D, events
-        needed = self.min_entropy * math.log(drawable_D.sum())
-        if entropy(within_D) >= needed - ACTED:
+        even = math.log(drawable_D.sum())
+        allowed = (1 - self.min_entropy) * even
+        if unevenness(within_D[drawable_D]) <= allowed + ACTED:
             return within_D, events
         evenest_D = fit_shares(drawable_D / drawable_D.sum(), least_D, most_D)
         # Along the line to the evenest mix the entropy only rises: it is concave, with its maximum there.
-        _, enough = _bisected(lambda share: entropy(_between(within_D, evenest_D, share)) < needed)
+
+        def too_uneven(share: float) -> bool:
+            return unevenness(_between(within_D, evenest_D, share)[drawable_D]) > allowed
+
+        _, enough = _bisected(too_uneven)
         even_D = _between(within_D, evenest_D, enough)
-        short = ", as even as caps allow" if entropy(even_D) < needed - ACTED else ""
+        short = ", as even as caps allow" if unevenness(even_D[drawable_D]) > allowed + ACTED else ""
         text = (
-            f"entropy: {entropy(within_D):.4g} nats proposed, at least {needed:.4g} wanted; mixed with the "
-            f"evenest weights to {entropy(even_D):.4g}{short}"
+            f"entropy: {entropy(within_D):.4g} nats proposed, at least {even - allowed:.4g} wanted; mixed "
+            f"with the evenest weights to {entropy(even_D):.4g}{short}"
         )
         events.append(Remark("entropy", text))
         return even_D, events

@@ -222,6 +222,17 @@ def entropy(weights_D: Floats) -> float:
     return max(0.0, -float(np.sum(positive * np.log(positive))))
 
 
+def unevenness(weights_D: Floats) -> float:
+    """Return by how many nats the entropy of a mix is below that of an even one, from 0 to log D.
+
+    The difference of two entropies would lose the digits of nearly even mixes: it falls with the square of
+    what they are off. With w_i = (1 + d_i) / D it is the sum of ((1 + d_i) log(1 + d_i) - d_i) / D.
+    """
+    off_D = len(weights_D) * weights_D - 1
+    log_D = np.log1p(off_D, out=np.zeros_like(off_D), where=off_D > -1)
+    return max(0.0, float(np.mean((1 + off_D) * log_D - off_D)))
+
+
 def kl_divergence(new_D: Floats, old_D: Floats) -> float:
     """Return the size of a step from ``old_D`` to ``new_D``: KL(new || old) in nats.
 

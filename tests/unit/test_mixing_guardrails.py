@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 from megatron_dynmix.mixing.guardrails import Guardrails
 from megatron_dynmix.mixing.strategy import Remark, Signal
-from megatron_dynmix.mixing.weights import entropy, fit_shares, kl_divergence, normalise_weights
+from megatron_dynmix.mixing.weights import entropy, fit_shares, kl_divergence, normalise_weights, unevenness
 
 checked = settings(max_examples=80, deadline=None, derandomize=True)
 ROWS = 1000
@@ -103,7 +103,23 @@ def test_all_at_once_permuting_sources_permutes_the_result(situation, random):
         [order.index(index) for index in paused],
     )
     expected = apply(guardrails, old_D, proposed_D, signal, paused)
-    np.testing.assert_allclose(permuted.weights_D, expected.weights_D[order], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(permuted.weights_D, expected.weights_D[order], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("min_entropy", [0.9, 1 - 1e-6, 1 - 1e-12, 1 - 1e-15, 1.0])
+@pytest.mark.parametrize("number", [2, 3, 9, 40])
+def test_the_order_of_sources_does_not_matter_where_an_even_mix_is_wanted(min_entropy, number):
+    """Entropy is flat there: compared as such, it would tell weights to 1e-8 only."""
+    rng = np.random.default_rng(number)
+    guardrails = Guardrails(min_entropy=min_entropy)
+    for _ in range(20):
+        old_D, proposed_D = (normalise_weights(rng.uniform(0.001, 1, number)) for _ in range(2))
+        order = rng.permutation(number)
+        expected_D = apply(guardrails, old_D, proposed_D).weights_D
+        permuted_D = apply(guardrails, old_D[order], proposed_D[order]).weights_D
+        np.testing.assert_allclose(permuted_D, expected_D[order], rtol=0, atol=1e-14)
+        assert unevenness(expected_D) <= (1 - min_entropy) * math.log(number) + 1e-14
+        assert unevenness(expected_D) == pytest.approx(math.log(number) - entropy(expected_D), abs=1e-14)
 
 
 @checked
