@@ -224,7 +224,7 @@ REFERENCE_GAP = 1 / 64
 """Gap between scores after normalization: the published rule's, with 4 sources and 8 experts, are of this
 size, so that the published step size stays what it is."""
 NO_GAP = 1e-9
-"""Gaps below this part of the scores are rounding, and are not blown up."""
+"""Gaps below this part of the scores are rounding: they are not blown up, and such scores are equal."""
 AGGREGATES: dict[str, Callable[[Floats], Floats]] = {
     "mean": lambda distance_DD: distance_DD.mean(axis=1),
     "max": lambda distance_DD: distance_DD.max(axis=1),
@@ -239,8 +239,9 @@ def source_delta(distance_DD: Floats, aggregate: str) -> Floats:
 
     ``"mean"`` is Delta_i = sum_j delta_ij / D of Zhu et al. (2025), section 3: divided by D, though only
     D - 1 terms can be positive. ``"max"`` and ``"min"`` are the official code's other two: the furthest
-    source, and the nearest with the source itself among them, so always 0. ``"others-mean"`` and
-    ``"others-min"`` leave the source itself out and need at least two.
+    source, and the nearest with the source itself among them, so always 0 (of cosines its ``min`` is that of
+    similarities, see `GateLoad`). ``"others-mean"`` and ``"others-min"`` leave the source itself out and need
+    at least two.
     """
     square = distance_DD.ndim == 2 and len(distance_DD) == distance_DD.shape[1]
     if not square or not np.isfinite(distance_DD).all():

@@ -52,6 +52,23 @@ def test_I8_l2_min_includes_the_source_itself_and_moves_nothing():
     assert proposal.weights_D.tolist() == UNIFORM_D.tolist()
 
 
+@pytest.mark.parametrize("number", [3, 4, 9, 40])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_I8_cos_min_is_one_minus_the_least_similarity(number, layers):
+    """As the official code has it, written here from similarities; ours is made of distances."""
+    counts_DLE = np.random.default_rng(number).integers(1, 1000, (number, layers, 8))
+    load_DV = counts_DLE.reshape(number, -1) / counts_DLE.sum(axis=(1, 2))[:, None]
+    length_D = np.sqrt((load_DV**2).sum(axis=1))
+    delta_D = 1 - (load_DV @ load_DV.T / np.outer(length_D, length_D)).min(axis=1)
+    even_D = np.full(number, 1 / number)
+    proposal = GateLoad(metric="cos", aggregate="min", layers="all").propose(
+        even_D, Signal(counts_DLE=counts_DLE), {}
+    )
+    assert_golden(proposal.delta_D, delta_D)
+    alpha_D = np.exp(10 * delta_D) / np.exp(10 * delta_D).sum()
+    assert_golden(proposal.weights_D, 0.95 * alpha_D + 0.05 / number)
+
+
 def test_I8_inverse_swaps_deltas_by_rank():
     proposal = Inverse().propose(UNIFORM_D, Signal(counts_DLE=COUNTS_DLE), {})
     assert_golden(proposal.delta_D, [0.0615180174, 0.0589625462, 0.0961045814, 0.084239559])

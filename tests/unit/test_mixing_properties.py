@@ -1,12 +1,13 @@
 """What must hold for any loads and weights."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from megatron_dynmix.mixing.gate_loads import AGGREGATES, DISTANCES
-from megatron_dynmix.mixing.strategies.gate_load import GateLoad
+from megatron_dynmix.mixing.strategies.gate_load import GateLoad, Inverse
 from megatron_dynmix.mixing.strategy import Signal
 from megatron_dynmix.mixing.weights import entropy, kl_divergence, normalise_weights, reweight
 
@@ -82,6 +83,20 @@ def test_duplicate_sources_get_equal_weights(rule, mix):
     counts_DLE[2], weights_D[2] = counts_DLE[0], weights_D[0]
     weights_D = new_weights(rule, normalise_weights(weights_D), counts_DLE)
     assert abs(weights_D[2] - weights_D[0]) <= 1e-12
+
+
+@pytest.mark.parametrize("metric", sorted(DISTANCES))
+@pytest.mark.parametrize("rule", [GateLoad, Inverse])
+def test_copies_get_equal_weights_among_many_sources(rule, metric):
+    """From nine sources on, sums run in another order for each source, and copies differ in the last bit."""
+    rng = np.random.default_rng(5)
+    for number in (9, 12, 17, 33, 64) * 3:
+        counts_DLE = rng.integers(1, 5000, (number, 2, 8))
+        copies = rng.permutation(number)[:4]
+        counts_DLE[copies] = counts_DLE[copies[0]]
+        for options in ({}, {"layers": "all", "layer_mix": "mean"}, {"normalise": "scale"}, {"eta": 1000}):
+            weights_D = new_weights(rule(metric=metric, **options), np.full(number, 1 / number), counts_DLE)
+            assert np.ptp(weights_D[copies]) <= 1e-12, (number, options)
 
 
 @checked

@@ -32,6 +32,7 @@ import numpy as np
 from megatron_dynmix.mixing.gate_loads import (
     AGGREGATES,
     DISTANCES,
+    NO_GAP,
     at_layers,
     check_layers,
     delta_shares,
@@ -59,7 +60,8 @@ class GateLoad(Strategy):
         smoothing: c, the share spread evenly over the sources, from 0 to 1.
         metric: distance between loads: ``l2``, ``scaled-l2``, ``cos``, ``hellinger``, ``js`` or ``tv``.
         aggregate: what of a source's distances is its delta: ``mean``, ``max`` or ``min`` over all sources,
-            itself included, ``others-mean`` or ``others-min`` over the others.
+            itself included, ``others-mean`` or ``others-min`` over the others. With ``cos``, ``min`` is one
+            minus the least similarity, as in the official code: the largest distance.
         layers: MoE layers whose loads count: ``last``, ``all``, or a list of them, counted from 0.
         layer_mix: with several layers, ``"concat"`` compares all their experts as one load, ``"mean"``
             averages the distances found in each layer.
@@ -144,6 +146,11 @@ class GateLoad(Strategy):
             delta_error_D=error_D,
         )
 
+    @property
+    def _aggregate(self) -> str:
+        """Return what is taken of the distances; for ``cos`` the official code takes it of similarities."""
+        return "max" if (self.metric, self.aggregate) == ("cos", "min") else self.aggregate
+
     def _loads(self, counts_DLE: Counts) -> Floats:
         return gate_load(counts_DLE, self.layers, by_layer=self.layer_mix == "mean")
 
@@ -189,10 +196,10 @@ class GateLoad(Strategy):
                 for distance_DD, noise in zip(measured, noises, strict=True)
             ]
         distance_DD = distances[0] if len(distances) == 1 else np.mean(distances, axis=0)
-        delta_D = source_delta(distance_DD, self.aggregate)
+        delta_D = source_delta(distance_DD, self._aggregate)
         if noises is None:
             return distance_DD, delta_D, None
-        share_DD = delta_shares(distance_DD, self.aggregate)
+        share_DD = delta_shares(distance_DD, self._aggregate)
         # The same tokens were counted in every layer. The mean of the errors is right if those are wrong
         # alike, and too careful otherwise.
         errors = [
@@ -212,14 +219,17 @@ class Inverse(GateLoad):
 
     The deltas of `GateLoad` change places by rank, the largest with the smallest and so on: the official
     code's ``~l2``, Zhu et al. (2025), section 4. The same steps are made, by the wrong sources. Equal deltas
-    share the mean of what they would get, so that it does not matter which of them comes first.
+    share the mean of what they would get, so that it does not matter which of them comes first; those of
+    copies of a source are equal to rounding only.
     """
 
     name = "inverse"
 
     def _directed(self, delta_D: Floats, error_D: Floats | None) -> tuple[Floats, Floats | None]:
         order_D = np.argsort(delta_D, kind="stable")
-        _, group_D = np.unique(delta_D, return_inverse=True)
+        apart_D = np.diff(delta_D[order_D], prepend=-np.inf) > NO_GAP * np.abs(delta_D).max()
+        group_D = np.empty(len(delta_D), np.int64)
+        group_D[order_D] = np.cumsum(apart_D) - 1
 
         def swapped(values_D: Floats) -> Floats:
             swapped_D = np.empty_like(values_D)
