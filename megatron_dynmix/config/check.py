@@ -62,6 +62,7 @@ RESOLVED_FROM = {
     "weights_from": "the directory of a run with weight updates",
     "embeddings": "a JSON or .npz file {source: vector}",
     "schedule": "[[iteration, {source: weight}], ...]",
+    "sizes": "{source: size}",
 }
 
 

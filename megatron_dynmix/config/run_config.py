@@ -299,6 +299,8 @@ class MixingConfig(Section):
     """JSON or .npz file {source: vector}."""
     schedule: tuple[Any, ...] | None = None
     """[[iteration, {source: weight}], ...]."""
+    sizes: dict[str, float] | None = None
+    """{source: size}, for strategies by size: of originals that only a part of was released, in any unit."""
     weight_floor: float = 0.0
     """Least weight of a source that is not paused."""
     max_kl_step: float | None = None

@@ -16,6 +16,7 @@ RESOLVED = {
     "weights_from": "weights_D",
     "embeddings": "embeddings_DV",
     "schedule": "points",
+    "sizes": "sizes_D",
 }
 """Settings that name a file, or values by source -> the option of a strategy that is made of them."""
 
@@ -49,8 +50,7 @@ def resolved_options(strategy: str) -> dict[str, bool]:
         return {}
     fields = {field.name: field for field in dataclasses.fields(STRATEGIES[strategy])}  # type: ignore[arg-type]
     return {
-        setting: fields[option].default in (dataclasses.MISSING, None, ())
-        and fields[option].default_factory is dataclasses.MISSING
+        setting: fields[option].default is dataclasses.MISSING
         for setting, option in RESOLVED.items()
         if option in fields
     }

@@ -8,6 +8,7 @@ D sources, V dimensions of an embedding.
 from __future__ import annotations
 
 import math
+import sys
 import traceback
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ def resolve_files(mixing: MixingConfig, sources: Sequence[str]) -> dict[str, Any
         "weights_from": last_weights,
         "embeddings": read_embeddings,
         "schedule": schedule_points,
+        "sizes": source_sizes,
     }
     return {
         RESOLVED[setting]: read(Path(given) if isinstance(given, str) else given, sources)
@@ -136,6 +138,18 @@ def schedule_points(points: Sequence[Any], sources: Sequence[str]) -> list[list[
     return resolved
 
 
+def source_sizes(sizes: Mapping[str, Any], sources: Sequence[str]) -> list[float]:
+    """Return the sizes, numbers above 0, in the order of the sources."""
+    content = _by_source("mixing.sizes", sizes, sources)
+    for name, size in content.items():
+        if type(size) not in (int, float) or not 0 < size <= sys.float_info.max:
+            raise InputError(
+                f"mixing.sizes: the size of source {name} is {size!r}; give a finite number above 0 (what is "
+                "not to be drawn is left out of data.sources)"
+            )
+    return [float(content[name]) for name in sources]
+
+
 def _read_npz(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -146,7 +160,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read as an .npz file: {error}") from None
 
 
-def _by_source(path: Path, content: Any, sources: Sequence[str]) -> dict[str, Any]:
+def _by_source(path: Path | str, content: Any, sources: Sequence[str]) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds {type(content).__name__}; it must hold an object {{source: value}}")
     missing = [name for name in sources if name not in content]

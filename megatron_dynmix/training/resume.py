@@ -154,7 +154,7 @@ def _check_strategy(saved: Settings, mixing: MixingConfig, source: Path) -> None
             f"the start of a run only: resume with {before}, keep the weights with fixed, or start a new "
             "--run-dir"
         )
-    for name, value in mixing.options.items():
+    for name, value in {**mixing.options, "sizes": mixing.sizes}.items():
         if saved.get(name, value) != value:
             raise InputError(
                 f"mixing.{name} was {saved[name]} when {source} was written and is {value} now, but {before} "

@@ -36,6 +36,12 @@ def changes(tmp_path, monkeypatch):
     "before, after, part",
     [
         ({"strategy": "temperature"}, {"strategy": "temperature", "temperature": 2.0}, "mixing.temperature"),
+        (
+            {"strategy": "data-size", "sizes": {"a": 1}},
+            {"strategy": "data-size", "sizes": {"a": 2}},
+            "mixing.sizes",
+        ),
+        ({"strategy": "data-size"}, {"strategy": "data-size", "sizes": {"a": 2}}, "mixing.sizes"),
         ({"strategy": "gate-load"}, {"strategy": "data-size"}, "mixing.strategy was gate-load"),
         ({"unit": "tokens"}, {"unit": "examples"}, "mixing.unit was tokens"),
         ({}, {"load_mass": "probability"}, "mixing.load_mass was count"),

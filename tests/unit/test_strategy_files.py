@@ -30,6 +30,7 @@ def test_values_are_put_into_the_order_of_the_sources(tmp_path):
     assert resolved(embeddings=json_file(tmp_path, VECTORS)) == {"embeddings_DV": [[1, 0], [0, 1], [1, 1]]}
     np.savez(tmp_path / "file.npz", **{name: np.array(vector) for name, vector in VECTORS.items()})
     assert resolved(embeddings=str(tmp_path / "file.npz")) == {"embeddings_DV": [[1, 0], [0, 1], [1, 1]]}
+    assert resolved(sizes={"code": 7, "chat": 0.5, "math": 1e300}) == {"sizes_D": [0.5, 1e300, 7.0]}
     points = ([0, {"code": 2, "chat": 1, "math": 1}], [9, {"code": 1, "chat": 0, "math": 0}])
     assert resolved(schedule=points) == {"points": [[0, [0.25, 0.25, 0.5]], [9, [0.0, 0.0, 1.0]]]}
 
@@ -74,6 +75,18 @@ def test_a_bad_file_is_refused_by_name(tmp_path, setting, content, part):
     with pytest.raises(InputError) as caught:
         resolved(**{setting: json_file(tmp_path, content)})
     assert part in str(caught.value) and "file.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, -1, float("nan"), float("inf"), 10**400, True, "7", None, [1]])
+def test_a_size_that_is_none_is_refused(size):
+    with pytest.raises(InputError, match=r"mixing\.sizes: the size of source math is "):
+        resolved(sizes={"chat": 1, "math": size, "code": 1})
+
+
+@pytest.mark.parametrize("sizes", [{"chat": 1, "math": 1}, {**LOSSES, "law": 1}, {}])
+def test_sizes_of_other_sources_are_refused(sizes):
+    with pytest.raises(InputError, match=r"mixing\.sizes does not match the sources: missing .*unknown "):
+        resolved(sizes=sizes)
 
 
 def test_files_that_are_not_there_are_named(tmp_path):

@@ -50,6 +50,17 @@ def test_data_size_gives_the_papers_shares():
     )
 
 
+@pytest.mark.parametrize("scale", [1, 1e-9, 1e301])
+def test_given_sizes_take_the_place_of_the_rows(scale):
+    """The paper's releases hold 20,000 examples each; its weights follow the originals."""
+    sizes_D, even = np.array([2_891_080, 262_039, 121_959, 58_735]), Signal(size_D=np.full(4, 20_000))
+    given = weights(DataSize(sizes_D=(scale * sizes_D).tolist()), even)
+    assert_golden(given, [0.86719935, 0.07860043, 0.03658232, 0.01761791], 1e-6)
+    levelled = weights(Temperature(temperature=2, sizes_D=(scale * sizes_D).tolist()), even)
+    assert_golden(levelled, np.sqrt(sizes_D) / np.sqrt(sizes_D).sum())
+    assert_golden(given, weights(DataSize(), Signal(size_D=sizes_D)))
+
+
 def test_temperature_one_is_the_size_and_a_high_one_nearly_uniform():
     signal = Signal(size_D=np.array([1000, 10, 1, 100]))
     assert_golden(weights(Temperature(temperature=1), signal), weights(DataSize(), signal))

@@ -65,6 +65,9 @@ def test_unimax_refuses_a_run_that_is_longer_than_its_epochs():
     ("name", "options", "message"),
     [
         ("temperature", {"temperature": 0}, "temperature 0 is unusable"),
+        ("temperature", {"sizes_D": [1, 0]}, "size of source 1 .* is 0; give a number > 0"),
+        ("data-size", {"sizes_D": [1, float("inf")]}, "size of source 1 .* is inf"),
+        ("data-size", {"sizes_D": [-1, 1]}, "size of source 0 .* is -1"),
         ("loss-softmax", {"temperature": float("nan")}, "temperature nan is unusable"),
         ("unimax", {"epoch_cap": -1}, "epoch_cap -1"),
         ("sequential", {"every": 0}, "every 0"),
@@ -99,6 +102,13 @@ def test_unimax_refuses_a_run_that_is_longer_than_its_epochs():
 def test_an_option_out_of_range_is_refused_at_the_start(name, options, message):
     with pytest.raises(ValueError, match=message):
         build_strategy(name, options)
+
+
+def test_sizes_for_other_sources_are_refused():
+    for name in ("data-size", "temperature"):
+        strategy = build_strategy(name, {"sizes_D": [1, 2, 3]})
+        with pytest.raises(ValueError, match="3 sizes for 4 sources"):
+            strategy.propose(uniform(4), Signal(), {})
 
 
 @pytest.mark.parametrize("name", ["final-static", "sent-emb", "schedule", "ref-loss", "sheared"])

@@ -76,23 +76,39 @@ class FinalStatic(Strategy):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSize(Strategy):
-    """Sources in proportion to their rows: w_i = n_i / sum n, as if all were one shuffled file.
+    """Sources in proportion to their sizes: w_i = n_i / sum n, as if all were one shuffled file.
 
-    The DataSize baseline of Zhu et al. (2025), section 4, with sizes in rows instead of examples: rows are
-    what is drawn.
+    The DataSize baseline of Zhu et al. (2025), section 4. Sizes are rows of the prepared sources, since rows
+    are what is drawn, unless others are given: there, those of the originals, of which 20,000 examples each
+    were taken.
     """
+
+    sizes_D: Sequence[float] = ()
 
     name = "data-size"
     starts = True
     updates = False
 
+    def __post_init__(self) -> None:
+        if len(self.sizes_D) and not (size_D := numbers_of(self.sizes_D, "size", lowest=0)).all():
+            raise SourceError([int(size_D.argmin())], "is 0; give a number > 0", before="size of ")
+
     def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
-        """Propose the shares of the rows of all sources."""
-        return _shares(size_of(signal, len(weights_D), self.name))
+        """Propose the shares of the sizes of all sources."""
+        return _shares(self._size_D(signal, len(weights_D)))
+
+    def _size_D(self, signal: Signal, num_sources: int) -> Floats:
+        if not len(self.sizes_D):
+            return size_of(signal, num_sources, self.name)
+        if len(self.sizes_D) != num_sources:
+            raise ValueError(
+                f"{len(self.sizes_D)} sizes for {num_sources} sources; {self.name} needs one per source"
+            )
+        return np.array(self.sizes_D, np.float64) / max(self.sizes_D)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Temperature(Strategy):
+class Temperature(DataSize):
     """Sizes levelled by a temperature: w_i = n_i^(1/tau) / sum_j n_j^(1/tau).
 
     1 gives the sizes' own shares, larger values come closer to uniform. The default is that of mT5 (Xue et
@@ -106,15 +122,14 @@ class Temperature(Strategy):
     temperature: float = 1 / 0.3
 
     name = "temperature"
-    starts = True
-    updates = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_temperature(self.temperature)
 
     def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Propose levelled shares of the sizes."""
-        size_D = size_of(signal, len(weights_D), self.name)
+        size_D = self._size_D(signal, len(weights_D))
         # Relative to the largest: a small temperature would overflow a plain power.
         return _shares(np.exp(np.log(size_D / size_D.max()) / self.temperature))
 
