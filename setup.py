@@ -31,8 +31,10 @@ setup(
         "tensorboard>=2.16",
         "transformers>=4.50,<6",
         "tokenizers",
+        "huggingface_hub",
         "safetensors",
         "sentencepiece>=0.2.2",  # earlier ones give character offsets in another way
+        "protobuf",  # a SentencePiece model is one
         "pyarrow",
         # megatron.core.dist_checkpointing.save needs it, does not declare it, and without it hangs for ever
         "psutil",

@@ -26,6 +26,7 @@ from megatron_dynmix.data.prepare.template import Rendered, Renderer, token_mask
 from megatron_dynmix.data.prepared import load_report
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.data.tokenizer.fast import FastTokenizer
+from megatron_dynmix.data.tokenizer.folder import of_transformers
 from megatron_dynmix.errors import InputError
 
 ROWS = [
@@ -214,4 +215,4 @@ def test_template_that_refuses_names_file_and_line(tmp_path: Path, tokenizer_dir
     hf_tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
     hf_tokenizer.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(InputError, match=r"rows.jsonl:1: .*use the template vicuna"):
-        prepare(tmp_path, ROWS, FastTokenizer(hf_tokenizer), template="tokenizer")
+        prepare(tmp_path, ROWS, FastTokenizer(of_transformers(hf_tokenizer)), template="tokenizer")

@@ -14,7 +14,9 @@ from megatron_dynmix.data.prepare.conversation import Conversation, Turn
 from megatron_dynmix.data.prepare.formats import parse_messages, parse_sharegpt
 from megatron_dynmix.data.prepare.template import Rendered, Renderer, token_mask
 from megatron_dynmix.data.tokenizer.base import Tokenizer
+from megatron_dynmix.data.tokenizer.borders import encode_answers
 from megatron_dynmix.data.tokenizer.fast import FastTokenizer
+from megatron_dynmix.data.tokenizer.folder import of_transformers
 from megatron_dynmix.errors import InputError
 
 CHATML = (
@@ -27,7 +29,7 @@ TWO_ROUNDS = parse_sharegpt(sharegpt("hi", "good day", "two plus two", "four", s
 def with_template(folder: Path, template: str | None) -> Tokenizer:
     hf_tokenizer = AutoTokenizer.from_pretrained(str(folder))
     hf_tokenizer.chat_template = template
-    return FastTokenizer(hf_tokenizer)
+    return FastTokenizer(of_transformers(hf_tokenizer))
 
 
 def trained_texts(rendered: Rendered) -> list[str]:
@@ -41,7 +43,8 @@ def plain_texts(rendered: Rendered, tokenizer: Tokenizer) -> list[str]:
 
 def trained_pieces(rendered: Rendered, tokenizer: Tokenizer) -> list[tuple[str, int]]:
     """Token texts with their mask, as they stand in the rendered text."""
-    ((ids, starts),) = tokenizer.encode_batch([rendered.text])
+    borders = [start for start, _ in rendered.trained_spans]
+    ((ids, starts, _),) = encode_answers(tokenizer, [rendered.text], [borders])
     mask = token_mask(starts, rendered.trained_spans)
     return [(tokenizer.decode([token]), int(trained)) for token, trained in zip(ids, mask, strict=True)]
 
@@ -67,7 +70,7 @@ def test_vicuna_usual_system_sentence_and_the_tokenizers_bos(
     with_bos.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
-    rendered = Renderer(FastTokenizer(with_bos), "vicuna").render(conversation)
+    rendered = Renderer(FastTokenizer(of_transformers(with_bos)), "vicuna").render(conversation)
     assert rendered.text == "<s>" + expected
     assert trained_texts(rendered) == [" good day</s>"]
 
@@ -109,8 +112,10 @@ def test_answer_behind_a_prompt_that_ends_with_a_space_keeps_its_first_word(toke
     tokenizer = with_template(tokenizer_dir, template)
     rendered = Renderer(tokenizer, "tokenizer").render(parse_sharegpt(sharegpt("hi", "two plus")))
     assert trained_texts(rendered) == ["two plus<|im_end|>"]
-    trained = [piece for piece, mask in trained_pieces(rendered, tokenizer) if mask]
-    assert trained[:2] == [" two", " plus"]
+    pieces = trained_pieces(rendered, tokenizer)
+    first = [trained for _, trained in pieces].index(1)
+    # as at inference, where the space is the prompt's last token
+    assert [piece for piece, _ in pieces[first - 2 : first + 3]] == [":", " ", "t", "wo", " plus"]
 
 
 @pytest.mark.parametrize("template", ["vicuna", "tokenizer"])
@@ -177,7 +182,7 @@ def chatml_tokenizer(folder: Path, template: str | None = None) -> FastTokenizer
     hf_tokenizer = AutoTokenizer.from_pretrained(str(folder))
     hf_tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     hf_tokenizer.chat_template = template
-    return FastTokenizer(hf_tokenizer)
+    return FastTokenizer(of_transformers(hf_tokenizer))
 
 
 def trained(conversation: Conversation, tokenizer: Tokenizer, template: str, train_on: str = "all") -> list:

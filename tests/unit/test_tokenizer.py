@@ -14,12 +14,13 @@ import sentencepiece
 from data_fixtures import TEXTS, sharegpt, tokenizer_dir_fixture, tokenizer_fixture, write_jsonl  # noqa: F401
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as BackendTokenizer
-from tokenizers import models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.data.tokenizer.fast import FastTokenizer, train_bpe
+from megatron_dynmix.data.tokenizer.folder import of_transformers
 from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.data.tokenizer.special import GUARD
 from megatron_dynmix.errors import InputError
@@ -63,8 +64,8 @@ def test_char_starts_by_hand(tokenizer: Tokenizer) -> None:
     ((ids, starts),) = tokenizer.encode_batch(["two  plus é</s>x"])
     pieces = [tokenizer.decode([token]) for token in ids]
     assert pieces[:4] == ["t", "wo", " ", " plus"]
-    # the lone space begins at itself, " plus" at its p, both bytes of the accented letter at the letter
-    assert starts.tolist() == [0, 1, 3, 5, 9, 10, 10, 11, 15]
+    # both bytes of the accented letter at the letter
+    assert starts.tolist() == [0, 1, 3, 4, 9, 10, 10, 11, 15]
     assert pieces[-2:] == ["</s>", "x"]
 
 
@@ -73,7 +74,7 @@ def test_char_starts_do_not_depend_on_trimmed_offsets(tokenizer_dir: Path, token
     trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     text = "  two plus   two \n four  </s> x "
     ((_, expected),) = tokenizer.encode_batch([text])
-    ((_, starts),) = FastTokenizer(trimming).encode_batch([text])
+    ((_, starts),) = FastTokenizer(of_transformers(trimming)).encode_batch([text])
     assert starts.tolist() == expected.tolist()
 
 
@@ -84,7 +85,7 @@ def test_no_special_tokens_truncation_or_padding(tokenizer_dir: Path) -> None:
     limited.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
-    adapted = FastTokenizer(limited)
+    adapted = FastTokenizer(of_transformers(limited))
     ((ids, _),) = adapted.encode_batch(["x y z"])
     assert adapted.decode(ids) == "x y z"
     assert adapted.bos == "<s>"
@@ -93,8 +94,8 @@ def test_no_special_tokens_truncation_or_padding(tokenizer_dir: Path) -> None:
 def test_added_token_counts_for_vocab_size(tokenizer_dir: Path, tokenizer: Tokenizer) -> None:
     larger = hf(tokenizer_dir)
     larger.add_tokens(["<extra>"])
-    assert FastTokenizer(larger).vocab_size == tokenizer.vocab_size + 1 == len(larger)
-    assert FastTokenizer(larger).fingerprint != tokenizer.fingerprint
+    assert FastTokenizer(of_transformers(larger)).vocab_size == tokenizer.vocab_size + 1 == len(larger)
+    assert FastTokenizer(of_transformers(larger)).fingerprint != tokenizer.fingerprint
 
 
 def test_fingerprint(tokenizer_dir: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -141,13 +142,19 @@ def test_eos_is_needed(tokenizer_dir: Path, tmp_path: Path) -> None:
         load_tokenizer(edited(tokenizer_dir, tmp_path / "t", eos_token=None))
 
 
-def test_slow_tokenizer_is_refused(tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_no_tokenizer_json_is_converted_if_it_can_be(
+    tokenizer_dir: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: hf_tokenizer)
+    hf_tokenizer = PreTrainedTokenizerFast.from_pretrained(str(tokenizer_dir))
+    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+
     class Slow:
         is_fast = False
 
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: Slow())
+    hf_tokenizer = Slow()
     with pytest.raises(InputError, match="a slow"):
-        load_tokenizer(tokenizer_dir)
+        load_tokenizer(tmp_path)
 
 
 def test_training_is_deterministic_and_needs_room(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -224,7 +231,7 @@ def test_tiktoken(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiktoken_file(tmp_path))
     ((ids, starts),) = tokenizer.encode_batch(["<s>two plus é!</s>"])
     assert ids.tolist() == [300, 257, 258, 32, 195, 169, 33, 301]
-    assert starts.tolist() == [0, 3, 7, 11, 12, 12, 13, 14]
+    assert starts.tolist() == [0, 3, 6, 11, 12, 12, 13, 14]
     assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos) == (302, 301, "<s>")
     assert tokenizer.decode(ids) == "<s>two plus é!</s>"
     other = tmp_path / "other"
@@ -287,18 +294,27 @@ def test_tiktoken_ranks_that_are_none(tmp_path: Path) -> None:
 
 
 def test_the_hub_is_asked_only_by_its_name_and_code_is_not_trusted_unless_asked(
-    tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer_dir: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, asked = AutoTokenizer.from_pretrained, []
+    downloaded, run, real = [], [], AutoTokenizer.from_pretrained
+
+    def snapshot_download(repository: str, *, allow_patterns: list[str]) -> str:
+        downloaded.append((repository, "*.py" in allow_patterns))
+        return str(tokenizer_dir)
 
     def from_pretrained(source: str, **options: object) -> object:
-        asked.append((source, options["local_files_only"], options["trust_remote_code"]))
+        run.append((source, options["local_files_only"], options["trust_remote_code"]))
         return real(str(tokenizer_dir))
 
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    with_code = edited(tokenizer_dir, tmp_path / "t", auto_map={"AutoTokenizer": [None, "own.Fast"]})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     load_tokenizer("hf://some-org/some-model")
-    load_tokenizer(tokenizer_dir, trust_remote_code=True)
-    assert asked == [("some-org/some-model", False, False), (str(tokenizer_dir), True, True)]
+    load_tokenizer("hf://some-org/some-model", trust_remote_code=True)
+    assert downloaded == [("some-org/some-model", False), ("some-org/some-model", True)]
+    assert load_tokenizer(with_code).fingerprint == tokenizer.fingerprint
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    load_tokenizer(with_code, trust_remote_code=True)
+    assert run == [(str(with_code), True, True)]
 
 
 def test_nothing_is_unpickled(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +338,9 @@ def test_a_pickled_tokenizer_still_takes_literal_special_tokens_for_text(tokeniz
 def test_a_tokenizer_that_cannot_write_its_special_token_as_text(tokenizer_dir: Path) -> None:
     backend = BackendTokenizer(models.WordLevel({"</s>": 0, "a": 1, "?": 2}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    wordy = FastTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+    wordy = FastTokenizer(
+        of_transformers(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+    )
     with pytest.raises(InputError, match="'</s>' of the same letters"):
         wordy.encode_batch([wordy.special.guard("a </s> a")])
 
@@ -332,3 +350,74 @@ def test_private_characters_are_refused(tokenizer: Tokenizer) -> None:
     for character in (chr(GUARD), "\U0010ffff"):
         with pytest.raises(ValueError, match="private character U\\+10"):
             tokenizer.special.guard(f"a{character}")
+
+
+BATTERY = [
+    "2023 was 1,234.5 or 12345678",
+    "  two  spaces\n\n\nx \n y",
+    "\ufb01 \uff11\uff12\uff13 \u00e9 e\u0301 \u212b",
+    "a\tb\u3000c",
+    "don't I'LL",
+    "\u4e2d\u6587 \u304b\u306a \U0001f642\U0001f3fd",
+    "<think>x</think>\n",
+    "HTTPServer2 snake_case()",
+]
+
+
+@pytest.mark.parametrize(
+    "kind", ["GPT2Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer", "GemmaTokenizer", None]
+)
+@pytest.mark.parametrize("prefix", ["bytes", "metaspace", "prepend"])
+def test_ids_are_those_of_the_file_whatever_class_is_named(
+    tokenizer_dir: Path, tmp_path: Path, kind: str | None, prefix: str
+) -> None:
+    folder = edited(tokenizer_dir, tmp_path / "t", tokenizer_class=kind, unk_token="<unk>")
+    backend = BackendTokenizer.from_file(str(folder / "tokenizer.json"))
+    digits = pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated")
+    words = {
+        "bytes": pre_tokenizers.ByteLevel(add_prefix_space=False),
+        "metaspace": pre_tokenizers.Metaspace(prepend_scheme="first"),
+        "prepend": pre_tokenizers.ByteLevel(add_prefix_space=True),
+    }
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, words[prefix]])
+    backend.normalizer = normalizers.NFC()
+    backend.add_tokens(["202", "<think>"])
+    backend.save(str(folder / "tokenizer.json"))
+    loaded = load_tokenizer(folder)
+    expected = [backend.encode(text, add_special_tokens=False).ids for text in BATTERY]
+    assert [ids.tolist() for ids, _ in loaded.encode_batch(BATTERY)] == expected
+
+
+def test_tokens_that_only_the_configuration_names(tokenizer_dir: Path, tmp_path: Path) -> None:
+    decoder = {"500": {"content": "<call>", "special": False, "normalized": False}}
+    settings = {"added_tokens_decoder": decoder, "image_token": "<image>"}
+    folder = edited(tokenizer_dir, tmp_path / "t", additional_special_tokens=["<|end|>"], **settings)
+    ours, theirs = load_tokenizer(folder), hf(folder)
+    texts = ["<call>a<|end|>", "<image> </s>"]
+    assert {"<|end|>", "<image>", "</s>"} <= set(ours.special.ids)
+    assert "<call>" not in ours.special.ids
+    assert [ids.tolist() for ids, _ in ours.encode_batch(texts)] == theirs(texts)["input_ids"]
+    assert ours.template_names["image_token"] == "<image>"
+
+
+def test_special_tokens_of_older_files_and_of_classes(tokenizer_dir: Path, tmp_path: Path) -> None:
+    older = edited(tokenizer_dir, tmp_path / "older", eos_token=None, bos_token=None)
+    (older / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>"}, "bos_token": "<s>"}')
+    assert load_tokenizer(older).eos == "</s>"
+    silent = edited(tokenizer_dir, tmp_path / "silent", eos_token=None, tokenizer_class="GPT2Tokenizer")
+    assert load_tokenizer(silent).eos == hf(silent).eos_token == "<|endoftext|>"
+    assert load_tokenizer(silent).eos_id == hf(silent).eos_token_id
+
+
+def test_named_templates(tokenizer_dir: Path, tmp_path: Path) -> None:
+    named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    folder = edited(tokenizer_dir, tmp_path / "t", chat_template=named)
+    assert load_tokenizer(folder).chat_template == hf(folder).chat_template  # the file wins
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tool_use.jinja").write_text("c")
+    assert load_tokenizer(folder).chat_template == hf(folder).chat_template
+    (folder / "chat_template.jinja").unlink()
+    (folder / "additional_chat_templates/tool_use.jinja").unlink()
+    assert (
+        load_tokenizer(folder).chat_template == {"default": "a", "tool_use": "b"} == hf(folder).chat_template
+    )

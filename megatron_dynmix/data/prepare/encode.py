@@ -6,7 +6,7 @@ Shape legend: N examples of a chunk, T tokens of one example.
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from megatron_dynmix.data.prepare.conversation import Conversation, Turn
 from megatron_dynmix.data.prepare.examples import Examples, pack_examples
 from megatron_dynmix.data.prepare.formats import Format
-from megatron_dynmix.data.prepare.notices import Noticed, merged, noticed
+from megatron_dynmix.data.prepare.notices import Notice, Noticed, merged, noticed
 from megatron_dynmix.data.prepare.readers import RawRow
 from megatron_dynmix.data.prepare.template import Rendered, Renderer, token_mask
 from megatron_dynmix.data.prepared import DIGEST_BYTES
+from megatron_dynmix.data.tokenizer.borders import encode_answers
 from megatron_dynmix.errors import InputError
 
 
@@ -32,8 +33,12 @@ class RowChunk(NamedTuple):
     size: int
 
 
-Masked = tuple[NDArray[np.integer], NDArray[np.bool_]]
-"""Tokens ``ids_T`` and ``trained_T``, whether each is trained on."""
+class Masked(NamedTuple):
+    """Tokens, whether each is trained on, and how many answers begin where the text was cut for them."""
+
+    ids_T: NDArray[np.integer]
+    trained_T: NDArray[np.bool_]
+    cuts: int
 
 
 @dataclass
@@ -100,15 +105,15 @@ class Encoder:
         encoded = self._tokens([rendered for _, _, rendered in read])
         for (place, conversation, rendered), masked in zip(read, encoded, strict=True):
             parts, tokens = [rendered], [masked]
-            if self.split_length is not None and len(masked[0]) - 1 > self.split_length:
+            if self.split_length is not None and len(masked.ids_T) - 1 > self.split_length:
                 parts, tokens = self._split(conversation, self.split_length + 1)
                 if len(parts) > 1:
                     counts.split += 1
                     counts.split_parts += len(parts)
-            for part, (ids_T, trained_T) in zip(parts, tokens, strict=True):
-                if trained_T.any():
-                    ids.append(ids_T)
-                    trained.append(trained_T)
+            for part, one in zip(parts, tokens, strict=True):
+                if one.trained_T.any():
+                    ids.append(one.ids_T)
+                    trained.append(one.trained_T)
                     digests.append(hashlib.blake2b(part.text.encode(), digest_size=DIGEST_BYTES).digest())
                 else:
                     untrained.append(f"{place}: no token to train on")
@@ -116,21 +121,29 @@ class Encoder:
         counts.first_broken = (*broken, *untrained)
         counts.notices = merged(
             one
-            for place, conversation, rendered in read
-            for one in noticed(place, (*conversation.notices, *rendered.notices))
+            for (place, conversation, rendered), masked in zip(read, encoded, strict=True)
+            for one in noticed(place, (*conversation.notices, *self._notices(rendered, masked)))
         )
         return Encoded(counts, pack_examples(ids, trained, digests, self.dtype), chunk.size)
 
+    def _notices(self, rendered: Rendered, masked: Masked) -> Iterator[Notice]:
+        yield from rendered.notices
+        for token in self.renderer.tokenizer.special.literal(rendered.text):
+            yield Notice("special token in text", token)
+        if masked.cuts:
+            yield Notice("straddled border")
+
     def _tokens(self, rendered: Sequence[Rendered]) -> list[Masked]:
-        encoded = self.renderer.tokenizer.encode_batch([one.text for one in rendered])
+        borders = [[start for start, _ in one.trained_spans] for one in rendered]
+        encoded = encode_answers(self.renderer.tokenizer, [one.text for one in rendered], borders)
         return [
-            (ids_T, token_mask(char_starts_T, one.trained_spans))
-            for one, (ids_T, char_starts_T) in zip(rendered, encoded, strict=True)
+            Masked(ids_T, token_mask(char_starts_T, one.trained_spans), cuts)
+            for one, (ids_T, char_starts_T, cuts) in zip(rendered, encoded, strict=True)
         ]
 
     def _split(self, conversation: Conversation, limit: int) -> tuple[list[Rendered], list[Masked]]:
         def tokens(part: Conversation) -> int:
-            return len(self._tokens([self.renderer.render(part)])[0][0])
+            return len(self._tokens([self.renderer.render(part)])[0].ids_T)
 
         parts = split_conversation(conversation, limit, tokens)
         rendered = [self.renderer.render(part) for part in parts]

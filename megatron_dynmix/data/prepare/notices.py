@@ -23,7 +23,7 @@ HINTS: dict[NoticeKind, str] = {
     "special token in text": "in what somebody wrote it is tokenized as letters, and is no special token",
     "removed reasoning": "the template leaves out reasoning of earlier rounds, so it is not trained on",
     "unmarked answer": "the template puts it outside of {% generation %}, so it is not trained on",
-    "straddled border": "a token that reaches over the start of an answer is not trained on",
+    "straddled border": "prompt and answer met inside of a token; they are tokenized apart, as at inference",
 }
 """What each kind means for training, and what to do."""
 _MOST_DETAILS = 20

@@ -1,11 +1,10 @@
 """The tokenizer, seen through the few things that data needs.
 
-Shape legend: T tokens of one text, T2 with both ends of each.
+Shape legend: T tokens of one text.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +29,8 @@ class Tokenizer(ABC):
     bos: str
     """The token that this tokenizer itself puts before a text, or "" if it puts none."""
     eos_id: int
+    unk_id: int | None = None
+    """Of the one special token that a text may become, where it has characters that are unknown."""
     pad_id: int
     """The EOS id where there is no padding token: padding is masked in any case."""
     chat_template: str | dict[str, str] | None = None
@@ -37,12 +38,11 @@ class Tokenizer(ABC):
     """SHA-256 over all that decides ids and templates; equal fingerprints give equal tokens."""
 
     @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
-        """Encode guarded texts, without adding special tokens.
+    def encode_batch(self, texts: Sequence[str], *, inside: bool = False) -> list[Encoding]:
+        """Encode guarded texts, without adding special tokens; ``char_starts_T`` is where each begins.
 
-        ``char_starts_T`` is where in the text a token begins, its leading spaces aside (a token of
-        spaces only begins at its last one): tokenizers differ in whether their offsets count the
-        space in front of a word, and loss masks must not depend on that.
+        ``inside``: the texts go on from others, so that the space which some tokenizers put in front of a
+        text's first word is not put there.
         """
 
     @abstractmethod
@@ -58,19 +58,3 @@ class Tokenizer(ABC):
     def template_names(self) -> dict[str, str]:
         """The special tokens by the names that chat templates know them by, such as ``bos_token``."""
         return {"bos_token": self.bos, "eos_token": self.eos}
-
-
-def word_starts(text: str, offsets: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
-    """Return where each token begins, its leading spaces aside, given the character ranges of the tokens."""
-    # not np.array: it takes twice as long for a list of pairs
-    flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets))
-    offsets_T2 = flat.reshape(-1, 2)
-    starts_T, ends_T = offsets_T2[:, 0], offsets_T2[:, 1]
-    is_space = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32) == ord(" ")
-    is_space = np.append(is_space, False)
-    positions = np.where(is_space, len(text), np.arange(len(text) + 1))
-    next_word = np.minimum.accumulate(positions[::-1])[::-1]
-    word_starts_T = np.minimum(next_word[starts_T], np.maximum(ends_T - 1, starts_T))
-    # With offsets trimmed by the tokenizer, a token of spaces only is an empty range behind them.
-    behind_space_T = (starts_T == ends_T) & (starts_T > 0) & is_space[starts_T - 1]
-    return np.where(behind_space_T, starts_T - 1, word_starts_T)

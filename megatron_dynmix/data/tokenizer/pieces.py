@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
-from numpy.typing import NDArray
+from sentencepiece import sentencepiece_model_pb2
 
-from megatron_dynmix.data.tokenizer.base import Encoding, Tokenizer, word_starts
+from megatron_dynmix.data.tokenizer.base import Encoding, Tokenizer
 from megatron_dynmix.data.tokenizer.special import SpecialTokens, join_pieces
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import sha256
@@ -34,10 +34,10 @@ class PieceTokenizer(Tokenizer):
         self.pad_id = self.eos_id if pad is None else special.ids[pad]
         self.fingerprint = sha256(f"{type(self).__name__} {digest}")
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:  # noqa: D102
-        return [self._encode(text) for text in texts]
+    def encode_batch(self, texts: Sequence[str], *, inside: bool = False) -> list[Encoding]:  # noqa: D102
+        return [self._encode(text, inside) for text in texts]
 
-    def _encode(self, text: str) -> Encoding:
+    def _encode(self, text: str, inside: bool) -> Encoding:
         empty = np.empty(0, dtype=np.int64)
         ids, starts = [empty], [empty]
         for is_special, run in groupby(self.special.pieces(text), key=lambda piece: piece.is_special):
@@ -48,14 +48,14 @@ class PieceTokenizer(Tokenizer):
                 continue
             # literal special tokens are part of the words around them
             said, origin_C = join_pieces(pieces, [piece.text for piece in pieces])
-            ids_T, offsets = self._encode_text(said)
+            ids_T, starts_T = self._encode_text(said, inside and pieces[0].start == 0)
             ids.append(ids_T)
-            starts.append(origin_C[word_starts(said, offsets)])
+            starts.append(origin_C[starts_T])
         return np.concatenate(ids), np.concatenate(starts)
 
     @abstractmethod
-    def _encode_text(self, text: str) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
-        """Return ids and half-open character ranges of a text without special tokens."""
+    def _encode_text(self, text: str, inside: bool) -> Encoding:
+        """Encode a text without special tokens."""
 
 
 class SentencePieceTokenizer(PieceTokenizer):
@@ -70,6 +70,10 @@ class SentencePieceTokenizer(PieceTokenizer):
                 f"tokenizer {path}: no SentencePiece model ({str(error).strip()}); a file of ranks, as "
                 "Llama 3 has, must be named .tiktoken"
             ) from error
+        proto = sentencepiece_model_pb2.ModelProto.FromString(content)  # type: ignore[attr-defined]
+        self._trims = bool(proto.normalizer_spec.remove_extra_whitespaces)
+        proto.normalizer_spec.add_dummy_prefix = False
+        self._unprefixed = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         model = self._model
         if model.eos_id() < 0:
             raise InputError(
@@ -92,11 +96,12 @@ class SentencePieceTokenizer(PieceTokenizer):
             text += self._model.decode(tokens) if not is_special else "".join(self._model.id_to_piece(tokens))
         return text
 
-    def _encode_text(self, text: str) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
-        encoded = self._model.encode(text, return_type="offset_mapping", return_bytes=False)
-        # the first bytes of a character have no range, which elsewhere means a token of spaces
-        offsets = [(start, max(end, start + 1)) for start, end in encoded["offsets"]]
-        return np.array(encoded["ids"], dtype=np.int64), offsets
+    def _encode_text(self, text: str, inside: bool) -> Encoding:
+        # leading space that is taken away stands for the one that is put in front
+        model = self._unprefixed if inside and not (self._trims and text[:1].isspace()) else self._model
+        encoded = model.encode(text, return_type="offset_mapping", return_bytes=False)
+        starts = [start for start, _ in encoded["offsets"]]
+        return np.array(encoded["ids"], dtype=np.int64), np.array(starts, dtype=np.int64)
 
 
 class TiktokenTokenizer(PieceTokenizer):
@@ -139,11 +144,10 @@ class TiktokenTokenizer(PieceTokenizer):
     def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
         return str(self._encoding.decode([int(token) for token in ids]))
 
-    def _encode_text(self, text: str) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
+    def _encode_text(self, text: str, inside: bool) -> Encoding:
         ids = self._encoding.encode_ordinary(text)
         _, starts = self._encoding.decode_with_offsets(ids)
-        ends = [max(end, start + 1) for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
-        return np.array(ids, dtype=np.int64), list(zip(starts, ends, strict=True))
+        return np.array(ids, dtype=np.int64), np.array(starts, dtype=np.int64)
 
 
 def _tiktoken_settings(path: Path) -> dict[str, Any]:

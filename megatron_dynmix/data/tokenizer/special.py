@@ -76,6 +76,12 @@ class SpecialTokens:
         """Tell whether a text holds guards."""
         return not text.isascii() and _PRIVATE.search(text) is not None
 
+    def literal(self, text: str) -> Sequence[str]:
+        """Return the special tokens that a guarded text only spells, each once."""
+        if text.isascii():
+            return ()
+        return [self.texts[ord(guard) - GUARD] for guard in dict.fromkeys(_PRIVATE.findall(text))]
+
     def unguard(self, text: str) -> str:
         """Return the text as people would read it: guards are what they stand for."""
         return _PRIVATE.sub(lambda match: self.texts[ord(match[0]) - GUARD], text)
