@@ -233,10 +233,11 @@ def _check_router(config: RunConfig) -> None:
             f"router_noise is {model.router_noise} with router_network {model.router_network}, which has no "
             "weights for it; leave out router_noise, or set router_network to mlp"
         )
-    if model.freeze_router and megatron.get("moe_router_enable_expert_bias"):
+    rate = megatron.get("moe_router_bias_update_rate")
+    if model.freeze_router and megatron.get("moe_router_enable_expert_bias") and rate:
         raise InputError(
-            "freeze_router keeps the routers as they are, but moe_router_enable_expert_bias goes on changing "
-            "their choices; leave out one of them"
+            f"freeze_router keeps the routers as they are, their expert bias too, but "
+            f"moe_router_bias_update_rate is {rate}; leave it out, or set it to 0"
         )
     if not model.freeze_expert_gate:
         return

@@ -50,6 +50,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         "params_dtype": params_dtype(config),
         "pipeline_dtype": params_dtype(config),
     }
+    if config.model.freeze_router:
+        derived["moe_router_bias_update_rate"] = 0.0  # an expert bias is a router's too
     if config.parallel.virtual_stages:
         layout["overlap_p2p_comm"] = config.parallel.overlap_p2p_comm
         layout.setdefault("batch_p2p_comm", not layout["overlap_p2p_comm"])

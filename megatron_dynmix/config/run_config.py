@@ -122,7 +122,7 @@ class ModelConfig(Section):
     """Noise of a learnt size on the logits of `router_network: mlp`, while `training`; if `idle`, its weights
     are kept and not used; if not given, there are none."""
     freeze_router: bool = False
-    """Keep the routers as they are: their weights get no gradient."""
+    """Keep the routers as they are: their weights get no gradient, and an expert bias does not move."""
     freeze_expert_gate: bool = False
     """Keep the gate projections of all experts as they are (half of linear_fc1, before the activation)."""
     megatron: Mapping[str, Any] = field(default_factory=dict)

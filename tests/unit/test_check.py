@@ -17,6 +17,10 @@ NONE = object()
 INTERLEAVED = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 
 
+EXPERT_BIAS = {"model.moe_router_enable_expert_bias": True, "model.moe_router_score_function": "sigmoid"}
+EXPERT_TENSOR_1 = {"expert_tensor_parallel_size": 1}
+
+
 def changed(folder: Path, changes: dict[str, Any]) -> dict:
     """The good settings with `section.name[.name...]` set to other values."""
     content = good_settings(folder)
@@ -62,6 +66,9 @@ def test_a_good_run_passes(tmp_path, world_size):
         {"parallel": {"context_parallel_size": 2}},
         {"parallel": INTERLEAVED, "model.num_layers": 4},
         {"model.moe_expert_capacity_factor": 1.0},
+        {"model.freeze_router": True, **EXPERT_BIAS},
+        {"model.freeze_router": True, **EXPERT_BIAS, "model.moe_router_bias_update_rate": 0.0},
+        {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True, **EXPERT_TENSOR_1}},
         {"model.recompute_granularity": "full", "model.recompute_method": "uniform"},
     ],
 )
@@ -159,6 +166,10 @@ def test_a_prepared_prefix_stands_for_its_source(tmp_path):
         (
             {"model.moe_expert_capacity_factor": 1.0, "model.moe_router_fusion": True},
             ["moe_expert_capacity_factor with moe_router_fusion would count only", "leave out"],
+        ),
+        (
+            {"model.freeze_router": True, **EXPERT_BIAS, "model.moe_router_bias_update_rate": 0.01},
+            ["their expert bias too, but moe_router_bias_update_rate is 0.01; leave it out, or set it to 0"],
         ),
         (
             {"model.moe_expert_capacity_factor": 1.0, "mixing.load_mass": "probability"},
