@@ -19,6 +19,7 @@ from megatron_dynmix.config.megatron import ddp_config, padded_vocab_size
 from megatron_dynmix.model.layers import decoder_spec
 from megatron_dynmix.moe.router import GateLoadRouter
 from megatron_dynmix.platform import Platform
+from megatron_dynmix.platform.megatron_patches import update_expert_bias_exactly
 
 
 class RealVocabularyGPT(GPTModel):
@@ -77,13 +78,15 @@ def build_model(
     virtual_stages = transformer.virtual_pipeline_model_parallel_size
     stages = range(virtual_stages) if virtual_stages else [None]
     ddp = ddp_config(config)
+    update_expert_bias_exactly()
     chunks: list[DistributedDataParallel] = []
     for stage in stages:
         gpt = build_gpt(config, transformer, platform.transformer_engine, stage)
         if config.model.freeze_router:
             freeze_router(gpt)
         gpt = gpt.to(platform.device)
-        module = Float16Module(transformer, gpt) if config.training.bf16 else gpt
+        mark_experts(gpt, transformer)
+        module = half_precision(transformer, gpt) if config.training.bf16 else gpt
         # As Megatron-LM: buckets overlap a chunk's reduction with its own backward pass, and that of later
         # chunks overlaps with other chunks' passes anyway.
         chunk = DistributedDataParallel(transformer, ddp, module, disable_bucketing=bool(chunks))
@@ -96,6 +99,31 @@ def build_model(
         finalize_without_expert_gates if config.model.freeze_expert_gate else finalize_model_grads
     )
     return chunks
+
+
+def half_precision(transformer: TransformerConfig, gpt: torch.nn.Module) -> Float16Module:
+    """Cast the parameters of a model, but no buffer: those hold what routers count, or sum up in small steps.
+
+    Megatron-Core casts both, and later makes expert biases float32 again, rounded and in other storage.
+    """
+    buffers = [(module, dict(module._buffers)) for module in gpt.modules()]
+    wrapped = Float16Module(transformer, gpt)
+    for module, before in buffers:
+        module._buffers.update(before)
+    return wrapped
+
+
+def mark_experts(gpt: torch.nn.Module, transformer: TransformerConfig) -> None:
+    """Say which ranks hold the same part of an expert: its gradient is summed there, and once in the norm.
+
+    Where only the tensor-parallel size of experts differs from that of the rest, Megatron-Core takes the
+    data-parallel ranks for those; and grouped experts do not tell that tensor-parallel ranks hold others.
+    """
+    own_layout = transformer.expert_tensor_parallel_size != transformer.tensor_model_parallel_size
+    for name, parameter in gpt.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = not (own_layout or transformer.expert_model_parallel_size > 1)
+            parameter.tensor_model_parallel = True
 
 
 def unwrap(model: torch.nn.Module) -> GPTModel:

@@ -57,6 +57,8 @@ class GateLoadCounter:
         self._group_one_hot_GT: torch.Tensor | None = None
         self.is_recording = False
         """Whether a forward pass now would be counted."""
+        self.trained_share: float | torch.Tensor = 1.0
+        """Trained tokens / real tokens of the step under way, as the training step announces it."""
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:

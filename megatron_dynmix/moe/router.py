@@ -1,19 +1,20 @@
 """The router: Megatron-Core's, and it counts.
 
-Axes: T tokens of this rank's micro-batch (index s * B + b), E experts.
+Axes: T tokens of this rank's micro-batch (index s * B + b), E experts, G groups of tokens that are balanced.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, save_to_aux_losses_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_dynmix.moe.balance import TRACKED, balance_loss_sum, count_choices
 from megatron_dynmix.moe.counter import GateLoadCounter
 
 
@@ -47,32 +48,32 @@ class ChoiceBeforeDropping:
         scores_TK, self.choice_TK = choose(scores_TE, topk, num_groups=num_groups, group_topk=group_topk)
         return scores_TK, self.choice_TK
 
-    def take_map_TE(self, num_experts: int) -> torch.Tensor:
+    def map_TE(self, num_experts: int) -> torch.Tensor:
         """Return the last choice as a routing map."""
         assert self.choice_TK is not None, "no choice was made: the fused router makes none here"
-        choice_TK, self.choice_TK = self.choice_TK, None
-        chosen_TE = torch.zeros(len(choice_TK), num_experts, dtype=torch.bool, device=choice_TK.device)
-        return chosen_TE.scatter_(1, choice_TK, True)
+        chosen_TE = self.choice_TK.new_zeros((len(self.choice_TK), num_experts), dtype=torch.bool)
+        return chosen_TE.scatter_(1, self.choice_TK, True)
 
 
 class GateLoadRouter(TopKRouter):
-    """`TopKRouter` that tells a `GateLoadCounter` where the tokens of each source go.
+    """`TopKRouter` that tells a `GateLoadCounter` where the tokens of each source go, and balances anew.
 
-    Given through `MoESubmodules.router`. Until a counter is attached it behaves as its parent does.
+    Given through `MoESubmodules.router`. Until a counter is attached none is told, and all real tokens count
+    as trained ones. What the coefficients of auxiliary losses mean is in `balance.py`.
     """
 
     def __init__(self, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:
-        if config.moe_z_loss_coeff is not None:
-            # The parent divides it by the ranks that share a sequence, as for a mean of their losses; a
-            # per-token loss is their sum.
-            config = copy.copy(config)
-            config.moe_z_loss_coeff *= parallel_state.get_tensor_model_parallel_world_size()
-            config.moe_z_loss_coeff *= parallel_state.get_context_parallel_world_size()
         super().__init__(config=config, pg_collection=pg_collection, **kwargs)
         self.counter: GateLoadCounter | None = None
         self.moe_layer_index = -1
+        self.joined_row_length: int | None = None
+        """Positions of a row, where the rows of a micro-batch are joined to one sequence."""
         if config.moe_expert_capacity_factor is not None:
             self.router_replay = ChoiceBeforeDropping()
+        # The parent counts in float32, which holds no sum of ones past 2^24.
+        for name in ("local_tokens_per_expert", "global_tokens_per_expert"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name).to(torch.int64))
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -105,7 +106,7 @@ class GateLoadRouter(TopKRouter):
     def _choice_TE(self, routing_map_TE: torch.Tensor) -> torch.Tensor:
         """Return what was chosen, though some of it may have been dropped from the map."""
         if isinstance(self.router_replay, ChoiceBeforeDropping):
-            return self.router_replay.take_map_TE(self.config.num_moe_experts)
+            return self.router_replay.map_TE(self.config.num_moe_experts)
         return routing_map_TE
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
@@ -119,19 +120,126 @@ class GateLoadRouter(TopKRouter):
         return super().gating(input)
 
     def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
-        # The parent lacks the unsqueeze, so a mask [T] meets a map [T, E] and cannot broadcast.
-        mask_T1 = None if padding_mask is None else padding_mask.reshape(-1, 1)
-        super()._apply_expert_bias(routing_map, padding_mask=mask_T1)
+        """Count the real tokens that chose each expert, also those that were then dropped, for its bias."""
+        # Autograd is off in the first pass of a recomputed layer; the second one counts.
+        if self.enable_expert_bias and self.training and torch.is_grad_enabled():
+            choice_TE = self._choice_TE(routing_map)
+            if padding_mask is not None:
+                choice_TE = choice_TE & ~padding_mask[:, None]
+            self.local_tokens_per_expert += choice_TE.sum(dim=0)
+
+    def _apply_aux_loss(
+        self, probs: torch.Tensor, probability_TE: torch.Tensor, chosen_TE: torch.Tensor, **unused: Any
+    ) -> torch.Tensor:
+        """Balance each micro-batch."""
+        return self._balance("aux_loss", probs, probability_TE, chosen_TE, rows=None)
+
+    def _apply_seq_aux_loss(
+        self,
+        probs: torch.Tensor,
+        probability_TE: torch.Tensor,
+        chosen_TE: torch.Tensor,
+        seq_length: int,
+        bsz: int,
+        **unused: Any,
+    ) -> torch.Tensor:
+        """Balance each row."""
+        return self._balance("seq_aux_loss", probs, probability_TE, chosen_TE, rows=bsz)
+
+    def _apply_global_aux_loss(
+        self, probs: torch.Tensor, probability_TE: torch.Tensor, chosen_TE: torch.Tensor, **unused: Any
+    ) -> torch.Tensor:
+        """Balance the step as far as it has come."""
+        return self._balance("global_aux_loss", probs, probability_TE, chosen_TE, rows=None)
+
+    def _balance(
+        self,
+        kind: str,
+        carrier: torch.Tensor,
+        probability_TE: torch.Tensor,
+        chosen_TE: torch.Tensor,
+        *,
+        rows: int | None,
+    ) -> torch.Tensor:
+        """Return `carrier` with a balance loss; with `rows` that many are balanced apart.
+
+        Probabilities and choices are those of all experts, before any bias or limit, and 0 for padding.
+        """
+        if not (coefficient := self.get_aux_loss_coeff(kind)):
+            return carrier
+        ranks = self.tp_dp_cp_group if kind == "global_aux_loss" else self.tp_cp_group
+        in_group_GT = (
+            self._in_row_GT(rows, probability_TE) if rows else probability_TE.new_ones(1, len(chosen_TE))
+        )
+        count_GE = count_choices(chosen_TE, in_group_GT, ranks)
+        tokens = count_GE.sum() / self.topk
+        if kind == "global_aux_loss":
+            self.global_tokens_per_expert += count_GE[0]
+            count_GE = self.global_tokens_per_expert[None]
+        loss_sum = balance_loss_sum(probability_TE, count_GE, in_group_GT)
+        return self._attach(carrier, TRACKED[kind], coefficient, loss_sum, tokens, ranks)
+
+    def _in_row_GT(self, rows: int, like: torch.Tensor) -> torch.Tensor:
+        """Return 1 where a token of this rank belongs to a row."""
+        tokens = len(like)
+        if self.joined_row_length is None:
+            return torch.eye(rows, dtype=like.dtype, device=like.device).repeat(1, tokens // rows)
+        sharing, rank = (
+            (self.tp_group.size(), self.tp_group.rank()) if self.config.sequence_parallel else (1, 0)
+        )
+        row_G = torch.arange(tokens * sharing // self.joined_row_length, device=like.device)
+        row_T = torch.arange(rank * tokens, (rank + 1) * tokens, device=like.device) // self.joined_row_length
+        return (row_G[:, None] == row_T).to(like.dtype)
+
+    def apply_z_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Return logits `[T, E]` with the z-loss (Zoph et al. 2022, arXiv 2202.08906, equation 5)."""
+        coefficient = self.config.moe_z_loss_coeff
+        if coefficient is None or not (self.training and torch.is_grad_enabled()):
+            return logits
+        loss_T = torch.logsumexp(logits.float(), dim=-1).square()
+        real_T = torch.ones_like(loss_T) if padding_mask is None else (~padding_mask).float()
+        tokens = real_T.sum()
+        if self.tp_cp_group.size() > 1:
+            torch.distributed.all_reduce(tokens, group=self.tp_cp_group)
+        return self._attach(logits, "z_loss", coefficient, (loss_T * real_T).sum(), tokens, self.tp_cp_group)
+
+    def _attach(
+        self,
+        carrier: torch.Tensor,
+        name: str,
+        coefficient: float,
+        loss_sum: torch.Tensor,
+        tokens: torch.Tensor,
+        ranks: torch.distributed.ProcessGroup,
+    ) -> torch.Tensor:
+        """Return `carrier`, whose backward pass adds the gradient of a loss; track the loss's mean.
+
+        `loss_sum` is over this rank's tokens, `tokens` are those of all `ranks`. Gradients of a step are
+        summed and divided by its trained tokens: trained / real makes a mean of a sum over real ones.
+        """
+        save_to_aux_losses_tracker(
+            name,
+            loss_sum / tokens.clamp(min=1),
+            self.layer_number,
+            self.config.num_layers,
+            reduce_group=ranks,
+            reduce_group_has_dp=ranks is self.tp_dp_cp_group,
+        )
+        share = 1.0 if self.counter is None else self.counter.trained_share
+        return MoEAuxLossAutoScaler.apply(carrier, loss_sum * (coefficient * share))
 
 
 def attach_counter(
-    model_chunks: list[torch.nn.Module], counter: GateLoadCounter, moe_layers: list[int]
+    model_chunks: list[torch.nn.Module],
+    counter: GateLoadCounter,
+    moe_layers: list[int],
+    joined_row_length: int | None,
 ) -> None:
     """Attach `counter` to every router of this rank; `moe_layers` are the whole model's, counted from 0."""
     for chunk in model_chunks:
         for module in chunk.modules():
             if isinstance(module, GateLoadRouter):
-                module.counter = counter
+                module.counter, module.joined_row_length = counter, joined_row_length
                 module.moe_layer_index = moe_layers.index(module.layer_number - 1)
 
 

@@ -5,13 +5,33 @@ Those that only a CPU needs are in `cpu.py`. Import this after `platform.start`.
 
 from __future__ import annotations
 
+import sys
 import types
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+
+def update_expert_bias_exactly() -> None:
+    """Have expert biases moved by what integer counts say.
+
+    Megatron-Core takes the mean of the counts in float32, whose rounding can turn the sign of a difference.
+    """
+    module = sys.modules[finalize_model_grads.__module__]
+    module.get_updated_expert_bias = _updated_expert_bias  # type: ignore[attr-defined]
+
+
+def _updated_expert_bias(tokens_LE: torch.Tensor, bias_LE: torch.Tensor, rate: float) -> torch.Tensor:
+    """Return biases of L layers and E experts a step `rate` nearer to even loads."""
+    ranks = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    torch.distributed.all_reduce(tokens_LE, group=ranks)
+    missing_LE = tokens_LE.sum(dim=-1, keepdim=True) - tokens_LE * tokens_LE.shape[-1]
+    return bias_LE + torch.sign(missing_LE) * rate
 
 
 def use_results_queue(queue: Any) -> None:

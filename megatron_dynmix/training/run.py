@@ -253,13 +253,14 @@ def build_runner(config: RunConfig, num_sources: int, here: platform.Platform) -
         trained_only=config.mixing.load_tokens == "trained",
         by_probability=config.mixing.load_mass == "probability",
     )
-    attach_counter(chunks, counter, layers)
+    join_rows = joins_rows(here.transformer_engine, transformer.context_parallel_size)
+    attach_counter(chunks, counter, layers, config.data.seq_length if join_rows else None)
     return PassRunner(
         chunks=chunks,
         platform=here,
         counter=counter,
         seq_length=config.data.seq_length,
         sequence_parallel=transformer.sequence_parallel,
-        join_rows=joins_rows(here.transformer_engine, transformer.context_parallel_size),
+        join_rows=join_rows,
         micro_batch_group=micro_batch_group(transformer),
     )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_yaml
+from megatron_dynmix.config.megatron_fields import model_settings
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.data.prepare.notices import HINTS
 from megatron_dynmix.data.prepared import SourceReport, file_of, read_digests, shared_texts
@@ -19,6 +20,7 @@ from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.sources import SourceFile, source_files
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.weights import example_shares
+from megatron_dynmix.moe.balance import aux_losses
 from megatron_dynmix.plan.parameters import this_host
 from megatron_dynmix.plan.plan import Plan, SourceWork
 from megatron_dynmix.plan.text import epochs_table, memory_text, model_line, needs_line
@@ -27,6 +29,8 @@ from megatron_dynmix.training.setup import PreparedRun
 
 SHOWN_LINES = 10
 """Lines of a row at the start of the log."""
+NOTABLE_FACTOR = 1.1
+"""Real / trained tokens from which a coefficient that was tuned elsewhere means something else here."""
 NOTABLE_DROP = 0.1
 """Share of a source's examples whose loss deserves a line of its own."""
 
@@ -47,6 +51,7 @@ def report_start(prepared: PreparedRun, run_dir: Path, changes: Sequence[str], n
         f"\n{share_table(data.train, prepared.mix.initial_D)}",
         f"\n{overview(prepared, world_size)}",
         *mix_warnings(config),
+        *router_lines(config, data.reports),
         "\nthe beginning of a row, [[what is trained on]] and {{special tokens}} in brackets:",
         excerpt(plain(row_text(data.train[0], 0, data.tokenizer)), SHOWN_LINES),
         *notes,
@@ -162,6 +167,34 @@ def _late_changes(mixing: MixingConfig) -> list[str]:
         f"{mixing.interval}); they will change at the update that follows"
     )
     return [text] if late else []
+
+
+def router_lines(config: RunConfig, reports: Sequence[SourceReport]) -> list[str]:
+    """Say how strong auxiliary losses are, and how far training moves an expert bias that it was given."""
+    lines, model = [], model_settings(config)
+    if losses := aux_losses(model):
+        terms = " + ".join(f"{coefficient} x {name}" for name, coefficient in losses.items())
+        lines.append(f"\nadded to the loss in each MoE layer: {terms}, means over all tokens but padding")
+        factors = {
+            report.tokens / report.trained_tokens: report.name
+            for report in reports
+            if report.probe_of is None and report.trained_tokens
+        }
+        least, most = min(factors, default=1.0), max(factors, default=1.0)
+        if most > NOTABLE_FACTOR:
+            lines.append(
+                "whatever is trained on: Megatron-LM's per-token loss would make them about "
+                f"{least:.1f} ({factors[least]}) to {most:.1f} ({factors[most]}) times as strong"
+            )
+    rate, iterations = model.moe_router_bias_update_rate, config.training.train_iters or 0
+    given = config.model.load_hf or config.checkpoint.pretrained_checkpoint
+    if given and model.moe_router_enable_expert_bias and rate and not config.model.freeze_router:
+        lines.append(
+            f"\nthe expert bias of {given} moves: by {rate} an iteration for each expert, so in {iterations} "
+            f"by {rate * iterations:.4g} at most, where scores are 0 to 1; keep it by --freeze-router or "
+            "--moe-router-bias-update-rate 0"
+        )
+    return lines
 
 
 def share_table(rows: Sequence[PackedRows], row_shares_D: NDArray[np.float64]) -> str:

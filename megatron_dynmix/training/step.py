@@ -18,16 +18,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dynmix.data.loader import PADDING, MicroBatch
 from megatron_dynmix.data.source_stats import SourceStats
+from megatron_dynmix.moe.balance import aux_losses
 from megatron_dynmix.moe.counter import GateLoadCounter
 from megatron_dynmix.platform import Platform
 from megatron_dynmix.training.batch import Batch, to_batch
-
-AUX_LOSSES = {
-    "aux_loss": "load_balancing_loss",
-    "seq_aux_loss": "seq_load_balancing_loss",
-    "global_aux_loss": "global_load_balancing_loss",
-}
-"""Kind of balancing -> the name under which Megatron-Core tracks its loss."""
 
 MOST_SKIPPED = 10
 """So many batches in a row that are not finite are no accident of the rows: the run stops."""
@@ -59,6 +53,8 @@ class PassRunner:
         if forward_only:
             short = -len(micro_batches) % self.micro_batch_group
             micro_batches = [*micro_batches, *[_padding_like(micro_batches[0])] * short]
+        elif aux_losses(self.chunks[0].config):
+            self.counter.trained_share = self._trained_share(micro_batches)
         iterators = [iter(micro_batches) for _ in self.chunks]
         interleaved = len(self.chunks) > 1
         reports = get_forward_backward_func()(
@@ -71,6 +67,14 @@ class PassRunner:
             forward_only=forward_only,
         )
         return self._reduce([report["source_stats"] for report in reports])
+
+    def _trained_share(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+        """Return trained tokens / real tokens of the step, before any of its gradients is made."""
+        trained = sum(int(batch["loss_mask"].sum()) for batch in micro_batches)
+        real = sum(int((~batch["padding_mask"].bool()).sum()) for batch in micro_batches)
+        both = torch.tensor([trained, real], device=self.platform.device)
+        torch.distributed.all_reduce(both, group=parallel_state.get_data_parallel_group())
+        return both[0] / both[1].clamp(min=1)
 
     def _forward_step(
         self, micro_batches: Iterator[MicroBatch], model: torch.nn.Module
@@ -160,12 +164,8 @@ def take_aux_losses(config: TransformerConfig, micro_batches: int) -> dict[str, 
 
     Each rank has run so many micro-batches. Without any such loss the answer is empty.
     """
-    types, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
-    pairs = [(types, coefficients)] if isinstance(types, str) else zip(types, coefficients, strict=True)
-    names = [AUX_LOSSES[kind] for kind, coefficient in pairs if kind in AUX_LOSSES and coefficient]
-    if config.moe_z_loss_coeff is not None:
-        names.append("z_loss")
-    if not config.num_moe_experts or not names:
+    names = list(aux_losses(config))
+    if not names:
         return {}
     losses: dict[str, torch.Tensor] = {}
     track_moe_metrics(

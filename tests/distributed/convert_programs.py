@@ -10,7 +10,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_dynmix import platform
 from megatron_dynmix.checkpoint.checkpointer import Checkpointer
 from megatron_dynmix.checkpoint.folder import TRACKER, folder_of
-from megatron_dynmix.checkpoint.tensors import own_slices
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.convert import export_hf
 from megatron_dynmix.convert.import_hf import folder_for, weights_of
@@ -57,7 +56,7 @@ def logits_and_gradients(run_yaml, folders, flags, tokens_BS):
         answers[name] = {
             "logits": logits,
             "loss": stats.lm_loss,
-            "gradients": _gradients(runner),
+            "gradients": programs.gradients_of(runner.chunks),
         }
     return answers
 
@@ -157,19 +156,4 @@ def _logits(runner, batches):
         (tensor_rank * logits_BSV.shape[-1], logits_BSV.detach()[0].numpy())
         for logits_BSV in found
         if parallel_state.is_pipeline_last_stage()
-    ]
-
-
-def _gradients(runner):
-    """[(name, offset, gradient)] of this rank's slices of each tensor of a checkpoint."""
-    for chunk in runner.chunks:
-        for parameter in chunk.parameters():
-            parameter.data.copy_(parameter.main_grad)
-    return [
-        (
-            own.key,
-            own.global_offset,
-            own.data.detach().reshape((1,) * own.prepend_axis_num + own.local_shape).numpy().copy(),
-        )
-        for own in own_slices(map(unwrap, runner.chunks))
     ]

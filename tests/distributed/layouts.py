@@ -2,6 +2,7 @@
 
 import hashlib
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker
@@ -29,6 +30,10 @@ VARIANTS = {
         *("--moe-router-enable-expert-bias", "--moe-router-score-function", "sigmoid"),
         *("--moe-z-loss-coeff", "0.1"),
     ],
+    "strong balance": [
+        *("--moe-router-load-balancing-type", "[aux_loss, seq_aux_loss]"),
+        *("--moe-aux-loss-coeff", "[0.5, 0.5]", "--moe-z-loss-coeff", "0.1"),
+    ],
     "capacity": ["--moe-expert-capacity-factor", "1.0"],
     "padded capacity": [
         *("--moe-expert-capacity-factor", "1.0", "--moe-pad-expert-input-to-capacity"),
@@ -52,6 +57,7 @@ LAYOUTS = {
     "EP2 x DP2": (4, ep(2), "base"),
     "EP2, allgather": (2, [*ep(2), "--moe-token-dispatcher-type", "allgather"], "base"),
     "TP2 x EP2, ETP1": (2, [*TP2, *ETP1, *ep(2)], "base"),
+    "TP2, ETP1": (2, [*TP2, *ETP1, *ep(1)], "base"),
     "TP2, ETP2": (2, [*TP2, *ep(1)], "base"),
     "TP2 x EP2, ETP2": (4, [*TP2, *ep(2)], "base"),
     "PP2 x EP2": (4, [*PP2, *ep(2)], "base"),
@@ -59,6 +65,7 @@ LAYOUTS = {
     "PP2 VPP2 x EP2": (4, [*VPP2, *ep(2)], "base"),
     "CP2": (2, [*CP2, *ep(1)], "base"),
     "CP2 x EP2": (2, [*CP2, *ep(2)], "base"),
+    "CP2, ETP2": (2, [*CP2, "--expert-tensor-parallel-size", "2", *ep(1)], "base"),
     "CP2 x TP2": (4, [*CP2, *TP2, *ETP1, *ep(4)], "base"),
     "CP2 x PP2 VPP2": (4, [*CP2, *VPP2, *ep(2)], "base"),
     "EP2, full recompute": (2, [*ep(2), *full("uniform", 1)], "base"),
@@ -67,6 +74,7 @@ LAYOUTS = {
     "PP2 VPP2, overlapped reduction": (2, [*VPP2, *ep(1), "--overlap-grad-reduce"], "base"),
     "TP2 x EP2, shared experts": (2, [*TP2, *ETP1, *ep(2)], "shared experts"),
     "EP2, overlapped shared experts": (2, [*ep(2), "--moe-shared-expert-overlap"], "shared experts"),
+    "CP2 x TP2, ETP1, strong balance": (4, [*CP2, *TP2, *ETP1, *ep(1)], "strong balance"),
     "PP2 x TP2 x EP2, expert bias": (4, [*PP2, *TP2, *ETP1, *ep(2)], "expert bias"),
     "CP2, expert bias, full recompute": (2, [*CP2, *ep(2), *full("uniform", 2)], "expert bias"),
     "PP2, expert bias, full recompute of one layer": (
@@ -141,8 +149,35 @@ def prove(run_yaml, flags, run_dir, signal):
     return answers, programs.count_one_step(run_yaml, flags, run_dir / "counts")
 
 
+def assert_same_gradients(ranks, one):
+    """What every rank has of every tensor is what one rank has there: gradients to rounding, biases exactly.
+
+    Of a tensor padded for the layout, what one rank has too.
+    """
+    whole = {}
+    for name, offset, values in one:
+        whole.setdefault(name, []).append((np.array(offset), values))
+    for found in ranks:
+        for name, offset, values in found:
+            largest = max(np.abs(part).max() for _, part in whole[name])
+            seen = 0
+            for start, part in whole[name]:
+                first = np.maximum(start, offset)
+                last = np.minimum(start + part.shape, np.array(offset) + values.shape)
+                if (first >= last).any():
+                    continue
+                mine = values[tuple(map(slice, first - offset, last - offset))]
+                its = part[tuple(map(slice, first - start, last - start))]
+                exact = name.endswith("expert_bias")
+                np.testing.assert_allclose(
+                    mine, its, rtol=0, atol=0 if exact else 1e-5 * largest, err_msg=f"{name} {offset}"
+                )
+                seen += mine.size
+            assert seen == values.size or "embed" in name or "output_layer" in name, f"{name} {offset}"
+
+
 def _seen(trainer):
-    """Bits of a run: losses, order and weights on rank 0; the blend and a hash of each parameter on all."""
+    """Bits of a run: losses, order and weights on rank 0; the blend and a hash of each tensor on all."""
     metrics, updates = (trainer.writer.metrics, trainer.writer.updates) if trainer.writer else ([], [])
     return {
         "losses": [(record["lm_loss"], record["grad_norm"]) for record in metrics],
@@ -154,8 +189,8 @@ def _seen(trainer):
         "loads": [record["load"] for record in updates],
         "blend": trainer.loader.blend.state.to_json(),
         "parameters": [
-            hashlib.sha256(parameter.detach().view(torch.uint8).numpy()).hexdigest()
+            hashlib.sha256(tensor.detach().view(torch.uint8).numpy()).hexdigest()
             for chunk in trainer.run.chunks
-            for parameter in chunk.parameters()
+            for _, tensor in (*chunk.named_parameters(), *chunk.named_buffers())
         ],
     }

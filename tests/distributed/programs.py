@@ -2,7 +2,9 @@
 
 import torch
 
+from megatron_dynmix.checkpoint.tensors import own_slices
 from megatron_dynmix.config.load import load_config
+from megatron_dynmix.model.gpt import unwrap
 from megatron_dynmix.moe.counter import reduce_counts
 from megatron_dynmix.records.jsonl import read_lines, read_records
 from megatron_dynmix.records.schema import MixingUpdate, plain
@@ -69,8 +71,9 @@ def save_initial_weights(run_yaml, flags, run_dir):
 
 
 def count_one_step(run_yaml, flags, run_dir):
-    """Counts [L, H, D, E] of one training step and of one probe; the step's sums; the gradient norm."""
+    """Counts [H, D, L, E] of one training step and of one probe; the step's sums and gradients."""
     trainer = build(run_yaml, flags, run_dir)
+    reduce_gradients_whole(trainer.run.chunks)
     batches = trainer.loader.step(0, training_run_num_micro_batches())
     with trainer.run.counter.recording():
         stats = trainer.run(batches, forward_only=False)
@@ -78,8 +81,10 @@ def count_one_step(run_yaml, flags, run_dir):
     probe_HDLE = None
     if trainer.reweighting.probe is not None:
         probe_HDLE = trainer.reweighting.probe.measure(trainer.run, {}, 0)[0].numpy()
+    gradients = gradients_of(trainer.run.chunks)
     _, grad_norm, _ = trainer.optimizer.step()
     return {
+        "gradients": gradients,
         "step_HDLE": step_HDLE,
         "probe_HDLE": probe_HDLE,
         "tokens_D": stats.tokens_D.numpy(),
@@ -88,6 +93,35 @@ def count_one_step(run_yaml, flags, run_dir):
         "lm_loss": stats.lm_loss,
         "grad_norm": float(grad_norm),
     }
+
+
+def reduce_gradients_whole(chunks):
+    """Have every rank get the whole gradient of its parameters, not only the shard that it steps."""
+    config = chunks[0].config
+    finalize = config.finalize_model_grads_func
+    config.finalize_model_grads_func = lambda *args, **options: finalize(
+        *args, **{**options, "force_all_reduce": True}
+    )
+    for chunk in chunks:
+        chunk.force_all_reduce = True
+
+
+def gradients_of(chunks):
+    """[(name, offset, gradient)] of this rank's slices of each tensor of a checkpoint; buffers as they are.
+
+    The parameters are overwritten.
+    """
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.data.copy_(parameter.main_grad)
+    return [
+        (
+            own.key,
+            own.global_offset,
+            own.data.detach().reshape((1,) * own.prepend_axis_num + own.local_shape).numpy().copy(),
+        )
+        for own in own_slices(map(unwrap, chunks))
+    ]
 
 
 def training_run_num_micro_batches():

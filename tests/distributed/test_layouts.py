@@ -18,7 +18,15 @@ import pytest
 
 from tests.distributed import layouts, programs
 from tests.distributed.conftest import SMALL, quick_or_slow
-from tests.distributed.layouts import INTERVAL, ITERATIONS, LAYOUTS, SHORT, STOP, VARIANTS
+from tests.distributed.layouts import (
+    INTERVAL,
+    ITERATIONS,
+    LAYOUTS,
+    SHORT,
+    STOP,
+    VARIANTS,
+    assert_same_gradients,
+)
 from tests.distributed.ranks import run_ranks
 
 TOPK, LAYERS, HALVES, SOURCES, EXPERTS = 2, 4, 2, 4, 8
@@ -143,17 +151,19 @@ def test_I7_measuring_changes_nothing(layout):
     assert [len(layout[0][0][0][run]["weights"]) for run in ("off", "probe", "train")] == [0, SHORT, SHORT]
 
 
-def test_I10_losses_are_those_of_one_rank(layout):
+def test_I10_losses_and_gradients_are_those_of_one_rank(layout):
     ranks, (one, one_counts), layout_name = layout
     if layout_name in DROPS_BY_LAYOUT:
         pytest.skip("which tokens are dropped depends on the layout")
     for _, counts in ranks:
         np.testing.assert_allclose(counts["lm_loss"], one_counts["lm_loss"], rtol=1e-6)
+        np.testing.assert_allclose(counts["grad_norm"], one_counts["grad_norm"], rtol=1e-5)
+    assert_same_gradients([counts["gradients"] for _, counts in ranks], one_counts["gradients"])
     mine = ranks[0][0]
     for run in ("whole", "off"):
         np.testing.assert_allclose(mine[run]["losses"], one[run]["losses"], rtol=RTOL)
         for ours, its in zip(mine[run]["aux_losses"], one[run]["aux_losses"], strict=True):
             assert ours.keys() == its.keys() and ours
-            for name in ours.keys() - {"z_loss"}:  # which Megatron-Core tracks of rank 0's tokens only
+            for name in ours:
                 np.testing.assert_allclose(ours[name], its[name], rtol=RTOL)
     np.testing.assert_allclose(mine["whole"]["weights"], one["whole"]["weights"], atol=1e-4)

@@ -155,9 +155,10 @@ def test_the_choice_before_dropping_is_what_was_chosen():
     def choose(scores_TE, topk, num_groups, group_topk):
         return torch.topk(scores_TE, topk, dim=1)
 
+    with pytest.raises(AssertionError, match="the fused router makes none here"):
+        choice.map_TE(4)
     scores_TK, experts_TK = choice.get_replay_topk(scores_TE, 2, None, None, choose)
     assert experts_TK.tolist() == [[1, 2], [0, 3]]
     assert scores_TK.equal(scores_TE.gather(1, experts_TK))
-    assert choice.take_map_TE(4).tolist() == [[False, True, True, False], [True, False, False, True]]
-    with pytest.raises(AssertionError, match="the fused router makes none here"):
-        choice.take_map_TE(4)
+    for _ in ("gate loads", "expert bias"):
+        assert choice.map_TE(4).tolist() == [[False, True, True, False], [True, False, False, True]]
