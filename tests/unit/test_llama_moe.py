@@ -156,7 +156,8 @@ def test_the_papers_example_is_the_published_setting(tmp_path, monkeypatch):
     check_run(config, world_size=4)
     preset = {**COMMON, **PRESETS["llama-moe-3.5b-2-8"]}
     model = config.model.flat()
-    assert {name: model[name] for name in preset} == {**preset, "moe_token_dispatcher_type": "alltoall"}
+    ours = {"moe_token_dispatcher_type": "alltoall", "moe_aux_loss_coeff": 0.046}
+    assert {name: model[name] for name in preset} == {**preset, **ours}
     assert model["freeze_router"] and model["freeze_expert_gate"]
     mixing = config.mixing
     assert mixing.probe_tokens == 80 * config.data.seq_length and not config.data.packing
