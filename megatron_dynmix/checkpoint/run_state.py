@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_dynmix.config.batch_schedule import Pairs
 from megatron_dynmix.data.dynamic_blend import BlendState
 from megatron_dynmix.data.source_set import Prints
 from megatron_dynmix.data.source_stats import SourceStats
@@ -40,6 +41,8 @@ class Progress:
     """Tokens of each source trained on so far, float64 (exact)."""
     skipped_in_row: int = 0
     """Batches just before that were not finite and changed nothing."""
+    batches: Pairs = ()
+    """Those done, as (iterations, batch size), the first ones first."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -160,6 +163,7 @@ def _saved(values: dict[str, Any]) -> SavedModel:
         values.pop(part) for part in ("progress", "mix", "log_interval", "drawn")
     )
     progress |= {"tokens_D": torch.tensor(progress["tokens_D"], dtype=torch.float64)}
+    progress["batches"] = tuple((count, size) for count, size in progress["batches"])
     log_interval |= {"stats": SourceStats.of(np.array(log_interval["stats"]))}
     mix |= {
         "blend": BlendState.from_json(mix["blend"]),

@@ -146,7 +146,7 @@ class Inspection:
         for name in ("train_iters", "global_batch_size"):
             if getattr(self.config.training, name) is None:
                 raise InputError(f"--batch needs training.{name}, which is missing; give it, or use --row")
-        schedule = BatchSchedule.of(self.config.training)
+        schedule = BatchSchedule.of(self.config)
         rows = build_rows(self.config, self.tokenizer, probe=False)
         first, last = schedule.samples_after(iteration - 1), schedule.samples_after(iteration)
         mix = Mix.of(self.config, resolve(self.config), rows)

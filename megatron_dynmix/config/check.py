@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import glob
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.megatron_fields import megatron_fields, model_settings, moe_layers
 from megatron_dynmix.config.run_config import HUB, MixingConfig, RunConfig, require
 from megatron_dynmix.config.strategies import Chosen, resolved_options
@@ -77,6 +79,7 @@ def check_settings(config: RunConfig, world_size: int) -> None:
     check_sources(config)
     _check_length(config)
     _check_layout(config, world_size)
+    _check_wsd(config)
     _check_model(config)
     _check_router(config)
     _check_capacity(config)
@@ -98,6 +101,29 @@ def _check_length(config: RunConfig) -> None:
         )
     if (name := optimizer.megatron.get("optimizer", "adam")) != "adam":
         raise InputError(f"optimizer.optimizer is {name}, whose state checkpoints do not hold; use adam")
+
+
+def _check_wsd(config: RunConfig) -> None:
+    optimizer, wsd = config.optimizer, ("lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_style")
+    iters, samples, _ = given = [getattr(optimizer, name) for name in wsd]
+    if optimizer.lr_decay_style != "WSD":
+        for name in (name for name, value in zip(wsd, given, strict=True) if value is not None):
+            raise InputError(
+                f"optimizer.{name} is given, but lr_decay_style is {optimizer.lr_decay_style}; leave it out, "
+                "or set lr_decay_style to WSD"
+            )
+        return
+    if (iters is None) == (samples is None):
+        raise InputError("lr_decay_style is WSD; give either lr_wsd_decay_iters or lr_wsd_decay_samples")
+    warmup, decay = optimizer.lr_warmup_iters, optimizer.lr_decay_iters or config.training.train_iters
+    assert decay is not None, "checked before"
+    schedule = BatchSchedule.of(config)
+    most = decay - warmup if iters else schedule.samples_at(decay) - schedule.samples_at(warmup)
+    if (iters or samples) > most:
+        raise InputError(
+            f"optimizer.{wsd[0] if iters else wsd[1]} is {iters or samples}, but only {most} are left "
+            f"between the warm-up and iteration {decay}; use {most} or less"
+        )
 
 
 def _check_layout(config: RunConfig, world_size: int) -> None:
@@ -168,7 +194,9 @@ def _check_batch(config: RunConfig, pp: int, dp: int) -> None:
     assert batch is not None, "checked above"
     step = training.micro_batch_size * dp
     sizes = f"micro_batch_size {training.micro_batch_size} x data-parallel size {dp}"
-    if batch % step:
+    if training.step_batch_size_schedule is not None:
+        _check_steps(config, step, sizes)
+    elif batch % step:
         below = batch // step * step
         raise InputError(
             f"global_batch_size {batch} is not a multiple of {sizes} = {step}; use "
@@ -181,10 +209,29 @@ def _check_batch(config: RunConfig, pp: int, dp: int) -> None:
     if start % step or increment % step:
         raise InputError(f"{given} with {sizes}; make start and step multiples of {step}")
     if config.parallel.virtual_stages:
-        _check_groups(config, pp, step, range(start, batch + 1, increment))
+        _check_groups(config, pp, step, [size for _, size in BatchSchedule.of(config).steps])
 
 
-def _check_groups(config: RunConfig, pp: int, step: int, batch_sizes: range) -> None:
+def _check_steps(config: RunConfig, step: int, sizes: str) -> None:
+    """Refuse batches that the ranks cannot share, and two that begin in the same row."""
+    text = config.training.step_batch_size_schedule
+    if config.training.rampup_batch_size is not None:
+        raise InputError("rampup_batch_size and step_batch_size_schedule are both given; leave out one")
+    steps = BatchSchedule.of(config).steps
+    if len(dict(steps)) < len(steps):
+        raise InputError(
+            f"two thresholds of step_batch_size_schedule {text!r} fall into the same row of seq_length "
+            f"{config.data.seq_length} tokens; move them apart, or leave one out"
+        )
+    for _, size in steps:
+        if size % step:
+            raise InputError(
+                f"step_batch_size_schedule {text!r} has batch size {size}, not a multiple of {sizes} = "
+                f"{step}; use multiples of it, and leave out steps that the run is past"
+            )
+
+
+def _check_groups(config: RunConfig, pp: int, step: int, batch_sizes: Sequence[int]) -> None:
     """Refuse batches that an interleaved pipeline cannot run in groups.
 
     The last group may be shorter than the others, but must fill the pipeline.

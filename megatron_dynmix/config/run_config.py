@@ -355,6 +355,9 @@ class TrainingConfig(Section):
     """Rows of an iteration, over all ranks."""
     rampup_batch_size: tuple[int, ...] | None = None
     """Start, increment and samples: the batch grows to `global_batch_size` over so many samples."""
+    step_batch_size_schedule: str | None = None
+    """`THRESHOLD:BATCH_SIZE ...`: the batch size from so many tokens on, as `0:64 1B:128`; K, M, B and T are
+    thousands and so on. The last one is `global_batch_size`."""
     seed: NotNegative[int] = 1234
     """Seed of the initial weights, dropout, and the order of the samples."""
     bf16: bool = False
@@ -367,6 +370,14 @@ class TrainingConfig(Section):
         ramp = self.rampup_batch_size
         good = ramp is None or (len(ramp) == 3 and min(ramp) > 0)
         require(good, "training.rampup_batch_size", ramp, "START INCREMENT SAMPLES, each 1 or more")
+        if self.step_batch_size_schedule is not None:
+            from megatron_dynmix.config.batch_schedule import token_steps  # of no use to `update`
+
+            last = token_steps(self.step_batch_size_schedule)[-1][1]
+            need = f"{last}, with which step_batch_size_schedule ends, or left out"
+            given = self.global_batch_size
+            require(given in (None, last), "training.global_batch_size", given, need)
+            object.__setattr__(self, "global_batch_size", last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,12 +388,18 @@ class OptimizerConfig(Section):
     """Highest learning rate, reached after the warm-up."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
-    lr_decay_style: Literal["linear", "cosine", "constant", "inverse-square-root"] = "cosine"
-    """Shape of the decay."""
+    lr_decay_style: Literal["linear", "cosine", "constant", "inverse-square-root", "WSD"] = "cosine"
+    """Shape of the decay; WSD (warm-up, stable, decay) stays at `lr` until the last `lr_wsd_decay_iters`."""
     lr_decay_iters: Positive[int | None] = None
     """Iterations until `min_lr`; `train_iters` if not given."""
     lr_warmup_iters: NotNegative[int] = 0
     """Iterations over which the learning rate rises from 0."""
+    lr_wsd_decay_iters: Positive[int | None] = None
+    """Iterations over which WSD falls to `min_lr`."""
+    lr_wsd_decay_samples: Positive[int | None] = None
+    """The same in samples."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] | None = None
+    """Shape of that fall; exponential if not given."""
     weight_decay: NotNegative[float] = 0.0
     """Decoupled, as AdamW's; norms and biases have none."""
     megatron: Mapping[str, Any] = field(default_factory=dict)

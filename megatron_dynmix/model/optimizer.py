@@ -1,4 +1,4 @@
-"""Megatron-Core's optimizer and learning-rate schedule for a run."""
+"""Megatron-Core's optimizer for a run, and what checkpoints hold of it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 
 from megatron_dynmix.config import RunConfig
-from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.megatron import optimizer_config
 from megatron_dynmix.platform.megatron_patches import load_states_without_step
 
@@ -25,34 +23,14 @@ SHARDING_TYPE = "fully_reshardable"
 """The default cannot be saved from these optimizers, and another one not be loaded into another layout."""
 
 
-def build_optimizer(
-    config: RunConfig, chunks: list[DistributedDataParallel]
-) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Build optimizer and schedule; the schedule counts samples, as Megatron-LM's does."""
+def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """Build the optimizer, which can load the states that checkpoints hold."""
     optimizer = get_megatron_optimizer(optimizer_config(config), chunks)
     get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
     for part in _parts(optimizer):
         if isinstance(part, DistributedOptimizer):
             load_states_without_step(part)
-    settings, train_iters = config.optimizer, config.training.train_iters
-    assert train_iters is not None, "checked before start"
-    samples_after = BatchSchedule.of(config.training).samples_after
-    scheduler = OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=samples_after(settings.lr_warmup_iters),
-        lr_decay_steps=samples_after(settings.lr_decay_iters or train_iters),
-        lr_decay_style=settings.lr_decay_style,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=samples_after(train_iters),
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,  # the configuration decides, also when a run is resumed
-    )
-    return optimizer, scheduler
+    return optimizer
 
 
 def materialize_state(optimizer: MegatronOptimizer) -> None:

@@ -66,6 +66,8 @@ class Plan:
     """By name; where a source is not prepared, why nothing is known of it."""
     notes: tuple[str, ...] = ()
     """What could not be checked here."""
+    batches: BatchSchedule | None = None
+    """Those of a run that is resumed; None for those of the configuration."""
 
     @cached_property
     def layout(self) -> Layout:
@@ -91,7 +93,7 @@ class Plan:
     @property
     def run_rows(self) -> int:
         """Return the rows that the whole run trains on."""
-        return BatchSchedule.of(self.config.training).samples_after(self.iterations)
+        return (self.batches or BatchSchedule.of(self.config)).samples_at(self.iterations)
 
     @property
     def tokens_per_iteration(self) -> int:

@@ -21,6 +21,7 @@ from megatron_dynmix.checkpoint.checkpointer import Checkpointer
 from megatron_dynmix.checkpoint.folder import verified
 from megatron_dynmix.checkpoint.run_state import read_run_state
 from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.config.megatron import STAGE_SETTINGS
 from megatron_dynmix.config.run_config import ParallelConfig
@@ -31,6 +32,7 @@ from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.errors import CommandFailed, InputError
 from megatron_dynmix.files import write_atomically
 from megatron_dynmix.mixing.strategy import half_of
+from megatron_dynmix.model.lr_schedule import build_scheduler
 from megatron_dynmix.model.optimizer import build_optimizer
 from megatron_dynmix.training.run import build_runner, join_job
 from megatron_dynmix.training.step import PassRunner
@@ -129,7 +131,8 @@ def _load_model(config: RunConfig, num_sources: int, source: Path) -> PassRunner
     """Build the model of a checkpoint, in evaluation mode."""
     seed_iteration(config.training.seed, -1)  # building draws weights, which the checkpoint's then replace
     run = build_runner(config, num_sources, platform.start())
-    optimizer, scheduler = build_optimizer(config, run.chunks)
+    optimizer = build_optimizer(config, run.chunks)
+    scheduler = build_scheduler(config, optimizer, BatchSchedule.of(config))
     checkpointer = Checkpointer(
         directory=source.parent, chunks=run.chunks, optimizer=optimizer, scheduler=scheduler
     )

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ from megatron_dynmix.mixing.strategy import InExamples, Signal, SourceError, Str
 from megatron_dynmix.mixing.weights import example_shares, normalise_weights, row_shares
 
 if TYPE_CHECKING:
-    from megatron_dynmix.config.batch_schedule import BatchSchedule
+    from megatron_dynmix.config.batch_schedule import BatchSchedule, Pairs
     from megatron_dynmix.data.rows import PackedRows
 
 
@@ -308,14 +308,16 @@ class Horizon:
     """Most rows that may be drawn of each source, infinity where there is no cap."""
 
     @classmethod
-    def of(cls, config: RunConfig, resolved: Resolved, size_D: NDArray[np.int64]) -> Horizon:
-        """Return the horizon of a configuration that was checked."""
+    def of(
+        cls, config: RunConfig, resolved: Resolved, size_D: NDArray[np.int64], done: Pairs = ()
+    ) -> Horizon:
+        """Return the horizon of a configuration that was checked, and of batches that are done."""
         from megatron_dynmix.config.batch_schedule import BatchSchedule
 
         assert config.training.train_iters is not None, "checked before start"
         caps = resolved.get("max_epochs", [None] * len(size_D))
         return cls(
-            schedule=BatchSchedule.of(config.training),
+            schedule=replace(BatchSchedule.of(config), done=done),
             train_iters=config.training.train_iters,
             interval=config.mixing.interval,
             seed=config.training.seed,
@@ -326,7 +328,7 @@ class Horizon:
     @property
     def run_rows(self) -> int:
         """Return the rows of the whole run."""
-        return self.schedule.samples_after(self.train_iters)
+        return self.schedule.samples_at(self.train_iters)
 
     def signal(self, iteration: int, consumed_samples: int, drawn_D: NDArray[np.int64]) -> Signal:
         """Return what a strategy is told beside the measurements."""
@@ -400,7 +402,7 @@ class Mix:
     first_D: NDArray[np.float64]
 
     @classmethod
-    def of(cls, config: RunConfig, resolved: Resolved, rows: Sequence[PackedRows]) -> Mix:
+    def of(cls, config: RunConfig, resolved: Resolved, rows: Sequence[PackedRows], done: Pairs = ()) -> Mix:
         """Make the controller of a run and ask it for the first weights.
 
         Raises:
@@ -409,7 +411,8 @@ class Mix:
         """
         names, resolved = list(config.data.sources), {**resolved, **_of_rows(config, rows)}
         size_D = np.array([len(source) for source in rows], np.int64)
-        horizon, initial_D = Horizon.of(config, resolved, size_D), in_rows(initial_weights(config), resolved)
+        horizon = Horizon.of(config, resolved, size_D, done)
+        initial_D = in_rows(initial_weights(config), resolved)
         missing = horizon.run_rows - horizon.cap_D.sum()
         if missing > 0:
             raise InputError(

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_dynmix.checkpoint.folder import exact, has_checkpoint, newest_good
-from megatron_dynmix.checkpoint.run_state import Identity, read_run_state, read_saved
+from megatron_dynmix.checkpoint.run_state import Identity, RunState, read_run_state, read_saved
 from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.batch_schedule import BatchSchedule, Pairs
 from megatron_dynmix.config.load import to_dict
+from megatron_dynmix.config.megatron_fields import model_settings
 from megatron_dynmix.config.presets import other_shape
-from megatron_dynmix.config.run_config import MixingConfig
+from megatron_dynmix.config.run_config import MixingConfig, OptimizerConfig, TrainingConfig
 from megatron_dynmix.data.prepared import SourceReport
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.strategies import STRATEGIES
 from megatron_dynmix.mixing.strategies.planned import Fixed
+from megatron_dynmix.model.lr_schedule import learning_rate
 from megatron_dynmix.training.source_change import differences as source_differences
 
 Resume = Literal["no", "must", "auto"]
@@ -33,6 +37,13 @@ FIXED = {
     "mixing.load_mass": LOADS,
 }
 """Settings that the state of the mix depends on -> what they decide."""
+FOLLOWED_BY_LR = (
+    *("optimizer.lr", "optimizer.min_lr", "training.train_iters", "training.global_batch_size"),
+    *("training.rampup_batch_size", "training.step_batch_size_schedule"),
+)
+"""How the settings begin that the learning rate follows from."""
+BY_MICRO_BATCH = ("aux_loss", "global_aux_loss")
+"""Balancing losses that are taken over all rows of a micro-batch at once."""
 
 
 def identity(config: RunConfig, reports: Sequence[SourceReport]) -> Identity:
@@ -54,6 +65,13 @@ def identity(config: RunConfig, reports: Sequence[SourceReport]) -> Identity:
 def begins(run_dir: Path, resume: Resume) -> bool:
     """Whether a run begins, rather than resuming from a checkpoint."""
     return resume == "no" or not has_checkpoint(run_dir / "checkpoints")
+
+
+def batches_done(run_dir: Path, resume: Resume) -> Pairs:
+    """Return the batches that are behind a run, as far as its files' sizes tell."""
+    if begins(run_dir, resume):
+        return ()
+    return read_run_state(newest_good(run_dir / "checkpoints").source).progress.batches
 
 
 def check_run_dir(run_dir: Path, resume: Resume) -> None:
@@ -134,7 +152,46 @@ def check_resume(
         if saved.probes.get(name, probe) != probe
     ]
     settings = [f"{name}: {old} -> {new}" for name, (old, new) in changed.items()]
+    if "training.micro_batch_size" in changed and (why := _by_micro_batch(config)):
+        settings.append(f"with another micro_batch_size, {why}: the weights will differ a little")
+    if any(name.startswith(FOLLOWED_BY_LR) for name in changed):
+        settings.append(_lr_change(saved, config))
     return [*other_sources, *other_probes, *settings]
+
+
+def _by_micro_batch(config: RunConfig) -> str | None:
+    """Return what of a step is decided within each micro-batch; None if nothing is."""
+    model = model_settings(config)
+    kinds, coefficients = model.moe_router_load_balancing_type, model.moe_aux_loss_coeff
+    pairs = [(kinds, coefficients)] if isinstance(kinds, str) else zip(kinds, coefficients, strict=True)
+    if not model.num_moe_experts:
+        return None
+    if any(kind == "sinkhorn" or (kind in BY_MICRO_BATCH and coefficient) for kind, coefficient in pairs):
+        return "the experts are balanced over other tokens (those of a micro-batch)"
+    if model.moe_expert_capacity_factor is not None:
+        return "other tokens are dropped (those beyond the capacity, by micro-batch)"
+    return None
+
+
+def _lr_change(saved: RunState, config: RunConfig) -> str:
+    """Return the learning rate at the checkpoint by the settings of then and of now, and that of the end."""
+    progress, total = saved.progress, config.training.train_iters
+    assert total is not None, "checked before start"
+    then = replace(
+        config,
+        training=TrainingConfig.from_flat(saved.config["training"]),
+        optimizer=OptimizerConfig.from_flat(saved.config["optimizer"]),
+    )
+
+    def rate(settings: RunConfig, iteration: int) -> str:
+        batches = replace(BatchSchedule.of(settings), done=progress.batches)
+        return f"{learning_rate(settings, batches, batches.samples_at(iteration)):.6E}"
+
+    before, after = rate(then, progress.iteration), rate(config, progress.iteration)
+    return (
+        f"learning rate after iteration {progress.iteration}: {before} -> {after}; after iteration {total}: "
+        f"{rate(config, total)}"
+    )
 
 
 def _each(sources: Settings, setting: str) -> dict[str, Any]:

@@ -8,16 +8,13 @@ from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.num_microbatches_calculator import (
-    init_num_microbatches_calculator,
-    unset_num_microbatches_calculator,
-)
 
 from megatron_dynmix import platform
 from megatron_dynmix.checkpoint.checkpointer import Checkpointer
 from megatron_dynmix.checkpoint.folder import exact, verified
-from megatron_dynmix.checkpoint.run_state import LogInterval, Progress, RunState
+from megatron_dynmix.checkpoint.run_state import LogInterval, Progress, RunState, read_run_state
 from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.megatron import micro_batch_group, moe_layers, transformer_config
 from megatron_dynmix.data.loader import BlendLoader
 from megatron_dynmix.data.source_set import Prints, SourceSet
@@ -27,6 +24,7 @@ from megatron_dynmix.job.heartbeat import heartbeat_of_job
 from megatron_dynmix.job.signals import StopRequest
 from megatron_dynmix.model.gpt import build_model
 from megatron_dynmix.model.layers import joins_rows
+from megatron_dynmix.model.lr_schedule import build_scheduler
 from megatron_dynmix.model.optimizer import build_optimizer
 from megatron_dynmix.moe.counter import GateLoadCounter
 from megatron_dynmix.moe.router import attach_counter
@@ -40,7 +38,7 @@ from megatron_dynmix.training.reweighting import Reweighting, told_by_rank_0
 from megatron_dynmix.training.setup import PreparedRun
 from megatron_dynmix.training.source_change import SourceChange, differences
 from megatron_dynmix.training.start_report import packed_table, prepared_table, report_start
-from megatron_dynmix.training.step import PassRunner
+from megatron_dynmix.training.step import PassRunner, set_batch_size
 from megatron_dynmix.training.trainer import Trainer, seed_iteration
 
 
@@ -127,6 +125,7 @@ def train(
                 allow_source_change=allow_source_change,
                 source=source,
             )
+            prepared = prepared.after(read_run_state(source).progress.batches)
         if torch.distributed.get_rank() == 0:
             report_start(prepared, run_dir, changes, notes)
         trainer = build_trainer(prepared, run_dir, resume=resume, source=source)
@@ -151,15 +150,7 @@ def join_job(config: RunConfig, store: torch.distributed.Store | None = None) ->
             expert_tensor_parallel_size=parallel.get("expert_tensor_parallel_size"),
             distributed_timeout_minutes=config.parallel.distributed_timeout_minutes,
         )
-    ramp = config.training.rampup_batch_size
-    unset_num_microbatches_calculator()
-    init_num_microbatches_calculator(
-        rank=torch.distributed.get_rank(),
-        rampup_batch_size=ramp and list(ramp),
-        global_batch_size=config.training.global_batch_size,
-        micro_batch_size=config.training.micro_batch_size,
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
-    )
+    set_batch_size(config, BatchSchedule.of(config).batch_size(0))
 
 
 def build_trainer(
@@ -170,7 +161,7 @@ def build_trainer(
     rank0 = torch.distributed.get_rank() == 0
     seed_iteration(config.training.seed, -1)  # of the time before the first iteration
     run = build_runner(config, len(data.train), here)
-    optimizer, scheduler = build_optimizer(config, run.chunks)
+    optimizer = build_optimizer(config, run.chunks)
     batching = {
         "micro_batch_size": config.training.micro_batch_size,
         "dp_rank": parallel_state.get_data_parallel_rank(),
@@ -181,7 +172,7 @@ def build_trainer(
         directory=run_dir / "checkpoints",
         chunks=run.chunks,
         optimizer=optimizer,
-        scheduler=scheduler,
+        scheduler=build_scheduler(config, optimizer, prepared.mix.horizon.schedule),
         keep_last=config.checkpoint.keep_last,
     )
     mine = identity(config, data.reports)
@@ -198,7 +189,6 @@ def build_trainer(
         config=config,
         run=run,
         optimizer=optimizer,
-        scheduler=scheduler,
         loader=BlendLoader(
             reweighting.blend, num_workers=config.data.num_workers, pin_memory=here.pin_memory, **batching
         ),

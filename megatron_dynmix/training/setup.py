@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.batch_schedule import Pairs
 from megatron_dynmix.config.check import check_tokenizer
 from megatron_dynmix.config.host import check_host
 from megatron_dynmix.config.megatron import check_with_megatron
@@ -19,7 +20,14 @@ from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.plan.parameters import this_host
 from megatron_dynmix.training.mix_setup import Mix, Resolved, check_mix
-from megatron_dynmix.training.resume import Resume, begins, check_pretrained, check_resume, check_run_dir
+from megatron_dynmix.training.resume import (
+    Resume,
+    batches_done,
+    begins,
+    check_pretrained,
+    check_resume,
+    check_run_dir,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,12 @@ class PreparedRun:
     config: RunConfig
     data: Data
     mix: Mix
+
+    def after(self, done: Pairs) -> PreparedRun:
+        """Return the run as it goes on after these batches."""
+        horizon = self.mix.horizon
+        horizon = replace(horizon, schedule=replace(horizon.schedule, done=done))
+        return replace(self, mix=replace(self.mix, horizon=horizon))
 
 
 def check_before_start(config: RunConfig, *, fresh: bool = True) -> CheckedRun:
@@ -60,10 +74,13 @@ def check_before_start(config: RunConfig, *, fresh: bool = True) -> CheckedRun:
     return CheckedRun(config, tokenizer, resolved)
 
 
-def prepare_run(checked: CheckedRun, data: Data | None = None) -> PreparedRun:
-    """Prepare and pack the data, unless they are given, and make the mix; `InputError` if that cannot be."""
+def prepare_run(checked: CheckedRun, data: Data | None = None, *, done: Pairs = ()) -> PreparedRun:
+    """Prepare and pack the data, unless they are given, and make the mix; `InputError` if that cannot be.
+
+    A run that is resumed has `done` so many batches.
+    """
     data = data or read_data(checked.config, checked.tokenizer)
-    return PreparedRun(checked.config, data, Mix.of(checked.config, checked.resolved, data.train))
+    return PreparedRun(checked.config, data, Mix.of(checked.config, checked.resolved, data.train, done))
 
 
 def set_up(
@@ -76,6 +93,6 @@ def set_up(
         from megatron_dynmix.convert.export_hf import check_save_hf
 
         check_save_hf(config, run_dir)
-    prepared = prepare_run(checked)
+    prepared = prepare_run(checked, done=batches_done(run_dir, resume))
     check_resume(config, prepared.data.reports, run_dir, resume, allow_source_change=allow_source_change)
     return prepared

@@ -68,7 +68,11 @@ def overview(prepared: PreparedRun, world_size: int) -> str:
     shares = prepared.mix.first_D.tolist()
     works = [SourceWork.of(rows, share) for rows, share in zip(prepared.data.train, shares, strict=True)]
     plan = Plan(
-        config=config, world_size=world_size, host=this_host(), sources={work.name: work for work in works}
+        config=config,
+        world_size=world_size,
+        host=this_host(),
+        sources={work.name: work for work in works},
+        batches=prepared.mix.horizon.schedule,
     )
     try:
         lines = [model_line(plan), f"layout   {plan.layout.describe()}", epochs_table(plan, works)]

@@ -12,10 +12,16 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.num_microbatches_calculator import (
+    get_num_microbatches,
+    init_num_microbatches_calculator,
+    unset_num_microbatches_calculator,
+)
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker, track_moe_metrics
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dynmix.config import RunConfig
 from megatron_dynmix.data.loader import PADDING, MicroBatch
 from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.moe.balance import aux_losses
@@ -115,6 +121,19 @@ class PassRunner:
 def _padding_like(micro_batch: MicroBatch) -> MicroBatch:
     """Make a micro-batch of the same shape that is all padding."""
     return {name: torch.full_like(tensor, PADDING.get(name, 0)) for name, tensor in micro_batch.items()}
+
+
+def set_batch_size(config: RunConfig, batch_size: int) -> int:
+    """Tell Megatron-Core the samples of the steps to come; return the micro-batches of each rank."""
+    unset_num_microbatches_calculator()
+    init_num_microbatches_calculator(
+        rank=torch.distributed.get_rank(),
+        rampup_batch_size=None,  # nor does it know of steps: the schedule is ours
+        global_batch_size=batch_size,
+        micro_batch_size=config.training.micro_batch_size,
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+    )
+    return int(get_num_microbatches())
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

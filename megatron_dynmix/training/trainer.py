@@ -15,20 +15,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron.core import parallel_state
-from megatron.core.num_microbatches_calculator import (
-    get_current_global_batch_size,
-    get_num_microbatches,
-    update_num_microbatches,
-)
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_dynmix.checkpoint.checkpointer import Checkpointer
 from megatron_dynmix.checkpoint.folder import folder_of
 from megatron_dynmix.checkpoint.run_state import DrawnState, Identity, LogInterval, Progress, RunState
 from megatron_dynmix.config import RunConfig
-from megatron_dynmix.config.batch_schedule import BatchSchedule
+from megatron_dynmix.config.batch_schedule import one_more
 from megatron_dynmix.data.loader import BlendLoader
 from megatron_dynmix.data.source_set import SourceSet
 from megatron_dynmix.data.source_stats import SourceStats
@@ -36,6 +30,7 @@ from megatron_dynmix.errors import StoppedOnRequest, TrainingStopped
 from megatron_dynmix.job.agreement import on_rank_0
 from megatron_dynmix.job.heartbeat import Heartbeat
 from megatron_dynmix.job.signals import StopRequest
+from megatron_dynmix.model.lr_schedule import set_learning_rate
 from megatron_dynmix.records.ledger import DrawnSamples, newest_stage
 from megatron_dynmix.records.live_line import LiveLine
 from megatron_dynmix.records.logline import mixing_table, source_loss_line, training_line
@@ -49,6 +44,7 @@ from megatron_dynmix.training.step import (
     PassRunner,
     any_rank,
     gradients_are_finite,
+    set_batch_size,
     take_aux_losses,
 )
 
@@ -60,7 +56,6 @@ class Trainer:
     config: RunConfig
     run: PassRunner
     optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
     loader: BlendLoader
     reweighting: Reweighting
     checkpointer: Checkpointer
@@ -74,7 +69,9 @@ class Trainer:
     def __post_init__(self) -> None:
         self.say = self.live.say
         self.saving = Saving(self.config, self.checkpointer, self.say)
-        self._schedule = BatchSchedule.of(self.config.training)
+        self._schedule = self.reweighting.horizon.schedule
+        self._batch_size = 0
+        set_learning_rate(self.checkpointer.scheduler, self.progress.consumed_samples)
         self._grad_norm = math.nan
 
     def fit(self, stop: StopRequest, heartbeat: Heartbeat) -> None:
@@ -122,8 +119,8 @@ class Trainer:
     def train_step(self, stop: StopRequest) -> bool:
         """Train one iteration; return whether any rank is to stop after it."""
         progress, start = self.progress, time.perf_counter()
-        update_num_microbatches(progress.consumed_samples, consistency_check=True)
-        batch_size, num_micro_batches = get_current_global_batch_size(), get_num_microbatches()
+        self._batch_size = self._schedule.batch_size(progress.consumed_samples)
+        num_micro_batches = set_batch_size(self.config, self._batch_size)
         micro_batches = self.loader.step(
             progress.consumed_samples, num_micro_batches, self._first_undecided_sample()
         )
@@ -139,31 +136,32 @@ class Trainer:
             stats = self.run(micro_batches, forward_only=False)
         finite, stopping = gradients_are_finite(self.run.chunks, stop=stop.asked)
         if finite and stats.loss_sum_D.isfinite().all():
-            self._step(stats)
+            self._step(stats, num_micro_batches)
         else:
             before.restore()
             self._skip(stats.lm_loss)
         self.drawn.fold(micro_batches, progress.consumed_samples)
         progress.iteration += 1
-        progress.consumed_samples += batch_size
+        progress.consumed_samples += self._batch_size
+        progress.batches = one_more(progress.batches, self._batch_size)
+        set_learning_rate(self.checkpointer.scheduler, progress.consumed_samples)
         seconds, tokens = time.perf_counter() - start, float(stats.tokens_D.sum())
         self.interval.iterations += 1
         self.interval.seconds += seconds
         self.live.step(stats.lm_loss, tokens / seconds, self.reweighting.blend.weights_D)
         return stopping
 
-    def _step(self, stats: SourceStats) -> None:
+    def _step(self, stats: SourceStats, num_micro_batches: int) -> None:
         """Change the weights."""
         self.saving.trained()
         stepped, grad_norm, _ = self.optimizer.step()
-        self.scheduler.step(increment=get_current_global_batch_size())
         self._grad_norm = float(grad_norm or 0.0)
         self.progress.tokens_D += stats.tokens_D
         self.reweighting.observe(stats)
         self.progress.skipped_in_row = 0
         self.interval.stats += stats
-        self.interval.samples += get_current_global_batch_size()
-        self.interval.micro_batches_here += get_num_microbatches()
+        self.interval.samples += self._batch_size
+        self.interval.micro_batches_here += num_micro_batches
         self.interval.skipped += not stepped
 
     def _skip(self, lm_loss: float) -> None:
@@ -202,7 +200,7 @@ class Trainer:
             source_loss=dict(zip(sources, interval.stats.source_losses(), strict=True)),
             lr=self.optimizer.param_groups[0]["lr"],
             grad_norm=self._grad_norm,
-            global_batch_size=get_current_global_batch_size(),
+            global_batch_size=self._batch_size,
             seconds=interval.seconds / interval.iterations,
             tokens_per_second=tokens / interval.seconds,
             useful_token_share=tokens / (max(interval.samples, 1) * self.config.data.seq_length),

@@ -1,5 +1,7 @@
 """What runs put on record is what they drew: in every layout, resumed, with other batches, other sources."""
 
+import math
+
 import numpy as np
 import pytest
 import yaml
@@ -77,12 +79,14 @@ def test_I2_the_ledger_of_a_resumed_run_is_that_of_one_that_was_not_stopped(
 
 
 RAMP = ["--rampup-batch-size", "4", "4", "16"]
+STEPS = ["--step-batch-size-schedule", "0:4 2048:8"]  # in tokens: 16 rows of 128
 
 
-def test_I3_a_batch_that_ramps_up_draws_the_same_samples(run_yaml, start_from, tmp_path):
+@pytest.mark.parametrize("growth", [RAMP, STEPS], ids=["ramp", "steps"])
+def test_I3_a_batch_that_grows_draws_the_same_samples(growth, run_yaml, start_from, tmp_path):
     """Four steps of 4, then two of 8, are four steps of 8."""
     even = run_ranks(2, programs.train, run_yaml, [*start_from, *FIXED], tmp_path / "even")[0]
-    ramp = [*start_from, *FIXED, *RAMP, "--train-iters", "6"]
+    ramp = [*start_from, *FIXED, *growth, "--train-iters", "6"]
     grown = run_ranks(2, programs.train, run_yaml, ramp, tmp_path / "grown")[0]
     assert [r["global_batch_size"] for r in grown["metrics"]] == [4, 4, 4, 4, 8, 8]
     assert [r["consumed_samples"] for r in grown["metrics"]] == [4, 8, 12, 16, 24, 32]
@@ -94,9 +98,10 @@ def test_I3_a_batch_that_ramps_up_draws_the_same_samples(run_yaml, start_from, t
 
 
 @pytest.mark.slow
-def test_I2_a_ramped_run_resumes_bit_for_bit(run_yaml, start_from, tmp_path):
+@pytest.mark.parametrize("growth", [RAMP, STEPS], ids=["ramp", "steps"])
+def test_I2_a_ramped_run_resumes_bit_for_bit(growth, run_yaml, start_from, tmp_path):
     settings = [
-        *(*start_from, *RAMP, "--signal", "train", "--interval", "3", "--train-iters", "7"),
+        *(*start_from, *growth, "--signal", "train", "--interval", "3", "--train-iters", "7"),
         *("--lr-warmup-iters", "2", "--num-workers", "1"),
     ]
     whole = run_ranks(2, programs.train, run_yaml, settings, tmp_path / "whole")[0]
@@ -110,7 +115,7 @@ def test_I2_a_ramped_run_resumes_bit_for_bit(run_yaml, start_from, tmp_path):
         assert np.array_equal(router, parts["routers"][name]), name
     rates = [record["lr"] for record in whole["metrics"]]
     assert rates[1] == max(rates) == 1e-2 and rates[0] == 0.5e-2  # warmed up after two steps of 4
-    assert rates[-1] == pytest.approx(0, abs=1e-9)
+    assert rates[-1] == 0
     assert stages(whole) == [("start", 0), ("update", 12), ("update", 32)]
     assert verify(tmp_path / "parts").proven
 
@@ -120,7 +125,13 @@ def test_I3_a_run_may_go_on_with_another_batch_size(run_yaml, start_from, tmp_pa
     first = [*start_from, *FIXED, "--train-iters", "1"]
     run_ranks(2, programs.train, run_yaml, first, tmp_path / "parts")
     other = [*start_from, *FIXED, *EP1, "--global-batch-size", "6", "--train-iters", "5"]
+    other += ["--lr-decay-style", "cosine", "--min-lr", "1e-4"]
     parts = run_ranks(1, programs.train, run_yaml, other, tmp_path / "parts", resume="must")[0]
+    # half a cosine over the 32 samples, however they are divided into steps
+    rates = [r["lr"] for r in parts["metrics"]]
+    angles = [math.pi * consumed / 32 for consumed in (14, 20, 26, 32)]
+    assert rates[1:] == pytest.approx([1e-4 + 9.9e-3 * (math.cos(angle) + 1) / 2 for angle in angles])
+    assert rates[-1] == 1e-4
     assert [r["consumed_samples"] for r in parts["metrics"]] == [8, 14, 20, 26, 32]
     assert digest_of_all(parts) == digest_of_all(even)
     assert verify(tmp_path / "parts").proven

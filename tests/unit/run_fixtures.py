@@ -63,7 +63,7 @@ class FakeRun:
         size_D = np.array(self.sizes)
         caps = [cap or np.inf for cap in self.resolved.get("max_epochs", [None] * len(size_D))]
         self.horizon = Horizon(
-            schedule=BatchSchedule(BATCH),
+            schedule=BatchSchedule.growing(BATCH),
             train_iters=100,
             interval=INTERVAL,
             seed=self.seed,
@@ -174,7 +174,12 @@ class FakeRun:
             config={"mixing": self.settings.flat()},
             fingerprints=self.prints,
             probes={},
-            progress=Progress(self.iteration, self.consumed, torch.from_numpy(100.0 * (number_D + 1))),
+            progress=Progress(
+                self.iteration,
+                self.consumed,
+                torch.from_numpy(100.0 * (number_D + 1)),
+                batches=((self.iteration, BATCH),),
+            ),
             mix=MixState(
                 blend=self.blend.state,
                 controller=self.controller.state,

@@ -29,7 +29,7 @@ def test_a_run_state_comes_back_as_it_was(tmp_path):
     assert type(read_saved(tmp_path)) is RunState
     assert state.text() == STATE.text() and json.loads(state.text())["format_version"] == FORMAT_VERSION
     assert state.mix.blend.stages == STATE.mix.blend.stages and state.drawn == STATE.drawn
-    assert state.log_interval.seconds == 0.5
+    assert state.log_interval.seconds == 0.5 and state.progress.batches == ((7, 8),)
     assert state.log_interval.micro_batches_here == 0, "no tracker of Megatron-Core's survives a restart"
     assert state.mix.interval_counts.dtype == STATE.mix.interval_counts.dtype
 
