@@ -66,7 +66,7 @@ def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix.config.load import parse_flags
     from megatron_dynmix.config.run_config import DataConfig, Overlong, SourceConfig, require
     from megatron_dynmix.data.prepare.prepare import prepare_source
-    from megatron_dynmix.data.prepare.readers import find_inputs
+    from megatron_dynmix.data.prepare.readers import find_inputs, unread_files
     from megatron_dynmix.data.prepare.template import Renderer
     from megatron_dynmix.data.prepared import Recipe, load_report, probe_prefix
     from megatron_dynmix.data.rows import PackedRows
@@ -112,6 +112,7 @@ def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
             split_length=seq_length if overlong == "split" else None,
             held_out=arguments.probe or 0,
         ),
+        unread=[name for given in arguments.input for name in unread_files(given)],
         strict=arguments.strict,
         workers=arguments.workers,
     )

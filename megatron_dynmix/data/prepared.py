@@ -69,7 +69,8 @@ class SourceReport:
 
     ``examples`` are written. ``untrained`` (no token to train on) and ``broken`` (no usable
     conversation) rows are not; the first few are in ``first_broken`` as ``file:line: reason``.
-    ``notices`` tell what rows have that a user should know of.
+    ``notices`` tell what rows have that a user should know of, ``unread`` what lies in the folders of the
+    inputs and is none.
     ``split`` conversations became ``split_parts`` examples; ``held_out`` examples are in the probe's
     files. So ``rows - split + split_parts = examples + held_out + untrained + broken``.
     ``duplicates`` counts written examples whose text was written before. ``tokens``,
@@ -94,6 +95,7 @@ class SourceReport:
     first_broken: tuple[str, ...]
     notices: tuple[Noticed, ...]
     inputs: tuple[InputFile, ...]
+    unread: tuple[str, ...]
     recipe: Recipe
     probe_of: str | None
     version: int
@@ -108,7 +110,7 @@ class SourceReport:
     @property
     def fingerprint(self) -> str:
         """SHA-256 that changes when the prepared files change."""
-        parts = asdict(replace(self, inputs=()))
+        parts = asdict(replace(self, inputs=(), unread=()))
         parts["inputs"] = [file.sha256 for file in self.inputs]
         return sha256(json.dumps(parts, sort_keys=True))
 
@@ -141,7 +143,8 @@ def load_report(prefix: Path) -> SourceReport:
                 f"{prefix}: prepared in format {content['version']}, not {FORMAT_VERSION}; {remedy}"
             )
         content["inputs"] = tuple(InputFile(**entry) for entry in content["inputs"])
-        content["first_broken"] = tuple(content["first_broken"])
+        for name in ("first_broken", "unread"):
+            content[name] = tuple(content[name])
         content["notices"] = tuple(Noticed(**entry) for entry in content["notices"])
         content["recipe"] = Recipe(**content["recipe"])
         report = SourceReport(**content)

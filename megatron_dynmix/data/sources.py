@@ -103,7 +103,7 @@ def prepare_sources(
                 refuse_broken(report.name, report.first_broken)
         else:
             from megatron_dynmix.data.prepare.prepare import prepare_source
-            from megatron_dynmix.data.prepare.readers import find_inputs
+            from megatron_dynmix.data.prepare.readers import find_inputs, unread_files
 
             report = prepare_source(
                 name=file.label,
@@ -111,6 +111,7 @@ def prepare_sources(
                 prefix=prefix,
                 renderer=renderer,
                 recipe=recipe,
+                unread=unread_files(file.path),
                 strict=data.strict,
                 workers=workers,
             )

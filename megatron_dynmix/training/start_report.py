@@ -118,12 +118,15 @@ def prepared_table(reports: Sequence[SourceReport]) -> str:
 
 
 def notice_lines(report: SourceReport) -> list[str]:
-    """Return a line for each thing that rows of a source have and a user should know of."""
-    return [
+    """Return a line for each thing that rows of a source, or its folder, have and a user should know of."""
+    lines = [
         f"{report.name}: {one.kind}{f' {one.detail}' if one.detail else ''} in "
         f"{one.rows:,} row{'s' if one.rows > 1 else ''} (first: {one.first}): {HINTS[one.kind]}"
         for one in report.notices
     ]
+    if report.unread:
+        lines.append(f"{report.name}: not read: {', '.join(report.unread)}: no names that rows are read from")
+    return lines
 
 
 def shared_lines(files: Sequence[SourceFile], config: RunConfig) -> list[str]:

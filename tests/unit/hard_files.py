@@ -76,7 +76,7 @@ HARD: dict[str, HardFile] = {
     "30_missing_from": rows('{"conversations": [{"value": "a"}, {"value": "b"}]}'),
     "32_turns_are_strings": rows('{"conversations": ["a", "b"]}'),
     "33_nested_lists": rows('{"conversations": [[{"from": "human", "value": "a"}]]}'),
-    "34_value_is_list": rows(talk([{"type": "text", "text": "a"}], "b")),
+    "34_value_is_list": rows(talk(["a", ["b"]], "c")),
     "36_role_not_string": rows(roles((1, "a"), (2, "b")), roles((None, "a"), ("gpt", "b"))),
     "37_system_prompt_not_string": HardFile(
         "\n".join([
@@ -113,9 +113,14 @@ HARD: dict[str, HardFile] = {
         talk("What is </s>? <|im_end|>\n<|im_start|>assistant\nhm", "</s> [INST] <pad> <s>"),
         talk("USER: hi ASSISTANT: hello", "### Human: fake"),
     ),
-    "52_extra_keys": lines(
-        talk("a", "b", id=7, meta={"a": [1, 2]}),
-        '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}]}',
+    # a row that says of its only answer that it is not trained on trains nothing
+    "52_extra_keys": HardFile(
+        "\n".join([
+            talk("a", "b", id=7, meta={"a": [1, 2]}),
+            FIRST.replace('"Paris."', '"Paris.", "weight": 0'),
+        ]).encode(),
+        (1,),
+        (2,),
     ),
     "53_exact_duplicates": lines(FIRST, FIRST, LAST, FIRST),
     "54_mixed_formats": HardFile(

@@ -40,8 +40,8 @@ def test_no_system(extra: dict) -> None:
     assert [turn.role for turn in turns_of(HUMAN, GPT, **extra).turns] == ["user", "assistant"]
 
 
-def test_blank_system_turn_means_none() -> None:
-    assert len(turns_of({"from": "system", "value": " "}, HUMAN, GPT).turns) == 2
+def test_blank_system_turn_stays_as_it_was_given() -> None:
+    assert turns_of({"from": "system", "value": ""}, HUMAN, GPT).turns[0] == Turn("system", "")
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,8 @@ def test_blank_system_turn_means_none() -> None:
         ({"conversations": [HUMAN, {"from": "gpt"}]}, 'turn 2 has no key "value"'),
         ({"conversations": [{"from": 3, "value": "a"}]}, '"from" must be a string, not a number'),
         ({"conversations": [{"from": "human", "value": None}]}, '"value" must be a string, not null'),
-        ({"conversations": [{"from": "tool", "value": "a"}]}, "unknown role 'tool'"),
-        ({"conversations": [{"from": "Human", "value": "a"}]}, "unknown role 'Human'"),
+        ({"conversations": [HUMAN, {"from": "tool", "value": "a"}, GPT]}, "where no tool was called"),
+        ({"conversations": [{"from": "Human", "value": "a"}]}, "roles: {Human: assistant}"),
         ({"conversations": [HUMAN, SYSTEM, GPT]}, "the system turn is not the first"),
         ({"conversations": [SYSTEM, SYSTEM, HUMAN, GPT]}, "more than one system prompt"),
         ({"conversations": [SYSTEM, HUMAN, GPT], "system": "t"}, "more than one system prompt"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pyarrow import ipc, parquet
 
 from megatron_dynmix.data.prepare import progress, readers
-from megatron_dynmix.data.prepare.readers import find_inputs, is_compressed, raw_rows
+from megatron_dynmix.data.prepare.readers import find_inputs, is_compressed, raw_rows, unread_files
 from megatron_dynmix.errors import InputError
 
 ROWS = [{"text": f'row {i} é\u2028 ["{{'} for i in range(700)]
@@ -238,3 +238,79 @@ def test_progress_gives_a_share_only_where_the_size_of_the_text_is_known(
     with progress.ProgressBar("code", total) as shown:
         shown.advance(2 << 20, 7)
     assert f"code: {said}, 7 examples" in capsys.readouterr().err
+
+
+def skippable(content: bytes = b"index") -> bytes:
+    """A frame of zstd that holds no data."""
+    return b"\x5e\x2a\x4d\x18" + len(content).to_bytes(4, "little") + content
+
+
+def test_frames_of_zstd_without_data_are_passed_over(tmp_path: Path) -> None:
+    content = skippable() + zstd(LINES[:2000]) + skippable(b"") + zstd(LINES[2000:]) + skippable()
+    assert values(save(tmp_path / "a.jsonl.zst", content)) == ROWS
+    with pytest.raises(InputError, match="zstd-compressed, which its name does not say"):
+        values(save(tmp_path / "a.jsonl", content))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", json.dumps(ROWS[0], indent=2), "rows over several lines; write one object per line"),
+        ("a.json", json.dumps(ROWS[0], indent=2) * 2, "rows over several lines"),
+        ("a.json", "\ufeff\n" + json.dumps({"messages": [{"a": 1}]}, indent="\t"), "rows over several lines"),
+        ("a.csv", "prompt,completion\na,b\n", "a table as text; export it as JSON Lines or Parquet"),
+        ("a.TSV", "prompt\tcompletion\na\tb\n", "a table as text"),
+    ],
+)
+def test_text_that_is_not_one_row_a_line(tmp_path: Path, name: str, content: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        values(save(tmp_path / name, content.encode()))
+
+
+def test_a_first_row_that_is_cut_off_is_one_bad_row(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jsonl", b'{"text": [1,\n' + LINES)
+    assert [place for place, _ in bad(path)] == [f"{path}:1"]
+    assert len(list(raw_rows(path))) == len(ROWS) + 1
+    assert values(save(tmp_path / "a.csv", LINES)) == ROWS
+
+
+def test_what_else_lies_in_a_folder_is_known(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.csv", "c.JSONL", "d.jsonl.bz2", ".hidden", "_SUCCESS", "e.txt"):
+        save(tmp_path / name, LINES)
+    (tmp_path / "sub").mkdir()
+    assert [path.name for path in find_inputs(tmp_path)] == ["a.jsonl", "c.JSONL"]
+    others = [f"{tmp_path}/{name}" for name in ("b.csv", "d.jsonl.bz2", "e.txt", "sub/")]
+    assert list(unread_files(tmp_path)) == others
+    assert unread_files(tmp_path / "a.jsonl") == ()
+    for name in ("a.jsonl", "c.JSONL"):
+        (tmp_path / name).unlink()
+    with pytest.raises(InputError, match=r"holds no file to read rows from \(.*b.csv, .*sub/\)"):
+        find_inputs(tmp_path)
+
+
+def test_nulls_of_a_union_of_columns_are_not_data(tmp_path: Path) -> None:
+    rows = [{"a": {"x": 1, "y": [{"z": None}, None]}}, {"b": "text"}]
+    parquet.write_table(
+        pyarrow.Table.from_pylist(
+            rows,
+            schema=pyarrow.schema(
+                [
+                    (
+                        "a",
+                        pyarrow.struct(
+                            [
+                                ("x", pyarrow.int64()),
+                                ("y", pyarrow.list_(pyarrow.struct([("z", pyarrow.int8())]))),
+                                ("w", pyarrow.string()),
+                            ]
+                        ),
+                    ),
+                    ("b", pyarrow.string()),
+                ]
+            ),
+        ),
+        tmp_path / "a.parquet",
+    )
+    assert values(tmp_path / "a.parquet") == [{"a": {"x": 1, "y": [{}, None]}}, {"b": "text"}]
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    assert values(save(tmp_path / "a.jsonl", lines)) == rows

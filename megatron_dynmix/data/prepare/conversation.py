@@ -45,17 +45,11 @@ class Conversation:
     notices: tuple[Notice, ...] = ()
 
 
-def checked_conversation(turns: Sequence[Turn], tools: tuple[Mapping[str, Any], ...] = ()) -> Conversation:
-    """Return the turns in order, without a blank system prompt."""
-    kept = [turn for turn in turns if turn.role != "system" or (turn.text or "").strip()]
-    _check_order(kept)
-    return Conversation(tuple(kept), tools)
-
-
-def _check_order(turns: list[Turn]) -> None:
+def check_order(turns: Sequence[Turn]) -> None:
+    """Refuse turns that are in no order in which people and assistants speak, or that train nothing."""
     roles = [turn.role for turn in turns]
     if roles.count("system") > 1:
-        raise ValueError("more than one system prompt")
+        raise ValueError("more than one system prompt; write them as one")
     if "system" in roles[1:]:
         raise ValueError("the system turn is not the first")
     if roles[:1] == ["system"]:
@@ -63,23 +57,36 @@ def _check_order(turns: list[Turn]) -> None:
     if "assistant" not in roles:
         raise ValueError("no assistant turn, so nothing to train on")
     if roles[0] != "user":
-        raise ValueError(f"starts with {'an' if roles[0] == 'assistant' else 'a'} {roles[0]} turn")
+        raise ValueError(
+            f"starts with {'an' if roles[0] == 'assistant' else 'a'} {roles[0]} turn; what comes before the "
+            "user may stand in the system prompt"
+        )
     for earlier, later in pairwise(turns):
         _check_pair(earlier, later)
     if roles[-1] == "user":
         raise ValueError("ends with a user turn that has no answer")
     if roles[-1] == "tool":
         raise ValueError("ends with a tool's result that has no answer")
+    if all(turn.is_trained is False for turn in turns if turn.role == "assistant"):
+        raise ValueError("every answer says that it is not trained on, so nothing is")
 
 
 def _check_pair(earlier: Turn, later: Turn) -> None:
     is_call = bool(earlier.extra.get("tool_calls"))
     if later.role == "tool":
         if not is_call and earlier.role != "tool":
-            raise ValueError(f"a tool's result after the {earlier.role}'s turn, where no tool was called")
+            raise ValueError(
+                f"a tool's result after the {earlier.role}'s turn, where no tool was called; write the call "
+                "as tool_calls of the assistant"
+            )
     elif is_call:
-        raise ValueError(f"tool calls are followed by the {later.role}, not by a tool's result")
+        raise ValueError(
+            f"tool calls are followed by the {later.role}, not by a tool's result; give each result as a "
+            "turn of the role tool"
+        )
     elif earlier.role == later.role:
-        raise ValueError(f"two {later.role} turns in a row")
+        raise ValueError(f"two {later.role} turns in a row; write them as one")
     elif (earlier.role, later.role) == ("tool", "user"):
-        raise ValueError("a tool's result is followed by the user, not by the assistant")
+        raise ValueError(
+            "a tool's result is followed by the user, not by the assistant; write what the assistant said"
+        )

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron.core.datasets.indexed_dataset import DType
@@ -59,6 +59,7 @@ def prepare_source(
     prefix: Path,
     renderer: Renderer,
     recipe: Recipe,
+    unread: Sequence[str] = (),
     strict: bool = False,
     workers: int | None = None,
 ) -> SourceReport:
@@ -69,9 +70,10 @@ def prepare_source(
     input, but for 16 bytes per example. The files appear under their names when complete; without
     ``prefix.json`` a source counts as not prepared.
 
-    ``strict`` refuses the source for the first row that cannot be used. By default one worker is started
-    for each core, but few for a small input. An input that cannot be read, a template that does not fit, or
-    no example left is an InputError, a full disk or a dead worker a CommandFailed.
+    ``unread`` is what lies beside the inputs and is none, for the report. ``strict`` refuses the source for
+    the first row that cannot be used. By default one worker is started for each core, but few for a small
+    input. An input that cannot be read, a template that does not fit, or no example left is an InputError, a
+    full disk or a dead worker a CommandFailed.
     """
     if not inputs:
         raise InputError(f"source {name}: no input files given; give one file or more")
@@ -84,10 +86,10 @@ def prepare_source(
         with _locked(prefix):
             report = current_report(prefix, inputs, recipe)
             if report is None:
-                report = _Preparation(name, inputs, prefix, recipe, strict, encoder).run(workers)
+                report = _Preparation(name, inputs, prefix, recipe, unread, strict, encoder).run(workers)
     if strict:
         refuse_broken(report.name, report.first_broken)
-    return report
+    return replace(report, unread=tuple(unread))  # other files may have come since it was written
 
 
 @dataclass
@@ -96,6 +98,7 @@ class _Preparation:
     inputs: Sequence[Path]
     prefix: Path
     recipe: Recipe
+    unread: Sequence[str]
     strict: bool
     encoder: Encoder
     counts: Counts = field(default_factory=Counts)
@@ -182,6 +185,7 @@ class _Preparation:
             duplicates=count_duplicates(read_digests(file_of(draft, "digests"))),
             held_out=held_out,
             inputs=files,
+            unread=tuple(self.unread),
             recipe=self.recipe,
             probe_of=probe_of,
             version=FORMAT_VERSION,
@@ -196,9 +200,9 @@ def _chunks(inputs: Sequence[Path], recipe: Recipe) -> Iterator[RowChunk]:
     """Yield the rows of all files, in order, in pieces that one worker encodes at once."""
     for path in inputs:
         shape = (
-            find_format(parsed_rows(path), recipe.fields)
+            find_format(parsed_rows(path), recipe.fields, recipe.roles)
             if recipe.format == "auto"
-            else Format(name=recipe.format, fields=recipe.fields)
+            else Format(name=recipe.format, fields=recipe.fields, roles=recipe.roles)
         )
         rows: list[RawRow] = []
         size = 0

@@ -7,15 +7,16 @@ file holds decides how it is read; a name that says otherwise (`.jsonl`, but com
 import glob
 import gzip
 import io
-import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_dynmix.data.prepare.arrow import parquet_rows, saved_dataset_rows
+from megatron_dynmix.data.prepare.structs import without_nulls
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import Number, parse_json
 
@@ -29,16 +30,21 @@ _MARK = re.compile(rb'[{}\[\],]|"[^"\\]*(?:\\.[^"\\]*)*(?P<end>"?)', re.DOTALL)
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
+_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
+"""The beginning of a frame without data, which some writers of zstd put in front."""
 _UTF16 = "UTF-16 or UTF-32 text; convert it: iconv -f UTF-16 -t UTF-8"
 _FOREIGN = {
     b"PK\x03\x04": "a zip archive; extract it: unzip",
     b"\xfd7zXZ": "xz-compressed; decompress it: unxz",
     b"BZh": "bzip2-compressed; decompress it: bunzip2",
-    b"ARROW1": "an Arrow file; give the dataset's folder, or export it as Parquet or JSON Lines",
+    b"\x04\x22\x4d\x18": "lz4-compressed; decompress it: unlz4",
+    **dict.fromkeys(
+        (b"ARROW1", b"\xff\xff\xff\xff"),
+        "an Arrow file; give the dataset's folder, or export it as Parquet or JSON Lines",
+    ),
     **dict.fromkeys((b"\xff\xfe", b"\xfe\xff", b"{\0", b"[\0", b"\0{", b"\0[", b"\0\0"), _UTF16),
 }
 _DECOMPRESS = {".gz": "gunzip", ".zst": "unzstd"}
-_BATCH_ROWS = 256
 _HEAD_BYTES = 1 << 16
 
 
@@ -129,7 +135,27 @@ class RawRow:
 
     def parse(self) -> Any:
         """Return the row's value, numbers with their digits; what is not strict JSON is a ValueError."""
-        return parse_json(self.content, Number) if isinstance(self.content, bytes) else self.content
+        if isinstance(self.content, bytes):
+            return parse_json(self.content, Number)
+        return without_nulls(self.content)
+
+
+def _refuse_rows_over_lines(path: Path, text: bytes) -> None:
+    """Refuse JSON that is written for people to read, by its first two lines."""
+    first, *others = (line.strip(_SPACE) for line in text.split(b"\n", 2)[:2])
+    if first.endswith((b"{", b"[", b",")) and not any(map(_is_json, (first, *others))):
+        raise InputError(
+            f"{path}: rows over several lines; write one object per line (jq -c . {path.name}), or one array "
+            "in a .json file"
+        )
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        parse_json(line)
+    except ValueError:
+        return False
+    return True
 
 
 def find_inputs(path: str | Path) -> list[Path]:
@@ -158,17 +184,31 @@ def _files_of_folder(folder: Path) -> list[Path]:
         raise InputError(
             f"{folder}: holds the splits {', '.join(splits)} of a dataset; give the folder of one"
         )
-    files = [
-        entry
-        for entry in sorted(folder.iterdir())
-        if entry.is_file() and entry.name[0] not in "._" and _kind_of_name(entry)
-    ]
+    files = [entry for entry in _visible(folder) if _is_input(entry)]
     if not files:
+        others = ", ".join(unread_files(folder)) or "nothing"
         raise InputError(
-            f"{folder}: holds no file to read rows from; it needs {', '.join(_SUFFIXES)}, .gz or .zst of "
-            "these, or a dataset saved by `datasets`"
+            f"{folder}: holds no file to read rows from ({others}); it needs {', '.join(_SUFFIXES)}, .gz or "
+            ".zst of these, or a dataset saved by `datasets`"
         )
     return files
+
+
+def unread_files(path: str | Path) -> tuple[str, ...]:
+    """Return what lies in a folder beside the files that `find_inputs` finds there, other folders too."""
+    folder = Path(path)
+    if not folder.is_dir() or (folder / "state.json").is_file():
+        return ()
+    others = [entry for entry in _visible(folder) if not _is_input(entry)]
+    return tuple(f"{entry}/" if entry.is_dir() else str(entry) for entry in others)
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [entry for entry in sorted(folder.iterdir()) if entry.name[0] not in "._"]
+
+
+def _is_input(entry: Path) -> bool:
+    return entry.is_file() and bool(_kind_of_name(entry))
 
 
 def is_compressed(path: Path) -> bool:
@@ -211,20 +251,27 @@ def parsed_rows(path: Path) -> Iterator[tuple[str, object]]:
 
 def _rows(path: Path) -> Iterator[RawRow]:
     if path.is_dir():
-        yield from _saved_dataset(path)
+        yield from _numbered(path, saved_dataset_rows(path))
         return
     with path.open("rb") as file:
         container = _container(path, file.peek(8)[:8])
         if container == ".parquet":
-            yield from _parquet(path, file)
+            yield from _numbered(path, parquet_rows(path, file))
             return
         with _decompressed(file, container) as text:
             yield from _json_rows(path, text)
 
 
+def _numbered(path: Path, rows: Iterable[dict[str, Any]]) -> Iterator[RawRow]:
+    for number, row in enumerate(rows, start=1):
+        yield RawRow(f"{path}:item {number}", row)
+
+
 def _container(path: Path, head: bytes) -> str:
     """Return `.gz`, `.zst`, `.parquet` or "" by the first bytes; refuse a name that says otherwise."""
     real = next((suffix for magic, suffix in _MAGIC.items() if head.startswith(magic)), "")
+    if _SKIPPABLE.match(head):
+        real = ".zst"
     suffix = path.suffix.lower()
     named = suffix if suffix in _MAGIC.values() else ""
     if real == named or not _kind_of_name(path):
@@ -267,9 +314,13 @@ def _json_rows(path: Path, file: io.BufferedReader) -> Iterator[RawRow]:
     for start, remedy in _FOREIGN.items():
         if head.startswith(start):
             raise InputError(f"{path}: not a JSON file but {remedy}")
-    if any(head.startswith(magic) for magic in _MAGIC):
+    if _SKIPPABLE.match(head) or any(head.startswith(magic) for magic in _MAGIC):
         raise InputError(f"{path}: compressed twice, or Parquet in a compressed file; decompress it once")
-    if not head.removeprefix(UTF8_BOM).lstrip().startswith(b"["):
+    text = head.removeprefix(UTF8_BOM).lstrip()
+    if path.suffix.lower() in (".csv", ".tsv") and not text.startswith((b"{", b"[")):
+        raise InputError(f"{path}: a table as text; export it as JSON Lines or Parquet, with a key a column")
+    if not text.startswith(b"["):
+        _refuse_rows_over_lines(path, text)
         for number, raw in split_lines(file, path):
             yield RawRow(f"{path}:{number}", raw)
         return
@@ -282,45 +333,3 @@ def _json_rows(path: Path, file: io.BufferedReader) -> Iterator[RawRow]:
         file.read(len(UTF8_BOM))
     for number, raw in split_array(file, path):
         yield RawRow(f"{path}:item {number}", raw)
-
-
-def _parquet(path: Path, file: IO[bytes]) -> Iterator[RawRow]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        batches = parquet.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        for number, row in enumerate(rows, start=1):
-            yield RawRow(f"{path}:item {number}", row)
-    except (pyarrow.ArrowException, ValueError) as error:
-        raise InputError(f"{path}: damaged Parquet ({_first_line(error)}); get the file again") from error
-
-
-def _saved_dataset(folder: Path) -> Iterator[RawRow]:
-    import pyarrow
-    from pyarrow import ipc
-
-    try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        names = [entry["filename"] for entry in state["_data_files"]]
-        if state.get("_indices_files"):
-            raise InputError(f"{folder}: saved with a selection of rows by an old version; save it again")
-        number = 0
-        for name in names:
-            with pyarrow.memory_map(str(folder / name)) as source:
-                for batch in ipc.open_stream(source):
-                    for start in range(0, len(batch), _BATCH_ROWS):
-                        for row in batch.slice(start, _BATCH_ROWS).to_pylist():
-                            number += 1
-                            yield RawRow(f"{folder}:item {number}", row)
-    except InputError:
-        raise
-    except (pyarrow.ArrowException, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder}: not a whole dataset saved by `datasets` ({_first_line(error)}); save it again"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -19,7 +19,7 @@ from megatron_dynmix.data.prepare.jinja import ChatTemplate, compiled
 from megatron_dynmix.data.prepare.notices import Notice
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.files import sha256
+from megatron_dynmix.files import parse_json, sha256
 
 BUILT_IN = ("vicuna", "chatml", "plain")
 _VICUNA_SYSTEM = (
@@ -141,7 +141,8 @@ class Renderer:
         assert self.source is not None, "read at construction"
         template = compiled(self.source)
         messages: list[dict[str, Any]] = [
-            {"role": turn.role, "content": turn.text, **turn.extra} for turn in conversation.turns
+            {"role": turn.role, "content": turn.text, **_with_objects(turn.extra)}
+            for turn in conversation.turns
         ]
         _refuse_unknown_tools(template, messages, conversation)
         given: Mapping[str, Any] = {
@@ -190,6 +191,16 @@ class Renderer:
                     "be learnt; use the template vicuna, or let it write eos_token there"
                 )
         return start, start + len(answer)
+
+
+def _with_objects(extra: Mapping[str, Any]) -> Mapping[str, Any]:
+    calls = []
+    for call in extra.get("tool_calls", ()):
+        function, arguments = call["function"], call["function"].get("arguments")
+        if isinstance(arguments, str):
+            arguments = parse_json(arguments.encode())
+        calls.append({**call, "function": {**function, "arguments": arguments}})
+    return {**extra, "tool_calls": calls} if calls else extra
 
 
 def _source_of(template: str, tokenizer: Tokenizer) -> str:
