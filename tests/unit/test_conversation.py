@@ -62,7 +62,7 @@ def test_blank_system_turn_stays_as_it_was_given() -> None:
         ({"conversations": [{"from": 3, "value": "a"}]}, '"from" must be a string, not a number'),
         ({"conversations": [{"from": "human", "value": None}]}, '"value" must be a string, not null'),
         ({"conversations": [HUMAN, {"from": "tool", "value": "a"}, GPT]}, "where no tool was called"),
-        ({"conversations": [{"from": "Human", "value": "a"}]}, "roles: {Human: assistant}"),
+        ({"conversations": [{"from": "Human", "value": "a"}]}, "roles: {Human: user}"),
         ({"conversations": [HUMAN, SYSTEM, GPT]}, "the system turn is not the first"),
         ({"conversations": [SYSTEM, SYSTEM, HUMAN, GPT]}, "more than one system prompt"),
         ({"conversations": [SYSTEM, HUMAN, GPT], "system": "t"}, "more than one system prompt"),

@@ -80,7 +80,7 @@ def _speaker(item: Item, key: str) -> Speaker:
         known = ", ".join((*ROLES, *item.names.roles))
         raise ValueError(
             f"{item.where}: unknown role {given!r} (known: {known}); say who it is: "
-            f"roles: {{{given or repr(given)}: assistant}}"
+            f"roles: {{{given or repr(given)}: {ROLES.get(given.lower(), 'assistant')}}}"
         )
     return cast(Speaker, role)
 
