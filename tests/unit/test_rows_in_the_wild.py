@@ -164,6 +164,24 @@ def test_calls_that_follow_a_text_or_one_another_are_one_answer() -> None:
     assert parse(row).turns[1] == Turn("assistant", "Let me look.", {"tool_calls": [CALL, CALL]})
 
 
+def test_reasoning_before_a_call() -> None:
+    said = ("function_call", "<think>Which port?</think>\n" + json.dumps(CALL["function"]))
+    row = sharegpt(("human", "High tide?"), said, ("observation", "12:00"), ("gpt", "At noon."))
+    assert answers(row)[0] == Turn("assistant", None, {"tool_calls": [CALL]}, reasoning="Which port?")
+    row["conversations"][1] |= {"value": json.dumps(CALL["function"]), "reasoning": "Which port?"}
+    assert answers(row)[0].reasoning == "Which port?"
+    row["conversations"][1] |= {"value": said[1]}
+    assert "holds reasoning twice" in reason(row)
+
+
+def test_calls_that_are_written_out_in_the_text() -> None:
+    said = "<tool_call>\n" + json.dumps(CALL["function"]) + "\n</tool_call>"
+    row = sharegpt(("human", "High tide?"), ("gpt", said), ("tool", "12:00"), ("gpt", "At noon."))
+    assert [turn.text for turn in parse(row).turns] == ["High tide?", said, "12:00", "At noon."]
+    row["conversations"][1]["value"] = "Hm."
+    assert "where no tool was called" in reason(row)
+
+
 def test_bare_schemas_are_given_what_openai_has_around_them() -> None:
     for row in (
         messages(ASK, ANSWER, functions=[SCHEMA]),
@@ -319,6 +337,9 @@ def test_nulls_of_arrow_only_fill_a_column() -> None:
         arrow(given)
     assert arguments(arrow(given, tools=False)) == {"port": "Gdynia"}
     assert arrow(given, tools=False).notices == (Notice("null left out", "in the arguments of tide"),)
+    inside = {"port": {"name": "Gdynia", "pier": None}}
+    assert arguments(arrow(inside)) == {"port": {"name": "Gdynia"}}
+    assert arrow(inside).notices == (Notice("null left out", "inside of arguments of tide"),)
 
 
 def test_bytes_are_refused_as_bytes() -> None:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from megatron_dynmix.data.prepare.notices import Notice
 
+_CALLS_IN_TEXT = ("<tool_call>", "<function", "[TOOL_CALLS]", "<|python_tag|>")
+"""What stands in answers whose calls of tools are written out as a template would."""
 Role = Literal["system", "user", "assistant", "tool", "text"]
 
 
@@ -74,7 +76,8 @@ def check_order(turns: Sequence[Turn]) -> None:
 def _check_pair(earlier: Turn, later: Turn) -> None:
     is_call = bool(earlier.extra.get("tool_calls"))
     if later.role == "tool":
-        if not is_call and earlier.role != "tool":
+        is_call = is_call or any(mark in (earlier.text or "") for mark in _CALLS_IN_TEXT)
+        if earlier.role != "tool" and not (is_call and earlier.role == "assistant"):
             raise ValueError(
                 f"a tool's result after the {earlier.role}'s turn, where no tool was called; write the call "
                 "as tool_calls of the assistant"

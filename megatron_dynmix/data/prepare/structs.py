@@ -34,7 +34,11 @@ def settle_nulls(
     """
     function = call["function"]
     arguments, name = function.get("arguments"), function["name"]
-    if not isinstance(arguments, Struct) or not arguments.nulls:
+    if not isinstance(arguments, Struct):
+        return call
+    if any(map(_has_nulls, arguments.values())):
+        notices.append(Notice("null left out", f"inside of arguments of {name}"))
+    if not arguments.nulls:
         return call
     schemas = [tool.get("function", tool) for tool in tools]
     schema = next((one.get("parameters") for one in schemas if one.get("name") == name), None)
@@ -49,3 +53,9 @@ def settle_nulls(
             "whether it was given; keep arguments as JSON in a string"
         )
     return {**call, "function": {**function, "arguments": {**arguments, **given}}}
+
+
+def _has_nulls(value: object) -> bool:
+    if isinstance(value, Struct):
+        return bool(value.nulls) or any(map(_has_nulls, value.values()))
+    return isinstance(value, list) and any(map(_has_nulls, value))

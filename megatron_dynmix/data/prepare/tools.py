@@ -51,10 +51,12 @@ def read_calls(where: str, given: object) -> list[dict[str, Any]]:
     calls = []
     is_one = isinstance(given, dict) and not isinstance(given.get("name", given.get("function")), list)
     for call in [given] if is_one else entries(where, given):
-        if isinstance(call, dict) and "name" in call and "function" not in call:
-            call = {"type": "function", "function": call}
+        if isinstance(call, str):
+            call = from_text(where, call)
         if not isinstance(call, dict):
             raise ValueError(f"{where} must be a list of objects, not of {kind(call)}")
+        if "name" in call and "function" not in call:
+            call = {"type": "function", "function": call}
         function = call.get("function")
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f'{where}: a call has no "function" with a "name"')

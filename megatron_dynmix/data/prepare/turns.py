@@ -3,6 +3,7 @@
 What cannot be one is a ValueError with a short reason, without a location.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -19,9 +20,12 @@ ROLES: Mapping[str, Speaker] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation"), "tool"),
-    "function_call": "function_call",
+    **dict.fromkeys(("tool", "function", "observation", "tool_response"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "function_call"),
 }
+_ANSWERS = ("assistant", "function_call")
+_THOUGHT = re.compile(r"\s*(?:<think>(.*?)</think>\s*)?(.*)", re.DOTALL)
+"""Reasoning, if there is some, and the calls after it."""
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _MASKS = ("mask", "masked")
 _FLAGS = ("weight", "train", "trainable", "loss", "loss_scale", *_MASKS)
@@ -53,10 +57,11 @@ def _turn(item: Item, keys: tuple[str, str]) -> tuple[Turn, bool]:
     # most turns have these two keys, and there is nothing to look for
     has_more = len(item) > 2 or says not in item
     is_trained = _is_trained(item, speaker) if has_more else None
+    reasoning = read_reasoning(item) if has_more and speaker in _ANSWERS else None
     if speaker == "function_call":
-        calls = read_calls(item.at(says), item.text(says))
-        return Turn("assistant", None, {"tool_calls": calls}, is_trained=is_trained), True
-    reasoning = read_reasoning(item) if has_more and speaker == "assistant" else None
+        thought, call = _THOUGHT.fullmatch(item.text(says)).groups()  # type: ignore[union-attr]
+        extra = {"tool_calls": read_calls(item.at(says), call)}
+        return Turn("assistant", None, extra, _one_of(item.where, reasoning, thought), is_trained), True
     extra = _extra(item, speaker) if has_more else {}
     text = thought = None
     content = item.get(says) if "tool_calls" in extra else item.need(says)
@@ -64,13 +69,13 @@ def _turn(item: Item, keys: tuple[str, str]) -> tuple[Turn, bool]:
         text = item.string(says)
     elif content is not None or (speaker != "tool" and "tool_calls" not in extra):
         text, thought = _parts(item.at(says), content)
-        if thought is not None and (speaker != "assistant" or reasoning is not None):
-            raise ValueError(f"{item.where} holds reasoning twice, or where no assistant speaks")
+        if thought is not None and speaker != "assistant":
+            raise ValueError(f"{item.at(says)} holds reasoning, but the {speaker} speaks")
     if text is not None:
         item.note_marks(text)
         if speaker in ("user", "assistant") and not extra and not text.strip():
             raise ValueError(f"{item.where}: the {speaker}'s text is empty")
-    return Turn(speaker, text, extra, thought if reasoning is None else reasoning, is_trained), False
+    return Turn(speaker, text, extra, _one_of(item.where, reasoning, thought), is_trained), False
 
 
 def _speaker(item: Item, key: str) -> Speaker:
@@ -93,7 +98,7 @@ def _is_trained(item: Item, speaker: Speaker) -> bool | None:
             raise ValueError(f"{item.at(key)} is {value!r}; a turn is trained on or not: use 0 or 1")
         flags[key] = bool(value) != (key in _MASKS)
     is_trained = only(item.where, flags) if given else None
-    if speaker in ("assistant", "function_call"):
+    if speaker in _ANSWERS:
         return is_trained
     if is_trained:
         item.note(Notice("unused training flag", f"of a {speaker} turn"))
@@ -140,10 +145,16 @@ def _extra(item: Item, speaker: Speaker) -> dict[str, Any]:
     return {"tool_calls": calls} if calls else {}
 
 
+def _one_of(where: str, reasoning: str | None, more: str | None) -> str | None:
+    if reasoning is not None and more is not None:
+        raise ValueError(f"{where} holds reasoning twice; keep one")
+    return more if reasoning is None else reasoning
+
+
 def _joined(answer: Turn, call: Turn, where: str) -> Turn:
     """Return an answer with a call that follows it: together they are what the assistant says at once."""
     if answer.is_trained != call.is_trained:
         raise ValueError(f"{where} belongs to the answer before it, and only one of them is trained on")
-    return replace(
-        answer, extra={"tool_calls": [*answer.extra.get("tool_calls", ()), *call.extra["tool_calls"]]}
-    )
+    calls = [*answer.extra.get("tool_calls", ()), *call.extra["tool_calls"]]
+    reasoning = _one_of(where, answer.reasoning, call.reasoning)
+    return replace(answer, extra={"tool_calls": calls}, reasoning=reasoning)
