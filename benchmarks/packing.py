@@ -28,6 +28,7 @@ from megatron_dynmix.records.text_table import table
 
 platform.start()  # before anything that imports megatron.core
 
+from megatron_dynmix.data.packed import PackedSource  # noqa: E402
 from megatron_dynmix.data.packing import Packing, pack  # noqa: E402
 from megatron_dynmix.data.prepare.formats import parse_sharegpt  # noqa: E402
 from megatron_dynmix.data.prepare.prepare import prepare_source  # noqa: E402
@@ -83,15 +84,10 @@ def prepared_sources(data: Path | None, vocab_size: int, folder: Path) -> dict[s
 
 def pack_source(name: str, prefix: Path, seq_length: int) -> PackedRows:
     """Pack one source as a run would."""
-    return PackedRows(
-        name=name,
-        prefix=prefix,
-        seq_length=seq_length,
-        seed=SEED,
-        overlong="truncate",
-        cache_dir=None,
-        pad_id=0,
+    source = PackedSource(
+        name=name, prefix=prefix, seq_length=seq_length, seed=SEED, overlong="truncate", cache_dir=None
     )
+    return PackedRows(source, pad_id=0)
 
 
 def example_lengths(rows: PackedRows) -> NDArray[np.int64]:

@@ -45,9 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Prepare the sources of a RUN.yaml, or one source from files."""
-    from megatron_dynmix import platform
-
-    platform.start()
     try:
         if arguments.run_yaml is None:
             return _prepare_files(arguments, rest)
@@ -65,13 +62,13 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix.config.load import parse_flags
     from megatron_dynmix.config.run_config import DataConfig, Overlong, SourceConfig, require
+    from megatron_dynmix.data.packed import PackedSource
     from megatron_dynmix.data.prepare.prepare import prepare_source
     from megatron_dynmix.data.prepare.readers import find_inputs, unread_files
     from megatron_dynmix.data.prepare.template import Renderer
     from megatron_dynmix.data.prepared import Recipe, load_report, probe_prefix
-    from megatron_dynmix.data.rows import PackedRows
     from megatron_dynmix.data.tokenizer.load import load_tokenizer
-    from megatron_dynmix.training.start_report import packed_table, prepared_table
+    from megatron_dynmix.training.data_tables import packed_table, prepared_table
 
     if rest:
         raise InputError(f"unknown arguments: {' '.join(rest)}")
@@ -122,9 +119,9 @@ def _prepare_files(arguments: argparse.Namespace, rest: list[str]) -> int:
     print(prepared_table(list(made.values())))
     if seq_length is not None:
         print(f"\nwhat training with --seq-length {seq_length} --overlong {overlong} makes of them:")
-        how = {"seq_length": seq_length, "overlong": overlong, "pad_id": tokenizer.pad_id}
+        how = {"seq_length": seq_length, "overlong": overlong}
         packed = (
-            PackedRows(name=report.name, prefix=prefix, seed=0, cache_dir=None, **how)
+            PackedSource(name=report.name, prefix=prefix, seed=0, cache_dir=None, **how)
             for prefix, report in made.items()
         )
         print(packed_table(list(packed)))
@@ -155,17 +152,20 @@ def _flags(arguments: argparse.Namespace, names: Sequence[str]) -> list[str]:
 def _prepare_run(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix.config.check import check_data, check_tokenizer
     from megatron_dynmix.config.load import load_config
-    from megatron_dynmix.data.sources import build_rows, prepare_sources, source_files
+    from megatron_dynmix.data.sources import pack_source, prepare_sources, source_files
     from megatron_dynmix.data.tokenizer.load import load_tokenizer
+    from megatron_dynmix.training.data_tables import packed_table, prepared_table, share_table, shared_lines
     from megatron_dynmix.training.mix_setup import initial_shares
-    from megatron_dynmix.training.start_report import packed_table, prepared_table, share_table, shared_lines
 
     config = load_config(arguments.run_yaml, [*rest, *_flags(arguments, SETTINGS)])
     check_data(config)
     tokenizer = load_tokenizer(config.data.tokenizer or "", trust_remote_code=config.data.trust_remote_code)
     check_tokenizer(config, tokenizer.vocab_size)
+    files = list(source_files(config))
     print(prepared_table(list(prepare_sources(config, tokenizer, arguments.workers))))
-    print(*shared_lines(list(source_files(config)), config), "", sep="\n")
-    train, probe = (build_rows(config, tokenizer, probe=probe) for probe in (False, True))
+    print(*shared_lines(files, config), "", sep="\n")
+    train, probe = (
+        [pack_source(config, one) for one in files if one.is_probe == wanted] for wanted in (False, True)
+    )
     print(packed_table([*train, *probe]), "", share_table(train, initial_shares(config, train)), sep="\n")
     return 0

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from megatron.core.datasets import helpers
 from numpy.typing import NDArray
 
 from megatron_dynmix.files import sha256
@@ -117,6 +116,8 @@ def _draw_greedily(
     # The helper may pick a source of weight 0 when all others are exactly on target: leave those out.
     active = np.flatnonzero(share_D > 0)
     dataset_index_N, count_N = np.zeros(length, np.int16), np.zeros(length, np.int64)
+    from megatron.core.datasets import helpers  # here: it brings torch, which preparing does without
+
     helpers.build_blending_indices(dataset_index_N, count_N, share_D[active], len(active), length, False)
     dataset_index_N = active.astype(np.int16)[dataset_index_N]
     moved = _exchange_last_rows(dataset_index_N, largest_remainder(share_D * length))

@@ -1,15 +1,9 @@
 """The packed rows of one source as a Megatron dataset.
 
-Shape legend: N examples in rows, D documents of the source, Q sequences (runs) of the source, S
-positions of a row, R1 = rows + 1. An example of n tokens takes n - 1 positions: inputs are its tokens
-but the last, labels its tokens but the first.
+Shape legend: S positions of a row.
 """
 
-import zipfile
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
@@ -18,106 +12,29 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
 
-from megatron_dynmix.config.run_config import Overlong
-from megatron_dynmix.data.packing import Packing, one_per_row, pack
-from megatron_dynmix.data.prepared import load_report
-from megatron_dynmix.errors import InputError
-from megatron_dynmix.files import replacing, sha256
-
-_PACKING_VERSION = 1  # raised when the same source would be packed otherwise
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackingReport:
-    """What became of a source's examples: ``examples + dropped_overlong + untrained`` is all of them.
-
-    ``examples`` are in the rows, ``truncated`` of them cut; ``untrained`` had no label to train on
-    (left). ``tokens`` are positions that hold an example's token, ``useful_token_share`` their share
-    of all positions of all rows.
-    """
-
-    examples: int
-    dropped_overlong: int
-    truncated: int
-    untrained: int
-    rows: int
-    tokens: int
-    useful_token_share: float
+from megatron_dynmix.data.packed import PackedSource
 
 
 class PackedRows(MegatronDataset):
     """Rows of ``seq_length`` positions, each holding one or more whole examples of one source."""
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        prefix: Path,
-        seq_length: int,
-        seed: int,
-        overlong: Overlong,
-        cache_dir: Path | None,
-        pad_id: int,
-        packing: bool = True,
-    ) -> None:
-        """Pack a prepared source into rows; the packing is kept in ``cache_dir`` if one is given.
-
-        Without ``packing`` a row holds one example. Over-long is an example of more than ``seq_length``
-        positions: dropped and counted, truncated, or refused. Examples without a trained label in their
-        positions are dropped and counted. An InputError says that the source is not prepared, that
-        ``overlong`` is unknown or "error" and there is an over-long example, or that no row results.
-        """
-        if overlong not in get_args(Overlong):
-            raise InputError(f"overlong {overlong!r} is unknown; use {', '.join(get_args(Overlong))}")
-        if seq_length < 1:
-            raise InputError(f"seq_length {seq_length}: a row needs at least one position")
-        source = load_report(prefix)
-        indexed = IndexedDataset(str(prefix), multimodal=True)
-        lengths_D, trained_D = _positions(indexed, seq_length)
-        overlong_D = lengths_D > seq_length
-        if overlong == "error" and overlong_D.any():
-            raise InputError(
-                f"source {name}: {overlong_D.sum()} of {len(lengths_D)} examples are longer than seq_length "
-                f"{seq_length} (the longest takes {lengths_D.max()} positions); raise seq_length, or set "
-                "overlong to drop or truncate"
-            )
-        dropped_D = overlong_D & (overlong in ("drop", "split"))  # what no split made short enough
-        kept_D = ~dropped_D & (trained_D > 0)
-        if not kept_D.any():
-            raise InputError(
-                f"source {name}: no row results, {dropped_D.sum()} of {len(kept_D)} examples are longer "
-                f"than seq_length {seq_length} and the rest have no trained label; raise seq_length"
-            )
-        kept_N = np.flatnonzero(kept_D)
-        lengths_N = np.minimum(lengths_D[kept_N], seq_length)
-        if packing:
-            key = [source.fingerprint, seq_length, seed, overlong, _PACKING_VERSION]
-            packed = _cached_pack(lengths_N, seq_length, seed, cache_dir, key)
-        else:
-            packed = one_per_row(len(lengths_N), seed)
-        documents_N, tokens = kept_N[packed.order_N], int(lengths_N.sum())
+    def __init__(self, packed: PackedSource, pad_id: int) -> None:
+        indexed = IndexedDataset(str(packed.prefix), multimodal=True)
         config = BlendedMegatronDatasetConfig(
-            random_seed=seed, sequence_length=seq_length, blend=([indexed.path_prefix], None), split="1"
+            random_seed=packed.seed,
+            sequence_length=packed.seq_length,
+            blend=([indexed.path_prefix], None),
+            split="1",
         )
-        super().__init__(indexed, indexed.path_prefix, documents_N, packed.num_rows, Split.train, config)
-        self.name = name
-        self.packing_report = PackingReport(
-            examples=len(kept_N),
-            dropped_overlong=int(dropped_D.sum()),
-            truncated=int((overlong_D & kept_D).sum()),
-            untrained=int((~dropped_D & (trained_D == 0)).sum()),
-            rows=packed.num_rows,
-            tokens=tokens,
-            useful_token_share=tokens / (packed.num_rows * seq_length),
-        )
-        self._documents_N = documents_N
-        self._row_starts_R1 = packed.row_starts_R1
+        rows = packed.packing_report.rows
+        super().__init__(indexed, indexed.path_prefix, packed.documents_N, rows, Split.train, config)
+        self.packed, self.name, self.packing_report = packed, packed.name, packed.packing_report
         self._pad_id = pad_id
 
     @property
     def mean_examples_per_row(self) -> float:
         """Examples per row, on average."""
-        return self.packing_report.examples / self.packing_report.rows
+        return self.packed.mean_examples_per_row
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -155,8 +72,8 @@ class PackedRows(MegatronDataset):
 
     def examples_of(self, row: int) -> list[int]:
         """Return which examples of the source a row holds, in order, by their numbers in the source."""
-        first, last = self._row_starts_R1[row : row + 2]
-        documents: list[int] = self._documents_N[first:last].tolist()
+        first, last = self.packed.row_starts_R1[row : row + 2]
+        documents: list[int] = self.packed.documents_N[first:last].tolist()
         return documents
 
 
@@ -169,40 +86,3 @@ def read_example(indexed: IndexedDataset, number: int) -> tuple[NDArray[Any], ND
         dtype=index.dtype, count=int(lengths.sum()), offset=int(index.sequence_pointers[first])
     )
     return ids, np.repeat(index.sequence_modes[first:last], lengths)
-
-
-def _positions(indexed: IndexedDataset, seq_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return each document's positions and how many trained labels its first ``seq_length`` hold."""
-    index = indexed.index
-    lengths_Q = index.sequence_lengths.astype(np.int64)
-    modes_Q = index.sequence_modes.astype(np.int64)
-    token_starts_Q1 = np.concatenate([[0], np.cumsum(lengths_Q)])
-    trained_starts_Q1 = np.concatenate([[0], np.cumsum(lengths_Q * modes_Q)])
-    first_D, last_D = index.document_indices[:-1], index.document_indices[1:]
-    lengths_D = token_starts_Q1[last_D] - token_starts_Q1[first_D] - 1
-
-    # The last label that fits lies in some run of the document: all runs before it, and a part of it.
-    ends_D = token_starts_Q1[first_D] + np.minimum(lengths_D, seq_length) + 1
-    run_D = np.searchsorted(token_starts_Q1, ends_D, side="left") - 1
-    trained_D = trained_starts_Q1[run_D] + modes_Q[run_D] * (ends_D - token_starts_Q1[run_D])
-    # the first token is an input only, never a label
-    return lengths_D, trained_D - trained_starts_Q1[first_D] - modes_Q[first_D]
-
-
-def _cached_pack(
-    lengths_N: NDArray[np.int64], capacity: int, seed: int, cache_dir: Path | None, key: list[Any]
-) -> Packing:
-    if cache_dir is None:
-        return pack(lengths_N, capacity, seed)
-    path = cache_dir / f"packing-{sha256(key)[:32]}.npz"
-    try:
-        with np.load(path) as arrays:
-            return Packing(arrays["order_N"], arrays["row_starts_R1"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # not there yet, or damaged: the same packing is made again in a second
-    packing = pack(lengths_N, capacity, seed)
-    with suppress(OSError):  # a folder that only others write to, or a full disk: it is packed again then
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:  # ranks may race: equal results replace one another whole
-            np.savez(file, order_N=packing.order_N, row_starts_R1=packing.row_starts_R1)
-    return packing

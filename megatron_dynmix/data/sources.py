@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.run_config import DataConfig
 from megatron_dynmix.data.blend import order_seed
-from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
+from megatron_dynmix.data.packed import PackedSource
 from megatron_dynmix.data.prepare.template import Renderer
 from megatron_dynmix.data.prepared import Recipe, SourceReport, load_report, probe_prefix, refuse_broken
-from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.errors import InputError
+
+if TYPE_CHECKING:  # what reads rows brings Megatron-Core and torch, and preparing needs neither
+    from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
+    from megatron_dynmix.data.rows import PackedRows
 
 
 @dataclass(frozen=True)
@@ -181,21 +185,29 @@ def build_rows(config: RunConfig, tokenizer: Tokenizer, *, probe: bool) -> list[
 
 
 def pack_file(config: RunConfig, file: SourceFile, tokenizer: Tokenizer) -> PackedRows:
+    """Pack the examples of a prepared input, to be read; the packing is cached."""
+    from megatron_dynmix.data.rows import PackedRows
+
+    return PackedRows(pack_source(config, file), tokenizer.pad_id)
+
+
+def pack_source(config: RunConfig, file: SourceFile) -> PackedSource:
     """Pack the examples of a prepared input; the packing is cached."""
-    return PackedRows(
+    return PackedSource(
         name=file.label,
         prefix=file.prefix(config),
         seq_length=config.data.seq_length,
         seed=config.training.seed if file.is_probe else order_seed(config.training.seed, file.name),
         overlong=config.data.overlong,
         cache_dir=Path(config.data.prepared_dir) / "packing",
-        pad_id=tokenizer.pad_id,
         packing=config.data.packing,
     )
 
 
 def build_blend(config: RunConfig, rows: list[PackedRows], weights_D: np.ndarray) -> DynamicBlendedDataset:
     """Build the blend of a fresh run that begins with these weights."""
+    from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
+
     assert config.training.global_batch_size is not None, "checked before start"
     return DynamicBlendedDataset(
         rows,

@@ -33,6 +33,7 @@ from megatron_dynmix.mixing.weights import example_shares, normalise_weights, ro
 
 if TYPE_CHECKING:
     from megatron_dynmix.config.batch_schedule import BatchSchedule, Pairs
+    from megatron_dynmix.data.packed import PackedSource
     from megatron_dynmix.data.rows import PackedRows
 
 
@@ -183,7 +184,7 @@ def resolve(config: RunConfig) -> dict[str, Any]:
     return resolved
 
 
-def _of_rows(config: RunConfig, rows: Sequence[PackedRows]) -> dict[str, Any]:
+def _of_rows(config: RunConfig, rows: Sequence[PackedRows | PackedSource]) -> dict[str, Any]:
     if rows and config.mixing.unit == "examples":
         return {"examples_per_row": [source.mean_examples_per_row for source in rows]}
     return {}
@@ -383,7 +384,7 @@ def initial_weights(config: RunConfig) -> NDArray[np.float64]:
     return normalise_weights(weights)
 
 
-def initial_shares(config: RunConfig, rows: Sequence[PackedRows]) -> NDArray[np.float64]:
+def initial_shares(config: RunConfig, rows: Sequence[PackedSource]) -> NDArray[np.float64]:
     """Return the shares of the rows that the sources are given; the strategy may choose others."""
     return in_rows(initial_weights(config), _of_rows(config, rows))
 

@@ -32,12 +32,13 @@ from megatron_dynmix.records.ledger import DrawnSamples
 from megatron_dynmix.records.live_line import LiveLine
 from megatron_dynmix.records.logline import loaded_line, loading_line
 from megatron_dynmix.records.writer import open_writer, recorded
+from megatron_dynmix.training.data_tables import packed_table, prepared_table
 from megatron_dynmix.training.probe import Probe
 from megatron_dynmix.training.resume import Resume, begins, check_resume, identity
 from megatron_dynmix.training.reweighting import Reweighting, told_by_rank_0
 from megatron_dynmix.training.setup import PreparedRun
 from megatron_dynmix.training.source_change import SourceChange, differences
-from megatron_dynmix.training.start_report import packed_table, prepared_table, report_start
+from megatron_dynmix.training.start_report import report_start
 from megatron_dynmix.training.step import PassRunner, set_batch_size
 from megatron_dynmix.training.trainer import Trainer, seed_iteration
 

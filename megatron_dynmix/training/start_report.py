@@ -6,33 +6,25 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_yaml
 from megatron_dynmix.config.megatron_fields import model_settings
 from megatron_dynmix.config.run_config import MixingConfig
-from megatron_dynmix.data.prepare.notices import HINTS
-from megatron_dynmix.data.prepared import SourceReport, file_of, read_digests, shared_texts
+from megatron_dynmix.data.prepared import SourceReport
 from megatron_dynmix.data.row_text import excerpt, plain, row_text
-from megatron_dynmix.data.rows import PackedRows
-from megatron_dynmix.data.sources import SourceFile, source_files
+from megatron_dynmix.data.sources import source_files
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.mixing.weights import example_shares
 from megatron_dynmix.moe.balance import aux_losses
 from megatron_dynmix.plan.parameters import this_host
 from megatron_dynmix.plan.plan import Plan, SourceWork
 from megatron_dynmix.plan.text import epochs_table, memory_text, model_line, needs_line
-from megatron_dynmix.records.text_table import table
+from megatron_dynmix.training.data_tables import packed_table, prepared_table, share_table, shared_lines
 from megatron_dynmix.training.setup import PreparedRun
 
 SHOWN_LINES = 10
 """Lines of a row at the start of the log."""
 NOTABLE_FACTOR = 1.1
 """Real / trained tokens from which a coefficient that was tuned elsewhere means something else here."""
-NOTABLE_DROP = 0.1
-"""Share of a source's examples whose loss deserves a line of its own."""
 
 
 def report_start(prepared: PreparedRun, run_dir: Path, changes: Sequence[str], notes: Sequence[str]) -> None:
@@ -98,51 +90,6 @@ def written(config: RunConfig) -> str:
     return "\n".join(f"  {name:<14}  {what}" for name, what in places.items())
 
 
-def prepared_table(reports: Sequence[SourceReport]) -> str:
-    """Show what became of each input's examples; the first broken rows by file and line."""
-    header = [
-        *("source", "examples", "tokens", "trained", "mean length", "longest"),
-        *("broken", "untrained", "duplicates", "split", "held out"),
-    ]
-    rows = [
-        [
-            *(report.name, report.examples, report.tokens, report.trained_tokens),
-            *(f"{report.mean_length:.1f}", report.max_length, report.broken, report.untrained),
-            *(report.duplicates, report.split, report.held_out),
-        ]
-        for report in reports
-    ]
-    broken = [f"  broken: {line}" for report in reports for line in report.first_broken]
-    notices = [f"  {line}" for report in reports for line in notice_lines(report)]
-    return "\n".join([table(header, rows), *broken, *notices])
-
-
-def notice_lines(report: SourceReport) -> list[str]:
-    """Return a line for each thing that rows of a source, or its folder, have and a user should know of."""
-    lines = [
-        f"{report.name}: {one.kind}{f' {one.detail}' if one.detail else ''} in "
-        f"{one.rows:,} row{'s' if one.rows > 1 else ''} (first: {one.first}): {HINTS[one.kind]}"
-        for one in report.notices
-    ]
-    if report.unread:
-        lines.append(f"{report.name}: not read: {', '.join(report.unread)}: no names that rows are read from")
-    return lines
-
-
-def shared_lines(files: Sequence[SourceFile], config: RunConfig) -> list[str]:
-    """Return a line for each two inputs with texts in common, from the digests beside their files."""
-    digests = [read_digests(file_of(file.prefix(config), "digests")) for file in files]
-    lines = []
-    for shared in shared_texts(digests):
-        first, second = files[shared.first], files[shared.second]
-        texts = "1 text stands" if shared.texts == 1 else f"{shared.texts} texts stand"
-        why = "that much of their gate loads is alike for no other reason"
-        if first.is_probe != second.is_probe:
-            why = "what is trained on is not held out, so its gate loads and losses mislead"
-        lines.append(f"WARNING: {texts} in both {first.label} and {second.label}: {why}")
-    return lines
-
-
 def mix_warnings(config: RunConfig) -> list[str]:
     """Return a line for each setting with which the strategy changes weights late, or never."""
     mixing, lines = config.mixing, _late_changes(config.mixing)
@@ -202,36 +149,3 @@ def router_lines(config: RunConfig, reports: Sequence[SourceReport]) -> list[str
             "--moe-router-bias-update-rate 0"
         )
     return lines
-
-
-def share_table(rows: Sequence[PackedRows], row_shares_D: NDArray[np.float64]) -> str:
-    """Show the sources' weights before a strategy changes them: shares of the rows, and of the examples."""
-    per_row_D = np.array([source.mean_examples_per_row for source in rows])
-    shares = zip(rows, per_row_D, row_shares_D, example_shares(row_shares_D, per_row_D), strict=True)
-    lines = [
-        [source.name, f"{per_row:.2f}", f"{of_rows:.4f}", f"{of_examples:.4f}"]
-        for source, per_row, of_rows, of_examples in shares
-    ]
-    return table(["source", "examples a row", "share of rows", "share of examples"], lines)
-
-
-def packed_table(sources: Sequence[PackedRows]) -> str:
-    """Show what became of each source's examples in packing, and a line where many were lost."""
-    header = ["source", "rows", "examples", "over-long dropped", "truncated", "untrained", "useful tokens"]
-    reports = [(rows.name, rows.packing_report) for rows in sources]
-    lines = [
-        [
-            *(name, report.rows, report.examples, report.dropped_overlong, report.truncated),
-            *(report.untrained, f"{report.useful_token_share:.3f}"),
-        ]
-        for name, report in reports
-    ]
-    notes = []
-    for name, report in reports:
-        lost = report.dropped_overlong / (report.examples + report.dropped_overlong + report.untrained)
-        if lost > NOTABLE_DROP:
-            notes.append(
-                f"WARNING: {lost:.0%} of the examples of {name} are longer than seq_length and were dropped; "
-                "raise --seq-length, or keep their beginning with --overlong truncate"
-            )
-    return "\n".join([table(header, lines), *notes])

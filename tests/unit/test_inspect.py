@@ -19,6 +19,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_dynmix.cli import main
 from megatron_dynmix.commands.inspection import Inspection
 from megatron_dynmix.config.load import to_yaml
+from megatron_dynmix.data.packed import PackedSource
 from megatron_dynmix.data.row_text import (
     Span,
     coloured,
@@ -39,8 +40,9 @@ CONTROL = "a\x1b[31mred\x07 \u202eback\u2028\tend"
 
 
 def packed(folder: Path, seq_length: int, **options: object) -> PackedRows:
-    settings = {"seed": 7, "overlong": "truncate", "cache_dir": None, "pad_id": 2} | options
-    return PackedRows(name="toy", prefix=folder / "source", seq_length=seq_length, **settings)
+    settings = {"seed": 7, "overlong": "truncate", "cache_dir": None} | options
+    source = PackedSource(name="toy", prefix=folder / "source", seq_length=seq_length, **settings)
+    return PackedRows(source, 2)
 
 
 def test_an_example_with_marks(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -12,6 +12,7 @@ from data_fixtures import (  # noqa: F401
 )
 from torch.utils.data import DataLoader
 
+from megatron_dynmix.data.packed import PackedSource
 from megatron_dynmix.data.prepare.formats import parse_sharegpt
 from megatron_dynmix.data.prepare.template import Renderer, token_mask
 from megatron_dynmix.data.rows import PackedRows
@@ -22,8 +23,9 @@ PAD = 2
 
 
 def build(folder: Path, seq_length: int, **options: object) -> PackedRows:
-    settings = {"seed": 7, "overlong": "drop", "cache_dir": None, "pad_id": PAD} | options
-    return PackedRows(name="toy", prefix=folder / "source", seq_length=seq_length, **settings)
+    settings = {"seed": 7, "overlong": "drop", "cache_dir": None} | options
+    source = PackedSource(name="toy", prefix=folder / "source", seq_length=seq_length, **settings)
+    return PackedRows(source, PAD)
 
 
 def examples_of(rows: list[dict], tokenizer: Tokenizer, seq_length: int) -> set[tuple]:

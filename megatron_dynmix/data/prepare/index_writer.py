@@ -5,19 +5,17 @@ in files of its own. The bytes are the same. Shape legend: Q sequences, N docume
 """
 
 import shutil
-import struct
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
 from numpy.typing import NDArray
 
+from megatron_dynmix.data.index_file import index_head
 from megatron_dynmix.data.prepare.examples import Examples
 from megatron_dynmix.data.prepared import DIGEST_BYTES, file_of
 
-_INDEX_VERSION = 1
 _INDEX_PARTS = ("lengths", "starts", "ends", "modes")
 """Arrays of the index as they follow one another: tokens and first byte of each sequence, last sequence of
 each document, mode of each sequence."""
@@ -46,12 +44,12 @@ class IndexedWriter(AbstractContextManager["IndexedWriter"]):
     def add(self, examples: Examples) -> None:
         """Append examples."""
         assert examples.tokens_T.dtype == self._dtype, "a worker encoded with another type"
-        bytes_Q = examples.lengths_Q.astype(np.int64) * DType.size(self._dtype)
+        bytes_Q = examples.lengths_Q.astype(np.int64) * self._dtype().itemsize
         arrays: dict[str, NDArray[Any]] = {
             "bin": examples.tokens_T,
             "digests": examples.digests_N,
             "lengths": examples.lengths_Q,
-            "starts": self.tokens * DType.size(self._dtype) + np.cumsum(bytes_Q) - bytes_Q,
+            "starts": self.tokens * self._dtype().itemsize + np.cumsum(bytes_Q) - bytes_Q,
             "modes": examples.modes_Q,
             "ends": self._sequences + np.cumsum(examples.sequences_N, dtype=np.int64),
         }
@@ -67,10 +65,8 @@ class IndexedWriter(AbstractContextManager["IndexedWriter"]):
         """Write the index; the prefix is complete then."""
         for file in self._files.values():
             file.flush()
-        code = DType.code_from_dtype(self._dtype)
         with file_of(self._prefix, "idx").open("wb") as index:
-            index.write(_INDEX_HEADER)
-            index.write(struct.pack("<QBQQ", _INDEX_VERSION, code, self._sequences, self.examples + 1))
+            index.write(index_head(self._dtype, self._sequences, self.examples))
             for name in _INDEX_PARTS:
                 part = file_of(self._prefix, name)
                 with part.open("rb") as written:

@@ -14,8 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megatron.core.datasets.indexed_dataset import DType
-
+from megatron_dynmix.data.index_file import token_dtype
 from megatron_dynmix.data.prepare.encode import Counts, Encoder, RowChunk
 from megatron_dynmix.data.prepare.examples import Examples, HeldOut
 from megatron_dynmix.data.prepare.formats import Format, check_format, find_format
@@ -80,7 +79,7 @@ def prepare_source(
     if workers is not None and workers < 1:
         raise InputError(f"workers is {workers}; it must be 1 or more")
     check_format(recipe.format, recipe.fields)
-    encoder = Encoder(renderer, recipe.split_length, DType.optimal_dtype(renderer.tokenizer.vocab_size))
+    encoder = Encoder(renderer, recipe.split_length, token_dtype(renderer.tokenizer.vocab_size))
     with _writing(name, prefix):
         refuse_overwriting(prefix, inputs)
         with _locked(prefix):
