@@ -174,7 +174,7 @@ def test_cache(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyP
     first = build(tmp_path, 300, cache_dir=cache)
     (file,) = cache.iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_dynmix.data.rows.pack", None)
+        patch.setattr("megatron_dynmix.data.packed.pack", None)
         assert same(first, build(tmp_path, 300, cache_dir=cache))
     for options in ({"seed": 8}, {"overlong": "truncate"}):
         build(tmp_path, 300, cache_dir=cache, **options)
