@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="PREFIX")
     parser.add_argument("--tokenizer", metavar="PATH", help="folder, .model or .tiktoken file, or hf://NAME")
     parser.add_argument("--template", help="tokenizer (default), vicuna, chatml, plain or PATH.jinja")
-    parser.add_argument("--train-on", help="all (answers; the default), last, completion or everything")
+    parser.add_argument(
+        "--train-on", help="all (answers; the default), last, completion, rounds or everything"
+    )
     parser.add_argument(
         "--template-kwargs", metavar="{NAME: VALUE}", help="what the chat template is given besides"
     )

@@ -20,7 +20,7 @@ from megatron_dynmix.config.strategies import Chosen, chosen_shadow, complete_op
 from megatron_dynmix.errors import InputError
 
 Overlong = Literal["drop", "truncate", "split", "error"]
-TrainOn = Literal["all", "last", "completion", "everything"]
+TrainOn = Literal["all", "last", "completion", "rounds", "everything"]
 FormatName = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text"]
 Speaker = Literal["system", "user", "assistant", "tool", "function_call"]
 """Who says a turn; `function_call` is the assistant, with the JSON of its calls as the text."""
@@ -226,7 +226,8 @@ class DataConfig(Section):
     template is refused, as the same rows must give the same tokens on any day."""
     train_on: TrainOn = "all"
     """Which tokens are trained on: all answers, the last one, the only one of rows with one
-    (`completion`), or everything."""
+    (`completion`), all answers with each round as it was generated, an example of its own (`rounds`), or
+    everything."""
     seq_length: Positive[int] = 2048
     """Positions of a row."""
     packing: bool = True

@@ -18,6 +18,7 @@ FROM_ANYWHERE = {"errors", "files", "__version__"}
 """What every other part may import; `files` imports `errors`, and they import nothing else of ours."""
 DOORS = {
     "data.sources": {f"data.prepare.{name}" for name in ("prepare", "readers", "inputs")},
+    "data.prepare.template": {f"data.prepare.{name}" for name in ("answers", "page")},
     **{f"training.{name}": {"convert.import_hf", "convert.export_hf"} for name in ("run", "saving", "setup")},
 }
 """What a module imports only in functions that a run of prepared sources and own weights never calls."""

@@ -214,5 +214,5 @@ def test_a_stop_while_replacing_leaves_no_report(
 def test_template_that_refuses_names_file_and_line(tmp_path: Path, tokenizer_dir: Path) -> None:
     hf_tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
     hf_tokenizer.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(InputError, match=r"rows.jsonl:1: .*use the template vicuna"):
+    with pytest.raises(InputError, match=r"none of 5 rows .*rows.jsonl:1: .* refuses the conversation .no."):
         prepare(tmp_path, ROWS, FastTokenizer(of_transformers(hf_tokenizer)), template="tokenizer")

@@ -134,16 +134,23 @@ def test_special_tokens_in_texts_do_not_move_the_mask(tokenizer: Tokenizer, temp
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (None, "no chat template"),
         ("{{ raise_exception('no system role') }}", "refuses the conversation .no system role"),
-        ("{% for m in messages %}{{ loop.revindex }}{{ m.content }}{% endfor %}", "turn 3 differently"),
-        ("{{ messages[-1].content }}", "differently"),
+        (
+            "{{ messages[-1].content }}",
+            "leaves out the system prompt .'be brief'., the text of turn 2 .'hi'.",
+        ),
     ],
 )
-def test_own_template_that_does_not_fit(tokenizer_dir: Path, template: str | None, reason: str) -> None:
-    with pytest.raises(InputError, match=reason) as caught:
-        Renderer(with_template(tokenizer_dir, template), "tokenizer").render(TWO_ROUNDS)
-    assert "use the template vicuna" in str(caught.value)
+def test_rows_that_the_own_template_does_not_fit(tokenizer_dir: Path, template: str, reason: str) -> None:
+    renderer = Renderer(with_template(tokenizer_dir, template), "tokenizer")
+    with pytest.raises(ValueError, match=reason) as caught:
+        renderer.render(TWO_ROUNDS)
+    assert not isinstance(caught.value, InputError)
+
+
+def test_tokenizer_without_a_template(tokenizer_dir: Path) -> None:
+    with pytest.raises(InputError, match="no chat template; use the template vicuna"):
+        Renderer(with_template(tokenizer_dir, None), "tokenizer")
 
 
 def test_unknown_template(tokenizer: Tokenizer) -> None:
@@ -240,7 +247,7 @@ def test_train_on(tokenizer: Tokenizer, template: str) -> None:
     with pytest.raises(ValueError, match="has 2 answers; train_on completion") as caught:
         trained(TWO_ROUNDS, tokenizer, template, "completion")
     assert not isinstance(caught.value, InputError)
-    with pytest.raises(InputError, match="train_on is 'some'; use all, last, completion, everything"):
+    with pytest.raises(InputError, match="train_on is 'some'; use all, last, completion, rounds, everything"):
         Renderer(tokenizer, template, "some")
 
 
@@ -281,28 +288,33 @@ def test_tools_that_a_template_has_no_words_for_are_a_bad_row(tokenizer: Tokeniz
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{% for m in messages %}{% if m.role %}", "no Jinja"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "nothing behind answer 1 that ends it"),
         (
             "{% for m in messages %}{{ m.content | upper }}{{ eos_token }}{% endfor %}",
-            "does not write answer 1",
+            "leaves out the system prompt",
         ),
         (
             "{% for m in messages %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% endfor %}",
-            "marks 5 answers with generation where there are 2",
+            "generation %} around what is not one answer",
         ),
         ("{{ ''.__class__.__mro__ }}", "refuses the conversation"),
         ("{{ messages.append(1) }}", "refuses the conversation"),
         ("{{ strftime_now('%Y') }}", "refuses the conversation"),
         ("{{ 1 // 0 }}", "refuses the conversation"),
         ("{{ lipsum() }}", "refuses the conversation"),
-        ("{{ messages | random }}", "no Jinja"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "refuses the conversation"),
     ],
 )
 def test_templates_that_cannot_be_used(tokenizer_dir: Path, template: str, reason: str) -> None:
-    with pytest.raises(InputError, match=reason):
-        Renderer(with_template(tokenizer_dir, template), "tokenizer").render(TWO_ROUNDS)
+    renderer = Renderer(with_template(tokenizer_dir, template), "tokenizer")
+    with pytest.raises(ValueError, match=reason):
+        renderer.render(TWO_ROUNDS)
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}{% if m.role %}", "{{ messages | random }}"])
+def test_templates_that_are_none(tokenizer_dir: Path, template: str) -> None:
+    with pytest.raises(InputError, match="no Jinja"):
+        Renderer(with_template(tokenizer_dir, template), "tokenizer")
 
 
 def test_an_end_behind_the_generation_block_belongs_to_the_answer(tokenizer_dir: Path) -> None:
@@ -339,18 +351,13 @@ def test_an_answer_may_look_like_a_part_of_its_end(tokenizer_dir: Path, answer: 
     assert trained_texts(rendered) == [f"{answer}</s>"]
 
 
-SHORTENS = (
-    "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else m.content[:2] }}"
-    "{{ eos_token }}{% endfor %}"
-)
-
-
-def test_only_answers_that_are_trained_on_must_stay_as_they_are(tokenizer_dir: Path) -> None:
-    tokenizer = with_template(tokenizer_dir, SHORTENS)
-    with pytest.raises(InputError, match="turn 3 differently once later turns follow"):
-        trained(TWO_ROUNDS, tokenizer, "tokenizer", "all")
-    assert trained(TWO_ROUNDS, tokenizer, "tokenizer", "last") == ["four</s>"]
-    assert "go</s>" in trained(TWO_ROUNDS, tokenizer, "tokenizer", "everything")[0]
+def test_answers_that_a_template_shortens_are_missed(tokenizer_dir: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else m.content[:2] }}"
+        "{{ eos_token }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match=r"leaves out the system prompt .'brief'., the text of turn 3"):
+        trained(TWO_ROUNDS, with_template(tokenizer_dir, template), "tokenizer", "last")
 
 
 def test_template_that_is_no_file(tokenizer: Tokenizer, tmp_path: Path) -> None:

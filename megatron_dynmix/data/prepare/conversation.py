@@ -14,6 +14,9 @@ _CALLS_IN_TEXT = ("<tool_call>", "<function", "[TOOL_CALLS]", "<|python_tag|>")
 """What stands in answers whose calls of tools are written out as a template would."""
 Role = Literal["system", "user", "assistant", "tool", "text"]
 
+THINK, END_THINK = "<think>", "</think>"
+"""What models write around reasoning that have no other place for it."""
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -45,6 +48,11 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = ()
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     notices: tuple[Notice, ...] = ()
+
+
+def thought(reasoning: str, text: str) -> str:
+    """Return a text behind its reasoning."""
+    return f"{THINK}\n" + reasoning + f"\n{END_THINK}\n\n" + text
 
 
 def check_order(turns: Sequence[Turn]) -> None:

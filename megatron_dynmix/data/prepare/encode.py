@@ -19,6 +19,7 @@ from megatron_dynmix.data.prepare.examples import Examples, pack_examples
 from megatron_dynmix.data.prepare.formats import Format
 from megatron_dynmix.data.prepare.notices import Notice, Noticed, merged, noticed
 from megatron_dynmix.data.prepare.readers import RawRow
+from megatron_dynmix.data.prepare.rounds import as_generated
 from megatron_dynmix.data.prepare.template import Rendered, Renderer, token_mask
 from megatron_dynmix.data.prepared import DIGEST_BYTES
 from megatron_dynmix.data.tokenizer.borders import encode_answers
@@ -85,7 +86,7 @@ class Encoder:
         for row in chunk.rows:
             try:
                 conversation = chunk.format.parse(row.parse())
-                rendered = self.renderer.render(conversation)
+                texts = list(self._texts(conversation))
             except InputError as error:
                 raise InputError(f"{row.place}: {error}") from error
             except ValueError as error:
@@ -93,8 +94,15 @@ class Encoder:
             except RecursionError:
                 broken.append(f"{row.place}: not usable: nested too deeply")
             else:
-                read.append((row.place, conversation, rendered))
+                read += [(row.place, part, rendered) for part, rendered in texts]
         return self._encode(chunk, read, broken)
+
+    def _texts(self, conversation: Conversation) -> Iterator[tuple[Conversation, Rendered]]:
+        """Yield what a row is trained on as: one text, or one for each round."""
+        if self.renderer.train_on == "rounds" and conversation.turns[0].role != "text":
+            yield from as_generated(conversation, self.renderer.render)
+        else:
+            yield conversation, self.renderer.render(conversation)
 
     def _encode(
         self, chunk: RowChunk, read: list[tuple[str, Conversation, Rendered]], broken: list[str]

@@ -1,25 +1,44 @@
 """Chat templates in Jinja, rendered in a sandbox: no files, no clock, no randomness.
 
 What a template gets is what Hugging Face gives it (`messages`, `tools`, `add_generation_prompt`, the special
-tokens, `raise_exception`), but for `strftime_now`: a prompt must not depend on the day it was prepared.
+tokens, `raise_exception`), but for `strftime_now`: a prompt must not depend on the day it was prepared. What
+it writes of traced texts (see ``traced.py``) is traced.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import jinja2
 from jinja2 import meta, nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import make_attrgetter
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from megatron_dynmix.config.run_config import RESERVED
+from megatron_dynmix.data.prepare.traced import (
+    ArgumentsObject,
+    Span,
+    Traced,
+    joined,
+    to_json,
+    traced,
+    without_marks,
+)
 from megatron_dynmix.errors import InputError
 
 OPEN, CLOSE = "\U0010fffe", "\U0010ffff"
 """Noncharacters, which no text holds, put around what is in `{% generation %}`."""
+_CLOCK = "strftime_now"
+_OWN = {*RESERVED, "raise_exception", _CLOCK}
+
 _FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError)
+
+
+class Refused(ValueError):
+    """A template does not take a conversation as it is given."""
 
 
 class _Generation(Extension):
@@ -32,18 +51,42 @@ class _Generation(Extension):
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_marked"), [], [], body, lineno=line)
 
-    def _marked(self, caller: Any) -> str:
-        return f"{OPEN}{caller()}{CLOSE}"
+    def _marked(self, caller: Callable[[], str]) -> str:
+        return joined((OPEN, caller(), CLOSE))
+
+
+class _TracingCode(CodeGenerator):
+    """Compiles ``a ~ b`` to what keeps the origin of both."""
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        self.write("environment.concat(map(environment.finalize, (")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write(")))")
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    code_generator_class = _TracingCode
+
+    @staticmethod
+    def concat(pieces: Iterable[Any]) -> str:
+        return joined(map(str, pieces))
 
 
 class ChatTemplate:
     """A compiled chat template."""
 
     def __init__(self, source: str) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        environment = _Environment(
+            trim_blocks=True, lstrip_blocks=True, finalize=_written, extensions=[_Generation, loopcontrols]
         )
-        environment.filters["tojson"] = _to_json
+        environment.filters |= {
+            "tojson": to_json,
+            "string": lambda value: str(_written(value)),
+            "trim": lambda value, chars=None: str(_written(value)).strip(chars),
+            "join": _join,
+        }
         del environment.filters["random"], environment.globals["lipsum"]
         environment.globals["raise_exception"] = _raise_exception
         try:
@@ -53,38 +96,46 @@ class ChatTemplate:
             raise InputError(
                 f"the chat template is no Jinja: {error.message} in line {error.lineno}"
             ) from error
-        self._names = meta.find_undeclared_variables(tree)
+        asked = (test.node for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined"))
+        # what a template sets itself where it is not defined is no undeclared variable to Jinja
+        defaults = {node.name for node in asked if isinstance(node, nodes.Name)}
+        self.variables = frozenset(meta.find_undeclared_variables(tree) | defaults) - _OWN
+        """What it reads beside the conversation."""
         self.has_generation = any(map(_is_generation, tree.find_all(nodes.CallBlock)))
-        self._source = source
+        self._words = {node.attr for node in tree.find_all(nodes.Getattr)}
+        self._words |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
 
-    def knows(self, name: str) -> bool:
-        """Tell whether the template speaks of ``tools``, ``tool_calls`` or the role ``tool``."""
-        return name in self._names if name == "tools" else name in self._source
+    def knows(self, key: str) -> bool:
+        """Tell whether the template speaks of this key of a message."""
+        return key in self._words
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] = (),
-        names: Mapping[str, str],
+        names: Mapping[str, Any],
         add_generation_prompt: bool = False,
-    ) -> tuple[str, tuple[tuple[int, int], ...]]:
+        marked: Sequence[str] = (),
+    ) -> tuple[Traced, tuple[Span, ...]]:
         """Return the text, and the half-open character ranges that are in `{% generation %}`.
 
-        ``messages`` are ``{"role", "content", ...}``, ``tools`` JSON schemas, ``names`` special tokens such
-        as ``eos_token``. With ``add_generation_prompt`` the text ends with what an answer starts with. A
-        template that refuses the messages, or fails, is an InputError.
+        ``messages`` are ``{"role", "content", ...}``, ``tools`` JSON schemas, ``names`` the special tokens,
+        such as ``eos_token``, and what else the template reads. With ``add_generation_prompt`` the text ends
+        with what an answer starts with. ``marked`` are the texts of all parts where some have marks in the
+        place of a trace. A template that does not take the messages, or fails, raises `Refused`.
         """
         try:
             text = self._template.render(
+                names,
                 messages=list(messages),
                 tools=list(tools) or None,
                 add_generation_prompt=add_generation_prompt,
-                **names,
             )
         except _FAILURES as error:
-            raise InputError(f"the chat template refuses the conversation ({error})") from error
-        return _spans(text)
+            hint = "; give a day: template_date: 2026-01-31" if _CLOCK in str(error) else ""
+            raise Refused(f"the chat template refuses the conversation ({error}){hint}") from error
+        return _spans(without_marks(traced(text), marked) if marked else traced(text))
 
 
 @lru_cache(maxsize=8)
@@ -98,7 +149,7 @@ def _is_generation(block: nodes.CallBlock) -> bool:
     return isinstance(target, nodes.ExtensionAttribute) and target.name == "_marked"
 
 
-def _spans(marked: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+def _spans(marked: Traced) -> tuple[Traced, tuple[Span, ...]]:
     first, *rest = marked.split(OPEN)
     texts, spans, length = [first], [], len(first)
     for part in rest:
@@ -106,20 +157,24 @@ def _spans(marked: str) -> tuple[str, tuple[tuple[int, int], ...]]:
         spans.append((length, length + len(inside)))
         texts += [inside, outside]
         length += len(inside) + len(outside)
-    return "".join(texts), tuple(spans)
+    return traced(joined(texts)), tuple(spans)
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
+def _written(value: Any) -> Any:
+    """Return what is written, if that is what the row says: Python's words for other things are not."""
+    if value is None or isinstance(value, ArgumentsObject):
+        name = "null" if value is None else "the object of a call's arguments"
+        raise jinja2.TemplateError(f"it takes {name} for a text")
+    return value
+
+
+@jinja2.pass_environment
+def _join(
+    environment: jinja2.Environment, pieces: Iterable[Any], separator: str = "", attribute: str | None = None
 ) -> str:
-    # Jinja's own escapes what is special in HTML
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    if attribute is not None:
+        pieces = map(make_attrgetter(environment, attribute), pieces)
+    return Traced(separator).join([str(_written(piece)) for piece in pieces])
 
 
 def _raise_exception(message: str) -> None:

@@ -15,6 +15,7 @@ NoticeKind = Literal[
     "special token in text",
     "removed reasoning",
     "unmarked answer",
+    "other prompt",
     "straddled border",
 ]
 HINTS: dict[NoticeKind, str] = {
@@ -27,6 +28,7 @@ HINTS: dict[NoticeKind, str] = {
     "special token in text": "in what somebody wrote it is tokenized as letters, and is no special token",
     "removed reasoning": "the template leaves out reasoning of earlier rounds, so it is not trained on",
     "unmarked answer": "the template puts it outside of {% generation %}, so it is not trained on",
+    "other prompt": "at inference more stands before the last answer than in the text, such as `<think>`",
     "straddled border": "prompt and answer met inside of a token; they are tokenized apart, as at inference",
 }
 """What each kind means for training, and what to do."""
