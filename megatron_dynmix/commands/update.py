@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import read_json
 from megatron_dynmix.mixing.strategy import Signal
-from megatron_dynmix.mixing.weights import normalise_weights
+from megatron_dynmix.mixing.weights import is_number, normalise_weights
 from megatron_dynmix.training.mix_setup import controller_of, read_losses, refusing, resolve_files
 
 RUN_ONLY = (
@@ -28,6 +29,7 @@ RUN_ONLY = (
     *("override_file", "unit"),
 )
 """Settings of the mixing section that mean something in a run only."""
+GIVE = "give each expert a number of 0 or more, in a list per layer if there are several layers"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,15 +82,29 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def _loads(content: Mapping[str, Any], sources: Sequence[str]) -> NDArray[np.float64]:
     """Return `[D, L, E]` of one layer or several."""
-    loads = [content[name] for name in sources]
-    if len({np.shape(load) for load in loads}) != 1:
+    counts_DLE = []
+    for name in sources:
+        load = content[name]
+        if not isinstance(load, list) or not load:
+            raise ValueError(f"source {name!r} has {load!r:.60}; {GIVE}")
+        layered = all(isinstance(load_E, list) for load_E in load)
+        counts_DLE.append(load if layered else [load])
+        for layer, load_E in enumerate(counts_DLE[-1]):
+            _check_layer(load_E, f"source {name!r}, layer {layer}," if layered else f"source {name!r}")
+    if len({(len(load_LE), len(load_E)) for load_LE in counts_DLE for load_E in load_LE}) != 1:
         raise ValueError("every source must have the same number of experts, and of layers")
-    counts = np.array(loads, dtype=np.float64)
-    if counts.ndim == 2:
-        counts = counts[:, None, :]
-    if counts.ndim != 3:
-        raise ValueError("the load of a source must be a list of numbers, or one such list per layer")
-    return counts
+    return np.array(counts_DLE, dtype=np.float64)
+
+
+def _check_layer(load_E: Sequence[Any], whose: str) -> None:
+    """Refuse loads of a layer that are not as `GIVE` says."""
+    for expert, value in enumerate(load_E):
+        if not is_number(value) or value < 0:
+            kind = "a negative load" if is_number(value) else "what is no finite number"
+            raise ValueError(f"{whose} has {kind} for expert {expert}: {value!r:.60}; {GIVE}")
+    if not load_E or not math.isfinite(sum(map(float, load_E))):
+        why = "loads that are too large to be added" if load_E else "no loads"
+        raise ValueError(f"{whose} has {why}; {GIVE}")
 
 
 def _read_object(path: Path) -> dict[str, Any]:

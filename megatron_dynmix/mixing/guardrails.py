@@ -32,6 +32,7 @@ from megatron_dynmix.mixing.weights import (
     check_weights,
     entropy,
     fit_shares,
+    is_number,
     kl_divergence,
     unevenness,
 )
@@ -308,9 +309,8 @@ def _parse_weights(weights: object, drawn: Sequence[str]) -> dict[str, float]:
     if missing:
         raise ValueError(f'"weights" lacks {", ".join(missing)}; name every source that is not paused')
     for name, weight in weights.items():
-        number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not number or not 0 <= weight <= sys.float_info.max:  # NaN is refused too
-            raise ValueError(f"the weight of {name} is {weight!r}; give a finite number >= 0")
+        if not is_number(weight) or weight < 0:
+            raise ValueError(f"the weight of {name} is {weight!r:.60}; give a finite number >= 0")
     total = sum(map(float, weights.values()))
     if not 0 < total <= sys.float_info.max:
         raise ValueError(f'"weights" sum to {total}; at least one must be > 0, and the sum finite')

@@ -251,8 +251,8 @@ def numbers_of(values: object, what: str, *, lowest: float = -np.inf) -> Floats:
     """Return a list of numbers given as an option as a flat finite array, or raise ValueError."""
     try:
         numbers_D = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"{what} {values!r} is not a list of numbers; give one per source") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{what} {values!r:.60} is not a list of numbers; give one per source") from None
     if numbers_D.ndim != 1 or numbers_D.size == 0:
         raise ValueError(f"{what} {values!r} is not a flat list; give one number per source")
     bad = np.flatnonzero(~(np.isfinite(numbers_D) & (numbers_D >= lowest)))

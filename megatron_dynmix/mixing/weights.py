@@ -5,13 +5,22 @@ included; sources differ in how many examples one of their rows holds. Axes: D s
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 SUM_TOLERANCE = 1e-9
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number: no text, no truth value, no integer that float64 cannot hold."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    return type(value) in (int, float) and abs(cast(float, value)) <= sys.float_info.max
 
 
 def normalise_weights(
@@ -31,6 +40,9 @@ def normalise_weights(
                 f"weights do not match the sources: missing {missing}, unknown {unknown}; "
                 "give one weight per source"
             )
+        for name in names:
+            if not isinstance(weights[name], float) and not is_number(weights[name]):
+                raise ValueError(f"the weight of {name} is {weights[name]!r:.60}; give a finite number >= 0")
         weights = [weights[name] for name in names]
     weights_D = np.array(weights, dtype=np.float64)
     if weights_D.ndim != 1 or weights_D.size == 0:

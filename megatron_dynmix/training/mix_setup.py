@@ -7,8 +7,6 @@ D sources, V dimensions of an embedding.
 
 from __future__ import annotations
 
-import math
-import sys
 import traceback
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +27,7 @@ from megatron_dynmix.mixing.gate_loads import select_layers
 from megatron_dynmix.mixing.guardrails import Guardrails
 from megatron_dynmix.mixing.strategies import build_strategy
 from megatron_dynmix.mixing.strategy import InExamples, Signal, SourceError, Strategy
-from megatron_dynmix.mixing.weights import example_shares, normalise_weights, row_shares
+from megatron_dynmix.mixing.weights import example_shares, is_number, normalise_weights, row_shares
 
 if TYPE_CHECKING:
     from megatron_dynmix.config.batch_schedule import BatchSchedule, Pairs
@@ -66,9 +64,9 @@ def read_losses(path: Path, sources: Sequence[str]) -> list[float]:
         content = {name: measured.get("loss") for name, measured in content["sources"].items()}
     content = _by_source(path, content, sources)
     for name, loss in content.items():
-        if type(loss) not in (int, float) or not 0 <= loss < math.inf:
+        if not is_number(loss) or loss < 0:
             raise InputError(
-                f"{path}: the loss of source {name} is {loss!r}; it must be a finite number of nats, 0 "
+                f"{path}: the loss of source {name} is {loss!r:.60}; it must be a finite number of nats, 0 "
                 "or more"
             )
     return [float(content[name]) for name in sources]
@@ -103,18 +101,14 @@ def read_embeddings(path: Path, sources: Sequence[str]) -> list[list[float]]:
     content = _by_source(path, _read_npz(path) if path.suffix == ".npz" else read_json(path), sources)
     vectors = []
     for name in sources:
-        try:
-            vector_V = np.array(content[name], dtype=np.float64)
-        except (TypeError, ValueError):
+        vector = content[name]
+        flat = isinstance(vector, list) or np.ndim(vector) == 1
+        if not flat or not len(vector) or not all(map(is_number, vector)):
             raise InputError(
-                f"{path}: the embedding of source {name} is no list of numbers; give one vector per source"
-            ) from None
-        if vector_V.ndim != 1 or not vector_V.size or not np.isfinite(vector_V).all():
-            raise InputError(
-                f"{path}: the embedding of source {name} has shape {vector_V.shape}, or holds what is not "
-                "finite; give one vector of finite numbers per source"
+                f"{path}: the embedding of source {name} is no list of numbers; give one vector "
+                "of finite numbers per source"
             )
-        vectors.append(vector_V.tolist())
+        vectors.append(list(map(float, vector)))
     if len({len(vector) for vector in vectors}) > 1:
         lengths = {name: len(vector) for name, vector in zip(sources, vectors, strict=True)}
         raise InputError(f"{path}: the embeddings have different lengths: {lengths}; use one encoder for all")
@@ -143,10 +137,10 @@ def source_sizes(sizes: Mapping[str, Any], sources: Sequence[str]) -> list[float
     """Return the sizes, numbers above 0, in the order of the sources."""
     content = _by_source("mixing.sizes", sizes, sources)
     for name, size in content.items():
-        if type(size) not in (int, float) or not 0 < size <= sys.float_info.max:
+        if not is_number(size) or size <= 0:
             raise InputError(
-                f"mixing.sizes: the size of source {name} is {size!r}; give a finite number above 0 (what is "
-                "not to be drawn is left out of data.sources)"
+                f"mixing.sizes: the size of source {name} is {size!r:.60}; give a finite number above 0 "
+                "(what is not to be drawn is left out of data.sources)"
             )
     return [float(content[name]) for name in sources]
 

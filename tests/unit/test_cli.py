@@ -285,8 +285,43 @@ def test_update_starts_from_given_weights_by_name(capsys, tmp_path):
         ({}, [], "it must hold an object"),
         ({"A": [1, 2], "B": [2, 1]}, [], "needs at least 3 sources, got 2"),
         ({"A": [1, 2], "B": [2, 1], "C": [1]}, [], "the same number of experts"),
-        ({"A": 1, "B": 2, "C": 3}, [], "load.json: "),
-        ({"A": [1, 2], "B": ["x", 1], "C": [1, 1]}, [], "load.json: "),
+        ({"A": [1, 2], "B": [[2, 1], [2, 1]], "C": [1, 2]}, [], "the same number of experts, and of layers"),
+        ({name: [[1, 2], [1, 2, 3]] for name in "ABC"}, [], "the same number of experts"),
+        ({"A": 1, "B": 2, "C": 3}, [], "load.json: source 'A' has 1; give each expert a number"),
+        (
+            {"A": [1, 2], "B": ["x", 1], "C": [1, 1]},
+            [],
+            "what is no finite number for expert 0: 'x'",
+        ),
+        (
+            {"A": [1, 2], "B": [1, "20"], "C": [1, 1]},
+            [],
+            "'B' has what is no finite number for expert 1",
+        ),
+        ({"A": [1, 2], "B": [2, True], "C": [1, 1]}, [], "for expert 1: True"),
+        ({"A": [1, 2], "B": [2, None], "C": [1, 1]}, [], "for expert 1: None"),
+        ({"A": [1, 2], "B": [2, 10**399], "C": [1, 1]}, [], "for expert 1: 1000"),
+        ({"A": [1, 2], "B": [2, -(10**399)], "C": [1, 1]}, [], "for expert 1: -1000"),
+        (f'{{"A": [1, 2], "B": [2, 1{"0" * 5000}], "C": [1, 1]}}', [], "cannot be read: "),
+        ('{"A": [1, 2], "B": [2, 1e400], "C": [1, 1]}', [], "for expert 1: inf"),
+        (
+            {"A": [1, 2], "B": [1e308, 1e308], "C": [1, 1]},
+            [],
+            "'B' has loads that are too large to be added",
+        ),
+        (
+            {name: [[1, 2], [1, True]] for name in "ABC"},
+            [],
+            "source 'A', layer 1, has what is no finite",
+        ),
+        (
+            {name: [[[1, 2]]] for name in "ABC"},
+            [],
+            "source 'A', layer 0, has what is no finite",
+        ),
+        ({name: [] for name in "ABC"}, [], "source 'A' has []; give each expert a number"),
+        ({name: [[1, 2], []] for name in "ABC"}, [], "source 'A', layer 1, has no loads"),
+        ({name: {"0": 1} for name in "ABC"}, [], "source 'A' has {'0': 1}; give each expert"),
         ({"A": [1, 2], "B": [-2, 1], "C": [1, 1]}, [], "source 'B' has a negative"),
         ('{"A": [1, 2], "B": [NaN, 1], "C": [1, 1]}', [], "NaN is no JSON value"),
         (GOLDEN_LOADS, ["--eta", "-1"], "eta"),
@@ -304,6 +339,11 @@ def test_update_refuses(capsys, tmp_path, loads, flags, part):
         ({"A": -1, "B": 1, "C": 1, "D": 1}, "negative"),
         ({"A": 1, "B": 1, "C": 1}, "missing ['D']"),
         ({"A": 0, "B": 0, "C": 0, "D": 0}, "at least one must be > 0"),
+        ({"A": "1", "B": 1, "C": 1, "D": 1}, "the weight of A is '1'; give a finite number"),
+        ({"A": 1, "B": True, "C": 1, "D": 1}, "the weight of B is True"),
+        ({"A": 1, "B": 1, "C": 10**399, "D": 1}, "the weight of C is 1000"),
+        ({"A": 1, "B": 1, "C": 1, "D": [1]}, "the weight of D is [1]"),
+        ('{"A": 1, "B": 1, "C": 1, "D": 1e400}', "infinite"),
         ("{", "cannot be read: not JSON"),
     ],
 )
@@ -313,6 +353,13 @@ def test_update_refuses_weights_and_names_their_file(capsys, tmp_path, weights, 
         capsys, "update", "--load", load, "--weights", json_file(tmp_path, "weights.json", weights)
     )
     assert part in line and "weights.json" in line and "load.json" not in line
+
+
+@pytest.mark.parametrize("loss", ["1.5", True, None, 10**399, -1, [1.5]])
+def test_update_refuses_losses_that_are_no_numbers(capsys, tmp_path, loss):
+    given = json_file(tmp_path, "loss.json", {"A": 1.0, "B": loss, "C": 1.0})
+    line = refused(capsys, "update", "--loss", given, "--strategy", "loss-softmax")
+    assert "loss.json: the loss of source B is " in line and len(line) < 300
 
 
 def test_update_names_a_file_that_is_not_there(capsys, tmp_path):
