@@ -66,9 +66,11 @@ class MetricsWriter:
         purge_step = None if resume_iteration is None else resume_iteration + 1
         self._events = run_dir / "tensorboard"
         tensorboard = TensorBoardWriter(self._events, purge_step=purge_step)
-        # on resuming, TensorBoard hides kept points of these curves: their steps are samples, not iterations
+        # On resuming, TensorBoard hides kept points of these curves, whose steps are samples and not
+        # iterations: those from `purge_step` on. The ones before are still there.
         for record in read_lines(metrics, TrainingRecord):
-            tensorboard.samples(record)
+            if record.consumed_samples >= (purge_step or 0):
+                tensorboard.samples(record)
         self._boards: list[Board] = [tensorboard]
         if wandb_project is not None:
             resumes = resume_iteration is not None

@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import math
 import sys
@@ -325,6 +326,30 @@ def test_resuming_at_10_leaves_no_iteration_twice_and_none_lost(run_dir):
     assert scalars(run_dir, "lm loss") == [(5, 2.5), (10, 2.5), (15, 1.0)]
     assert scalars(run_dir, "lm loss vs samples") == [(160, 2.5), (320, 2.5), (480, 1.0)]
     assert scalars(run_dir, "dynmix/weight/code") == [(10, 0.25), (15, pytest.approx(0.6))]
+
+
+@pytest.mark.parametrize("sizes", [(1,), (2, 3), (1, 8), (8, 1), (16, 4, 64)], ids=str)
+@pytest.mark.parametrize("resumes", [(6,), (2,), (9, 4, 8), (4, 4), (-1, 5)], ids=str)
+def test_no_point_over_samples_stands_twice_however_often_a_run_resumes(
+    tmp_path, monkeypatch, sizes, resumes
+):
+    """It trains to iteration 10 each time, then goes on from an earlier one; batches change their size."""
+    consumed = [0, *itertools.accumulate(sizes[iteration % len(sizes)] for iteration in range(10))]
+    real, writer = time.time, MetricsWriter(tmp_path, resume_iteration=None)
+    for started, kept in enumerate((*resumes, None)):
+        first = max(resumes[started - 1], 0) if started else 0
+        for iteration in range(first + 1, 11):
+            writer.training(training_record(iteration, consumed[iteration], lm_loss=float(started)))
+        writer.close()
+        if kept is not None:  # event files are ordered by the second in their names
+            monkeypatch.setattr(time, "time", lambda later=2 * started + 2: real() + later)
+            writer = MetricsWriter(tmp_path, resume_iteration=kept)
+    for tag, steps in {"lm loss": range(1, 11), "lm loss vs samples": consumed[1:]}.items():
+        points = scalars(tmp_path, tag)
+        assert [step for step, _ in points] == list(steps), tag
+        assert [loss for _, loss in points] == [
+            record["lm_loss"] for record in read_records(tmp_path / "metrics.jsonl")
+        ]
 
 
 def test_a_new_run_does_not_write_behind_another(run_dir):
