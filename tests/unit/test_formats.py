@@ -165,8 +165,28 @@ def test_unknown_names(name: str, fields: dict, reason: str) -> None:
     assert reason in str(caught.value)
 
 
+def test_dates_in_a_run_yaml_are_text(tmp_path: Path) -> None:
+    (tmp_path / "RUN.yaml").write_text(
+        "data: {template_date: 2026-01-31, template_kwargs: {day: 2026-02-01}}"
+    )
+    data = load_config(tmp_path / "RUN.yaml").data
+    assert (data.template_date, data.template_kwargs) == ("2026-01-31", {"day": "2026-02-01"})
+
+
 KEYS = [
     *("messages", "role", "content", "tools", "tool_calls", "conversations", "from", "value", "system"),
+    *(
+        "history",
+        "functions",
+        "function_call",
+        "function",
+        "name",
+        "arguments",
+        "type",
+        "reasoning",
+        "weight",
+    ),
+    *("chat_template_kwargs", "thinking", "mask"),
     *("instruction", "input", "output", "prompt", "completion", "text"),
 ]
 JSON = st.recursive(
@@ -210,6 +230,7 @@ def test_settings_in_the_docs(tmp_path: Path) -> None:
     assert data.sources["chat"].format == "auto"
     assert data.sources["math"].fields == {"prompt": "question", "completion": "answer"}
     assert data.sources["code"].format == "messages"
+    assert data.sources["talk"].roles == {"customer": "user", "bot": "assistant"}
     assert (data.tokenizer, data.train_on) == ("hf://some-org/some-model", "last")
     assert data.template == str(tmp_path / "my.jinja")
     assert load_config(path, ["--template", "chatml"]).data.template == "chatml"
@@ -225,6 +246,16 @@ def test_settings_in_the_docs(tmp_path: Path) -> None:
             "source.format is 'csv'; it must be one of auto, messages",
         ),
         ("sources: {a: {path: a, fields: {prompt: 3}}}", "source.fields is {'prompt': 3}"),
+        (
+            "sources: {a: {path: a, roles: {bot: robot}}}",
+            "source.roles is {'bot': 'robot'}.*as {bot: assistant}",
+        ),
+        ("template_date: 2026-13-01", "data.template_date is '2026-13-01'; it must be a day"),
+        ("template_kwargs: {messages: []}", "data.template_kwargs is {'messages': ..}"),
+        (
+            "template_kwargs: {limit: .inf}",
+            "data.template_kwargs is {'limit': inf}; it must be values that JSON",
+        ),
         ("template: llama", "data.template is 'llama'; it must be one of tokenizer, vicuna, chatml, plain"),
         ("train_on: first", "data.train_on|train_on.*'first'"),
     ],

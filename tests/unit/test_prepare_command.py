@@ -78,6 +78,13 @@ def test_text_that_is_trained_on_and_probed_is_reported(
         (["--fields", "prompt"], ["--fields has 'prompt'", "prompt=question"]),
         (["--fields", "prompt=a", "prompt=b"], ["--fields has 'prompt=b'", "once"]),
         (["--fields", "promt=a"], ["'promt' is no field"]),
+        (["--roles", "bot"], ["--roles has 'bot'", "give each role", "bot=assistant"]),
+        (["--roles", "assistant=bot"], ["source.roles is {'assistant': 'bot'}", "as {bot: assistant}"]),
+        (["--template-date", "today"], ["data.template_date is 'today'", "2026-01-31"]),
+        (
+            ["--template-kwargs", "{tools: 1}"],
+            ["data.template_kwargs is {'tools': 1}", "add_generation_prompt"],
+        ),
         (["--output", "."], ["has no name", "prepared/code"]),
         (["--template", "llama"], ["'llama' is unknown", "vicuna"]),
         (["--strict"], ["rows.jsonl:2: ", "strict"]),
@@ -136,6 +143,41 @@ def test_files_are_prepared_with_what_a_run_yaml_can_say(
     assert "1 of 2 examples are longer than seq_length 90" in capsys.readouterr().err
 
 
+def test_what_rows_hold_and_a_folder_is_told_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    row = {
+        "messages": [{"role": "Ann", "content": "two"}, {"role": "assistant", "content": "four", "weight": 1}]
+    }
+    rows = [{**row, "images": ["a"]}, row, {**row, "images": ["b"], "id": 3}, {"text": "<|im_start|>"}]
+    folder = tmp_path / "data"
+    (folder / "more").mkdir(parents=True)
+    path = write_jsonl(folder / "rows.jsonl", rows)
+    (folder / "more.csv").write_text("a,b\n")
+    template = tmp_path / "own.jinja"
+    template.write_text(
+        "{{ strftime_now('%d') if dated }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    argv = ["prepare", "--input", str(folder), "--output", str(tmp_path / "source"), "--workers", "1"]
+    argv += ["--tokenizer", str(tokenizer_dir), "--template", str(template), "--roles", "Ann=user"]
+    argv += ["--template-date", "2026-01-31", "--template-kwargs", "{dated: true}"]
+    for _ in range(2):  # prepared, then found
+        assert main(argv) == 0
+        said = capsys.readouterr().out
+        assert said.count(f"source: unused key images (pictures) in 2 rows (first: {path}:1): ") == 1
+        assert said.count(f"source: unknown key id in 1 row (first: {path}:3): ") == 1
+        assert said.count(f"source: not read: {folder}/more/, {folder}/more.csv: no names that rows are") == 1
+        assert said.count(f"  broken: {path}:4: ") == 1
+    report = load_report(tmp_path / "source")
+    assert (report.examples, report.broken, report.recipe.roles) == (3, 1, {"Ann": "user"})
+    assert report.recipe.template.endswith('/{"dated": true}/2026-01-31')
+    (folder / "more.csv").unlink()
+    assert main(argv) == 0
+    assert f"not read: {folder}/more/: no names" in capsys.readouterr().out
+    assert main([*argv, "--template-date", "2026-02-01"]) == 0
+    assert load_report(tmp_path / "source").fingerprint != report.fingerprint
+
+
 def test_input_is_not_written_over(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, tokenizer_dir: Path
 ) -> None:
@@ -155,7 +197,9 @@ def test_input_is_not_written_over(
     assert main([*argv, str(other)]) == 0
 
 
-@pytest.mark.parametrize("flag", [["--format", "text"], ["--fields", "text=body"]])
+@pytest.mark.parametrize(
+    "flag", [["--format", "text"], ["--fields", "text=body"], ["--roles", "bot=assistant"]]
+)
 def test_what_each_source_says_is_no_flag_beside_a_run_yaml(
     capsys: pytest.CaptureFixture[str], run_yaml: Path, flag: list[str]
 ) -> None:

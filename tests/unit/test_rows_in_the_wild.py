@@ -1,9 +1,12 @@
 """Shapes of rows that users of other tools have: read as what they say, or refused with a remedy."""
 
 import json
+import re
 from typing import Any
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from megatron_dynmix.data.prepare.conversation import Conversation, Turn
 from megatron_dynmix.data.prepare.formats import Format, find_format
@@ -234,10 +237,9 @@ def test_numbers_keep_their_digits_and_strings_stay_strings() -> None:
 
 
 def test_what_a_row_gives_to_the_template() -> None:
-    for given in ({"enable_thinking": False}, json.dumps({"enable_thinking": False})):
-        assert parse(messages(ASK, ANSWER, chat_template_kwargs=given)).template_kwargs == {
-            "enable_thinking": False
-        }
+    said = {"enable_thinking": False}
+    for kwargs in (said, json.dumps(said)):
+        assert parse(messages(ASK, ANSWER, chat_template_kwargs=kwargs)).template_kwargs == said
     assert "'tools'" in reason(messages(ASK, ANSWER, chat_template_kwargs={"tools": []}))
     assert "must be an object" in reason(messages(ASK, ANSWER, chat_template_kwargs=[1]))
 
@@ -347,3 +349,53 @@ def test_bytes_are_refused_as_bytes() -> None:
         Format(name="prompt-completion").parse({"prompt": b"a", "completion": b"b"})
     with pytest.raises(ValueError, match="bytes"):
         Format(name="text").parse({"text": b"a"})
+
+
+KEYS = [
+    *(
+        "reasoning_content",
+        "thinking",
+        "tool_calls",
+        "function_call",
+        "tool_call_id",
+        "name",
+        "weight",
+        "masked",
+    ),
+    *(
+        "images",
+        "channel",
+        "mood",
+        "system",
+        "tools",
+        "functions",
+        "chat_template_kwargs",
+        "history",
+        "label",
+    ),
+]
+LEAF = st.integers(100, 999).map(lambda number: f"leaf{number}")
+FUNCTION = st.fixed_dictionaries({"name": LEAF}, optional={"arguments": LEAF | st.dictionaries(LEAF, LEAF)})
+VALUE = st.one_of(
+    LEAF, st.none(), st.sampled_from([0, 1, True, "", [], {}]), st.lists(LEAF, max_size=2), FUNCTION,
+    st.dictionaries(LEAF, LEAF), st.lists(FUNCTION.map(lambda call: {"function": call}), max_size=2),
+    st.lists(FUNCTION, max_size=2).map(json.dumps), st.lists(st.tuples(LEAF, LEAF).map(list), max_size=2),
+)  # fmt: skip
+MORE = st.dictionaries(st.sampled_from(KEYS), VALUE, max_size=3)
+
+
+@given(more=st.lists(MORE, min_size=4, max_size=4), row=MORE, shape=st.sampled_from(["messages", "prompt"]))
+def test_nothing_that_a_row_holds_is_lost_in_silence(more: list[dict], row: dict, shape: str) -> None:
+    said = [{"role": who, "content": f"leaf{at}"} for at, who in enumerate(("user", "assistant") * 2)]
+    turns = [{**turn, **keys} for turn, keys in zip(said, more, strict=True)]
+    chat = {"messages": turns} if shape == "messages" else {"prompt": turns[:3], "completion": turns[3:]}
+    try:
+        conversation = parse({**row, **chat})
+    except ValueError:
+        assume(False)
+    kept = repr((conversation.turns, conversation.tools, conversation.template_kwargs))
+    named = {notice.detail.partition(" (")[0] for notice in conversation.notices}
+    for keys, of in [(row, ""), *((turn, " of a turn") for turn in turns)]:
+        for key, value in keys.items():
+            leaves = re.findall(r"leaf\d+", repr(value))
+            assert f"{key}{of}" in named or all(leaf in kept for leaf in leaves), key
