@@ -40,6 +40,7 @@ SAVED = {
     "EP2, bf16": (2, [*ep(2), *BF16]),
     "EP2, bf16, plain": (2, [*ep(2), *BF16, *PLAIN]),
     "EP4": (4, ep(4)),
+    "TP2, ETP1": (2, [*TP2, *ETP1, *ep(1)]),
     "TP2 x PP2": (4, [*TP2, *PP2, *ep(1)]),
     "PP2 VPP2 x EP2": (4, [*VPP2, *ep(2)]),
 }
@@ -50,6 +51,9 @@ RESUMED = {
     ("EP2", "EP4"): (4, ep(4)),
     ("EP2", "EP2 x DP2"): (4, ep(2)),
     ("EP2", "TP2 x EP2"): (4, [*TP2, *ETP1, *ep(2)]),
+    ("EP2", "TP2, ETP1"): (2, [*TP2, *ETP1, *ep(1)]),
+    ("EP2", "TP2, ETP1, plain"): (2, [*TP2, *ETP1, *ep(1), *PLAIN]),
+    ("TP2, ETP1", "EP2"): (2, ep(2)),
     ("EP2", "TP2 x EP2, ETP2"): (4, [*TP2, *ep(2)]),
     ("EP2", "PP2 x EP2"): (4, [*PP2, *ep(2)]),
     ("EP2", "PP2 VPP2 x EP2"): (4, [*VPP2, *ep(2)]),
