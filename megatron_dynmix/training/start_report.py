@@ -132,7 +132,7 @@ def router_lines(config: RunConfig, reports: Sequence[SourceReport]) -> list[str
         factors = {
             report.tokens / report.trained_tokens: report.name
             for report in reports
-            if report.probe_of is None and report.trained_tokens
+            if report.name in config.data.sources and report.trained_tokens
         }
         least, most = min(factors, default=1.0), max(factors, default=1.0)
         if most > NOTABLE_FACTOR:

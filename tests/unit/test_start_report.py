@@ -10,11 +10,11 @@ from tests.unit.config_fixtures import good_settings, load
 BIAS = {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
 
 
-def report(name, tokens, trained, probe_of=None):
-    return types.SimpleNamespace(name=name, tokens=tokens, trained_tokens=trained, probe_of=probe_of)
+def report(name, tokens, trained):
+    return types.SimpleNamespace(name=name, tokens=tokens, trained_tokens=trained)
 
 
-REPORTS = [report("chat", 290, 100), report("general", 450, 100), report("held out", 900, 100, "general")]
+REPORTS = [report("chat", 290, 100), report("math", 450, 100), report("math (probe)", 900, 100)]
 
 
 def lines_of(folder, model, reports=REPORTS, **sections):
@@ -41,7 +41,7 @@ def lines_of(folder, model, reports=REPORTS, **sections):
 )
 def test_the_strength_of_auxiliary_losses_is_said(tmp_path, model, said):
     text = lines_of(tmp_path, model)
-    assert said in text and "2.9 (chat) to 4.5 (general) times as strong" in text
+    assert said in text and "2.9 (chat) to 4.5 (math) times as strong" in text
     assert "times as strong" not in lines_of(tmp_path, model, [report("chat", 100, 99)])
 
 
