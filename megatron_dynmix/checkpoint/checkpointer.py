@@ -42,6 +42,7 @@ from megatron_dynmix.checkpoint.tensors import Tensors, fill
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import sync, write_atomically
 from megatron_dynmix.job.agreement import RankFailure, together
+from megatron_dynmix.lease import Lease
 from megatron_dynmix.model import optimizer as optimizers
 from megatron_dynmix.model.gpt import unwrap
 
@@ -71,6 +72,8 @@ class Checkpointer:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     keep_last: int | None = None
+    lease: Lease | None = None
+    """Rank 0's hold of the run directory: without it nothing is written, renamed or deleted there."""
     newest: int | None = None
     """Iteration of the newest whole checkpoint that this run has written or read."""
     good: int | None = None
@@ -91,6 +94,7 @@ class Checkpointer:
                     before()
                 writer = ShardWriter()
                 if torch.distributed.get_rank() == 0:
+                    self._check_lease()
                     for leftover in self.directory.glob(".iter_*"):  # of a crash
                         shutil.rmtree(leftover, ignore_errors=True)
                     staging.mkdir(parents=True)
@@ -130,6 +134,7 @@ class Checkpointer:
         """Write all but the shards on rank 0, give the folder its name, set the tracker, delete old ones."""
         iteration = pending.state.progress.iteration
         staging, final = self._staging(iteration), folder_of(self.directory, iteration)
+        self._check_lease()
         complete(staging, pending.run_state, pending.writer.sums)
         # That iteration may have a folder: a damaged one, or one of a run that was set back before it.
         replaced = [set_aside(final)]
@@ -167,6 +172,10 @@ class Checkpointer:
         if torch.distributed.get_rank() == 0:
             shutil.rmtree(staging, ignore_errors=True)
 
+    def _check_lease(self) -> None:
+        if self.lease is not None:
+            self.lease.check()
+
     def _staging(self, iteration: int) -> Path:
         return self.directory / f".iter_{iteration:07d}.tmp"
 
@@ -178,6 +187,7 @@ class Checkpointer:
         found: list[int | None] = [None]
         with together():
             if torch.distributed.get_rank() == 0:
+                self._check_lease()
                 found[0] = newest_whole(self.directory, limit)
                 if found[0] is not None:
                     write_atomically(self.directory / TRACKER, str(found[0]))

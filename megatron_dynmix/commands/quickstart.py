@@ -42,9 +42,11 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix import platform
 
     platform.start()
+    from megatron_dynmix.training.holding import lease_of
     from megatron_dynmix.training.resume import check_run_dir
 
     run_dir = arguments.run_dir
+    lease_of(run_dir).refuse_if_held()
     check_run_dir(run_dir, "no")
     run_yaml = make_quickstart(run_dir / "data")
     code = train(run_yaml, [], run_dir, world_size=2)

@@ -18,6 +18,7 @@ from megatron_dynmix.data.prepared import SourceReport
 from megatron_dynmix.data.sources import Data
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import write_atomically
+from megatron_dynmix.lease import LOCK, Lease
 from megatron_dynmix.report.pages import html
 from megatron_dynmix.training.resume import begins
 from megatron_dynmix.training.setup import check_before_start, prepare_run
@@ -39,12 +40,31 @@ def compare(
         Whether every cell is finished.
 
     Raises:
-        InputError: before any cell is started: settings that cannot be used, or a cell's directory holds
-            another run.
+        InputError: before any cell is started: settings that cannot be used, a cell's directory holds
+            another run, or another comparison is at work there.
 
     """
+    lease = Lease(grid.output / LOCK, "a comparison", "give another --output")
+    lease.refuse_if_held()
     cells = [Cell.of(grid, variant, seed) for variant in variants for seed in seeds]
     reports = _check(cells)
+    try:
+        lease.take(say=say)
+    except OSError as error:
+        raise InputError(f"{lease.path} cannot be made ({error.strerror}); give another --output") from None
+    with lease:
+        return not _carried_out(grid, cells, reports, jobs, say, lease)
+
+
+def _carried_out(
+    grid: Grid,
+    cells: Sequence[Cell],
+    reports: dict[str, list[SourceReport]],
+    jobs: int,
+    say: Callable[[str], None],
+    lease: Lease,
+) -> list[Failure]:
+    """Run what is not finished, write the comparison, and return what failed."""
     tasks = [_task(cell, reports[cell.variant.name]) for cell in cells]
     kept = sum(not task.commands for task in tasks)
     say(f"{len(cells)} cells, {kept} of them finished before; {min(jobs, len(cells))} at a time")
@@ -54,10 +74,11 @@ def compare(
         for place, reason in sorted(reasons.items())
     ]
     results = [read_result(cell) for place, cell in enumerate(cells) if place not in reasons]
-    names = [variant.name for variant in variants]
+    names = list(reports)
+    lease.check()
     _write(grid, compared(names, list(cells[0].config.data.sources), results, failures))
     say(f"written: {grid.output}/comparison.md, comparison.html, comparison.json")
-    return not failures
+    return failures
 
 
 def _check(cells: Sequence[Cell]) -> dict[str, list[SourceReport]]:

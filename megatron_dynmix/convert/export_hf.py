@@ -47,6 +47,7 @@ from megatron_dynmix.convert.weight_map import EMBEDDING, WeightMap
 from megatron_dynmix.errors import InputError, TrainingStopped
 from megatron_dynmix.files import name_folder, sync
 from megatron_dynmix.job.agreement import RankFailure, together
+from megatron_dynmix.lease import Lease
 
 SHARD_BYTES = 5_000_000_000
 HEADER_ALIGNMENT = 8
@@ -201,11 +202,11 @@ def write_shard(tensors: Tensors, names: list[str], path: Path, advance: Callabl
                 advance(box.nbytes)
 
 
-def export(checkpoint: Path, destination: Path) -> None:
+def export(checkpoint: Path, destination: Path, lease: Lease | None = None) -> None:
     """Write a whole checkpoint as a Hugging Face folder, each rank its share of the files.
 
     A folder that is there is replaced; until the new one is whole, it has another name. Raise `RankFailure`
-    on every rank if it cannot be written, and leave nothing.
+    on every rank if it cannot be written, or rank 0's lease of the place is lost, and leave nothing.
     """
     staging, rank = partial_of(destination), torch.distributed.get_rank()
     try:
@@ -227,6 +228,8 @@ def export(checkpoint: Path, destination: Path) -> None:
         with together():
             if rank == 0:
                 opened.write_beside(staging)
+                if lease is not None:
+                    lease.check()
                 replaced = set_aside(destination)
                 name_folder(staging, destination)
                 shutil.rmtree(replaced, ignore_errors=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -16,10 +15,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import name_folder, sync
+from megatron_dynmix.lease import LOCK, Lease
 
 PLAN = ".conversion.json"
 FINISHED = ".finished.jsonl"
@@ -40,10 +40,14 @@ class Staging:
             if _is_taken(self.final):
                 raise InputError(f"{final} is there already and is not an empty folder; give a new name")
             self.folder = partial_of(final)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = self._hold()
-            self.finished: dict[str, Any] = self._finished(dict(plan), say)
-            """File -> what is known of it."""
+            lock = self.folder.with_suffix(LOCK)
+            self._lease = Lease(lock, f"a conversion to {final}", "give another name")
+            with contextlib.ExitStack() as held:
+                held.enter_context(self._lease.take(say=say))
+                self.folder.mkdir(exist_ok=True)
+                self.finished: dict[str, Any] = self._finished(dict(plan), say)
+                """File -> what is known of it."""
+                self._held = held.pop_all()
         except OSError as error:
             raise InputError(
                 f"{final} cannot be made ({error.strerror}); give a name on a disk that has room and can be "
@@ -58,7 +62,7 @@ class Staging:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Let other processes resume in the folder; say in one message that the disk is full, if it is."""
-        self._lock.close()
+        self._held.close()
         if isinstance(value, OSError) and value.errno in FULL:
             free = shutil.disk_usage(self.folder).free / GIGABYTE
             raise InputError(
@@ -92,6 +96,7 @@ class Staging:
 
     def complete(self) -> None:
         """Give the folder its name."""
+        self._lease.check()
         if _is_taken(self.final):
             raise InputError(
                 f"{self.final} has been made by something else since; what is done lies in {self.folder}: "
@@ -100,17 +105,6 @@ class Staging:
         for name in (PLAN, FINISHED):
             (self.folder / name).unlink()
         name_folder(self.folder, self.final)  # in place of an empty folder, if there is one
-
-    def _hold(self) -> IO[bytes]:
-        lock = (self.folder / FINISHED).open("ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise InputError(
-                f"another process is writing {self.folder}; wait until it is done, or give another name"
-            ) from None
-        return lock
 
     def _finished(self, plan: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
         """Return what is done of this plan; without it, empty the folder and write the plan down."""
@@ -123,9 +117,9 @@ class Staging:
             for path in self.folder.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
-                elif path.name != FINISHED:  # which is locked
+                else:
                     path.unlink()
-            os.truncate(self.folder / FINISHED, 0)
+            (self.folder / FINISHED).touch()
             (self.folder / PLAN).write_text(json.dumps(plan), encoding="utf-8")
             return {}
         found = {

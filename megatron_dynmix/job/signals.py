@@ -16,10 +16,13 @@ class StopRequest:
     """Whether this rank was asked to stop; the loop tells the other ranks and saves first."""
 
     asked = False
+    heard: Callable[[], None] = staticmethod(lambda: None)
+    """Called as the request comes, in a signal's handler: it must not wait."""
 
     def ask(self) -> None:
         """Do what a signal does."""
         self.asked = True
+        self.heard()
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:

@@ -18,6 +18,7 @@ from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict, to_yaml
 from megatron_dynmix.errors import InputError, StoppedOnRequest, TrainingStopped
 from megatron_dynmix.files import write_atomically
+from megatron_dynmix.lease import Lease
 from megatron_dynmix.records.dashboards import TensorBoardWriter, WeightsAndBiasesWriter
 from megatron_dynmix.records.jsonl import JsonlWriter, naming, read_lines
 from megatron_dynmix.records.schema import (
@@ -39,8 +40,9 @@ class MetricsWriter:
     Call it on one rank only. `resume_iteration` is the iteration of the checkpoint that the run resumes from
     (-1: it starts over), and what was recorded after it is cut off; an update made at the very iteration of
     a checkpoint stays, so it has to be part of that checkpoint. None is a new run: `InputError` where the
-    folder holds records of another. `TrainingStopped` where a file cannot be written. With `wandb_project`,
-    Weights & Biases gets the same numbers under the same names.
+    folder holds records of another. `TrainingStopped` where a file cannot be written. Nothing is written once
+    the `lease` of the folder is lost: the run is about to stop. With `wandb_project`, Weights & Biases gets
+    the same numbers under the same names.
     """
 
     def __init__(
@@ -48,9 +50,11 @@ class MetricsWriter:
         run_dir: Path,
         *,
         resume_iteration: int | None,
+        lease: Lease | None = None,
         wandb_project: str | None = None,
         wandb_exp_name: str | None = None,
     ):
+        self._lease = lease
         metrics, mixing, ledger = (run_dir / f"{name}.jsonl" for name in ("metrics", "mixing", "ledger"))
         for path in (metrics, mixing, ledger, run_dir / SIGNALS):
             if resume_iteration is None and path.exists() and path.stat().st_size:
@@ -80,11 +84,15 @@ class MetricsWriter:
 
     def training(self, record: TrainingRecord) -> None:
         """Write the record of one log interval."""
+        if self._is_lost():
+            return
         self._metrics.write(record)
         self._show(lambda board: board.training(record))
 
     def mixing(self, update: MixingUpdate) -> None:
         """Write the record of one weight update."""
+        if self._is_lost():
+            return
         if update.arrays:
             update = replace(update, block=self._signals.append(update.arrays))
         self._mixing.write(update)
@@ -92,7 +100,8 @@ class MetricsWriter:
 
     def ledger(self, line: StageLine | SamplesLine) -> None:
         """Write one line of the ledger."""
-        self._ledger.write(line)
+        if not self._is_lost():
+            self._ledger.write(line)
 
     def text(self, tag: str, markdown: str) -> None:
         """Show a text on the dashboards, such as the resolved configuration."""
@@ -114,6 +123,9 @@ class MetricsWriter:
             file.close()
         self._show(lambda board: board.close())
 
+    def _is_lost(self) -> bool:
+        return self._lease is not None and self._lease.lost() is not None
+
     def _show(self, write: Callable[[Board], None]) -> None:
         with naming(self._events):
             for board in self._boards:
@@ -127,7 +139,12 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "numpy
 
 
 def open_writer(
-    config: RunConfig, run_dir: Path, source_tables: Sequence[str], *, resume_iteration: int | None
+    config: RunConfig,
+    run_dir: Path,
+    source_tables: Sequence[str],
+    *,
+    resume_iteration: int | None,
+    lease: Lease | None = None,
 ) -> MetricsWriter:
     """Open the writer of a run, on one rank; write `config.yaml` and tell the dashboards what runs."""
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -135,6 +152,7 @@ def open_writer(
     writer = MetricsWriter(
         run_dir,
         resume_iteration=resume_iteration,
+        lease=lease,
         wandb_project=config.logging.wandb_project,
         wandb_exp_name=config.logging.wandb_exp_name,
     )
@@ -171,12 +189,17 @@ def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bo
 
 @contextlib.contextmanager
 def recorded(
-    run_dir: Path, iteration: Callable[[], int], *, resumed: bool, notes: Sequence[str]
+    run_dir: Path,
+    iteration: Callable[[], int],
+    *,
+    resumed: bool,
+    notes: Sequence[str],
+    lease: Lease | None = None,
 ) -> Iterator[None]:
     """Around the training of a job, on every rank: put its start and its end on record; rank 0 writes.
 
-    A job that is killed writes no end: what follows in the file is the next start. `iteration` tells how many
-    are done; `notes` are changed settings, and checkpoints that were not good.
+    A job that is killed or has lost its `lease` writes no end: what follows in the file is the next start.
+    `iteration` tells how many are done; `notes` are changed settings, and checkpoints that were not good.
     """
     if torch.distributed.get_rank() != 0:
         yield
@@ -206,5 +229,6 @@ def recorded(
         raise
     finally:
         with contextlib.suppress(TrainingStopped):  # what ended the run is what is told
-            write(event, [said] if said else [])
+            if lease is None or lease.lost() is None:
+                write(event, [said] if said else [])
             writer.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.data.sources import build_blend
 from megatron_dynmix.job.heartbeat import heartbeat_of_job
 from megatron_dynmix.job.signals import StopRequest
+from megatron_dynmix.lease import Lease
 from megatron_dynmix.model.gpt import build_model
 from megatron_dynmix.model.layers import joins_rows
 from megatron_dynmix.model.lr_schedule import build_scheduler
@@ -33,6 +35,7 @@ from megatron_dynmix.records.live_line import LiveLine
 from megatron_dynmix.records.logline import loaded_line, loading_line
 from megatron_dynmix.records.writer import open_writer, recorded
 from megatron_dynmix.training.data_tables import packed_table, prepared_table
+from megatron_dynmix.training.holding import holding
 from megatron_dynmix.training.probe import Probe
 from megatron_dynmix.training.resume import Resume, begins, check_resume, identity
 from megatron_dynmix.training.reweighting import Reweighting, told_by_rank_0
@@ -111,9 +114,12 @@ def train(
     """
     config = prepared.config
     timeout_minutes = config.parallel.distributed_timeout_minutes
-    with heartbeat_of_job(timeout_minutes) as heartbeat, StopRequest().listening() as stop:
+    with contextlib.ExitStack() as held:
+        heartbeat = held.enter_context(heartbeat_of_job(timeout_minutes))
+        stop = held.enter_context(StopRequest().listening())
         join_job(config, heartbeat.store)
         torch.distributed.barrier()
+        lease = held.enter_context(holding(run_dir, resume, stop))
         source, notes, changes = None, [], []
         # Rank 0's eyes: a shared disk may show a new folder to some ranks later.
         resuming = [not begins(run_dir, resume)]
@@ -129,10 +135,16 @@ def train(
             prepared = prepared.after(read_run_state(source).progress.batches)
         if torch.distributed.get_rank() == 0:
             report_start(prepared, run_dir, changes, notes)
-        trainer = build_trainer(prepared, run_dir, resume=resume, source=source)
-        said = [*changes, *notes]
-        with recorded(run_dir, lambda: trainer.progress.iteration, resumed=source is not None, notes=said):
-            trainer.fit(stop, heartbeat)
+        trainer = build_trainer(prepared, run_dir, resume=resume, source=source, lease=lease)
+        held.enter_context(
+            recorded(
+                *(run_dir, lambda: trainer.progress.iteration),
+                resumed=source is not None,
+                notes=[*changes, *notes],
+                lease=lease,
+            )
+        )
+        trainer.fit(stop, heartbeat)
     return trainer
 
 
@@ -155,7 +167,12 @@ def join_job(config: RunConfig, store: torch.distributed.Store | None = None) ->
 
 
 def build_trainer(
-    prepared: PreparedRun, run_dir: Path, *, resume: Resume = "no", source: Path | None = None
+    prepared: PreparedRun,
+    run_dir: Path,
+    *,
+    resume: Resume = "no",
+    source: Path | None = None,
+    lease: Lease | None = None,
 ) -> Trainer:
     """Build model, optimizer, blend, probe and writers of this rank, at the state of checkpoint `source`."""
     config, data, here = prepared.config, prepared.data, platform.start()
@@ -175,6 +192,7 @@ def build_trainer(
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer, prepared.mix.horizon.schedule),
         keep_last=config.checkpoint.keep_last,
+        lease=lease,
     )
     mine = identity(config, data.reports)
     say: Callable[[str], None] = partial(print, flush=True) if rank0 else lambda _: None
@@ -195,7 +213,9 @@ def build_trainer(
         ),
         reweighting=reweighting,
         checkpointer=checkpointer,
-        writer=open_writer(config, run_dir, tables, resume_iteration=keep_until) if rank0 else None,
+        writer=open_writer(config, run_dir, tables, resume_iteration=keep_until, lease=lease)
+        if rank0
+        else None,
         identity=mine,
         progress=progress,
         interval=interval,

@@ -13,7 +13,7 @@ from megatron_dynmix.checkpoint.folder import TRACKER, folder_of
 from megatron_dynmix.checkpoint.run_state import RunState
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.errors import TrainingStopped
-from megatron_dynmix.job.agreement import RankFailure, on_rank_0
+from megatron_dynmix.job.agreement import RankFailure, first_failure, on_rank_0
 from megatron_dynmix.records.logline import saved_line, saving_line
 
 
@@ -41,6 +41,7 @@ class Saving:
         it, the `last` one, it is whole on return.
         """
         self.settle(wait=True)
+        self.stop_if_lost()
         self.say(saving_line(state.progress.iteration, self.directory, datetime.now()))
         try:
             self.checkpointer.save(replace(state, good=self.good), before=before)
@@ -50,6 +51,12 @@ class Saving:
         self.newest = state.progress.iteration
         if last or not self.config.checkpoint.async_save:
             self.settle(wait=True, last=last)
+
+    def stop_if_lost(self) -> None:
+        """End the run, on all ranks, if its directory is another's by now; every rank must come here."""
+        lease = self.checkpointer.lease
+        if text := first_failure(None if lease is None else lease.lost()):
+            raise TrainingStopped(on_rank_0(text)) from None
 
     def settle(self, *, wait: bool, last: bool = False) -> None:
         """See whether what is being written is whole, or `wait` until it is; all ranks see the same."""
@@ -75,8 +82,9 @@ class Saving:
         checkpoint = folder_of(self.directory, iteration)
         destination = folder_of(self.directory.parent / "hugging_face", iteration)
         try:
-            export(checkpoint, destination)
+            export(checkpoint, destination, self.checkpointer.lease)
         except RankFailure as failure:
+            self.stop_if_lost()
             self._stop_or_say(
                 f"{destination} could not be written: {failure} ({_free(self.directory)}). {checkpoint} is "
                 f"whole; `megatron-dynmix convert megatron-to-hf {checkpoint} DIR` makes the folder from it",
@@ -96,10 +104,12 @@ class Saving:
         try:
             return self.checkpointer.point_at(limit)
         except RankFailure as failure:
+            self.stop_if_lost()
             text = f"{TRACKER} cannot be written ({failure}): write {limit} into it before --resume"
             raise TrainingStopped(on_rank_0(text)) from None
 
     def _failed(self, iteration: int, failure: RankFailure, *, last: bool) -> None:
+        self.stop_if_lost()
         whole = self.newest = self.checkpointer.newest
         if self.good == iteration:
             self.good = whole

@@ -19,6 +19,7 @@ from megatron_dynmix.data.sources import Data, read_data
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.plan.parameters import this_host
+from megatron_dynmix.training.holding import lease_of
 from megatron_dynmix.training.mix_setup import Mix, Resolved, check_mix
 from megatron_dynmix.training.resume import (
     Resume,
@@ -88,6 +89,7 @@ def set_up(
 ) -> PreparedRun:
     """Refuse, as `InputError`, all that `train` may before ranks wait for one another; prepare the run."""
     checked = check_before_start(config, fresh=begins(run_dir, resume))
+    lease_of(run_dir).refuse_if_held()
     check_run_dir(run_dir, resume)
     if config.checkpoint.save_hf is not None:
         from megatron_dynmix.convert.export_hf import check_save_hf

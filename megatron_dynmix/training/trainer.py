@@ -256,7 +256,9 @@ class Trainer:
 
         If it is the `last` of the run, it is whole when this returns.
         """
-        progress = self.progress
+        progress, lease = self.progress, self.checkpointer.lease
+        if last and lease is not None:
+            lease.say_ending()
         if progress.iteration != self.saving.newest:
             # a checkpoint never knows more than the records
             flush = None if self.writer is None else self.writer.flush
@@ -278,6 +280,7 @@ class Trainer:
 
     def _stop_on_request(self) -> NoReturn:
         """Keep what was trained, and end so that whoever asked can start the run again."""
+        self.saving.stop_if_lost()
         text = "stopped on request, before the first iteration"
         if self.progress.iteration:
             saved = self.save(last=True)

@@ -1,5 +1,6 @@
 """What the ranks of a test run when something is to go wrong on the way."""
 
+import json
 import os
 import random
 import signal
@@ -8,6 +9,7 @@ import time
 
 from megatron_dynmix.checkpoint.checkpointer import Checkpointer
 from megatron_dynmix.errors import StoppedOnRequest, TrainingStopped
+from megatron_dynmix.lease import LOCK
 from megatron_dynmix.training.reweighting import Reweighting
 from megatron_dynmix.training.step import PassRunner
 from megatron_dynmix.training.trainer import Trainer
@@ -97,6 +99,25 @@ def train_with_group_signalled(run_yaml, flags, run_dir, iteration):
     Trainer._stop_on_request = stop_after_the_last_signal
     before("save", iteration, 0, sender.start)
     return train(run_yaml, flags, run_dir)
+
+
+def train_and_lose_the_directory(run_yaml, flags, run_dir, iteration):
+    """A run whose lock holds the token of another job from some iteration on; what it held then."""
+    lock, there = run_dir / LOCK, {}
+
+    def lose():
+        content = json.loads(lock.read_text())
+        lock.write_text(json.dumps({**content, "token": "of another job"}))
+        there.update(files_of(run_dir))
+
+    before("iteration", iteration, 0, lose)
+    return *train(run_yaml, flags, run_dir, "auto"), there, files_of(run_dir)
+
+
+def files_of(run_dir):
+    """What a run has written: all but the curves, which have a file for each process, and drafts."""
+    files = [path for path in run_dir.rglob("*") if path.is_file() and ".iter" not in str(path)]
+    return {path: path.read_bytes() for path in files if path.parent.name != "tensorboard"}
 
 
 def train_with_nan(run_yaml, flags, run_dir, iterations, rank, resume="no"):

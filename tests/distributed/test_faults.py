@@ -80,6 +80,28 @@ def test_a_request_in_the_last_iteration_changes_nothing(undisturbed, run_yaml, 
     same(result, undisturbed)
 
 
+@pytest.mark.parametrize(
+    ("every", "extra"),
+    [
+        pytest.param("1", ["--async-save", "--on-save-error", "continue"], id="async save"),
+        pytest.param("9", [], id="no save due", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_has_lost_its_directory_writes_nothing_more(
+    every, extra, undisturbed, run_yaml, start_from, tmp_path
+):
+    """And who comes next takes over from it, as its process has ended, and goes on."""
+    flags = [*start_from, *SAVING, "--save-interval", every, *extra]
+    ended = run_ranks(2, fault_programs.train_and_lose_the_directory, run_yaml, flags, tmp_path, 4)
+    assert [end for end, *_ in ended] == ["stopped", "stopped"]
+    assert "has been taken over by a run (pid " in ended[0][1] and ended[1][1] == ""
+    assert ended[0][2] == ended[0][3]
+    flags = [*start_from, *SAVING]
+    (end, result), _ = run_ranks(2, fault_programs.train, run_yaml, flags, tmp_path, resume="auto")
+    assert end == "done"
+    same(result, undisturbed)
+
+
 def test_I1_clocks_and_slow_ranks_change_nothing(undisturbed, run_yaml, start_from, tmp_path):
     (end, result), _ = run_ranks(
         2, fault_programs.train_with_wild_clock, run_yaml, [*start_from, *SAVING], tmp_path

@@ -322,7 +322,10 @@ def test_a_line_that_a_crash_cut_short_is_not_believed(model, tmp_path):
 
 
 def test_only_one_process_writes_a_folder(tmp_path):
-    with Staging(tmp_path / "out", {}, ignore), pytest.raises(InputError, match="another process is writing"):
+    with (
+        Staging(tmp_path / "out", {}, ignore),
+        pytest.raises(InputError, match="in use by a conversion to"),
+    ):
         Staging(tmp_path / "out", {}, ignore)
 
 

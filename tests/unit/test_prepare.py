@@ -39,7 +39,7 @@ ROWS = [
 
 
 def files_of(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
+    return {path.name for path in folder.iterdir()}
 
 
 def documents(prefix: Path) -> list[tuple[list[int], list[int]]]:

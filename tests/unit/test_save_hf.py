@@ -19,7 +19,8 @@ def settled(tmp_path, monkeypatch, *, iteration, flags, export):
     """What is said when the checkpoint of an iteration is whole, of a run of 20."""
     monkeypatch.setattr(export_hf, "export", export)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    checkpointer = Mock(directory=tmp_path / "checkpoints", newest=None, good=None)
+    checkpointer = Mock(directory=tmp_path / "checkpoints", newest=None, good=None, lease=None)
+    monkeypatch.setattr(saving, "first_failure", lambda failure: failure)
     checkpointer.finish.return_value = iteration
     said = []
     config = load(tmp_path, good_settings(tmp_path), flags)
@@ -47,7 +48,9 @@ def test_the_folder_is_written_when_it_is_asked_for(tmp_path, monkeypatch, flags
     )
     if times:
         name = f"iter_{iteration:07d}"
-        export.assert_called_once_with(tmp_path / "checkpoints" / name, tmp_path / "hugging_face" / name)
+        export.assert_called_once_with(
+            tmp_path / "checkpoints" / name, tmp_path / "hugging_face" / name, None
+        )
 
 
 def test_a_failure_ends_the_run_as_that_of_a_checkpoint_does(tmp_path, monkeypatch):

@@ -6,12 +6,13 @@ not depend on how many there are.
 """
 
 import errno
-import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from megatron_dynmix.data.index_file import token_dtype
@@ -39,6 +40,7 @@ from megatron_dynmix.data.prepared import (
     write_report,
 )
 from megatron_dynmix.errors import CommandFailed, InputError
+from megatron_dynmix.lease import LOCK, Lease, as_long_as_it_takes
 
 CHUNK_BYTES = 1 << 18
 """Text that a worker encodes at once, about; the order of examples that are held out follows from it."""
@@ -82,10 +84,14 @@ def prepare_source(
     encoder = Encoder(renderer, recipe.split_length, token_dtype(renderer.tokenizer.vocab_size))
     with _writing(name, prefix):
         refuse_overwriting(prefix, inputs)
-        with _locked(prefix):
-            report = current_report(prefix, inputs, recipe)
-            if report is None:
-                report = _Preparation(name, inputs, prefix, recipe, unread, strict, encoder).run(workers)
+        # most ranks find what one has prepared, and need not hold the place one after the other
+        report = current_report(prefix, inputs, recipe)
+        if report is None:
+            with _held(prefix) as lease:
+                report = current_report(prefix, inputs, recipe)
+                if report is None:
+                    preparation = _Preparation(name, inputs, prefix, recipe, unread, strict, encoder, lease)
+                    report = preparation.run(workers)
     if strict:
         refuse_broken(report.name, report.first_broken)
     return replace(report, unread=tuple(unread))  # other files may have come since it was written
@@ -100,6 +106,7 @@ class _Preparation:
     unread: Sequence[str]
     strict: bool
     encoder: Encoder
+    lease: Lease
     counts: Counts = field(default_factory=Counts)
 
     def run(self, workers: int | None) -> SourceReport:
@@ -119,6 +126,7 @@ class _Preparation:
             else:
                 moves.append((probe_prefix(draft), probe_prefix(self.prefix)))
                 self._write_probe(probe_prefix(draft), probe, files)
+            self.lease.check()
             _move(moves)
         return report
 
@@ -215,20 +223,20 @@ def _chunks(inputs: Sequence[Path], recipe: Recipe) -> Iterator[RowChunk]:
             yield RowChunk(rows, shape, size)
 
 
-@contextmanager
-def _locked(prefix: Path) -> Iterator[None]:
-    """Hold a source's lock file; also between nodes where the file system locks over the network."""
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    with file_of(prefix.with_name(f".{prefix.name}"), "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _held(prefix: Path) -> Lease:
+    """Hold the place of a source, once whoever prepares it is done; one rank of a job says that it waits."""
+    lock = prefix.with_name(f".{prefix.name}{LOCK}")
+    lease = Lease(lock, f"the preparation of {prefix.name}", "give another place")
+    first = os.environ.get("RANK", "0") == "0"
+    say = partial(print, file=sys.stderr, flush=True) if first else lambda _: None
+    return lease.take(patience=as_long_as_it_takes, say=say)
 
 
 @contextmanager
 def _draft(prefix: Path) -> Iterator[Path]:
     """Yield a prefix to write to; what is left there at the end, or by a process that was killed, goes."""
     folder = prefix.with_name(f".{prefix.name}.draft")
-    shutil.rmtree(folder, ignore_errors=True)  # nobody else writes there: the lock is held
+    shutil.rmtree(folder, ignore_errors=True)  # nobody else writes there: the place is held
     folder.mkdir()
     try:
         yield folder / "source"
