@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dynmix.errors import EXIT_FAILED, InputError
-from megatron_dynmix.job.launch import join_srun
+from megatron_dynmix.job.rendezvous import join_srun
 
 if TYPE_CHECKING:  # `--help` must not wait for torch
     from megatron_dynmix.doctor.checks import Finding

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.job.launch import end_with_launcher, join_srun
+from megatron_dynmix.job.launch import end_with_launcher
+from megatron_dynmix.job.rendezvous import is_rank, join_srun, world_size_of_job
 from megatron_dynmix.job.signals import stopping_at_once
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     nproc = arguments.nproc_per_node
     if nproc is None:
         join_srun()
-    joined = "RANK" in os.environ
-    if nproc is not None and joined:
+    if nproc is not None and is_rank():
         raise InputError(
             f"--nproc-per-node {nproc} is given, but this is a rank of a started job; leave it out"
         )
@@ -53,7 +52,7 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
         raise InputError(f"--nproc-per-node is {nproc}; it must be 1 or more")
     return train(
         *(arguments.run_yaml, rest, arguments.run_dir),
-        world_size=int(os.environ.get("WORLD_SIZE", "1")) if joined else nproc or 1,
+        world_size=nproc or world_size_of_job(),
         resume=arguments.resume,
         allow_source_change=arguments.allow_source_change,
     )
@@ -83,7 +82,7 @@ def train(
     from megatron_dynmix.training.setup import set_up
 
     prepared = set_up(config, run_dir, resume=resume, allow_source_change=allow_source_change)
-    if world_size > 1 and "RANK" not in os.environ:
+    if world_size > 1 and not is_rank():
         from megatron_dynmix.job.launch import launch_ranks
 
         command = [

@@ -1,4 +1,4 @@
-"""The ranks of one machine: started together or by `srun`, told of signals, ended together."""
+"""The ranks of one machine: started together, told of signals, ended together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import IO
 
-from megatron_dynmix.errors import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_STOPPED, InputError, TrainingStopped
+from megatron_dynmix.errors import EXIT_INTERRUPTED, EXIT_REFUSED, EXIT_STOPPED, TrainingStopped
 from megatron_dynmix.job.signals import handling
 
 LIFELINE = "MEGATRON_DYNMIX_LIFELINE"
@@ -102,22 +102,6 @@ def end_with_launcher() -> None:
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
-
-
-def join_srun() -> None:
-    """Take this task's rank from `srun`, which names it in variables of its own."""
-    tasks = os.environ.get("SLURM_NTASKS", "1")
-    if "RANK" in os.environ or tasks == "1" or "SLURM_PROCID" not in os.environ:
-        return
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise InputError(
-            f"this is one of {tasks} tasks of srun, but {' and '.join(missing)} are not set; export the "
-            "address of the first node and a free port, or start one rank here with --nproc-per-node 1"
-        )
-    os.environ.update(
-        RANK=os.environ["SLURM_PROCID"], WORLD_SIZE=tasks, LOCAL_RANK=os.environ.get("SLURM_LOCALID", "0")
-    )
 
 
 def _place(rank: int, nproc: int, port: int) -> dict[str, str]:
