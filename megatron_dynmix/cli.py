@@ -7,6 +7,7 @@ the command that is called is imported, and it imports what is heavy when it run
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -19,11 +20,13 @@ from megatron_dynmix.errors import (
     EXIT_INTERRUPTED,
     EXIT_REFUSED,
     EXIT_STOPPED,
+    EXIT_UNREAD,
     CommandFailed,
     InputError,
     StoppedOnRequest,
     TrainingStopped,
 )
+from megatron_dynmix.job.streams import OutputLost, secure_output
 
 COMMANDS = {
     "quickstart": ("train a tiny MoE on four generated sources, on two ranks", False),
@@ -41,19 +44,36 @@ COMMANDS = {
     "update": ("one weight update on given loads or losses, no model", True),
 }
 """Summary of each command, and whether flags that it does not declare are settings for it to read."""
+MAKES_FILES = ("quickstart", "prepare", "train", "compare", "evaluate", "convert")
+"""Commands that go on when what they print cannot be written."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     if "" not in sys.path:
         sys.path.append("")  # strategies of your own may lie in the current folder, as for `python -m`
+    own_process = argv is None
     argv = sys.argv[1:] if argv is None else argv
     name = next((word for word in argv if word in COMMANDS), "")
+    if own_process:
+        secure_output(goes_on=name in MAKES_FILES)
     parser = parser_of([name])
     arguments, rest = parser.parse_known_args(argv)
     _, takes_flags = COMMANDS[name]
     if rest and not takes_flags:
         parser.error(f"unknown arguments: {' '.join(rest)}")
+    try:
+        code = _run(name, arguments, rest)
+        sys.stdout.flush()
+        return code
+    except OutputLost as lost:
+        if lost.errno == errno.EPIPE:
+            return EXIT_UNREAD
+        return _end(EXIT_FAILED, f"standard output cannot be written ({lost.strerror})")
+
+
+def _run(name: str, arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Run a command; say why it ends early, if it does, and return its exit code."""
     try:
         return int(_module(name).run(arguments, rest))
     except InputError as error:

@@ -7,6 +7,8 @@ EXIT_REFUSED = 2
 EXIT_STOPPED = 75
 """The state is saved, run it again: EX_TEMPFAIL of sysexits.h, which schedulers can be told to requeue."""
 EXIT_INTERRUPTED = 130
+EXIT_UNREAD = 141
+"""Nobody reads what it prints: 128 + SIGPIPE, as the shell says of programs that die of it."""
 
 
 class InputError(ValueError):

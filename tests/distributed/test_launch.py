@@ -221,6 +221,16 @@ def test_a_single_rank_is_interrupted_with_one_line(run_yaml, tmp_path):
     assert "interrupted" in said
 
 
+@pytest.mark.parametrize("log", ["2>&- | head -1", pytest.param(">&- 2>&-", marks=pytest.mark.slow)])
+def test_a_run_whose_log_nobody_reads_goes_on(log, run_yaml, tmp_path):
+    flags = [run_yaml, "--run-dir", tmp_path, *SMALL, "--train-iters", "3", "--nproc-per-node", "2"]
+    command = " ".join(map(str, [sys.executable, "-m", "megatron_dynmix", "train", *flags]))
+    shell = ["bash", "-c", f"{command} {log}; exit ${{PIPESTATUS[0]}}"]
+    assert subprocess.run(shell, cwd=ROOT, timeout=120).returncode == 0
+    assert [record["iteration"] for record in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert (tmp_path / "checkpoints/iter_0000003/checksums.json").is_file()
+
+
 @pytest.mark.slow
 def test_torchrun_starts_ranks_again_and_they_end_like_an_undisturbed_run(run_yaml, tmp_path):
     flags = [*SMALL, "--train-iters", "6", "--save-interval", "1", "--interval", "3"]
