@@ -7,7 +7,8 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from megatron_dynmix.config import run_config as tree
 from megatron_dynmix.config.strategies import option_hints
 from megatron_dynmix.errors import InputError
 
+LONGEST_NAME = 200
+"""Bytes of a source's name: a file system has 255, and files of a source have endings."""
 PATH_LEAVES = (
     *("tokenizer", "prepared_dir", "pretrained_checkpoint", "load_hf"),
     *("reference", "target", "weights_from", "embeddings", "override_file"),
@@ -147,15 +150,12 @@ def _sources(where: str, value: Any, folder: Path) -> dict[str, tree.SourceConfi
     if not isinstance(value, dict) or not value:
         raise InputError(f"{where} holds {value!r}; it must hold at least one source, as name: {{path: ...}}")
     hints = {**typing.get_type_hints(tree.SourceConfig), "format": str, "fields": dict, "roles": dict}
-    sources = {}
+    sources: dict[str, tree.SourceConfig] = {}
     for name, settings in value.items():
         at = f"{where}.{name}"
         if not isinstance(name, str):  # YAML reads 010 as 8 and `on` as true
             raise InputError(f"{at}: the source's name is read as {name!r}, not as text; put it in quotes")
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-            raise InputError(f"{at}: a source's name may hold letters, digits and . _ - only")
-        if name.endswith(".probe"):
-            raise InputError(f"{at}: held-out rows are kept under such names; call the source otherwise")
+        _check_name(name, at, sources)
         if not isinstance(settings, dict) or "path" not in settings:
             raise InputError(f"{at} holds {settings!r}; it must hold a path: {{path: data/{name}.jsonl}}")
         for key in settings:
@@ -169,6 +169,39 @@ def _sources(where: str, value: Any, folder: Path) -> dict[str, tree.SourceConfi
         except InputError as error:
             raise InputError(f"{at}: {error}") from None
     return sources
+
+
+def _check_name(name: str, at: str, others: Collection[str]) -> None:
+    """Refuse names that files and tags cannot have, and those that readers or disks take for one."""
+    kinds = [unicodedata.category(character) for character in name]
+    # \w lacks the marks that are written with letters, as vowels of Hindi are
+    allowed = all(
+        kind[0] in "LM" or kind == "Nd" or it in "._-" for it, kind in zip(name, kinds, strict=True)
+    )
+    if not allowed or not name or kinds[0][0] == "M":
+        raise InputError(
+            f"{at}: a source's name may hold letters, digits and . _ - only, those of any script, not "
+            f"{name!r}"
+        )
+    if not unicodedata.is_normalized("NFC", name):
+        composed = unicodedata.normalize("NFC", name)
+        raise InputError(
+            f"{at}: the name is {name!a}, whose letters are decomposed (Unicode NFD), so that it equals no "
+            f"other that looks so; write {composed!a} (NFC), here and wherever the source is named"
+        )
+    if len(name.encode()) > LONGEST_NAME:
+        raise InputError(
+            f"{at}: the name has {len(name.encode())} bytes, but file names have room for "
+            f"{LONGEST_NAME}; shorten it"
+        )
+    if name.casefold().endswith(".probe"):
+        raise InputError(f"{at}: held-out rows are kept under such names; call the source otherwise")
+    for other in others:
+        if other.casefold() == name.casefold():
+            raise InputError(
+                f"{at}: there is a source {other}, too, and a disk that ignores case would keep one "
+                "file for both; give one of them another name"
+            )
 
 
 def _absolute(text: str | None, folder: Path, where: str) -> str | None:

@@ -36,10 +36,11 @@ def secure_output(*, goes_on: bool) -> None:
 
 def _text(descriptor: int, before: object, *, goes_on: bool) -> io.TextIOWrapper:
     stream = io.BufferedWriter(_Stream(descriptor, goes_on=goes_on))
+    lacking = "backslashreplace"  # a name that the encoding of the log cannot write ends no run
     if not isinstance(before, io.TextIOWrapper):  # it was closed
-        return io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace")
+        return io.TextIOWrapper(stream, encoding="utf-8", errors=lacking)
     by_line = before.line_buffering or before.write_through
-    return io.TextIOWrapper(stream, before.encoding, before.errors, line_buffering=by_line)
+    return io.TextIOWrapper(stream, before.encoding, lacking, line_buffering=by_line)
 
 
 class _Stream(io.RawIOBase):

@@ -51,7 +51,8 @@ def _draw(matrix_RC: npt.NDArray[np.float64], names: Sequence[str], title: str) 
     cell_height, cell_width = (
         max(1, min(MOST_CELL, space // count)) for space, count in ((MAP_HEIGHT, rows), (MAP_WIDTH, columns))
     )
-    labels = [f"{name}  {row}" if rows <= MOST_NAMES else str(row) for row, name in enumerate(names)]
+    named = [rows <= MOST_NAMES and name.isascii() for name in names]  # the font has few letters more
+    labels = [f"{name}  {row}" if named[row] else str(row) for row, name in enumerate(names)]
     left = 8 + max(int(FONT.getlength(label)) for label in labels) + 6
     top, height, width = LINE + 8, rows * cell_height, columns * cell_width
     low, high = float(matrix_RC.min()), float(matrix_RC.max())

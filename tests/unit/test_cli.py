@@ -355,6 +355,13 @@ def test_update_refuses_weights_and_names_their_file(capsys, tmp_path, weights, 
     assert part in line and "weights.json" in line and "load.json" not in line
 
 
+def test_names_that_an_encoding_lacks_end_no_command(monkeypatch):
+    program = "from megatron_dynmix.job.streams import secure_output as secure; secure(goes_on=True); "
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    done = fresh_python("-c", program + "print('数学')")
+    assert done.returncode == 0 and done.stdout == "\\u6570\\u5b66\n"
+
+
 @pytest.mark.parametrize("loss", ["1.5", True, None, 10**399, -1, [1.5]])
 def test_update_refuses_losses_that_are_no_numbers(capsys, tmp_path, loss):
     given = json_file(tmp_path, "loss.json", {"A": 1.0, "B": loss, "C": 1.0})

@@ -97,6 +97,20 @@ def test_an_environment_variable_that_is_not_set_is_refused(tmp_path, monkeypatc
         ("data: {sources: {a: {path: x, weight: .nan}}}", "nan; it must be a finite number, 0 or more"),
         ("data: {sources: {a.probe: {path: x}}}", "call the source otherwise"),
         ("data: {sources: {a/b: {path: x}}}", "a source's name may hold letters, digits and . _ - only"),
+        ("data: {sources: {a b: {path: x}}}", "those of any script, not 'a b'"),
+        ("data: {sources: {数学😀: {path: x}}}", "those of any script, not '数学😀'"),
+        ('data: {sources: {"код\\u200b": {path: x}}}', "those of any script"),
+        ('data: {sources: {"\\u0301a": {path: x}}}', "those of any script"),
+        ("data: {sources: {код²: {path: x}}}", "those of any script"),
+        ('data: {sources: {"": {path: x}}}', "those of any script"),
+        ('data: {sources: {"e\\u0301t": {path: x}}}', "decomposed (Unicode NFD)"),
+        (
+            "data: {sources: {код: {path: x}, Код: {path: y}}}",
+            "there is a source код, too, and a disk",
+        ),
+        ("data: {sources: {straße: {path: x}, STRASSE: {path: y}}}", "there is a source straße, too"),
+        (f"data: {{sources: {{{'数' * 67}: {{path: x}}}}}}", "the name has 201 bytes"),
+        ("data: {sources: {код.Probe: {path: x}}}", "call the source otherwise"),
         ("data: {sources: {on: {path: x}}}", "read as True, not as text; put it in quotes"),
         ("data: {sources: {010: {path: x}}}", "read as 8, not as text; put it in quotes"),
         (
@@ -112,6 +126,18 @@ def test_an_environment_variable_that_is_not_set_is_refused(tmp_path, monkeypatc
 def test_what_a_file_cannot_hold(tmp_path, content, message):
     with pytest.raises(InputError, match=re.escape(message)):
         load(tmp_path, content)
+
+
+NAMES = ["数学", "код", "हिन्दी", "كود", "ไทย", "código", "ΑΒΓ-1", "日本語.v2", "데이터", "١٢٣", "Code_2.x-y"]
+
+
+def test_names_of_sources_are_letters_of_any_script(tmp_path):
+    content = good_settings(tmp_path)
+    path = next(iter(content["data"]["sources"].values()))["path"]
+    content["data"]["sources"] = {name: {"path": path} for name in NAMES}
+    config = load(tmp_path, content)
+    assert list(config.data.sources) == NAMES
+    assert load(tmp_path, to_yaml(config)) == config
 
 
 @pytest.mark.parametrize(
