@@ -137,7 +137,7 @@ def test_special_tokens_in_texts_do_not_move_the_mask(tokenizer: Tokenizer, temp
         ("{{ raise_exception('no system role') }}", "refuses the conversation .no system role"),
         (
             "{{ messages[-1].content }}",
-            "leaves out the system prompt .'be brief'., the text of turn 2 .'hi'.",
+            "leaves out the system prompt ..be brief.., the text of turn 2",
         ),
     ],
 )
@@ -356,7 +356,7 @@ def test_answers_that_a_template_shortens_are_missed(tokenizer_dir: Path) -> Non
         "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else m.content[:2] }}"
         "{{ eos_token }}{% endfor %}"
     )
-    with pytest.raises(ValueError, match=r"leaves out the system prompt .'brief'., the text of turn 3"):
+    with pytest.raises(ValueError, match=r"leaves out the system prompt ..brief.., the text of turn 3"):
         trained(TWO_ROUNDS, with_template(tokenizer_dir, template), "tokenizer", "last")
 
 

@@ -76,8 +76,8 @@ class Given:
     ) -> "Given":
         """Return a (guarded) conversation in a form, for this template."""
         given = cls(form, template, marked)
-        given.messages = [given._message(at, turn) for at, turn in enumerate(conversation.turns)]
         given.tools = [given._schema(tool) for tool in conversation.tools]
+        given.messages = [given._message(at, turn) for at, turn in enumerate(conversation.turns)]
         return given
 
     def _part(self, turn: int, kind: PartKind, text: str) -> Traced:

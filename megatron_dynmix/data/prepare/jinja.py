@@ -101,6 +101,7 @@ class ChatTemplate:
         defaults = {node.name for node in asked if isinstance(node, nodes.Name)}
         self.variables = frozenset(meta.find_undeclared_variables(tree) | defaults) - _OWN
         """What it reads beside the conversation."""
+        self.reads_tools = "tools" in meta.find_undeclared_variables(tree)
         self.has_generation = any(map(_is_generation, tree.find_all(nodes.CallBlock)))
         self._words = {node.attr for node in tree.find_all(nodes.Getattr)}
         self._words |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}

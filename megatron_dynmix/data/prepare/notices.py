@@ -16,6 +16,7 @@ NoticeKind = Literal[
     "removed reasoning",
     "unmarked answer",
     "other prompt",
+    "unwritten tools",
     "straddled border",
 ]
 HINTS: dict[NoticeKind, str] = {
@@ -28,6 +29,7 @@ HINTS: dict[NoticeKind, str] = {
     "special token in text": "in what somebody wrote it is tokenized as letters, and is no special token",
     "removed reasoning": "the template leaves out reasoning of earlier rounds, so it is not trained on",
     "unmarked answer": "the template puts it outside of {% generation %}, so it is not trained on",
+    "unwritten tools": "the template has calls but no place for schemas; write them into the system prompt",
     "other prompt": "at inference more stands before the last answer than in the text, such as `<think>`",
     "straddled border": "prompt and answer met inside of a token; they are tokenized apart, as at inference",
 }

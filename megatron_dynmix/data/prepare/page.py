@@ -7,6 +7,7 @@ from megatron_dynmix.data.prepare.conversation import Conversation
 from megatron_dynmix.data.prepare.forms import Form, Given, forms
 from megatron_dynmix.data.prepare.jinja import ChatTemplate, Refused
 from megatron_dynmix.data.prepare.placed import Placed
+from megatron_dynmix.data.prepare.traced import MOST_MARKS
 from megatron_dynmix.data.prepare.written import Missing, Review, review
 
 _SHOWN = 3
@@ -41,8 +42,8 @@ class Page:
     def endless(self, turn: int) -> ValueError:
         """Return the error of an answer with no end."""
         return ValueError(
-            f"the chat template writes nothing behind {self.name(turn)} that ends it (what begins one does "
-            "not), so no end would be learnt; use the template vicuna, or let it write eos_token there"
+            f"the chat template writes nothing behind {self.name(turn)} that ends it, so no end would be "
+            "learnt (what begins a turn is none); use the template vicuna, or let it write eos_token there"
         )
 
     def write(self) -> Review:
@@ -83,8 +84,8 @@ def write(
         except Refused as error:
             refused.append(error)
             continue
-        if seen.missing:
-            page, seen = _by_marks(page, seen, Page(template, names, conversation, form, seen.parts))
+        if lost := seen.parts - page.placed.parts - set(range(MOST_MARKS, len(page.given.parts))):
+            page, seen = _by_marks(page, seen, Page(template, names, conversation, form, lost))
         if not seen.missing:
             return page, seen
         lacking.append(seen.missing)

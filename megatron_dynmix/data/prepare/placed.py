@@ -15,6 +15,8 @@ class Placed:
         self.text, self.runs, self.marked_spans = text.plain, list(_first(text.runs)), marked_spans
         self.turns = [turn_of[run.part] for run in self.runs]
         """Of each run."""
+        self.parts = frozenset(run.part for run in self.runs)
+        """The parts of which there is something."""
         self.runs_of: dict[int, list[int]] = {}
         """The numbers of each turn's runs."""
         for number, turn in enumerate(self.turns):
@@ -30,13 +32,13 @@ class Placed:
         return runs_between(self.runs, *span)
 
     def around(self, turn: int) -> str:
-        """Return a turn from its first text to the next turn's first."""
+        """Return what stands between the texts before and behind a turn's."""
         own = self.runs_of.get(turn)
         if own is None:
             return ""
-        following = own[-1] + 1
-        end = self.runs[following].start if following < len(self.runs) else len(self.text)
-        return self.text[self.runs[own[0]].start : end]
+        start = self.runs[own[0] - 1].end if own[0] else 0
+        end = self.runs[own[-1] + 1].start if own[-1] + 1 < len(self.runs) else len(self.text)
+        return self.text[start:end]
 
     def says(self, run: Run) -> bool:
         """Tell whether there is more than white space in a run."""

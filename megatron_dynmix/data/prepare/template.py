@@ -123,7 +123,10 @@ class Renderer:
         if self.train_on == "completion" and (answers := sum(t.role == "assistant" for t in turns)) > 1:
             raise ValueError(f"has {answers} answers; train_on completion is for rows with one, use last")
         conversation = self._guarded(conversation)
-        rendered = self._jinja(conversation) if self.sources else self._built_in(conversation)
+        try:
+            rendered = self._jinja(conversation) if self.sources else self._built_in(conversation)
+        except ValueError as error:
+            raise ValueError(self.tokenizer.special.unguard(str(error))) from error
         unread = conversation.template_kwargs.keys() - self._read
         notices = (Notice("unused key", f"chat_template_kwargs: {key}") for key in sorted(unread))
         return replace(rendered, notices=(*rendered.notices, *notices))
@@ -192,9 +195,12 @@ class Renderer:
         wanted = self._looked_for(conversation.turns)
         find = marked_answers if template.has_generation else asked_answers
         spans, notices = find(page, wanted, self.tokenizer)
-        if seen.removed:
+        removed = tuple(page.given.parts[number].turn for number in seen.removed)
+        if removed:
             notices.append(Notice("removed reasoning"))
-        return self._rendered(page.placed.text, spans, notices=tuple(notices), removed=tuple(seen.removed))
+        if seen.unwritten_tools:
+            notices.append(Notice("unwritten tools"))
+        return self._rendered(page.placed.text, spans, notices=tuple(notices), removed=removed)
 
 
 def _sources_of(template: str, tokenizer: Tokenizer) -> dict[str, str]:

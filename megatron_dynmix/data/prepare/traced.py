@@ -16,6 +16,7 @@ from megatron_dynmix.data.tokenizer.special import TWIN
 from megatron_dynmix.files import Number
 
 _MARKED = re.compile(f"([{chr(TWIN)}-\U0010fffd])(.*?)\\1", re.DOTALL)
+MOST_MARKS = 0x10FFFE - TWIN
 """Guards stand below, and what marks `{% generation %}` above."""
 
 _ESCAPED = re.compile(r'[\x00-\x1f\\"]')

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from megatron_dynmix.data.prepare.conversation import END_THINK, THINK, Turn
 from megatron_dynmix.data.prepare.forms import Given, Part
 from megatron_dynmix.data.prepare.placed import Placed
+from megatron_dynmix.data.prepare.traced import to_json
 
 _SHOWN = 40
 
@@ -18,29 +19,35 @@ class Missing(NamedTuple):
 
 
 class Review(NamedTuple):
-    """What is missing in a text, and the turns before the last answer whose reasoning is."""
+    """What is missing in a text, and the parts with reasoning that is left out before the last answer."""
 
     missing: list[Missing]
     removed: list[int]
+    unwritten_tools: bool = False
+    """Whether the template has no place for the schemas of tools, though it writes calls of them."""
 
     @property
     def parts(self) -> frozenset[int]:
-        """The numbers of the parts that are missing."""
-        return frozenset(one.part for one in self.missing)
+        """The numbers of the parts of which something is not there."""
+        return frozenset((*(one.part for one in self.missing), *self.removed))
 
 
 def review(given: Given, placed: Placed, turns: Sequence[Turn]) -> Review:
     """Compare what was given with the text, but for white space; JSON may be escaped.
 
-    Earlier reasoning may be removed, and is in many templates; that of the last answer must be there.
+    Earlier reasoning may be removed, and is in many templates; that of the last answer must be there. Schemas
+    of tools must, unless the template is for calls of tools that the system prompt describes.
     """
     last = max(at for at, turn in enumerate(turns) if turn.role == "assistant")
+    has_calls = any(turn.extra.get("tool_calls") for turn in turns)
     seen = Review([], [])
     for number, left_out in enumerate(_left_out(given, placed)):
         part = given.parts[number]
+        if left_out and number in placed.parts and part.text.strip() in placed.around(part.turn):
+            continue  # cut up, and joined with words of the template that are the same
         thought, said = _divided(part, turns, left_out)
         if thought and part.turn < last:
-            seen.removed.append(part.turn)
+            seen.removed.append(number)
         if said or (thought and part.turn >= last):
             seen.missing.append(Missing(number, _name(part, turns, said or thought, is_thought=not said)))
     written = {run.part for run in placed.runs}
@@ -49,6 +56,9 @@ def review(given: Given, placed: Placed, turns: Sequence[Turn]) -> Review:
         text = "" if number in written else placed.around(turn)
         if number not in written and (left := [one for one in digits if one not in text]):
             seen.missing.append(Missing(number, _name(given.parts[number], turns, left[0], is_thought=False)))
+    is_schema = {given.parts[one.part].kind == "schema" for one in seen.missing}
+    if has_calls and not given.template.reads_tools and is_schema == {True}:
+        return Review([], seen.removed, unwritten_tools=True)
     return seen
 
 
@@ -83,9 +93,9 @@ def _divided(part: Part, turns: Sequence[Turn], left_out: Sequence[tuple[int, in
 
 
 def _name(part: Part, turns: Sequence[Turn], left_out: str, *, is_thought: bool) -> str:
-    excerpt = left_out if len(left_out) <= _SHOWN else f"{left_out[:_SHOWN]}..."
+    excerpt = to_json(left_out if len(left_out) <= _SHOWN else f"{left_out[:_SHOWN]}...")
     if part.turn < 0:
-        return f"the tools ({excerpt!r})"
+        return f"the tools ({excerpt})"
     what = {
         "system": "the system prompt",
         "tool": f"the tool's result in turn {part.turn + 1}",
@@ -94,4 +104,4 @@ def _name(part: Part, turns: Sequence[Turn], left_out: str, *, is_thought: bool)
         what = f"the reasoning of turn {part.turn + 1}"
     elif part.kind in ("call", "arguments"):
         what = f"the {'name' if part.kind == 'call' else 'arguments'} of a call in turn {part.turn + 1}"
-    return f"{what} ({excerpt!r})"
+    return f"{what} ({excerpt})"
