@@ -64,4 +64,4 @@ def balance_loss_sum(
     `count_GE` are the choices of whole groups, of which this rank may hold a part.
     """
     share_GE = count_GE / count_GE.sum(dim=-1, keepdim=True).clamp(min=1)
-    return count_GE.shape[-1] * (share_GE * (in_group_GT @ probability_TE.float())).sum()
+    return count_GE.shape[-1] * (share_GE * (in_group_GT @ probability_TE)).sum()

@@ -167,6 +167,7 @@ class GateLoadRouter(TopKRouter):
         """
         if not (coefficient := self.get_aux_loss_coeff(kind)):
             return carrier
+        probability_TE = probability_TE.float()  # bfloat16, if the router computes in that, can hold no sums
         ranks = self.tp_dp_cp_group if kind == "global_aux_loss" else self.tp_cp_group
         in_group_GT = (
             self._in_row_GT(rows, probability_TE) if rows else probability_TE.new_ones(1, len(chosen_TE))

@@ -43,7 +43,7 @@ def gradients(run_yaml, flags, run_dir, cases, train_on=("all",)):
     answers = {}
     loss_of = PassRunner._loss
     for case in cases:
-        for name in train_on:
+        for name in train_on if case != "main loss" else ("all",):
             layouts.start_anew()
             trainer = programs.build(run_yaml, [*flags, *CASES[case]], run_dir / f"{case} {name}")
             programs.reduce_gradients_whole(trainer.run.chunks)

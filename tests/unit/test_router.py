@@ -105,6 +105,29 @@ def test_an_auxiliary_loss_is_as_strong_as_its_coefficient_says(kind):
     assert found_SBE.abs().max() > 1e-3 and not found_SBE[batch[1]].any()
 
 
+def many():
+    """Thousands of tokens, in bfloat16, which counts to 256."""
+    logits_SBE, padding_SB = drawn()
+    return logits_SBE.bfloat16().repeat(100, 1, 1), padding_SB.repeat(100, 1)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "z_loss"])
+def test_the_sums_of_a_router_in_bfloat16_are_not(kind):
+    logits_SBE, padding_SB = many()
+    rough_SBE = gradient(router_of(**settings_of(kind)), [(logits_SBE, padding_SB)])
+    exact_SBE = gradient(router_of(**settings_of(kind)), [(logits_SBE.float(), padding_SB)])
+    torch.testing.assert_close(rough_SBE.float(), exact_SBE, rtol=0.02, atol=0.01 * exact_SBE.abs().max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sigmoid_scores_in_bfloat16_are_counted_exactly_too(kind):
+    router = router_of(**settings_of(kind), moe_router_score_function="sigmoid")
+    logits_SBE, padding_SB = many()
+    assert gradient(router, [(logits_SBE, padding_SB)]).isfinite().all()
+    if kind == "global_aux_loss":
+        assert router.global_tokens_per_expert.sum() == TOPK * (~padding_SB).sum()
+
+
 @pytest.mark.parametrize("kind", ["seq_aux_loss", "z_loss"])
 def test_what_is_balanced_by_row_or_token_does_not_depend_on_the_micro_batch(kind):
     logits_SBE, padding_SB = drawn()
