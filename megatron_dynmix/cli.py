@@ -26,6 +26,7 @@ from megatron_dynmix.errors import (
     StoppedOnRequest,
     TrainingStopped,
 )
+from megatron_dynmix.job.resources import exhausted
 from megatron_dynmix.job.streams import OutputLost, secure_output
 
 COMMANDS = {
@@ -88,6 +89,10 @@ def _run(name: str, arguments: argparse.Namespace, rest: list[str]) -> int:
         if sys.stderr.isatty() and "RANK" not in os.environ:
             print(file=sys.stderr)  # the terminal shows ^C in the line that is being written
         return _end(EXIT_INTERRUPTED, _once(f"interrupted{interrupt}"))
+    except Exception as error:
+        if used_up := exhausted(error):
+            return _end(EXIT_FAILED, used_up)
+        raise
 
 
 def parser_of(names: Collection[str]) -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -110,6 +111,22 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader, or a crash, finds the old content or the new one."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def inodes_are_used_up(path: Path) -> bool:
+    """Whether the disk of a path, which need not be there, takes no more files though it may have room."""
+    try:
+        stats = os.statvfs(next(folder for folder in (path, *path.absolute().parents) if folder.exists()))
+    except OSError:
+        return False
+    return bool(stats.f_files) and not stats.f_favail
+
+
+def why_not_written(error: OSError, path: Path) -> str:
+    """Return why the system did not write a file; it calls a disk without inodes full."""
+    if error.errno == errno.ENOSPC and inodes_are_used_up(path):
+        return f"{error.strerror}: no inode is left, see df -i; remove files, however small"
+    return error.strerror or str(error)
 
 
 def sync(path: Path) -> None:

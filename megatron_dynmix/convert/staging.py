@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.files import name_folder, sync
+from megatron_dynmix.files import inodes_are_used_up, name_folder, sync
 from megatron_dynmix.lease import LOCK, Lease
 
 PLAN = ".conversion.json"
@@ -65,8 +65,9 @@ class Staging:
         self._held.close()
         if isinstance(value, OSError) and value.errno in FULL:
             free = shutil.disk_usage(self.folder).free / GIGABYTE
+            left = "no inode is" if inodes_are_used_up(self.folder) else f"{free:.2f} GB are"
             raise InputError(
-                f"the disk is full: {free:.2f} GB are left on {self.final.parent}. What is done lies in "
+                f"the disk is full: {left} left on {self.final.parent}. What is done lies in "
                 f"{self.folder}; make room and give the same command again, and it resumes from there"
             ) from value
 

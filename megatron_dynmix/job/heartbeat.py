@@ -24,7 +24,8 @@ from typing import Any, TypeVar
 import torch
 
 from megatron_dynmix import platform
-from megatron_dynmix.errors import TrainingStopped
+from megatron_dynmix.errors import CommandFailed, InputError, StoppedOnRequest, TrainingStopped
+from megatron_dynmix.job.resources import exhausted
 
 POLL_SECONDS = 1.0
 BEAT_SECONDS = 1.0
@@ -34,6 +35,9 @@ ANSWER_SECONDS = 15.0
 """How long the store may take to answer everything; it does not say when its host has gone."""
 NAMED = 8
 """Ranks that one message names."""
+
+TOLD = (CommandFailed, InputError, StoppedOnRequest, TrainingStopped, KeyboardInterrupt)
+"""What has a message of its own."""
 
 Answer = TypeVar("Answer")
 Ranks = dict[int, dict[str, Any]]
@@ -155,8 +159,12 @@ def heartbeat_of_job(timeout_minutes: float) -> Iterator[Heartbeat]:
     try:
         yield heartbeat
     except BaseException as error:
-        if not _is_of_another_rank(error):
+        used_up = None if isinstance(error, TOLD) else exhausted(error)
+        if used_up or not _is_of_another_rank(error):
             heartbeat.end("failed")
+            if used_up:
+                again = "go on from the last checkpoint with --resume auto"
+                raise TrainingStopped(f"{used_up}; {again}") from error
             raise
         who = heartbeat.explain()
         text = (

@@ -20,6 +20,10 @@ LIFELINE = "MEGATRON_DYNMIX_LIFELINE"
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0
 """How long the other ranks have to say what they know and to end, once one has."""
+AS_WHEN = {
+    "SIGKILL": ", as when memory runs out",
+    "SIGBUS": ", as when shared memory (df -h /dev/shm) or the disk of a file in memory is full",
+}
 DEFAULTS = {
     "OMP_NUM_THREADS": "1",
     # without it torch reports every lost connection with the frames of its own stack
@@ -134,7 +138,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], passed: Sequence[int]) -> in
     end = f"failed with exit code {code}"
     if code < 0:
         name = signal.Signals(-code).name
-        end = f"was killed by {name}" + (", as when memory runs out" if name == "SIGKILL" else "")
+        end = f"was killed by {name}{AS_WHEN.get(name, '')}"
     others = "" if len(ranks) == 1 else "; the other ranks were ended"
     raise TrainingStopped(
         f"rank {rank} (pid {ranks[rank].pid}) {end}{others}. Go on from the last checkpoint with "

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import orjson
 
 from megatron_dynmix.errors import InputError, TrainingStopped
-from megatron_dynmix.files import write_atomically
+from megatron_dynmix.files import why_not_written, write_atomically
 from megatron_dynmix.records.schema import AnyLine, Line
 
 CHUNK_BYTES = 1 << 24
@@ -24,9 +24,10 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        why = why_not_written(error, path)
         raise TrainingStopped(
-            f"{path} cannot be written ({error.strerror or error}); make room, and a run that has stopped "
-            "goes on with --resume auto"
+            f"{path} cannot be written ({why}); make room, and a run that has stopped goes on with "
+            "--resume auto"
         ) from error
 
 

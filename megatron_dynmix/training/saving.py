@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,9 @@ from megatron_dynmix.checkpoint.folder import TRACKER, folder_of
 from megatron_dynmix.checkpoint.run_state import RunState
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.errors import TrainingStopped
+from megatron_dynmix.files import inodes_are_used_up
 from megatron_dynmix.job.agreement import RankFailure, first_failure, on_rank_0
+from megatron_dynmix.job.resources import DISK, exhausted
 from megatron_dynmix.records.logline import saved_line, saving_line
 
 
@@ -117,11 +120,12 @@ class Saving:
         if whole is not None:
             left = f"The last good one is {folder_of(self.directory, whole)}"
             remedy = ", and --resume goes on from it"
+        used_up = None if re.search(DISK, str(failure)) else exhausted(failure)
         self._stop_or_say(
             f"the checkpoint of iteration {iteration} could not be written: {failure} "
             f"({_free(self.directory)}). {left}",
             stop=last,
-            remedy=f"{remedy}. Make room, or give another --run-dir",
+            remedy=f"{remedy}. {used_up or 'Make room, or give another --run-dir'}",
         )
 
     def _stop_or_say(self, text: str, *, stop: bool, remedy: str = "") -> None:
@@ -137,4 +141,6 @@ def _free(directory: Path) -> str:
         free = shutil.disk_usage(directory if directory.is_dir() else directory.parent).free / 2**30
     except OSError as error:
         return f"the room in {directory} cannot be told: {error.strerror}"
+    if inodes_are_used_up(directory):
+        return f"no inode is free in {directory}, see df -i: remove files, however small"
     return f"{free:.1f} GiB are free in {directory}"

@@ -40,7 +40,8 @@ from megatron_dynmix.data.prepared import (
     write_report,
 )
 from megatron_dynmix.errors import CommandFailed, InputError
-from megatron_dynmix.lease import LOCK, Lease, as_long_as_it_takes
+from megatron_dynmix.files import why_not_written
+from megatron_dynmix.lease import Lease, as_long_as_it_takes
 
 CHUNK_BYTES = 1 << 18
 """Text that a worker encodes at once, about; the order of examples that are held out follows from it."""
@@ -225,7 +226,7 @@ def _chunks(inputs: Sequence[Path], recipe: Recipe) -> Iterator[RowChunk]:
 
 def _held(prefix: Path) -> Lease:
     """Hold the place of a source, once whoever prepares it is done; one rank of a job says that it waits."""
-    lock = prefix.with_name(f".{prefix.name}{LOCK}")
+    lock = prefix.with_name(f".{prefix.name}.held")  # files named .lock may be left of what used flock
     lease = Lease(lock, f"the preparation of {prefix.name}", "give another place")
     first = os.environ.get("RANK", "0") == "0"
     say = partial(print, file=sys.stderr, flush=True) if first else lambda _: None
@@ -274,9 +275,10 @@ def _writing(name: str, prefix: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
+            why = why_not_written(error, prefix)
             raise CommandFailed(
-                f"source {name}: no space is left for {prefix} ({error.strerror}); what was there is as it "
-                "was; free some space, or write elsewhere"
+                f"source {name}: no space is left for {prefix} ({why}); what was there is as it was; free "
+                "some space, or write elsewhere"
             ) from error
         if isinstance(error, _NO_PLACE) or error.errno in (errno.EROFS, errno.ENAMETOOLONG):
             raise InputError(
