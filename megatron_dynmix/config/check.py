@@ -9,10 +9,12 @@ import glob
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
+from megatron_dynmix.config import rotary
 from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.megatron_fields import megatron_fields, model_settings, moe_layers
-from megatron_dynmix.config.run_config import HUB, MixingConfig, RunConfig, require
+from megatron_dynmix.config.run_config import HUB, MixingConfig, ModelConfig, RunConfig, require
 from megatron_dynmix.config.strategies import Chosen, resolved_options
 from megatron_dynmix.errors import InputError
 
@@ -255,19 +257,48 @@ def _check_model(config: RunConfig) -> None:
     """Refuse what Megatron-Core would only find while it builds the model, or route into nothing."""
     model = model_settings(config)
     require(model.num_layers >= 1, "model.num_layers", model.num_layers, "1 or more")
-    latent = megatron_fields()["MLATransformerConfig"].keys()
+    latent = megatron_fields()["MLATransformerConfig"].keys() - {*rotary.SETTINGS}
     if not model.multi_latent_attention and (given := sorted(latent & config.model.megatron.keys())):
         raise InputError(
             f"{', '.join(given)}: only multi-latent attention has that; set multi_latent_attention, or leave "
             "it out"
         )
-    if (rope := config.model.megatron.get("rope_type", "yarn")) not in ("rope", "yarn"):
-        raise InputError(f"model.rope_type is {rope!r}; it must be rope or yarn")
+    _check_rotary(config.model, model)
     heads, groups = model.num_attention_heads, model.num_query_groups or 1
     _check_divides(f"num_attention_heads is {heads}", heads, "num_query_groups", groups)
     experts, topk = model.num_moe_experts, model.moe_router_topk
     if experts and not 1 <= topk <= experts:
         raise InputError(f"moe_router_topk is {topk}, but there are {experts} experts; use 1 to {experts}")
+
+
+def _check_rotary(given: ModelConfig, model: SimpleNamespace) -> None:
+    """Refuse settings of the rotary embedding that would be left out, or computed otherwise."""
+    rope, yarn = given.megatron.get("rope_type"), rotary.yarn_of(given.megatron)
+    require(rope in (None, "rope", "yarn"), "model.rope_type", rope, "rope or yarn")
+    latent, factor = model.multi_latent_attention, given.rotary_seq_len_interpolation_factor
+    named = [name for name in rotary.YARN if name in given.megatron]
+    if not given.yarn_correction_range_round_to_int:
+        named += [rotary.TRUNCATED]
+    if named and yarn is None and not latent:
+        raise InputError(f"{', '.join(named)}: only YaRN has that; set rope_type to yarn, or leave it out")
+    if factor is not None and (latent or yarn is not None):
+        raise InputError(
+            f"{rotary.INTERPOLATED} is {factor}, and the rotary embedding is that of "
+            f"{'latent attention' if latent else 'YaRN'}, which has a scale of its own; leave it out"
+        )
+    if latent and rotary.TRUNCATED in named:
+        raise InputError(f"{rotary.TRUNCATED} is false, but true in latent attention; leave it out")
+    if yarn is None or latent:
+        return
+    needed = ("rotary_scaling_factor", "original_max_position_embeddings")
+    if missing := [name for name in needed if name not in named]:
+        raise InputError(f"rope_type is yarn and {', '.join(missing)} not given; set what the model has")
+    for name in ("apply_rope_fusion", "rotary_interleaved"):
+        if getattr(model, name):
+            raise InputError(
+                f"{name} is true and rope_type yarn: Megatron-Core would leave out YaRN's scale of attention "
+                "or stop; set it to false"
+            )
 
 
 def _check_router(config: RunConfig) -> None:

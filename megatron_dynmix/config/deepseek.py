@@ -19,102 +19,91 @@ WIDTHS = {
     "v_head_dim": "v_head_dim",
 }
 """Our name -> theirs, of the widths of latent attention."""
-YARN: dict[str, tuple[str, Any]] = {
-    "rotary_scaling_factor": ("factor", None),
-    "original_max_position_embeddings": ("original_max_position_embeddings", None),
-    "beta_fast": ("beta_fast", 32),
-    "beta_slow": ("beta_slow", 1),
-    "mscale": ("mscale", 1.0),
-    "mscale_all_dim": ("mscale_all_dim", 0.0),
-}
-"""Our name -> theirs, and what it is if not said, of rotary embeddings stretched to longer sequences."""
-HARMLESS = {"truncate": True, "partial_rotary_factor": 1.0}
-"""What YaRN may be said to do besides: it does so anyway."""
 ONLY: dict[str, Any] = {
     "attention_bias": False,
     "moe_layer_freq": 1,
     "rope_interleave": True,
     "rms_norm_eps": 1e-6,  # the norms of the latents have this one whatever is said
 }
-V2_ONLY = {**ONLY, "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}
+V2_ONLY = {
+    **ONLY,
+    "mlp_bias": False,
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+}
 V3_ONLY = {**ONLY, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
 BEST_OF_GROUP = 2
 """Experts whose scores make that of their group, in DeepSeek-V3."""
 
 
 def in_common_words(config: Values) -> dict[str, Any]:
-    """Say what `config` says as the other families do; what they have no words for stands under `yarn`."""
+    """Say what `config` says as the other families do."""
     for name in ("n_routed_experts", "moe_intermediate_size", *WIDTHS.values()):
-        if not isinstance(config.get(name), int):
-            raise InputError(f"{name} is {config.get(name)!r}; it must be a whole number, 1 or more")
-    predicting = config.get("num_nextn_predict_layers")
-    if predicting is not None and (type(predicting) is not int or predicting < 0):
-        raise InputError(f"num_nextn_predict_layers is {predicting!r}; it must be a whole number, 0 or more")
-    left_out = ("head_dim", "num_key_value_heads", "rope_scaling", "rope_parameters")
-    said = {name: value for name, value in config.items() if name not in left_out}
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    said["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    if kind == "yarn":
-        said["yarn"] = _yarn(rope)
-    elif kind != "default":
-        raise InputError(f"the rotary embedding is of type {kind}; only default and yarn can be run here")
-    return said
-
-
-def _yarn(rope: Values) -> dict[str, Any]:
-    """Return our settings of a rotary embedding stretched by YaRN."""
-    given = {name: value for name, value in rope.items() if value is not None}
-    known = {theirs for theirs, _ in YARN.values()} | {"type", "rope_type", "rope_theta"}
-    settings = {ours: given.get(theirs, default) for ours, (theirs, default) in YARN.items()}
-    for name in sorted(given.keys() - known):
-        if name not in HARMLESS or given[name] != HARMLESS[name]:
-            raise InputError(f"rope_scaling says {name} {given[name]!r}, which Megatron-Core does not have")
-    for ours in ("rotary_scaling_factor", "original_max_position_embeddings"):
-        if not isinstance(settings[ours], int | float):
-            raise InputError(
-                f"rope_scaling is of type yarn and says no {YARN[ours][0]}; add it to config.json"
-            )
-    # the model takes both or neither; Megatron-Core each by itself, which is the same for an mscale of 1
-    if bool(settings["mscale_all_dim"]) != bool(given.get("mscale")) and given.get("mscale", 0) != 1:
+        _require_whole(name, config.get(name), 1)
+    if config.get("q_lora_rank") is not None:
+        _require_whole("q_lora_rank", config["q_lora_rank"], 1)
+    if config.get("num_nextn_predict_layers") is not None:
+        _require_whole("num_nextn_predict_layers", config["num_nextn_predict_layers"], 0)
+    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if type(heads) is type(groups) is int and groups < heads:
         raise InputError(
-            f"rope_scaling says mscale {given.get('mscale')} and mscale_all_dim "
-            f"{given.get('mscale_all_dim')}: with one of them alone the model is not what Megatron-Core "
-            "computes; only both can be run here"
+            f"num_key_value_heads is {groups} and num_attention_heads {heads}; in latent attention every "
+            "head has keys and values of its own"
         )
-    return settings
+    return {name: value for name, value in config.items() if name not in ("head_dim", "num_key_value_heads")}
 
 
 def own_settings(config: Values) -> dict[str, Any]:
-    """Return our settings of latent attention, rotary embedding and experts."""
-    yarn = config.get("yarn")
-    dense = config.get("first_k_dense_replace") or 0
-    layers = config.get("num_hidden_layers") or 0
-    shared = config.get("n_shared_experts") or 0
-    scale = float(config.get("routed_scaling_factor", 1.0))
+    """Return our settings of latent attention and experts."""
+    dense, layers = config["first_k_dense_replace"], config["num_hidden_layers"]
+    _require_whole("first_k_dense_replace", dense, 0)
+    if dense >= layers:
+        raise InputError(
+            f"first_k_dense_replace is {dense}, which leaves none of {layers} layers with experts; dense "
+            "models are not known"
+        )
+    shared = config["n_shared_experts"] or 0  # null, in DeepSeek's own code, is none
+    _require_whole("n_shared_experts", shared, 0)
+    scale = config["routed_scaling_factor"]
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or scale <= 0:
+        raise InputError(f"routed_scaling_factor is {scale!r}; it must be a number above 0")
     return {
-        **{ours: config.get(theirs) for ours, theirs in WIDTHS.items()},
-        "q_lora_rank": config.get("q_lora_rank"),
-        "rope_type": "yarn" if yarn else "rope",
-        **(yarn or {}),
+        **{ours: config[theirs] for ours, theirs in WIDTHS.items()},
+        "q_lora_rank": config["q_lora_rank"],
         "moe_layer_freq": [int(layer >= dense) for layer in range(layers)] if dense else 1,
-        "moe_shared_expert_intermediate_size": shared * config.get("moe_intermediate_size", 0) or None,
-        "moe_router_topk_scaling_factor": None if scale == 1 else scale,
+        "moe_shared_expert_intermediate_size": shared * config["moe_intermediate_size"] or None,
+        "moe_router_topk_scaling_factor": None if scale == 1 else float(scale),
         **_groups(config),
     }
 
 
+def _require_whole(name: str, value: Any, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise InputError(f"{name} is {value!r}; it must be a whole number, {least} or more")
+
+
 def _groups(config: Values) -> dict[str, Any]:
-    if config.get("topk_method") == "greedy" or (config.get("n_group") or 1) == 1:
+    """Return our settings of the groups of experts of which a token goes to a few; V2 has none here."""
+    if config.get("topk_method") == "greedy":
         return {"moe_router_num_groups": None, "moe_router_group_topk": None}
-    chosen = config.get("topk_group") or 1
+    groups, chosen, experts = config["n_group"], config["topk_group"], config["n_routed_experts"]
+    for name, value in (("n_group", groups), ("topk_group", chosen)):
+        _require_whole(name, value, 1)
+    if experts % groups or experts < BEST_OF_GROUP * groups or chosen > groups:
+        raise InputError(
+            f"n_group is {groups} and topk_group {chosen}, of {experts} experts; groups must be of one size, "
+            f"{BEST_OF_GROUP} or more, and topk_group no more than there are"
+        )
+    if groups == chosen:
+        return {"moe_router_num_groups": None, "moe_router_group_topk": None}
     if config["num_experts_per_tok"] // chosen != BEST_OF_GROUP:
         raise InputError(
             f"num_experts_per_tok is {config['num_experts_per_tok']} and topk_group {chosen}: Megatron-Core "
             "judges a group by so many of its experts as are chosen of it, the model by "
             f"{BEST_OF_GROUP}; only {BEST_OF_GROUP} experts for each group can be run here"
         )
-    return {"moe_router_num_groups": config["n_group"], "moe_router_group_topk": chosen}
+    return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
 
 
 def in_own_words(config: Values, settings: Values) -> dict[str, Any]:
@@ -123,9 +112,6 @@ def in_own_words(config: Values, settings: Values) -> dict[str, Any]:
     shared = settings.get("moe_shared_expert_intermediate_size") or 0
     said = {name: value for name, value in config.items() if name not in ("head_dim", "sliding_window")}
     said |= {theirs: settings[ours] for ours, theirs in WIDTHS.items()}
-    if settings["rope_type"] == "yarn":
-        yarn = {theirs: settings[ours] for ours, (theirs, _) in YARN.items()}
-        said["rope_scaling"] = {"type": "yarn", "rope_type": "yarn", **yarn}
     groups = settings.get("moe_router_num_groups")
     return said | {
         "q_lora_rank": settings.get("q_lora_rank"),

@@ -1,16 +1,19 @@
 """How config.json of each family of Hugging Face models says what our settings say.
 
-config.json of a Hugging Face model <-> our `model` section; what we cannot run as written is refused.
+config.json of a Hugging Face model <-> our `model` section; what we cannot run as written is refused, and
+what is not said is what `transformers` makes of that.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmix.config import deepseek, llama_moe
+from megatron_dynmix.config import deepseek, llama_moe, rotary
+from megatron_dynmix.config.hugging_face_defaults import completed, defaults_of, unsaid
 from megatron_dynmix.config.megatron_fields import megatron_fields
 from megatron_dynmix.config.run_config import ModelConfig
 from megatron_dynmix.errors import InputError
@@ -28,7 +31,7 @@ NAMES = {
     "moe_router_topk": "num_experts_per_tok",
     "layernorm_epsilon": "rms_norm_eps",
 }
-"""Our name -> that in config.json, for what every family has and must say."""
+"""Our name -> that in config.json, for what every family has."""
 USUAL: dict[str, Any] = {
     "normalization": "RMSNorm",
     "gated_linear_unit": True,
@@ -59,14 +62,13 @@ class Dialect:
     architecture: str
     names: Mapping[str, str]
     """Our name -> theirs, beside `NAMES`."""
-    switches: Mapping[str, tuple[str, bool, bool]] = field(default_factory=dict)
-    """Our switch -> (theirs, what it is if not said, whether ours is the opposite)."""
+    switches: Mapping[str, tuple[str, bool]] = field(default_factory=dict)
+    """Our switch -> (theirs, whether ours is the opposite)."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Settings that all models of the family have."""
     must: Mapping[str, Any] = field(default_factory=dict)
-    """Their settings that we can run with one value only, which is also what it means if they are absent."""
-    rope_theta: float = 10000.0
-    """Base of the rotary embedding if it is not said."""
+    """Their settings that we can run with one value only; that is meant too if neither config.json nor its
+    defaults say anything."""
     mixed: bool = False
     """Whether layers can be dense: `decoder_sparse_step` and `mlp_only_layers`."""
     plain: Callable[[Values], dict[str, Any]] = dict
@@ -77,9 +79,9 @@ class Dialect:
     """Their own words again, from config.json and the settings it was made from."""
 
 
-PRE_SOFTMAX = {"moe_router_pre_softmax": ("norm_topk_prob", False, True)}
+PRE_SOFTMAX = {"moe_router_pre_softmax": ("norm_topk_prob", True)}
 """Weights of the chosen experts that sum to 1 are a softmax over these alone, taken after the choice."""
-TIED = ("tie_word_embeddings", False, True)
+TIED = ("tie_word_embeddings", True)
 QWEN_EXPERTS = {"num_moe_experts": "num_experts", "moe_ffn_hidden_size": "moe_intermediate_size"}
 DEEPSEEK_V2 = Dialect(
     architecture="DeepseekV2ForCausalLM",
@@ -96,7 +98,6 @@ DIALECTS: dict[str, Dialect] = {
         names={"num_moe_experts": "num_local_experts"},
         fixed={"moe_router_pre_softmax": False},
         must={"router_jitter_noise": 0.0, "attention_bias": False},
-        rope_theta=1e6,
     ),
     "qwen3_moe": Dialect(
         architecture="Qwen3MoeForCausalLM",
@@ -119,7 +120,7 @@ DIALECTS: dict[str, Dialect] = {
             **QWEN_EXPERTS,
             "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size",
         },
-        switches={**PRE_SOFTMAX, "add_qkv_bias": ("qkv_bias", True, False)},
+        switches={**PRE_SOFTMAX, "add_qkv_bias": ("qkv_bias", False)},
         fixed={"moe_shared_expert_gate": True},
         mixed=True,
     ),
@@ -153,7 +154,8 @@ def read_config(path: Path, remedy: str) -> tuple[dict[str, Any], dict[str, Any]
     try:
         return config, model_settings(config)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        known = config.get("model_type") in DIALECTS
+        raise InputError(f"{path}: {error}{unsaid(config) if known else ''}") from None
 
 
 def model_settings(config: Values) -> dict[str, Any]:
@@ -163,7 +165,7 @@ def model_settings(config: Values) -> dict[str, Any]:
     known, a setting that we cannot run and one that is missing are refused.
     """
     dialect = _dialect(config)
-    config = dialect.plain(config)
+    config = dialect.plain(completed(config))
     _refuse_what_we_cannot_run(config, dialect)
     names = {**NAMES, **dialect.names}
     settings = {ours: _said(config, theirs) for ours, theirs in names.items()}
@@ -181,17 +183,16 @@ def model_settings(config: Values) -> dict[str, Any]:
             "config.json is not that of the model"
         )
     switches = {**dialect.switches, "untie_embeddings_and_output_weights": TIED}
-    for ours, (theirs, default, opposite) in switches.items():
-        value = config.get(theirs, default)
-        if not isinstance(value, bool):
-            raise InputError(f"{theirs} is {value!r}; it must be true or false")
-        settings[ours] = value is not opposite
-    settings["rotary_base"] = _rotary_base(config, dialect)
+    for ours, (theirs, opposite) in switches.items():
+        settings[ours] = _truth(config, theirs) is not opposite
+    latent = bool(dialect.fixed.get("multi_latent_attention"))
+    settings |= rotary.rotary_settings(config, latent=latent)
     settings["attention_dropout"] = config.get("attention_dropout", 0.0)
-    _check_numbers(config, settings)
+    _check_numbers(settings)
     settings["moe_layer_freq"] = _moe_layer_freq(config, settings["num_layers"]) if dialect.mixed else 1
     settings = {**USUAL, **settings, **dialect.fixed, **dialect.own(config)}
-    if settings["moe_router_topk"] == 1 and not settings["moe_router_pre_softmax"]:
+    normed = not settings["moe_router_pre_softmax"] or "moe_router_score_function" in settings
+    if settings["moe_router_topk"] == 1 and normed:
         raise InputError(
             "num_experts_per_tok is 1 and norm_topk_prob true: every weight would be 1 and the router learn "
             "nothing; Megatron-Core has no such model"
@@ -209,13 +210,14 @@ def hugging_face_config(settings: Values) -> dict[str, Any]:
     wrong: dict[str, list[str]] = {}
     for model_type, dialect in DIALECTS.items():
         means = {**{name: defaults[name] for name in PLAIN}, **USUAL, **dialect.fixed}
-        said = {*dialect.names, *dialect.switches, *dialect.own({})}
+        usual = dialect.plain(defaults_of(model_type))
+        said = {*dialect.names, *dialect.switches, *dialect.own(usual)}
         wrong[model_type] = [name for name in means if name not in said and given[name] != means[name]]
         wrong[model_type] += ["num_moe_experts"] if given["num_moe_experts"] is None else []
         if not wrong[model_type]:
             config = _written(model_type, dialect, given)
             read = model_settings(config)
-            wrong[model_type] = [name for name, value in read.items() if given.get(name) != value]
+            wrong[model_type] = [name for name, value in read.items() if not _equal(given.get(name), value)]
             if not wrong[model_type]:
                 return config
     closest = min(wrong, key=lambda name: len(wrong[name]))
@@ -244,6 +246,8 @@ def _completed(settings: Values) -> dict[str, Any]:
         "moe_ffn_hidden_size": inner,
         **{name: value for name, value in settings.items() if value is not None},
     }
+    if (yarn := rotary.yarn_of(filled)) is not None:
+        filled |= {"rope_type": "yarn", **yarn}
     frequency = filled["moe_layer_freq"]
     if isinstance(frequency, int):
         frequency = [int(index % frequency == 0) for index in range(filled["num_layers"])]
@@ -255,15 +259,14 @@ def _completed(settings: Values) -> dict[str, Any]:
 
 def _written(model_type: str, dialect: Dialect, given: Values) -> dict[str, Any]:
     config = {theirs: given[ours] for ours, theirs in {**NAMES, **dialect.names}.items()}
-    config |= {
-        theirs: given[ours] is not opposite for ours, (theirs, _, opposite) in dialect.switches.items()
-    }
+    config |= {theirs: given[ours] is not opposite for ours, (theirs, opposite) in dialect.switches.items()}
     if dialect.mixed:
         frequency = given["moe_layer_freq"]
         dense = [] if frequency == 1 else [index for index, is_moe in enumerate(frequency) if not is_moe]
         config |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
-    if given["kv_channels"] * given["num_attention_heads"] != given["hidden_size"]:
-        config["head_dim"] = given["kv_channels"]
+    rope = rotary.in_config(given)
+    if given["kv_channels"] * given["num_attention_heads"] != given["hidden_size"] or "rope_scaling" in rope:
+        config["head_dim"] = given["kv_channels"]  # which transformers 5 wants to scale Mixtral's embedding
     written = {
         "architectures": [dialect.architecture],
         "model_type": model_type,
@@ -271,7 +274,7 @@ def _written(model_type: str, dialect: Dialect, given: Values) -> dict[str, Any]
         "num_key_value_heads": given["num_query_groups"],
         "hidden_act": "silu",
         "attention_dropout": given["attention_dropout"],
-        "rope_theta": given["rotary_base"],
+        **rope,
         "tie_word_embeddings": not given["untie_embeddings_and_output_weights"],
         "sliding_window": None,
         **dialect.must,
@@ -291,12 +294,24 @@ def _dialect(config: Values) -> Dialect:
     return dialect
 
 
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two settings are the same, but for the rounding of a number that follows from another."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-12)
+    return bool(one == other)
+
+
 def _said(config: Values, name: str) -> Any:
-    if name == "num_experts" and name not in config:
-        name = "num_local_experts"  # as transformers 5 writes it for some families
     if config.get(name) is None:
         raise InputError(f"{name} is not in it, and without it the shape of the model is not known")
     return config[name]
+
+
+def _truth(config: Values, name: str) -> bool:
+    value = config.get(name)
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {value!r}; it must be true or false")
+    return value
 
 
 def _require_size(name: str, value: Any) -> None:
@@ -304,7 +319,7 @@ def _require_size(name: str, value: Any) -> None:
         raise InputError(f"{name} is {value!r}; it must be a whole number, 1 or more")
 
 
-def _check_numbers(config: Values, settings: Values) -> None:
+def _check_numbers(settings: Values) -> None:
     epsilon, dropout = settings["layernorm_epsilon"], settings["attention_dropout"]
     if not _is_number(epsilon) or epsilon <= 0:
         raise InputError(f"rms_norm_eps is {epsilon!r}; it must be a number above 0")
@@ -333,36 +348,30 @@ def _refuse_what_we_cannot_run(config: Values, dialect: Dialect) -> None:
     for name, value in {"hidden_act": "silu", **dialect.must}.items():
         if config.get(name, value) != value:
             raise InputError(f"{name} is {config[name]!r}, and only {value!r} can be run here")
-    window = config.get("sliding_window")
-    used = bool(window) and config.get("use_sliding_window", True)
-    if used and window < _said(config, "max_position_embeddings"):
-        raise InputError(
-            f"sliding_window is {window}: attention here is over the whole sequence; set it to null if rows "
-            "are no longer than that"
-        )
+    _refuse_windows(config)
 
 
-def _rotary_base(config: Values, dialect: Dialect) -> float:
-    rope = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    for name, value in (("rope_parameters", rope), ("rope_scaling", scaling)):
-        if not isinstance(value, dict):
-            raise InputError(f"{name} is {value!r}; it must hold settings by name")
-        kind = value.get("rope_type", value.get("type", "default"))
-        if kind != "default" or any(isinstance(item, dict) for item in value.values()):
-            raise InputError(f"{name} is {value}; only a plain rotary embedding (default) can be run here")
-    for part in (config.get("partial_rotary_factor"), rope.get("partial_rotary_factor")):
-        if part not in (None, 1, 1.0):
-            raise InputError(f"partial_rotary_factor is {part}, and only 1.0 can be run here")
-    base: Any = rope.get("rope_theta") or config.get("rope_theta") or dialect.rope_theta
-    if not _is_number(base) or base <= 0:
-        raise InputError(f"rope_theta is {base!r}; it must be a number above 0")
-    return float(base)
+def _refuse_windows(config: Values) -> None:
+    """Refuse attention that looks back no further than a window shorter than the longest rows."""
+    known = defaults_of(config["model_type"])
+    if "sliding_window" not in known:
+        return  # the family has none, whatever is said
+    used = "use_sliding_window" not in known or _truth(config, "use_sliding_window")
+    window = config["sliding_window"] if used else None
+    if window is not None:
+        _require_size("sliding_window", window)
+        if window < _said(config, "max_position_embeddings"):
+            raise InputError(
+                f"sliding_window is {window}: attention here is over the whole sequence; set it to null if "
+                "rows are no longer than that"
+            )
+    elif "sliding_attention" in (config.get("layer_types") or ()):
+        raise InputError("layer_types names sliding_attention, and attention here is over the whole sequence")
 
 
 def _moe_layer_freq(config: Values, layers: int) -> int | list[int]:
     """As Qwen says it: every `decoder_sparse_step`-th layer is MoE, but none of `mlp_only_layers`."""
-    step = config.get("decoder_sparse_step", 1)
+    step = config["decoder_sparse_step"]
     dense = config.get("mlp_only_layers") or []
     if type(step) is not int or step < 1 or not isinstance(dense, list):
         raise InputError(

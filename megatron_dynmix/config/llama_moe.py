@@ -24,6 +24,27 @@ ONLY: dict[str, Any] = {
 }
 """Settings that `moe/mlp_router.py` computes with one value only, which is also their default."""
 
+DEFAULTS: dict[str, Any] = {
+    **ONLY,
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "num_experts": 16,
+    "num_selects": 4,
+    "size_experts": None,
+    "gate_add_noise": True,
+    "score_scale_factor": 1.0,
+}
+"""What the published code takes for settings that config.json does not say."""
+
 
 def in_common_words(config: Values) -> dict[str, Any]:
     """Say what `config` says of its experts as the other families do.
@@ -31,9 +52,9 @@ def in_common_words(config: Values) -> dict[str, Any]:
     `intermediate_size` is the width of LLaMA's feed-forward layer, which the experts share out.
     """
     said = dict(config)
-    width, experts = config.get("intermediate_size"), config.get("num_experts")
+    width, experts = config["intermediate_size"], config["num_experts"]
     if isinstance(width, int) and isinstance(experts, int) and experts > 0:
-        each = config.get("size_experts")
+        each = config["size_experts"]
         equal = [[width // experts] * experts] * int(config.get("num_hidden_layers") or 0)
         if width % experts or (each is not None and each != equal):
             raise InputError(
@@ -41,14 +62,13 @@ def in_common_words(config: Values) -> dict[str, Any]:
                 "one size, which share it out, can be run here"
             )
         said["intermediate_size"] = width // experts
-    if "num_selects" in config:
-        said["num_experts_per_tok"] = config["num_selects"]
+    said["num_experts_per_tok"] = config["num_selects"]
     return said
 
 
 def router_settings(config: Values) -> dict[str, Any]:
     """Return our settings of the router; the scores must have the same scale in every layer."""
-    scale = config.get("score_scale_factor", 1.0)
+    scale = config["score_scale_factor"]
     scales = set(scale) if isinstance(scale, list) else {scale}
     if len(scales) != 1 or not all(isinstance(item, int | float) and item > 0 for item in scales):
         raise InputError(
@@ -56,7 +76,7 @@ def router_settings(config: Values) -> dict[str, Any]:
         )
     factor = float(scales.pop())
     return {
-        "router_noise": "training" if config.get("gate_add_noise", True) else None,
+        "router_noise": "training" if config["gate_add_noise"] else None,
         "moe_router_topk_scaling_factor": None if factor == 1 else factor,
     }
 
@@ -65,6 +85,8 @@ def in_own_words(config: Values, settings: Values) -> dict[str, Any]:
     """Undo `in_common_words`, and say what `router_settings` reads from our `model` section."""
     said = {name: value for name, value in config.items() if name != "num_experts_per_tok"}
     width, experts = config["intermediate_size"], config["num_experts"]
+    if rope := said.get("rope_scaling"):  # its code knows `type` alone, as that of LLaMA did
+        said["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_type"}
     return said | {
         "intermediate_size": width * experts,
         "size_experts": [[width] * experts] * config["num_hidden_layers"],

@@ -14,6 +14,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_dynmix.config.megatron_fields import moe_layers as moe_layers
+from megatron_dynmix.config.rotary import SETTINGS, TRUNCATED, yarn_of
 from megatron_dynmix.config.run_config import RunConfig
 from megatron_dynmix.errors import InputError
 
@@ -57,13 +58,20 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         layout.setdefault("batch_p2p_comm", not layout["overlap_p2p_comm"])
     if "attention_backend" in config.model.megatron:
         derived["attention_backend"] = AttnBackend[config.model.megatron["attention_backend"]]
-    kind = TransformerConfig
-    if config.model.megatron.get("multi_latent_attention"):
+    kind, given, yarn = TransformerConfig, dict(config.model.megatron), None
+    if given.get("multi_latent_attention"):
         kind, derived["rotary_base"] = MLATransformerConfig, config.model.rotary_base
+    else:
+        yarn = yarn_of(given)
+        given = {name: value for name, value in given.items() if name not in SETTINGS}
     try:
-        return kind(**{**layout, **config.model.megatron, **derived})
+        transformer = kind(**{**layout, **given, **derived})
     except (ValueError, AssertionError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"Megatron-Core refuses the model or its layout: {error}") from error
+    if yarn is not None:  # Megatron-Core's GPT looks for them there, and its attention for the first
+        vars(transformer).update({f"yarn_{name}": value for name, value in yarn.items()})
+        setattr(transformer, TRUNCATED, config.model.yarn_correction_range_round_to_int)
+    return transformer
 
 
 def ddp_config(config: RunConfig) -> DistributedDataParallelConfig:

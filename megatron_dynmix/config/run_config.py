@@ -112,6 +112,10 @@ class ModelConfig(Section):
     """Longest sequence the model allows; the preset's if not given."""
     rotary_base: Positive[float | None] = None
     """Base of the rotary embedding; the preset's if not given."""
+    rotary_seq_len_interpolation_factor: Positive[float | None] = None
+    """Positions are divided by this before they are rotated: linear scaling to longer sequences."""
+    yarn_correction_range_round_to_int: bool = True
+    """Whether YaRN's ramp (`rope_type: yarn`) lies between whole dimensions: `truncate` in config.json."""
     untie_embeddings_and_output_weights: bool = True
     """Whether the output layer has weights of its own."""
     qk_layernorm_full_width: bool = False

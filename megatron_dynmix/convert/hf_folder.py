@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_dynmix.config.hugging_face import read_config
+from megatron_dynmix.config.hugging_face_defaults import unsaid
 from megatron_dynmix.convert.families import COMPUTED, PREDICTION, prediction_layers, weight_map
 from megatron_dynmix.convert.tensors import box
 from megatron_dynmix.convert.weight_map import Shape, WeightMap
@@ -100,7 +101,7 @@ class HuggingFaceFolder:
     def _check_against_config(self) -> None:
         """Refuse tensors that are too many, too few, or of another shape than the configuration says."""
         expected = self.weight_map()
-        config = self.path / "config.json"
+        config = f"{self.path / 'config.json'}{unsaid(self.config)}"
         for name, shape in expected.hf_shapes.items():
             if name in self.shapes and self.shapes[name] != shape:
                 raise InputError(

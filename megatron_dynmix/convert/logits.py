@@ -229,6 +229,8 @@ def _reference_config(hf_folder: Path) -> Any:
         raise Different(f"transformers {version} cannot read config.json: {_first_line(error)}") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise NotCompared(f"transformers {version} has no language model of type {kind}")
+    if getattr(config, "head_dim", 0) is None:  # which transformers 5 takes for a number if YaRN stretches it
+        config.head_dim = config.hidden_size // config.num_attention_heads
     return config
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmix.config.hugging_face import hugging_face_config, read_config
+from megatron_dynmix.config import rotary
+from megatron_dynmix.config.hugging_face import PLAIN, hugging_face_config, model_defaults, read_config
 from megatron_dynmix.config.presets import has_tokenizer, other_shape
 from megatron_dynmix.config.run_config import ModelConfig
 from megatron_dynmix.convert.families import PREDICTION, prediction_layers
@@ -77,7 +78,7 @@ def origin_of(config: Mapping[str, Any], checkpoint: Path, given: Path | None) -
     if prediction_layers(written):
         notes.append(NO_PREDICTION.format(count=written[PREDICTION]))
         written[PREDICTION] = 0
-    return Origin({**written, **_changed(theirs, settings)}, files, _fused(folder), tuple(notes))
+    return Origin(_with_changes(written, theirs, settings), files, _fused(folder), tuple(notes))
 
 
 def keep_origin_of(folder: HuggingFaceFolder, root: Path, *, dtype: str | None) -> None:
@@ -116,13 +117,22 @@ def _folder(config: Mapping[str, Any], checkpoint: Path) -> Path | None:
     return None if load_hf is None else Path(load_hf)
 
 
-def _changed(theirs: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what config.json must say otherwise than its origin, as training was with other settings."""
-    after = {name: settings.get(name, value) for name, value in theirs.items()}
-    if after == theirs:
-        return {}
-    before, now = hugging_face_config(theirs), hugging_face_config(after)
-    return {key: value for key, value in now.items() if before.get(key) != value}
+def _with_changes(
+    written: Mapping[str, Any], theirs: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the origin's config.json, changed where training was with other settings."""
+    before = {**{name: model_defaults().get(name) for name in (*PLAIN, *rotary.SETTINGS)}, **theirs}
+    after = {name: settings.get(name, value) for name, value in before.items()}
+    if after == before:
+        return dict(written)
+    was, now = hugging_face_config(theirs), hugging_face_config(after)
+    changed = {name: value for name, value in now.items() if was.get(name) != value}
+    kept = dict(written)
+    if any(was.get(name) != now.get(name) for name in rotary.WORDS):
+        # said once: of two ways to say it, transformers would take the other
+        kept = {name: value for name, value in written.items() if name not in rotary.WORDS}
+        changed |= {name: now[name] for name in rotary.WORDS if name in now}
+    return kept | changed
 
 
 def _fused(folder: Path) -> bool:

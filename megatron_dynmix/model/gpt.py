@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.megatron import ddp_config, padded_vocab_size
+from megatron_dynmix.config.rotary import TRUNCATED
 from megatron_dynmix.model.layers import decoder_spec
 from megatron_dynmix.moe.router import GateLoadRouter
 from megatron_dynmix.platform import Platform
@@ -62,8 +63,9 @@ def build_gpt(
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
-        position_embedding_type="rope",
+        position_embedding_type="yarn" if hasattr(transformer, TRUNCATED) else "rope",
         rotary_base=config.model.rotary_base,
+        seq_len_interpolation_factor=config.model.rotary_seq_len_interpolation_factor,
         vp_stage=vp_stage,
     )
 

@@ -24,6 +24,8 @@ from tests.unit.convert_fixtures import InMemory, tiny_folder
 
 EVEN = {"num_key_value_heads": 2}
 """Megatron-Core wants a KV group, or several, for each tensor-parallel rank."""
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4}
+"""Rows are longer than what it begins with."""
 MODELS = {
     "mixtral": ("mixtral", {}),
     "mixtral, tied": ("mixtral", {"tie_word_embeddings": True, **EVEN}),
@@ -34,6 +36,8 @@ MODELS = {
     "qwen3, converted": ("qwen3_moe", {**EVEN}),
     "olmoe": ("olmoe", {}),
     "olmoe, normed": ("olmoe", {"norm_topk_prob": True}),
+    "mixtral, yarn": ("mixtral", {"rope_parameters": YARN, **EVEN}),
+    "qwen3, linear": ("qwen3_moe", {"rope_parameters": {"rope_type": "linear", "factor": 3.0}, **EVEN}),
 }
 """Name -> family, changes of its configuration."""
 FUSED = {"mixtral, tied", "qwen3", "qwen3, converted", "olmoe, normed"}

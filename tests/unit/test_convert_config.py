@@ -320,11 +320,23 @@ REFUSED = [
     (MIXTRAL_8X7B, {"rope_parameters": [1]}, r"rope_parameters is \[1\]; it must hold settings by name"),
     (MIXTRAL_8X7B, {"rope_theta": "big"}, "rope_theta is 'big'"),
     (MIXTRAL_8X7B, {"rope_theta": -1.0}, "rope_theta is -1.0; it must be a number above 0"),
-    (QWEN3_30B_A3B, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling is .*yarn"),
+    (QWEN3_30B_A3B, {"rope_scaling": {"type": "yarn"}}, "is of type yarn and says no factor"),
+    (QWEN3_30B_A3B, {"rope_scaling": {"type": "linear"}}, "factor of rope_scaling is None; it must be"),
     (
         QWEN3_30B_A3B,
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
-        "rope_parameters is .*linear",
+        {"rope_scaling": {"type": "yarn", "factor": 4, "finetuned": True}},
+        "says finetuned True",
+    ),
+    (QWEN3_30B_A3B, {"rope_scaling": {"type": "yarn", "factor": 4, "truncate": "no"}}, "says truncate 'no'"),
+    (QWEN3_30B_A3B, {"rope_scaling": {"type": "yarn", "factor": 4, "mscale": "1"}}, "mscale is '1'; it must"),
+    (QWEN3_30B_A3B, {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "told of full_attention"),
+    *(
+        (
+            MIXTRAL_8X7B,
+            {"rope_scaling": {"rope_type": kind, "factor": 4.0}},
+            f"type {kind}; only default, linear",
+        )
+        for kind in ("dynamic", "llama3", "longrope", "proportional", None)
     ),
     (QWEN3_30B_A3B, {"attention_bias": True}, "attention_bias is True"),
     (QWEN3_30B_A3B, {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),

@@ -130,7 +130,7 @@ def test_a_model_without_noise_weights_and_one_that_leaves_them_idle():
         ("size_experts", [[20, 28, 24, 24]] * 2),
         ("intermediate_size", 97),
         ("score_scale_factor", [2.0, 4.0]),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_scaling", {"type": "dynamic", "factor": 2.0}),
         ("hidden_act", "gelu"),
     ],
 )
