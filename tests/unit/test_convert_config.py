@@ -334,7 +334,7 @@ REFUSED = [
         (
             MIXTRAL_8X7B,
             {"rope_scaling": {"rope_type": kind, "factor": 4.0}},
-            f"type {kind}; only default, linear",
+            f"is of type {kind}; only",
         )
         for kind in ("dynamic", "llama3", "longrope", "proportional", None)
     ),
