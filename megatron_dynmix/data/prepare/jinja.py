@@ -5,6 +5,8 @@ tokens, `raise_exception`), but for `strftime_now`: a prompt must not depend on 
 it writes of traced texts (see ``traced.py``) is traced.
 """
 
+import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -31,10 +33,19 @@ from megatron_dynmix.errors import InputError
 
 OPEN, CLOSE = "\U0010fffe", "\U0010ffff"
 """Noncharacters, which no text holds, put around what is in `{% generation %}`."""
+_MARKS = re.compile(f"[{OPEN}{CLOSE}]")
 _CLOCK = "strftime_now"
 _OWN = {*RESERVED, "raise_exception", _CLOCK}
 
-_FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError)
+_FAILURES = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 class Refused(ValueError):
@@ -59,19 +70,17 @@ class _TracingCode(CodeGenerator):
     """Compiles ``a ~ b`` to what keeps the origin of both."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self.write("environment.concat(map(environment.finalize, (")
+        self.write("environment.concat(map(str, map(environment.finalize, (")
         for part in node.nodes:
             self.visit(part, frame)
             self.write(", ")
-        self.write(")))")
+        self.write("))))")
 
 
 class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = _TracingCode
 
-    @staticmethod
-    def concat(pieces: Iterable[Any]) -> str:
-        return joined(map(str, pieces))
+    concat = staticmethod(joined)
 
 
 class ChatTemplate:
@@ -151,14 +160,11 @@ def _is_generation(block: nodes.CallBlock) -> bool:
 
 
 def _spans(marked: Traced) -> tuple[Traced, tuple[Span, ...]]:
-    first, *rest = marked.split(OPEN)
-    texts, spans, length = [first], [], len(first)
-    for part in rest:
-        inside, _, outside = part.partition(CLOSE)
-        spans.append((length, length + len(inside)))
-        texts += [inside, outside]
-        length += len(inside) + len(outside)
-    return traced(joined(texts)), tuple(spans)
+    marks = [match.start() for match in _MARKS.finditer(marked)]
+    borders = [at - before for before, at in enumerate(marks)]
+    runs = (run.moved(-bisect_left(marks, run.start)) for run in marked.runs)
+    text = Traced.of(_MARKS.sub("", marked.plain), runs) if marks else marked
+    return text, tuple(zip(borders[::2], borders[1::2], strict=True))
 
 
 def _written(value: Any) -> Any:

@@ -133,18 +133,17 @@ class Renderer:
 
     def _guarded(self, conversation: Conversation) -> Conversation:
         special = self.tokenizer.special
-        turns = tuple(
-            replace(
-                turn,
-                text=None if turn.text is None else special.guard(turn.text),
-                reasoning=None if turn.reasoning is None else special.guard(turn.reasoning),
-                extra=special.guard_json(turn.extra),
-            )
-            for turn in conversation.turns
-        )
+
+        def guarded(turn: Turn) -> Turn:
+            text = None if turn.text is None else special.guard(turn.text)
+            reasoning = None if turn.reasoning is None else special.guard(turn.reasoning)
+            if text is turn.text and reasoning is turn.reasoning and not turn.extra:
+                return turn
+            return replace(turn, text=text, reasoning=reasoning, extra=special.guard_json(turn.extra))
+
         return replace(
             conversation,
-            turns=turns,
+            turns=tuple(map(guarded, conversation.turns)),
             tools=tuple(special.guard_json(tool) for tool in conversation.tools),
             template_kwargs=special.guard_json(conversation.template_kwargs),
         )

@@ -39,7 +39,8 @@ class Run(NamedTuple):
 
     def moved(self, by: int) -> "Run":
         """Return the run in a text that stands ``by`` characters further on."""
-        return self._replace(start=self.start + by, end=self.end + by)
+        start, end, part, source_start, source_end = self
+        return Run(start + by, end + by, part, source_start, source_end) if by else self
 
     def within(self, start: int, end: int) -> "Run | None":
         """Return what is left of the run in this stretch of its text, None for nothing."""
@@ -172,8 +173,8 @@ def joined(pieces: Iterable[str]) -> str:
     runs: list[Run] = []
     length = 0
     for piece in kept:
-        if isinstance(piece, Traced):
-            runs += [run.moved(length) for run in piece.runs]
+        if piece.__class__ is not str:
+            runs += [run.moved(length) for run in getattr(piece, "runs", ())]
         length += len(piece)
     text = "".join(kept)
     return Traced.of(text, runs) if runs else text
