@@ -164,10 +164,12 @@ def _prepare_run(arguments: argparse.Namespace, rest: list[str]) -> int:
     tokenizer = load_tokenizer(config.data.tokenizer or "", trust_remote_code=config.data.trust_remote_code)
     check_tokenizer(config, tokenizer.vocab_size)
     files = list(source_files(config))
-    print(prepared_table(list(prepare_sources(config, tokenizer, arguments.workers))))
+    most = config.logging.most_of(config.data.sources)
+    print(prepared_table(list(prepare_sources(config, tokenizer, arguments.workers)), most))
     print(*shared_lines(files, config), "", sep="\n")
     train, probe = (
         [pack_source(config, one) for one in files if one.is_probe == wanted] for wanted in (False, True)
     )
-    print(packed_table([*train, *probe]), "", share_table(train, initial_shares(config, train)), sep="\n")
+    shares = share_table(train, initial_shares(config, train), most)
+    print(packed_table([*train, *probe], most), "", shares, sep="\n")
     return 0

@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field, fields
 from datetime import date
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
@@ -439,10 +439,16 @@ class LoggingConfig(Section):
 
     log_interval: Positive[int] = 10
     """Iterations between two log lines."""
+    log_sources: Positive[int] = 20
+    """Sources that a line or a table of the log shows: of more, those that move or count most."""
     wandb_project: str | None = None
     """Project on Weights & Biases that gets the numbers too; needs the extra `wandb`."""
     wandb_exp_name: str | None = None
     """Name of the run there; that of its directory if not given."""
+
+    def most_of(self, sources: Sized) -> int | None:
+        """Return how many of the sources a table shows; None for all of them."""
+        return self.log_sources if len(sources) > self.log_sources else None
 
 
 @dataclass(frozen=True, kw_only=True)

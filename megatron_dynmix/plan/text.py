@@ -9,7 +9,7 @@ from megatron_dynmix.plan.layout import group_text
 from megatron_dynmix.plan.memory import FRAGMENTATION, OVERHEAD_BYTES, StageMemory, checkpoint_bytes
 from megatron_dynmix.plan.parameters import model_parameters
 from megatron_dynmix.plan.plan import Plan, SourceWork
-from megatron_dynmix.records.text_table import table
+from megatron_dynmix.records.text_table import foremost_rows, table
 
 GIB = 2**30
 
@@ -93,8 +93,11 @@ def _steps(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def epochs_table(plan: Plan, sources: Sequence[SourceWork]) -> str:
-    """Return rows and tokens of an epoch of each source, and the epochs that the run draws of it."""
+def epochs_table(plan: Plan, sources: Sequence[SourceWork], most: int | None = None) -> str:
+    """Return rows and tokens of an epoch of each source, and the epochs that the run draws of it.
+
+    Of more than `most` sources, those with the largest shares.
+    """
     header = ["source", "rows", "tokens an epoch", "useful", "start weight", "epochs in the run"]
     length = plan.config.data.seq_length
     rows = [
@@ -104,7 +107,7 @@ def epochs_table(plan: Plan, sources: Sequence[SourceWork]) -> str:
         ]
         for source in sources
     ]
-    return table(header, rows)
+    return foremost_rows(header, rows, [source.share for source in sources], most)
 
 
 def _sources(plan: Plan) -> str:

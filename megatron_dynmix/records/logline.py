@@ -10,10 +10,12 @@ from pathlib import Path
 from textwrap import indent
 
 from megatron_dynmix.records.schema import MixingUpdate, TrainingRecord
-from megatron_dynmix.records.text_table import table
+from megatron_dynmix.records.text_table import first_of, foremost, foremost_rows
 
 STAND_STILL = ("kept", "override_unusable", "override_not_followed")
 """Kinds of notes on weights that are not what strategy or operator would have them be."""
+MOST_LETTERS = 300
+"""Of a text that names very many sources."""
 
 
 def training_line(record: TrainingRecord, train_iters: int, now: datetime) -> str:
@@ -40,11 +42,18 @@ def training_line(record: TrainingRecord, train_iters: int, now: datetime) -> st
     return "".join(fields)
 
 
-def source_loss_line(record: TrainingRecord) -> str:
-    """Return the loss of each source in a log interval, on a line of its own; "-" for one not drawn in it."""
-    losses = record.source_loss.items()
-    fields = "".join(f" {name}: {'-' if loss is None else f'{loss:.6E}'} |" for name, loss in losses)
-    return f" lm loss per source at iteration {record.iteration:8d} |{fields}"
+def source_loss_line(record: TrainingRecord, most: int | None = None) -> str:
+    """Return the loss of each source in a log interval, on a line of its own; "-" for one not drawn in it.
+
+    Of more than `most` sources, those with the highest losses.
+    """
+    losses = list(record.source_loss.items())
+    shown = foremost(list(record.losses.values()), most)
+    fields = [f"{name}: {'-' if loss is None else f'{loss:.6E}'}" for name, loss in losses]
+    if len(shown) < len(losses):
+        fields = [fields[place] for place in shown if losses[place][1] is not None]
+        fields.append(f"the highest of {len(losses):,}")
+    return f" lm loss per source at iteration {record.iteration:8d} |" + "".join(f" {it} |" for it in fields)
 
 
 def saving_line(iteration: int, directory: Path, now: datetime) -> str:
@@ -73,12 +82,13 @@ def loaded_line(iteration: int, directory: Path, *, tp_size: int, pp_size: int) 
     )
 
 
-def mixing_table(update: MixingUpdate) -> str:
+def mixing_table(update: MixingUpdate, most: int | None = None) -> str:
     """Return a plain table of one weight update, one line per source.
 
     Columns: weight before, after and the change between them; delta ("-" where the strategy has none);
     tokens drawn and epochs seen so far. Below them the weights that shadows would have, what guardrails and
-    the operator did, and a note. ASCII but for the sources' names: any log can hold it.
+    the operator did, and a note. ASCII but for the sources' names. Of more than `most` sources it shows those
+    whose weights change most, and of as many texts the beginning.
     """
     names = update.sources
     deltas = [math.nan] * len(names) if update.delta is None else update.delta
@@ -91,20 +101,30 @@ def mixing_table(update: MixingUpdate) -> str:
         rows.append((name, *weights, score, f"{seen:,}", f"{epoch:.2f}"))
     iteration, samples = update.iteration, update.consumed_samples
     lines = [f" weight update at iteration {iteration:8d} | consumed samples: {samples:12d} |"]
-    lines.append(indent(table(header, rows), "  "))
+    changed = [abs(new - old) for old, new in zip(update.old_weights, update.new_weights, strict=True)]
+    shown = foremost(changed, most)
+    lines.append(indent(foremost_rows(header, rows, changed, most), "  "))
     if update.example_weights is not None:  # the weights above are shares of the rows
-        lines.append(f"  shares of examples: {_shares(names, update.example_weights)}")
-    lines += [f"  shadow {label}: {_shares(names, weights)}" for label, weights in update.shadow.items()]
-    lines += [f"  event: {event.text}" for event in update.events]
+        lines.append(f"  shares of examples: {_shares(names, update.example_weights, shown)}")
+    lines += [f"  shadow {label}: {_shares(names, given, shown)}" for label, given in update.shadow.items()]
+    longest, most = (None, None) if len(shown) == len(names) else (MOST_LETTERS, most)
+    lines += first_of([f"  event: {_cut(event.text, longest)}" for event in update.events], most)
     if update.notes:
         stands_still = any(note.kind in STAND_STILL for note in update.notes)
-        text = "; ".join(note.text for note in update.notes)
+        text = "; ".join(_cut(note.text, longest) for note in update.notes)
         lines.append(f"  {'WARNING' if stands_still else 'note'}: {text}")
     return "\n".join(lines)
 
 
-def _shares(names: Sequence[str], weights: Sequence[float]) -> str:
-    return ", ".join(f"{name} {weight:.4f}" for name, weight in zip(names, weights, strict=True))
+def _shares(names: Sequence[str], weights: Sequence[float], shown: Sequence[int]) -> str:
+    more = f", and {len(names) - len(shown):,} more" if len(shown) < len(names) else ""
+    return ", ".join(f"{names[place]} {weights[place]:.4f}" for place in shown) + more
+
+
+def _cut(text: str, longest: int | None) -> str:
+    """Return a text without what is more than a log line holds; the records have it whole."""
+    fits = longest is None or len(text) <= longest
+    return text if fits else f"{text[:longest]} ... (all of it in mixing.jsonl)"
 
 
 def _stamp(now: datetime) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_dynmix.config import RunConfig
@@ -33,14 +35,15 @@ def report_start(prepared: PreparedRun, run_dir: Path, changes: Sequence[str], n
     `changes` are settings that are not those of the checkpoint, `notes` tell of checkpoints not used.
     """
     config, data = prepared.config, prepared.data
-    print(f"------------------------ arguments ------------------------\n{to_yaml(config).rstrip()}")
+    most = config.logging.most_of(config.data.sources)
+    print(f"------------------------ arguments ------------------------\n{settings_text(config, most)}")
     print("-------------------- end of arguments ---------------------")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     lines = [
-        prepared_table(data.reports),
+        prepared_table(data.reports, most),
         *shared_lines(list(source_files(config)), config),
-        f"\n{packed_table([*data.train, *data.probe])}",
-        f"\n{share_table(data.train, prepared.mix.initial_D)}",
+        f"\n{packed_table([*data.train, *data.probe], most)}",
+        f"\n{share_table(data.train, prepared.mix.initial_D, most)}",
         f"\n{overview(prepared, world_size)}",
         *mix_warnings(config),
         *router_lines(config, data.reports),
@@ -52,6 +55,15 @@ def report_start(prepared: PreparedRun, run_dir: Path, changes: Sequence[str], n
     print(*lines, sep="\n")
     ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
     print(f"\ntraining on {ranks}; everything is written to {run_dir}:\n{written(config)}\n", flush=True)
+
+
+def settings_text(config: RunConfig, most: int | None) -> str:
+    """Return the configuration as YAML, with the first `most` of very many sources."""
+    if most is None:
+        return to_yaml(config).rstrip()
+    first = dict(itertools.islice(config.data.sources.items(), most))
+    some = to_yaml(replace(config, data=replace(config.data, sources=first))).rstrip()
+    return f"{some}\n# of {len(config.data.sources):,} sources the first {most}; config.yaml has all"
 
 
 def overview(prepared: PreparedRun, world_size: int) -> str:
@@ -67,7 +79,8 @@ def overview(prepared: PreparedRun, world_size: int) -> str:
         batches=prepared.mix.horizon.schedule,
     )
     try:
-        lines = [model_line(plan), f"layout   {plan.layout.describe()}", epochs_table(plan, works)]
+        epochs = epochs_table(plan, works, config.logging.most_of(works))
+        lines = [model_line(plan), f"layout   {plan.layout.describe()}", epochs]
         return "\n".join([*lines, memory_text(plan), needs_line(plan.largest, plan.host)])
     except InputError as error:  # a model that can be trained, but not estimated
         return f"memory unknown: {error}"
@@ -101,6 +114,8 @@ def mix_warnings(config: RunConfig) -> list[str]:
             f"{config.training.train_iters}: its weights will never change; give a shorter --interval"
         )
     idle = [name for name, source in config.data.sources.items() if source.weight == 0]
+    if most := config.logging.most_of(idle):
+        idle[most:] = [f"{len(idle) - most:,} more"]
     if idle and mixing.signal == "train":
         lines.append(
             f"WARNING: {', '.join(idle)} begin with weight 0, so training measures nothing of them, and no "

@@ -211,7 +211,7 @@ class Trainer:
         if self.writer is not None:
             self.writer.training(record)
         self.say(training_line(record, total, datetime.now()))
-        self.say(source_loss_line(record))
+        self.say(source_loss_line(record, self.config.logging.log_sources))
         self.interval = LogInterval(SourceStats.zero(len(sources)))
         line = self.drawn.line(progress.iteration, progress.consumed_samples, self.run.platform.device)
         if self.writer is not None:
@@ -249,7 +249,7 @@ class Trainer:
         if self.writer is not None:
             self.writer.mixing(update)
             self.writer.flush()
-            self.say(mixing_table(update))
+            self.say(mixing_table(update, self.config.logging.log_sources))
 
     def save(self, *, last: bool) -> Path:
         """Write a checkpoint of the state after the last whole iteration, unless there is one.

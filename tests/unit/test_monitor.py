@@ -203,6 +203,58 @@ def test_mixing_table_of_a_strategy_without_delta():
     assert lines[2].split() == ["chat", "0.5000", "->", "0.2500", "-0.2500", "-", "1,000", "0.50"]
 
 
+# three hundred sources
+
+MANY = [f"source_{number:03d}" for number in range(300)]
+
+
+def many_sources_update():
+    """Source 7 and source 250 move most."""
+    old, share = np.full(300, 1 / 300), np.arange(300) * 1e-6
+    share[[7, 250]] += [0.01, -0.003]
+    return mixing_update(
+        10,
+        sources=MANY,
+        old_weights=old.tolist(),
+        new_weights=(old + share).tolist(),
+        delta=[0.1] * 300,
+        tokens=[10] * 300,
+        epochs=[0.5] * 300,
+        shadow={"odm": old.tolist()},
+        events=[Remark("floor", f"floor raised {name}") for name in MANY],
+        notes=[Remark("few_tokens", "fewer than min_tokens 1: " + ", ".join(MANY))],
+    )
+
+
+def test_of_very_many_sources_an_update_shows_the_top_movers():
+    lines = logline.mixing_table(many_sources_update(), 20).splitlines()
+    assert len(lines) == 2 + 20 + 1 + 1 + 20 + 1 + 1
+    assert [line.split()[0] for line in lines[2:22]] == ["source_007", "source_250", *MANY[282:]]
+    assert lines[22].strip() == lines[44].strip() == "... and 280 more (see --log-sources)"
+    assert lines[23].endswith(", and 280 more") and max(map(len, lines)) < 800
+    assert lines[-1].endswith(" ... (all of it in mixing.jsonl)")
+
+
+def test_all_of_them_are_shown_on_request():
+    table = logline.mixing_table(many_sources_update(), 300)
+    assert all(f"  {name}  " in table for name in MANY) and "more" not in table
+    assert table == logline.mixing_table(many_sources_update())
+    few = mixing_update(10)
+    assert logline.mixing_table(few, 20) == logline.mixing_table(few)
+
+
+def test_of_very_many_sources_the_highest_losses_are_shown():
+    losses = {name: None if number % 3 else float(number) for number, name in enumerate(MANY)}
+    line = logline.source_loss_line(record_of(5, source_loss=losses), 2)
+    few_drawn = {**dict.fromkeys(MANY), "source_001": 1.0}
+    assert logline.source_loss_line(record_of(5, source_loss=few_drawn), 20).count("|") == 3
+    assert line == (
+        " lm loss per source at iteration        5 | source_294: 2.940000E+02 | source_297: 2.970000E+02 |"
+        " the highest of 300 |"
+    )
+    assert logline.source_loss_line(record_of(5, source_loss=losses), 300).count("|") == 301
+
+
 # heat maps and their numbers
 
 
