@@ -104,9 +104,17 @@ def test_a_run_from_the_folder_leaves_a_checkpoint_of_the_same_tensors(folders, 
     own_yaml = run_yaml.with_name("deepseek.yaml")  # paths in it are those of its folder
     own_yaml.write_text(yaml.safe_dump(settings))
     flags = [*SMALL[SMALL.index("--seq-length") :], "--seq-length", "64", *full("uniform", 1)]
+    flags += ["--bf16", "--save-hf", "end"]
     result = run_ranks(2, programs.train, own_yaml, flags, tmp_path / "run")[0]
     assert len(result["mixing"]) == 2
     assert all(np.isfinite(record["lm_loss"]) for record in result["metrics"])
     names = HuggingFaceFolder(tmp_path / "model").weight_map(1152)
     checkpoint = MegatronCheckpoint(tmp_path / "run/checkpoints/iter_0000004")
     assert {key: tuple(shape) for key, shape in checkpoint.shapes.items()} == dict(names.megatron_shapes)
+    exported = load_file(tmp_path / "run/hugging_face/iter_0000004/model.safetensors")
+    for key, values in exported.items():
+        kept = key.endswith(CORRECTION)
+        assert values.dtype == (torch.float32 if kept else torch.bfloat16), key
+        assert not kept or not torch.equal(values, values.bfloat16().float()), (
+            "numbers that bf16 has no room for"
+        )
