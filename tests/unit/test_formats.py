@@ -216,7 +216,9 @@ def test_any_json_is_a_conversation_or_one_short_reason(row: object, name: str) 
 
 def test_the_examples_in_the_docs_are_what_they_are_said_to_be() -> None:
     text = DOCS.read_text(encoding="utf-8")
-    examples = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL)]
+    examples = [
+        json.loads(block) for block in re.findall(r"^```json\n(.*?)```", text, re.DOTALL | re.MULTILINE)
+    ]
     found = [find_format([("docs", example)]) for example in examples]
     assert [shape.name for shape in found] == ["messages", "messages", *FORMATS[1:]]
     assert all(shape.parse(example).turns for shape, example in zip(found, examples, strict=True))
