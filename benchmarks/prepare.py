@@ -2,7 +2,8 @@
 
 The source is generated: conversations of one to four rounds, of words as frequent as in English (Zipf).
 One worker may use one core, and the tokenizer one thread. The floor reads, parses and renders before its
-clock starts, and keeps nothing of what it encodes.
+clock starts, and keeps nothing of what it encodes. It is done with a template that is built in and with one
+that is not and marks no answers. At last one row has more and more turns, which must take time in proportion.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ if TYPE_CHECKING:  # every worker imports this file again: what is heavy is impo
     from megatron_dynmix.data.prepare.template import Renderer
 
 MEGABYTE: Final = 1_000_000
-TEMPLATE: Final = "vicuna"
+FOREIGN: Final = """{%- for message in messages %}
+{{- '<' + message.role + '>\\n' + message.content | trim }}
+{{- '</s>\\n' if message.role == 'assistant' else '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<assistant>\\n' }}{%- endif %}"""
+"""No `{% generation %}`, and no token but the end of an answer."""
+TURNS: Final = (200, 2000)
 FLOOR_BATCH: Final = 256
 VOCABULARY: Final = 20_000
 BPE_SIZE: Final = 8192
@@ -168,6 +175,30 @@ def prepared(path: Path, folder: Path, renderer: Renderer, workers: int) -> Meas
     )
 
 
+def long_rows(renderer: Renderer, repeats: int) -> str:
+    """Time one row of many turns, alone."""
+    from megatron_dynmix.data.prepare.encode import Encoder, RowChunk
+    from megatron_dynmix.data.prepare.formats import Format
+    from megatron_dynmix.data.prepare.readers import RawRow
+
+    encoder, lines = Encoder(renderer, None, np.dtype(np.uint16).type), []
+    for turns in TURNS:
+        messages = [
+            {"role": ("user", "assistant")[at % 2], "content": f"the words of turn {at} are few"}
+            for at in range(turns)
+        ]
+        row = RawRow("long:1", json.dumps({"messages": messages}).encode())
+        seconds = []
+        for _ in range(repeats + 1):  # the first renders what is remembered
+            start = time.process_time()
+            encoded = encoder(RowChunk([row], Format(name="messages"), 1))
+            seconds.append(time.process_time() - start)
+        assert len(encoded.examples) == 1, encoded.counts.first_broken
+        best = min(seconds)
+        lines.append([f"{turns:,}", f"{best:.3f}", f"{1e6 * best / turns:.0f}"])
+    return table(["turns of one row", "CPU s", "microseconds a turn"], lines)
+
+
 def main() -> None:
     """Print a table: the floor, then each number of workers."""
     from megatron_dynmix import platform
@@ -190,19 +221,25 @@ def main() -> None:
         tokenizer_dir = arguments.tokenizer or folder / "tokenizer"
         if arguments.tokenizer is None:
             train_bpe(texts_of(path), BPE_SIZE, tokenizer_dir)
-        renderer = Renderer(load_tokenizer(tokenizer_dir), TEMPLATE)
+        foreign = folder / "foreign.jinja"
+        foreign.write_text(FOREIGN)
         small = folder / "small.jsonl"
         write_source(small, 0.1, seed=2)
-        for workers in arguments.workers:  # the server that starts workers takes some seconds, once
-            prepared(small, folder, renderer, workers)
-        best: dict[str, Measured] = {}
-        for _ in range(arguments.repeats):
-            runs = {"tokenizer alone": floor(path, tokenizer_dir, renderer)}
-            for workers in arguments.workers:
-                label = f"prepare, {workers} worker{'s' * (workers > 1)}"
-                runs[label] = prepared(path, folder, renderer, workers)
-            best = {label: min(run, best.get(label, run)) for label, run in runs.items()}
-        print_table(best, path.stat().st_size / MEGABYTE)
+        tokenizer = load_tokenizer(tokenizer_dir)
+        for template in ("vicuna", str(foreign)):
+            renderer = Renderer(tokenizer, template)
+            for workers in arguments.workers:  # the server that starts workers takes some seconds, once
+                prepared(small, folder, renderer, workers)
+            best: dict[str, Measured] = {}
+            for _ in range(arguments.repeats):
+                runs = {"tokenizer alone": floor(path, tokenizer_dir, renderer)}
+                for workers in arguments.workers:
+                    label = f"prepare, {workers} worker{'s' * (workers > 1)}"
+                    runs[label] = prepared(path, folder, renderer, workers)
+                best = {label: min(run, best.get(label, run)) for label, run in runs.items()}
+            print(f"\ntemplate {Path(template).name}")
+            print_table(best, path.stat().st_size / MEGABYTE)
+        print(f"\n{long_rows(renderer, arguments.repeats)}")
 
 
 def print_table(best: dict[str, Measured], megabytes: float) -> None:

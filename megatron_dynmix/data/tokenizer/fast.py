@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ class FastTokenizer(Tokenizer):
 
 def _encoding(encoding: Any) -> Encoding:
     ids_T = np.fromiter(encoding.ids, dtype=np.int64, count=len(encoding))
-    return ids_T, np.fromiter((start for start, _ in encoding.offsets), dtype=np.int64, count=len(encoding))
+    starts = map(itemgetter(0), encoding.offsets)
+    return ids_T, np.fromiter(starts, dtype=np.int64, count=len(encoding))
 
 
 def _add_twins(backend: Backend, special: SpecialTokens) -> dict[int, int]:
