@@ -17,6 +17,7 @@ import yaml
 
 from megatron_dynmix.commands.train import train
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.lease import LOCK, Lease
 
 # ruff: noqa: SIM905 (a list of words reads best as words)
 
@@ -48,8 +49,10 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     run_dir = arguments.run_dir
     lease_of(run_dir).refuse_if_held()
     check_run_dir(run_dir, "no")
-    run_yaml = make_quickstart(run_dir / "data")
-    code = train(run_yaml, [], run_dir, world_size=2)
+    data = run_dir / "data"
+    with Lease(data / LOCK, "a quickstart", "give another --run-dir").take(say=print):
+        run_yaml = make_quickstart(data)
+        code = train(run_yaml, [], run_dir, world_size=2)
     if code == 0:
         print(
             f"\nDone. What to open:\n"

@@ -164,7 +164,7 @@ def heartbeat_of_job(timeout_minutes: float) -> Iterator[Heartbeat]:
             heartbeat.end("failed")
             if used_up:
                 again = "go on from the last checkpoint with --resume auto"
-                raise TrainingStopped(f"{used_up}; {again}") from error
+                raise TrainingStopped(f"{used_up}; {again}" if heartbeat.is_first() else "") from error
             raise
         who = heartbeat.explain()
         text = (
@@ -208,6 +208,13 @@ class Heartbeat:
         first, before, after = found
         return describe(before, after, self._world_size) if first else ""
 
+    def is_first(self) -> bool:
+        """Whether no other rank has told what went wrong; it is told if that cannot be found out."""
+        return _bounded(self._asks_first) is not False
+
+    def _asks_first(self) -> bool:
+        return bool(self._store.add("heartbeat/asked", 1) == 1)
+
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
             self._beats += 1
@@ -230,7 +237,7 @@ class Heartbeat:
     def _look(self) -> tuple[bool, Ranks, Ranks]:
         """Return whether this rank is the first to ask, and what was said before and after some patience."""
         self._post()
-        if self._store.add("heartbeat/asked", 1) > 1:
+        if not self._asks_first():
             if self._rank == 0:
                 time.sleep(2 * PATIENCE_SECONDS)  # the store may live in this process: the first is reading
             return False, {}, {}

@@ -1,15 +1,20 @@
 """Kills at random instants: a run that saves every iteration, killed and gone on with until it is done.
 
+Some of the starts come while the run before is still there: it is told to stop and waited for, or it refuses.
+
 `python -m tests.distributed.kills 50` prints the figures; `make soak` calls it.
 """
 
 import argparse
+import os
 import random
 import re
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from megatron_dynmix.commands.quickstart import make_quickstart
@@ -37,11 +42,16 @@ def undisturbed(run_yaml, flags, run_dir):
 
 
 class Killer:
-    """Goes on with one run until it is done, killing it `kills` times on the way."""
+    """Goes on with one run until it is done, killing it `kills` times on the way.
 
-    def __init__(self, run_yaml, flags, run_dir, *, kills, span, seed):
+    As often as `overlaps` says, another start comes before the kill.
+    """
+
+    def __init__(self, run_yaml, flags, run_dir, *, kills, span, seed, overlaps=0):
         self.run_yaml, self.flags, self.run_dir = run_yaml, flags, run_dir
         self.kills, self.span = kills, span
+        self.overlaps, self.second_starts = overlaps, Counter()
+        """How many are left, and what became of those that were."""
         self.random = random.Random(seed)
         self.phases = Counter()
         self.lost = 0
@@ -54,6 +64,9 @@ class Killer:
         for _ in range(self.kills):
             if not self._kill_once():
                 break
+            if self.overlaps:
+                self.overlaps -= 1
+                self._start_twice()
         return run_ranks(
             RANKS, programs.train, self.run_yaml, self.flags, self.run_dir, resume="auto", timeout=LONG
         )[0]
@@ -62,10 +75,7 @@ class Killer:
         """Start, wait for an instant, kill; False if the run was done before."""
         named = self.tracker()
         files = set(self._files())
-        with started_ranks(RANKS, programs.train, self.run_yaml, self.flags, self.run_dir, resume="auto") as (
-            processes,
-            pipes,
-        ):
+        with self._started() as (processes, pipes):
             self._wait(files, pipes)
             if any(pipe.poll() for pipe in pipes):
                 failure, _ = next(pipe for pipe in pipes if pipe.poll()).recv()
@@ -80,6 +90,37 @@ class Killer:
         self.lost += max(trained - (self.tracker() or 0), 0)
         self.phases[self._phase(named, trained)] += 1
         return True
+
+    def _started(self):
+        flags = (self.run_yaml, self.flags, self.run_dir)
+        return started_ranks(RANKS, programs.train, *flags, resume="auto")
+
+    def _start_twice(self):
+        """Start, and start again at some instant, every other time once the first was told to stop; kill."""
+        with self._started() as (processes, pipes):
+            self._wait_for_a_save(pipes)
+            asked = self.second_starts["waited"] <= self.second_starts["refused"]
+            for process in processes if asked else ():
+                os.kill(process.pid, signal.SIGTERM)
+            with self._started() as (_, second):
+                if asked:
+                    for process in processes:
+                        process.join(timeout=60)
+                    self._wait_for_a_save(second)
+                else:
+                    assert wait([second[0]], 60), "the second start neither trained nor was refused"
+                answers = [pipe.recv()[0] for pipe in second if pipe.poll()]
+        held = [failure for failure in answers if failure is not None and "is in use by" in failure]
+        assert held or not any(answers), answers
+        self.second_starts["refused" if held else "waited"] += 1
+
+    def _wait_for_a_save(self, pipes):
+        """Until the run under way saves, and a bit longer."""
+        files, deadline = set(self._files()), time.monotonic() + 60
+        while not set(self._files()) - files and not any(pipe.poll() for pipe in pipes):
+            assert time.monotonic() < deadline, "nothing is saved"
+            time.sleep(0.005)
+        time.sleep(self.random.uniform(0, 0.3))
 
     def _wait(self, files, pipes):
         """Until an instant of the whole span, or every other time until a save has begun and a bit longer."""
@@ -149,8 +190,13 @@ def main():
             flags = settings(2 * arguments.kills, *extra)  # four an attempt
             expected, seconds = undisturbed(run_yaml, flags, root / f"{name} undisturbed")
             span = min(seconds, 12.0)
+            kills = arguments.kills // 2
             killer = Killer(
-                *(run_yaml, flags, root / name), kills=arguments.kills // 2, span=span, seed=arguments.seed
+                *(run_yaml, flags, root / name),
+                kills=kills,
+                span=span,
+                seed=arguments.seed,
+                overlaps=kills // 2,
             )
             result = killer.finish()
             wrong = differences(result, expected)
@@ -159,7 +205,8 @@ def main():
             print(
                 f"{name}: {sum(killer.phases.values())} kills "
                 f"({', '.join(f'{number} in {phase}' for phase, number in sorted(killer.phases.items()))}), "
-                f"{killer.resumed} resumes that trained on, {killer.lost} iterations trained again; "
+                f"{killer.resumed} resumes that trained on, {killer.lost} iterations trained again, "
+                f"{dict(killer.second_starts)} of those that came while the run was there; "
                 f"{verdict}",
                 flush=True,
             )
