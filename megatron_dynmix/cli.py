@@ -89,6 +89,8 @@ def _run(name: str, arguments: argparse.Namespace, rest: list[str]) -> int:
         if sys.stderr.isatty() and "RANK" not in os.environ:
             print(file=sys.stderr)  # the terminal shows ^C in the line that is being written
         return _end(EXIT_INTERRUPTED, _once(f"interrupted{interrupt}"))
+    except OutputLost:
+        raise
     except Exception as error:
         if used_up := exhausted(error):
             return _end(EXIT_FAILED, used_up)

@@ -97,7 +97,7 @@ assert not {"torch", "numpy", "megatron.core"} & sys.modules.keys()
     assert done.returncode == 0, done.stderr
 
 
-def test_update_reaches_at_most_25_files(tmp_path):
+def test_update_reaches_at_most_28_files(tmp_path):
     """One NumPy step must stay readable as one: no model, no data, no records of a run."""
     load = json_file(tmp_path, "load.json", GOLDEN_LOADS)
     program = (
@@ -106,7 +106,7 @@ def test_update_reaches_at_most_25_files(tmp_path):
         "print(*sorted(name for name in sys.modules if name.startswith('megatron_dynmix')), file=sys.stderr)"
     )
     reached = fresh_python("-c", program).stderr.split()
-    assert "megatron_dynmix.mixing.controller" in reached and len(reached) <= 25, reached
+    assert "megatron_dynmix.mixing.controller" in reached and len(reached) <= 28, reached
 
 
 def test_prepare_says_nothing_but_what_is_wrong_in_a_process_of_its_own(tmp_path):
