@@ -139,6 +139,13 @@ def test_what_the_router_does_not_compute_is_refused(name, value):
         model_settings({**small_config(), name: value})
 
 
+def test_linear_scaling_is_written_in_the_two_words_that_the_published_code_takes():
+    scaling = {"type": "linear", "factor": 2.0}
+    settings = {**COMMON, **model_settings({**small_config(), "rope_scaling": scaling})}
+    assert settings["rotary_seq_len_interpolation_factor"] == 2.0
+    assert hugging_face_config(settings)["rope_scaling"] == scaling
+
+
 def test_the_papers_example_is_the_published_setting(tmp_path, monkeypatch):
     published = {
         **{"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},

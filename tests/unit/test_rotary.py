@@ -86,6 +86,28 @@ def test_logits_are_those_of_transformers_far_beyond_the_original_length(family,
         assert not compared(folder, **{key: 2.0}).passed
 
 
+OVER = {"original_max_position_embeddings": 32}
+"""Beside `rope_scaling`, it is what transformers takes."""
+SPELLED = {
+    "a length outside": {"rope_scaling": {"type": "yarn", "factor": 4.0}, **OVER},
+    "two lengths": {"rope_scaling": {**YARN, "factor": 4.0}, **OVER},
+    "two bases": {"rope_scaling": {**YARN, "rope_theta": 99.0}, "rope_theta": 5.0},
+    "two types": {"rope_parameters": {**YARN, "type": "linear"}, "rope_theta": 5.0},
+    "words of another type": {"rope_scaling": {**YARN, "type": "linear", "rope_type": "linear"}},
+    "no type": {"rope_scaling": {"factor": 4.0}, "rope_theta": 5.0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", SPELLED)
+def test_words_that_disagree_mean_what_they_mean_to_transformers(how, tmp_path):
+    folder = folder_of("qwen3_moe", YARN, tmp_path)
+    plain = {key: value for key, value in folder.config.items() if key != "rope_parameters"}
+    (folder.path / "config.json").write_text(json.dumps({**plain, **SPELLED[how]}))
+    verdict = compared(HuggingFaceFolder(folder.path))
+    assert verdict.passed, verdict.describe()
+
+
 @pytest.mark.parametrize("name", ["yarn", "linear"])
 def test_what_is_written_is_the_same_model_to_transformers(name, tmp_path):
     folder = folder_of("mixtral", SCALED[name], tmp_path)
