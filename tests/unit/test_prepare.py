@@ -216,3 +216,41 @@ def test_template_that_refuses_names_file_and_line(tmp_path: Path, tokenizer_dir
     hf_tokenizer.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(InputError, match=r"none of 5 rows .*rows.jsonl:1: .* refuses the conversation .no."):
         prepare(tmp_path, ROWS, FastTokenizer(of_transformers(hf_tokenizer)), template="tokenizer")
+
+
+REASONED = {
+    "messages": [
+        {"role": "user", "content": "two plus two"},
+        {"role": "assistant", "content": "four", "reasoning_content": "two and two"},
+        {"role": "user", "content": "plus one"},
+        {"role": "assistant", "content": "five", "reasoning_content": "four and one"},
+    ]
+}
+LAST_REASONS = (
+    "{% for m in messages %}{{ m.role }}:{% if loop.last and not KEEPS and m.reasoning_content %}"
+    "{{ m.reasoning_content }}|{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{{ 'assistant:' if add_generation_prompt }}"
+)
+
+
+def test_each_round_is_an_example_of_its_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (path := tmp_path / "t.jinja").write_text(LAST_REASONS.replace("not KEEPS", "true"))
+    both = prepare(tmp_path, [REASONED], tokenizer, template=str(path))
+    assert (both.examples, [one.kind for one in both.notices]) == (1, ["removed reasoning"])
+    rounds = prepare(tmp_path, [REASONED], tokenizer, template=str(path), train_on="rounds")
+    assert (rounds.examples, rounds.broken, rounds.untrained, rounds.notices) == (2, 0, 0, ())
+    assert rounds.trained_tokens > both.trained_tokens
+    # too long a history goes, and what is left of it is nobody's example again
+    short = prepare(tmp_path, [REASONED], tokenizer, template=str(path), train_on="rounds", split_length=30)
+    assert (short.examples, short.broken, short.untrained) == (2, 0, 0)
+    assert short.trained_tokens == rounds.trained_tokens
+
+
+def test_a_row_whose_parts_a_template_refuses_is_a_bad_row(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (path := tmp_path / "t.jinja").write_text(LAST_REASONS.replace("not KEEPS", "messages | length == 4"))
+    rows = [REASONED, {"messages": [*REASONED["messages"][:1], {"role": "assistant", "content": "four"}]}]
+    report = prepare(tmp_path, rows, tokenizer, template=str(path), split_length=30)
+    assert (report.examples, report.broken) == (1, 1)
+    assert (
+        "rows.jsonl:1: split at rounds: the chat template leaves out the reasoning" in report.first_broken[0]
+    )

@@ -107,14 +107,21 @@ class Encoder:
     def _encode(
         self, chunk: RowChunk, read: list[tuple[str, Conversation, Rendered]], broken: list[str]
     ) -> Encoded:
-        counts = Counts(rows=len(chunk.rows), broken=len(broken))
+        counts = Counts(rows=len(chunk.rows))
         untrained: list[str] = []
         ids, trained, digests = [], [], []
         encoded = self._tokens([rendered for _, _, rendered in read])
         for (place, conversation, rendered), masked in zip(read, encoded, strict=True):
             parts, tokens = [rendered], [masked]
             if self.split_length is not None and len(masked.ids_T) - 1 > self.split_length:
-                parts, tokens = self._split(conversation, self.split_length + 1)
+                try:
+                    parts, tokens = self._split(conversation, self.split_length + 1)
+                except InputError:
+                    raise
+                except ValueError as error:
+                    # as the end of a part an answer needs what templates leave out of earlier ones
+                    broken.append(f"{place}: split at rounds: {error}")
+                    continue
                 if len(parts) > 1:
                     counts.split += 1
                     counts.split_parts += len(parts)
@@ -125,7 +132,7 @@ class Encoder:
                     digests.append(hashlib.blake2b(part.text.encode(), digest_size=DIGEST_BYTES).digest())
                 else:
                     untrained.append(f"{place}: no token to train on")
-        counts.untrained = len(untrained)
+        counts.broken, counts.untrained = len(broken), len(untrained)
         counts.first_broken = (*broken, *untrained)
         counts.notices = merged(
             one
@@ -154,8 +161,14 @@ class Encoder:
             return len(self._tokens([self.renderer.render(part)])[0].ids_T)
 
         parts = split_conversation(conversation, limit, tokens)
+        if self.renderer.train_on == "rounds":  # earlier rounds have examples of their own
+            parts = [part for part in parts if any(turn.is_trained is not False for turn in _answers(part))]
         rendered = [self.renderer.render(part) for part in parts]
         return rendered, self._tokens(rendered)
+
+
+def _answers(conversation: Conversation) -> Iterator[Turn]:
+    return (turn for turn in conversation.turns if turn.role == "assistant")
 
 
 def split_conversation(
