@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from data_fixtures import TEXTS, tokenizer_dir_fixture, tokenizer_fixture  # noqa: F401
+from data_fixtures import TEXTS, prepare, sharegpt, tokenizer_dir_fixture, tokenizer_fixture  # noqa: F401
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -188,6 +188,17 @@ def test_a_cut_puts_no_space_in_front_of_the_answer(kinds: Kinds) -> None:
         (answered,) = encode_answers(tokenizer, ["<s>question two</s>"], [[len("<s>question t")]])
         assert answered.cuts == 1, kind
         assert tokenizer.decode(answered.ids_T).replace("<s> ", "<s>") == "<s>question two</s>"
+
+
+def test_cuts_and_letters_of_special_tokens_are_counted(tmp_path: Path, kinds: Kinds) -> None:
+    rows = [sharegpt("two", "\n\nx"), sharegpt("two <s>", "three </s> <s>"), sharegpt("two", "three")]
+    report = prepare(tmp_path, rows, kinds["llama3"], template="plain")
+    counted = {(one.kind, one.detail): (one.rows, one.first.rpartition(":")[2]) for one in report.notices}
+    assert counted == {
+        ("straddled border", ""): (1, "1"),
+        ("special token in text", "<s>"): (1, "2"),
+        ("special token in text", "</s>"): (1, "2"),
+    }
 
 
 def test_many_answers_take_time_in_proportion(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
