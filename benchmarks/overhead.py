@@ -77,7 +77,7 @@ def bare_step(trainer: Trainer, batches: list[Batch]) -> None:
         forward_only=False,
     )
     trainer.optimizer.step()
-    trainer.scheduler.step(increment=trainer.config.training.global_batch_size)
+    trainer.checkpointer.scheduler.step(increment=trainer.config.training.global_batch_size)
 
 
 def _bare_forward(batches: Iterator[Batch], model: torch.nn.Module) -> Any:
