@@ -67,6 +67,7 @@ RESOLVED_FROM = {
     "embeddings": "a JSON or .npz file {source: vector}",
     "schedule": "[[iteration, {source: weight}], ...]",
     "sizes": "{source: size}",
+    "match": "the name of the source whose load is to be matched",
 }
 
 
@@ -376,6 +377,8 @@ def _check_signal(config: RunConfig, chosen: Chosen, what: str, layers: list[int
             f"{MIN_SOURCES}: two are always equally far apart, so their weights never change; add a source, "
             "or use strategy fixed"
         )
+    if chosen.strategy == "match-load":
+        _check_target(config.mixing)
     unprobed = [name for name in sources if name not in config.data.probed]
     if (needs_gate_load or needs_loss) and config.mixing.signal == "probe" and unprobed:
         raise InputError(
@@ -383,6 +386,20 @@ def _check_signal(config: RunConfig, chosen: Chosen, what: str, layers: list[int
             f"data.sources.{unprobed[0]}.probe (held-out rows of the same kind), hold some out with "
             "data.probe (--probe), or use signal train"
         )
+
+
+def _check_target(mixing: MixingConfig) -> None:
+    """Refuse what would draw the target of match-load, or leave it unmeasured."""
+    if mixing.signal == "train":
+        raise InputError(
+            "match-load never draws its target, so mixing.signal train would not measure it; use signal probe"
+        )
+    for setting in ("weight_floor", "min_entropy", "prior_pull"):
+        if mixing.strategy == "match-load" and getattr(mixing, setting):
+            raise InputError(
+                f"mixing.{setting} would draw the target of match-load, which is there to be measured; leave "
+                "it out"
+            )
 
 
 def _check_resolved(mixing: MixingConfig) -> None:

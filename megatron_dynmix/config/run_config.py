@@ -304,8 +304,12 @@ class MixingConfig(Section):
     """JSON or .npz file {source: vector}."""
     schedule: tuple[Any, ...] | None = None
     """[[iteration, {source: weight}], ...]."""
+    match: str | None = None
+    """Name of the source that is the target of `match-load`."""
     sizes: dict[str, float] | None = None
     """{source: size}, for strategies by size: of originals that only a part of was released, in any unit."""
+    similarity_correction: bool = False
+    """Whether sources with like gate loads share what one of them would get, whatever the strategy."""
     weight_floor: float = 0.0
     """Least weight of a source that is not paused."""
     max_kl_step: float | None = None
@@ -313,7 +317,8 @@ class MixingConfig(Section):
     min_entropy: float | None = None
     """Least entropy of the weights, as a share of the uniform mix's."""
     prior: str | dict[str, float] | None = None
-    """Weights to be pulled towards: {source: weight}, `size` or `uniform`."""
+    """Weights to be pulled towards, and that `uniqueness` begins with: {source: weight}, `size` or
+    `uniform`."""
     prior_pull: float = 0.0
     """How far each update is pulled towards the prior, from 0 to 1."""
     override_file: str | None = None
@@ -329,6 +334,8 @@ class MixingConfig(Section):
                 f"mixing.strategy_options are for a strategy of your own (MODULE:NAME), not for "
                 f"{self.strategy}; write its options into the mixing section"
             )
+        if self.similarity_correction and self.strategy == "uniqueness":
+            raise InputError("mixing.similarity_correction is what uniqueness does itself; leave it out")
         object.__setattr__(self, "options", options)  # frozen: this is the construction
         labels = [shadow.label for shadow in self.shadows]
         for label in labels:
@@ -340,7 +347,13 @@ class MixingConfig(Section):
         """The strategy in charge, with its options."""
         own = is_own(self.strategy)
         options = self.strategy_options if own else self.options
-        return Chosen(label=self.strategy, strategy=self.strategy, options=options, own=own)
+        return Chosen(
+            label=self.strategy,
+            strategy=self.strategy,
+            options=options,
+            own=own,
+            corrected=self.similarity_correction,
+        )
 
     @property
     def shadows(self) -> list[Chosen]:

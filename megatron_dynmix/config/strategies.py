@@ -17,6 +17,8 @@ RESOLVED = {
     "embeddings": "embeddings_DV",
     "schedule": "points",
     "sizes": "sizes_D",
+    "prior": "prior_D",
+    "match": "target_source",
 }
 """Settings that name a file, or values by source -> the option of a strategy that is made of them."""
 
@@ -92,6 +94,8 @@ class Chosen:
     strategy: str
     options: Mapping[str, Any]
     own: bool
+    corrected: bool = False
+    """Whether its weights are corrected for sources that are alike."""
 
     @property
     def needs(self) -> tuple[bool, bool]:
@@ -102,7 +106,7 @@ class Chosen:
                 kind = build_strategy(self.strategy, self.options)
             except ValueError as error:
                 raise InputError(f"mixing: {error}") from None
-        return kind.needs_gate_load, kind.needs_loss
+        return self.corrected or kind.needs_gate_load, kind.needs_loss
 
 
 def chosen_shadow(entry: str | Mapping[str, Any]) -> Chosen:

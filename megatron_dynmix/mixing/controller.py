@@ -331,7 +331,7 @@ class MixingController:
         return Decision(
             weights_D=weights_D,
             proposal=proposal,
-            notes=(*self._notes(unmeasured), *failed),
+            notes=(*self._notes(unmeasured), *proposal.notes, *failed),
             events=events,
             shadow=shadow,
             signal=signal,

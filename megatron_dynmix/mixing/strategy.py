@@ -64,6 +64,7 @@ class Proposal:
         distance_DD: distances between loads; None where the strategy uses none.
         state: what the strategy wants to be given at its next update, in JSON types.
         delta_error_D: one standard error of each score; None where not known.
+        notes: what a reader must know about it.
 
     """
 
@@ -73,6 +74,7 @@ class Proposal:
     distance_DD: Floats | None = None
     state: Mapping[str, Any] = field(default_factory=dict)
     delta_error_D: Floats | None = None
+    notes: "tuple[Remark, ...]" = ()
 
 
 class Strategy:
@@ -171,6 +173,7 @@ RemarkKind = Literal[
     "last_known",
     "shadow_failed",
     "few_tokens",
+    "one_kind",
     "override_not_followed",
     "override_unusable",
 ]

@@ -154,18 +154,18 @@ ROUNDING = 1e-12
 """Gain that counts as none; below what the ridge makes of two equal sources."""
 
 
-def balancing_weights(distance_DD: Floats) -> Floats:
-    """Return the shares w that minimize ||distance_DD w||; uniform if all distances are 0.
+def balancing_weights(distance_VD: Floats) -> Floats:
+    """Return the shares w of the columns that minimize ||distance_VD w||; uniform if all are 0.
 
     Scaling w scales the objective, so with Q = distance^T distance the shares are those of the minimizer of
     u'Qu / 2 - sum u over u >= 0, found by an active set (Lawson & Hanson, 1974, chapter 23).
     """
-    num_sources = len(distance_DD)
-    largest = distance_DD.max()
+    num_sources = distance_VD.shape[1]
+    largest = np.abs(distance_VD).max()
     if largest == 0:
         return np.full(num_sources, 1 / num_sources)
-    scaled_DD = distance_DD / largest
-    quadratic_DD = scaled_DD.T @ scaled_DD
+    scaled_VD = distance_VD / largest
+    quadratic_DD = scaled_VD.T @ scaled_VD
     quadratic_DD += RIDGE * quadratic_DD.trace() / num_sources * np.eye(num_sources)
     used = np.zeros(num_sources, dtype=bool)
     solution_D = np.zeros(num_sources)

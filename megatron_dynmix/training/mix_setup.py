@@ -26,6 +26,7 @@ from megatron_dynmix.mixing.controller import ControllerState, MixingController
 from megatron_dynmix.mixing.gate_loads import select_layers
 from megatron_dynmix.mixing.guardrails import Guardrails
 from megatron_dynmix.mixing.strategies import build_strategy
+from megatron_dynmix.mixing.strategies.uniqueness import Corrected
 from megatron_dynmix.mixing.strategy import InExamples, Signal, SourceError, Strategy
 from megatron_dynmix.mixing.weights import example_shares, is_number, normalise_weights, row_shares
 
@@ -42,23 +43,25 @@ examples, their `examples_per_row`, in the order of the sources."""
 
 def resolve_files(mixing: MixingConfig, sources: Sequence[str]) -> dict[str, Any]:
     """Return the value of each option of `RESOLVED` whose setting is given; `InputError` if it is no such."""
-    readers: dict[str, Callable[[Any, Sequence[str]], list[Any]]] = {
+    readers: dict[str, Callable[[Any, Sequence[str]], Any]] = {
         "reference": read_losses,
         "target": read_losses,
         "weights_from": last_weights,
         "embeddings": read_embeddings,
         "schedule": schedule_points,
         "sizes": source_sizes,
+        "match": source_number,
     }
     return {
-        RESOLVED[setting]: read(Path(given) if isinstance(given, str) else given, sources)
+        RESOLVED[setting]: read(given, sources)
         for setting, read in readers.items()
         if (given := getattr(mixing, setting)) is not None
     }
 
 
-def read_losses(path: Path, sources: Sequence[str]) -> list[float]:
+def read_losses(given: str | Path, sources: Sequence[str]) -> list[float]:
     """Read losses of all sources, in nats, from a JSON file {source: loss} or a run's ``evaluation.json``."""
+    path = Path(given)
     content = read_json(path)
     if isinstance(content, dict) and "iteration" in content and isinstance(content.get("sources"), dict):
         content = {name: measured.get("loss") for name, measured in content["sources"].items()}
@@ -72,11 +75,12 @@ def read_losses(path: Path, sources: Sequence[str]) -> list[float]:
     return [float(content[name]) for name in sources]
 
 
-def last_weights(run_dir: Path, sources: Sequence[str]) -> list[float]:
+def last_weights(given: str | Path, sources: Sequence[str]) -> list[float]:
     """Read the weights that another run ended with, by the names of its sources."""
     from megatron_dynmix.records.jsonl import read_records  # `update` needs no record of a run
     from megatron_dynmix.records.schema import MixingUpdate
 
+    run_dir = Path(given)
     path = run_dir / "mixing.jsonl"
     if not path.is_file():
         raise InputError(f"{run_dir} holds no mixing.jsonl; give the --run-dir of a run")
@@ -96,8 +100,9 @@ def last_weights(run_dir: Path, sources: Sequence[str]) -> list[float]:
         raise InputError(f"{path}: its last weights cannot be used: {error}") from None
 
 
-def read_embeddings(path: Path, sources: Sequence[str]) -> list[list[float]]:
+def read_embeddings(given: str | Path, sources: Sequence[str]) -> list[list[float]]:
     """Read a vector of each source from a JSON file {source: [number, ...]} or an .npz of an array each."""
+    path = Path(given)
     content = _by_source(path, _read_npz(path) if path.suffix == ".npz" else read_json(path), sources)
     vectors = []
     for name in sources:
@@ -131,6 +136,13 @@ def schedule_points(points: Sequence[Any], sources: Sequence[str]) -> list[list[
         except (TypeError, ValueError) as error:
             raise InputError(f"mixing.schedule at iteration {iteration}: {error}") from None
     return resolved
+
+
+def source_number(name: str, sources: Sequence[str]) -> int:
+    """Return the dataset_id of a source."""
+    if name not in sources:
+        raise InputError(f"mixing.match is {name}, which is none of {', '.join(sources)}")
+    return list(sources).index(name)
 
 
 def source_sizes(sizes: Mapping[str, Any], sources: Sequence[str]) -> list[float]:
@@ -216,10 +228,13 @@ def strategy_of(chosen: Chosen, resolved: Resolved) -> Strategy:
         for setting in resolved_options(chosen.strategy)
         if RESOLVED[setting] in resolved
     }
-    per_row_D, last = examples_per_row(resolved), RESOLVED["weights_from"]
-    if per_row_D is not None and last in from_files:  # on record are shares of rows
-        from_files[last] = example_shares(np.array(from_files[last]), per_row_D).tolist()
+    per_row_D = examples_per_row(resolved)
+    for option in (RESOLVED["weights_from"], RESOLVED["prior"]):  # shares of rows
+        if per_row_D is not None and option in from_files:
+            from_files[option] = example_shares(np.array(from_files[option]), per_row_D).tolist()
     strategy = build_strategy(chosen.strategy, {**chosen.options, **from_files})
+    if chosen.corrected:
+        strategy = Corrected(strategy)
     return strategy if per_row_D is None else InExamples(strategy, per_row_D)
 
 
@@ -234,19 +249,25 @@ def in_rows(weights_D: NDArray[np.float64], resolved: Resolved) -> NDArray[np.fl
     return weights_D if per_row_D is None else row_shares(weights_D, per_row_D)
 
 
-def guardrails_of(
+def prior_of(
     mixing: MixingConfig, resolved: Resolved, sources: Sequence[str], size_D: NDArray[np.int64]
-) -> Guardrails:
-    """Build the limits on the weights; ValueError if one is out of range, or the prior of other sources."""
-    prior_D = None
+) -> NDArray[np.float64] | None:
+    """Return the prior as shares of the rows, if there is one; ValueError if it is of other sources."""
+    if mixing.prior is None:
+        return None
     if mixing.prior == "size":
-        prior_D = normalise_weights(size_D)
-    elif mixing.prior == "uniform":
-        prior_D = in_rows(normalise_weights(np.ones(len(sources))), resolved)
-    elif isinstance(mixing.prior, Mapping):
-        prior_D = in_rows(normalise_weights(mixing.prior, sources), resolved)
-    elif mixing.prior is not None:
-        raise ValueError(f"prior is {mixing.prior!r}; give {{source: weight}}, size or uniform")
+        return normalise_weights(size_D)
+    if mixing.prior == "uniform":
+        return in_rows(normalise_weights(np.ones(len(sources))), resolved)
+    if isinstance(mixing.prior, Mapping):
+        return in_rows(normalise_weights(mixing.prior, sources), resolved)
+    raise ValueError(f"prior is {mixing.prior!r}; give {{source: weight}}, size or uniform")
+
+
+def guardrails_of(
+    mixing: MixingConfig, resolved: Resolved, prior_D: NDArray[np.float64] | None
+) -> Guardrails:
+    """Build the limits on the weights; ValueError if one is out of range."""
     caps = resolved.get("max_epochs")
     return Guardrails(
         floor=mixing.weight_floor,
@@ -271,11 +292,14 @@ def controller_of(
 
     `size_D` are rows, `weights_D` shares of the rows, both in the order of `sources`.
     """
+    prior_D = prior_of(mixing, resolved, sources, size_D)
+    if prior_D is not None:
+        resolved = {**resolved, RESOLVED["prior"]: prior_D.tolist()}
     return MixingController(
         sources,
         weights_D,
         strategy_of(mixing.chosen, resolved),
-        guardrails=guardrails_of(mixing, resolved, sources, size_D),
+        guardrails=guardrails_of(mixing, resolved, prior_D),
         shadows={
             shadow.label: strategy_of(shadow, resolved)
             for shadow in mixing.shadows
@@ -366,7 +390,8 @@ def check_mix(config: RunConfig, num_layers: int) -> dict[str, Any]:
             strategy = strategy_of(chosen, resolved)
             if strategy.needs_gate_load:
                 select_layers(strategy.layers, num_layers)
-        guardrails_of(mixing, resolved, names, np.ones(len(names), np.int64)).check(len(names))
+        prior_D = prior_of(mixing, resolved, names, np.ones(len(names), np.int64))
+        guardrails_of(mixing, resolved, prior_D).check(len(names))
     return resolved
 
 

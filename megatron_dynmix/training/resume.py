@@ -35,6 +35,7 @@ FIXED = {
     "mixing.unit": ORDER,
     "mixing.load_tokens": LOADS,
     "mixing.load_mass": LOADS,
+    "mixing.similarity_correction": "what the strategy remembers",
 }
 """Settings that the state of the mix depends on -> what they decide."""
 FOLLOWED_BY_LR = (

@@ -346,6 +346,6 @@ def test_strategies_are_found_in_the_files_of_their_families_in_this_order():
     assert list(STRATEGIES) == [
         *("gate-load", "inverse", "balanced", "uniform", "fixed", "final-static", "data-size", "temperature"),
         *("unimax", "sent-emb", "schedule", "sequential", "random", "random-batch", "ref-loss", "sheared"),
-        *("loss-softmax", "odm", "ado"),
+        *("loss-softmax", "odm", "ado", "match-load", "uniqueness"),
     ]
     assert all(kind.name == name for name, kind in STRATEGIES.items())

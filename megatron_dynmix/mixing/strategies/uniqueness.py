@@ -1,0 +1,238 @@
+"""Weights that count kinds of data instead of sources: what is like others shares its weight with them.
+
+Similarity comes from gate loads. With S_ij the squared distance of two loads, summed over layers, V_i the
+expected squared error of a load (see `strategies.gate_load`) and F_ij what chance makes of it at the most,
+
+    d_ij^2 = max(S_ij - V_i - V_j, 0),    Z_ij = 1 - t d_ij / max d,  t = max (1 - F_ij (V_i + V_j) / S_ij).
+
+Where no pair is further apart than chance explains, t and with it all distances count as 0: one kind. Chance
+is not tested pair by pair: a source whose load is uncertain would then count as like every other.
+
+Axes: H = 2 halves, D sources, L chosen layers, E experts.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from megatron_dynmix.mixing.gate_loads import NO_GAP, at_layers, check_layers, gate_load, l2_distance
+from megatron_dynmix.mixing.strategy import (
+    Counts,
+    Proposal,
+    Remark,
+    Signal,
+    SourceError,
+    Strategy,
+    Wrapped,
+    numbers_of,
+)
+from megatron_dynmix.mixing.weights import Floats, normalise_weights
+
+SAME = 0.9
+"""Similarity from which on sources begin to count as one kind."""
+
+
+@dataclass(frozen=True, eq=False)
+class Likeness:
+    """How alike sources are, and what it was found from."""
+
+    load_DLE: Floats
+    distance_DD: Floats
+    """Root mean square over the layers, what noise adds taken off."""
+    alike_DD: Floats
+    """Z, from 0 to 1."""
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether any two sources are further apart than noise explains."""
+        return bool((self.alike_DD < 1).any())
+
+    @property
+    def unique_D(self) -> Floats:
+        """Return what each source has for itself, above 0 and at most 1; 1 / n for one of n copies.
+
+        One over the number of sources like it: its ordinariness in the sense of Leinster and Cobbold (Ecology
+        93, 2012), sum_j Z_ij. There a source that was split into parts would count as many. So each counts as
+        1 / m_j and shares with its own, m_j being the number of sources of its kind (as in the sequence
+        weights of Henikoff and Henikoff, 1994): fully those that cannot be told from it, in part near copies.
+        """
+        kind_D = np.maximum((self.alike_DD - SAME) / (1 - SAME), 0).sum(axis=1)
+        return np.asarray(1 / (kind_D * (self.alike_DD @ (1 / kind_D))))
+
+
+def likeness(signal: Signal, layers: str | Sequence[int], min_gap: float, who: str) -> Likeness:
+    """Compare the gate loads of all sources, each layer for itself; ValueError for a signal without them.
+
+    With `min_gap` 0 noise is left in, and no halves are needed.
+    """
+    if signal.counts_DLE is None:
+        raise ValueError(f"{who} needs token counts per expert; the signal holds none")
+    load_DLE = gate_load(signal.counts_DLE, layers, by_layer=True)
+    num_sources, num_layers, _ = load_DLE.shape
+    squared_DD = np.sum([l2_distance(load_DLE[:, layer]) ** 2 for layer in range(num_layers)], axis=0)
+    sure = 1.0
+    if min_gap > 0:
+        if signal.half_counts_HDLE is None:
+            raise ValueError(f"{who} with min_gap needs the counts in two halves; there are none")
+        energy_D = _energy(load_DLE, at_layers(signal.half_counts_HDLE, layers), who)
+        noise_DD = energy_D[:, None] + energy_D
+        chance_DD = noise_DD * _most_by_chance(load_DLE, energy_D, min_gap)
+        apart_DD = squared_DD > chance_DD
+        sure = 1 - float(np.min(chance_DD[apart_DD] / squared_DD[apart_DD], initial=1))
+        squared_DD = np.where(np.eye(num_sources, dtype=bool), 0, np.maximum(squared_DD - noise_DD, 0))
+    distance_DD = np.sqrt(squared_DD)
+    far = distance_DD.max()  # no mean or quantile: those change as copies are added
+    away_DD = sure * distance_DD / far if far > 0 else distance_DD
+    return Likeness(load_DLE, distance_DD / math.sqrt(num_layers), np.where(away_DD > NO_GAP, 1 - away_DD, 1))
+
+
+def _energy(load_DLE: Floats, half_counts_HDLE: Counts, who: str) -> Floats:
+    """Return the expected squared error of each source's load, all layers together."""
+    total_HDL = half_counts_HDLE.sum(axis=3)
+    if not total_HDL.all():
+        raise SourceError(
+            np.flatnonzero((total_HDL == 0).any(axis=(0, 2))).tolist(),
+            f"must have tokens in both halves of the rows: how far they disagree tells {who} the noise; "
+            "measure more rows",
+        )
+    share_DL1 = (total_HDL[0] / total_HDL.sum(axis=0))[:, :, None]
+    first_DLE = half_counts_HDLE[0] / total_HDL[0][:, :, None]
+    return np.asarray((share_DL1 / (1 - share_DL1) * (first_DLE - load_DLE) ** 2).sum(axis=(1, 2)))
+
+
+def _most_by_chance(load_DLE: Floats, energy_D: Floats, min_gap: float) -> Floats:
+    """Return how many times its mean the squared distance of two equal loads may come to by chance.
+
+    Over V_i + V_j, which is estimated from as few numbers, it is distributed like F; by Wilson and Hilferty
+    (1931) its cube root is nearly normal, so z standard errors of that are a quadratic equation. Without
+    bound where V_i + V_j is too uncertain to tell. z is `min_gap` for one pair, sqrt(min_gap^2 + 2 log n) for
+    n of them, which keeps the chance that any is told apart by mistake. A load with covariance C counts as
+    (tr C)^2 / tr C^2 numbers, those of one layer: all layers saw the same tokens.
+    """
+    power_1, power_2, power_3 = (np.sum(load_DLE**power, axis=2) for power in (1, 2, 3))
+    trace_DL = power_1 - power_2
+    freedom_DL = trace_DL**2 / np.maximum(power_2 - 2 * power_3 + power_2**2, np.finfo(np.float64).tiny)
+    freedom_D = np.maximum(freedom_DL.mean(axis=1), 1)
+    own_D = energy_D**2 / freedom_D
+    below_DD = (energy_D[:, None] + energy_D) ** 2 / np.maximum(own_D[:, None] + own_D, np.finfo(float).tiny)
+    above_DD = (freedom_D[:, None] + freedom_D) / 2
+    pairs = max(len(load_DLE) * (len(load_DLE) - 1) / 2, 1)
+    z_squared = min_gap**2 + 2 * math.log(pairs)
+    c_DD, d_DD = 2 / (9 * np.maximum(below_DD, 1)), 2 / (9 * above_DD)
+    a_DD, b_DD = 1 - c_DD, 1 - d_DD
+    divisor_DD = a_DD**2 - z_squared * c_DD
+    root_DD = np.sqrt(z_squared * np.maximum(a_DD**2 * d_DD + b_DD**2 * c_DD - z_squared * c_DD * d_DD, 0))
+    enough = divisor_DD > 0
+    cube_root_DD = (a_DD * b_DD + root_DD) / np.where(enough, divisor_DD, 1)
+    return np.where(enough, cube_root_DD**3, np.finfo(np.float64).max)
+
+
+def _check(layers: str | Sequence[int], min_gap: float) -> None:
+    check_layers(layers)
+    if not (math.isfinite(min_gap) and min_gap >= 0):
+        raise ValueError(f"min_gap {min_gap} is not a number of standard errors; give one >= 0 (2 is usual)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniqueness(Strategy):
+    """Kinds of data in proportion to the prior: w_i ~ p_i u_i, u_i being what source i has for itself.
+
+    Sources that are copies of each other share what one of them would get; sources equally far from each
+    other, and sources that noise alone tells apart, have the prior. Nothing is accumulated, so no drift
+    ends in a corner: from an even prior no source gets more than 1 / 2, nor less than 1 / D^2.
+
+    Attributes:
+        layers: MoE layers whose loads are compared: ``all``, ``last``, or a list of them, counted from 0.
+        min_gap: standard errors that some two loads must be apart, more the more pairs there are, before
+            anything counts; 0 leaves the noise in.
+        average: share of the updates before in the new weights, from 0 (none) to below 1.
+
+    """
+
+    layers: str | Sequence[int] = "all"
+    min_gap: float = 2.0
+    average: float = 0.0
+    prior_D: Sequence[float] = ()
+
+    name = "uniqueness"
+    needs_gate_load = True
+
+    def __post_init__(self) -> None:
+        check_layers(self.layers)
+        if not (math.isfinite(self.min_gap) and self.min_gap >= 0):
+            raise ValueError(
+                f"min_gap {self.min_gap} is not a number of standard errors; give one >= 0 (2 is usual)"
+            )
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average {self.average} is not a share; give a number from 0 to below 1")
+        if len(self.prior_D):
+            normalise_weights(numbers_of(self.prior_D, "prior"))
+
+    @property
+    def needs_halves(self) -> bool:  # type: ignore[override]
+        """Whether `Signal.half_counts_HDLE` must be measured."""
+        return self.min_gap > 0
+
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
+        """Turn counts into similarities and weights; the current weights are not read."""
+        found = likeness(signal, self.layers, self.min_gap, f"{self.name} mixing")
+        prior_D = np.array(self.prior_D) if len(self.prior_D) else np.ones(len(weights_D))
+        if not len(prior_D) == len(found.load_DLE) == len(weights_D):
+            raise ValueError(
+                f"counts for {len(found.load_DLE)} sources and a prior for {len(prior_D)}; {self.name} "
+                f"mixing has weights for {len(weights_D)}"
+            )
+        new_D = normalise_weights(prior_D * found.unique_D)
+        if "mean" in state:
+            new_D = normalise_weights((1 - self.average) * new_D + self.average * np.array(state["mean"]))
+        return Proposal(
+            weights_D=new_D,
+            delta_D=found.unique_D,
+            load_DLE=found.load_DLE,
+            distance_DD=found.distance_DD,
+            state={"mean": new_D.tolist()} if self.average else {},
+            notes=_said(found),
+        )
+
+
+class Corrected(Wrapped):
+    """A strategy in which sources that are alike share what one of them would get, as in `Uniqueness`.
+
+    It goes on from the weights in force without the correction, which would otherwise add up.
+    """
+
+    def __init__(self, inner: Strategy) -> None:
+        super().__init__(inner)
+        self._moves = inner.updates
+        self.starts = inner.starts or not inner.updates  # which may have to refuse the weights it is to keep
+        self.needs_gate_load = self.needs_halves = self.updates = True
+        self.layers = Uniqueness.layers
+
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
+        """Ask the strategy, unless its weights stay, and correct what it says."""
+        if "plain" in state and not self._moves:
+            plain_D = np.array(state["plain"])
+            proposal = Proposal(weights_D=plain_D, delta_D=np.zeros(len(plain_D)))
+        else:
+            plain_D = weights_D / np.array(state.get("unique", 1.0))
+            proposal = super().propose(plain_D / plain_D.sum(), signal, state.get("inner", {}))
+        kept = {"plain": proposal.weights_D.tolist(), "inner": proposal.state}
+        if signal.counts_DLE is None:  # the first weights: nothing is measured yet
+            return replace(proposal, state=kept)
+        found = likeness(signal, self.layers, Uniqueness.min_gap, f"similarity_correction of {self.name}")
+        return replace(
+            proposal,
+            weights_D=normalise_weights(proposal.weights_D * found.unique_D),
+            state={**kept, "unique": found.unique_D.tolist()},
+            notes=(*proposal.notes, *_said(found)),
+        )
+
+
+def _said(found: Likeness) -> tuple[Remark, ...]:
+    if found.told_apart or len(found.load_DLE) == 1:
+        return ()
+    text = "no two sources can be told apart by their gate loads: they count as one kind"
+    return (Remark("one_kind", text),)
