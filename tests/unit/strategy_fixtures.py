@@ -19,6 +19,8 @@ def options_for(name, num_sources, rng):
         },
         "ref-loss": {"reference_D": rng.uniform(0.1, 3, num_sources).tolist()},
         "sheared": {"target_D": rng.uniform(0.1, 3, num_sources).tolist()},
+        "match-load": {"target_source": 1},
+        "uniqueness": {"min_gap": 0.0},  # the signals here have no halves
     }.get(name, {})
 
 
@@ -27,6 +29,8 @@ def permuted_options(options, order):
     arrays = {key: [options[key][i] for i in order] for key in options if key.endswith(("_D", "_DV"))}
     if "points" in options:
         arrays["points"] = [[at, [weights[i] for i in order]] for at, weights in options["points"]]
+    if "target_source" in options:
+        arrays["target_source"] = list(order).index(options["target_source"])
     return {**options, **arrays}
 
 

@@ -223,6 +223,16 @@ def test_a_prepared_prefix_stands_for_its_source(tmp_path):
             ["source math has no probe; add data.sources.math.probe", "or use signal train"],
         ),
         (
+            {"mixing.strategy": "match-load", "mixing.match": "math", "mixing.signal": "train"},
+            ["never draws its target", "use signal probe"],
+        ),
+        (
+            {"mixing.strategy": "match-load", "mixing.match": "math", "mixing.weight_floor": 0.1},
+            ["mixing.weight_floor would draw the target", "leave it out"],
+        ),
+        ({"mixing.strategy": "match-load"}, ["match-load needs mixing.match: the name of the source"]),
+        ({"mixing.sizes": {"chat": 1}}, ["mixing.sizes is given", "does not read it"]),
+        (
             {"data.seq_length": 8192},
             ["seq_length is 8192, but the model allows 4096 positions; use 4096 or less"],
         ),

@@ -17,6 +17,9 @@ FROM_FILES = {
     "target_D": [0.9, 0.8, 0.7],
     "weights_D": [0.5, 0.3, 0.2],
     "embeddings_DV": [[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]],
+    "sizes_D": [7.0, 2.0, 1.0],
+    "prior_D": [0.5, 0.3, 0.2],
+    "target_source": 1,
     "points": [[0, [0.2, 0.3, 0.5]], [9, [0.4, 0.4, 0.2]]],
 }
 
@@ -48,6 +51,14 @@ def test_every_strategy_is_replayed_from_its_records(strategy):
     records = run.records()
     records.mixing[12]["new_weights"] = records.ledger[-2]["weights"] = [0.25, 0.25, 0.5]
     assert failure(records)
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "gate-load", "data-size"])
+def test_a_corrected_strategy_is_replayed_from_its_records(strategy):
+    plain = fake_run(13, settings=settings(strategy=strategy))
+    run = fake_run(13, settings=settings(strategy=strategy, similarity_correction=True))
+    assert proof(run).updates == 4
+    assert run.mixing[12]["new_weights"] != plain.mixing[12]["new_weights"]
 
 
 def test_the_first_weights_of_a_strategy_are_replayed():

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_dynmix.config.run_config import MixingConfig
+from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.controller import ControllerState, MixingController
 from megatron_dynmix.mixing.guardrails import Override
 from megatron_dynmix.mixing.strategies.losses import RefLoss
@@ -266,6 +268,13 @@ def test_weights_that_stay_come_back_when_an_override_ends():
     np.testing.assert_allclose(controller.weights_D, before_D, rtol=0, atol=1e-12)
     sizes_D = np.arange(1, 6) * propose(Uniqueness(), halves_HDLE=halves_HDLE).delta_D
     np.testing.assert_allclose(before_D, sizes_D / sizes_D.sum(), rtol=0, atol=1e-12)
+
+
+def test_a_correction_makes_gate_loads_needed_and_is_none_of_uniqueness():
+    assert MixingConfig(strategy="uniform").chosen.needs == (False, False)
+    assert MixingConfig(strategy="uniform", similarity_correction=True).chosen.needs == (True, False)
+    with pytest.raises(InputError, match="is what uniqueness does itself"):
+        MixingConfig(strategy="uniqueness", similarity_correction=True)
 
 
 def test_what_the_strategy_refuses_is_refused_at_the_start():
