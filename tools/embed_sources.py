@@ -35,7 +35,7 @@ def main() -> int:
         vectors = {}
         for name, path in files.items():
             texts = [
-                "\n".join(turn.text for turn in conversation.turns)
+                "\n".join(turn.text for turn in conversation.turns if turn.text)
                 for conversation in islice(read_conversations(path), args.rows)
             ]
             if not texts:

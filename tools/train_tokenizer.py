@@ -14,7 +14,7 @@ from megatron_dynmix.errors import InputError
 def _texts(paths: Iterable[Path]) -> Iterator[str]:
     for path in paths:
         for conversation in read_conversations(path):
-            yield from (turn.text for turn in conversation.turns)
+            yield from (turn.text for turn in conversation.turns if turn.text)
 
 
 def main() -> int:

@@ -344,6 +344,17 @@ def test_nulls_of_arrow_only_fill_a_column() -> None:
     assert arrow(inside).notices == (Notice("null left out", "inside of arguments of tide"),)
 
 
+def test_a_column_of_structs_may_hold_turns_of_both_shapes_and_results_without_text() -> None:
+    keys = {"role": None, "content": None, "from": None, "value": None, "tool_calls": None}
+    call = {**keys, "role": "assistant", "tool_calls": [CALL]}
+    turns = [{**keys, **ASK}, call, {**keys, "role": "tool"}, {**keys, "from": "gpt", "value": "At noon."}]
+    parsed = Format(name="messages").parse(without_nulls({"messages": turns, "conversations": None}))
+    assert [turn.text for turn in parsed.turns] == ["High tide?", None, None, "At noon."]
+    for row, words in (({"messages": None}, "not null"), (messages({**keys, "role": "user"}), "not null")):
+        with pytest.raises(ValueError, match=words):
+            Format(name="messages").parse(without_nulls(row))
+
+
 def test_bytes_are_refused_as_bytes() -> None:
     with pytest.raises(ValueError, match='"prompt" must be a list of turns, not bytes \\(a binary column'):
         Format(name="prompt-completion").parse({"prompt": b"a", "completion": b"b"})

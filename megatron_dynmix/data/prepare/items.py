@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from megatron_dynmix.data.prepare.notices import Notice
+from megatron_dynmix.data.prepare.structs import Struct
 from megatron_dynmix.files import Number, parse_json
 
 UNUSED = {
@@ -93,10 +94,11 @@ class Item:
         return {key: value for key in keys if (value := self._value.get(key)) is not None}
 
     def need(self, key: str) -> Any:
-        """Return what stands under a key that must be there."""
-        if key not in self:
+        """Return what stands under a key that must be there; null does, in a column of structs too."""
+        name = self.names.fields.get(key, key)
+        if name not in self._value and not (isinstance(self._value, Struct) and name in self._value.nulls):
             has_no = f"{self.where} has no key" if self.where else "no key"
-            raise ValueError(f'{has_no} "{self.names.fields.get(key, key)}"')
+            raise ValueError(f'{has_no} "{name}"')
         return self.get(key)
 
     def string(self, key: str) -> str:
