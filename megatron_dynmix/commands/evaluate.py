@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_dynmix.job.rendezvous import world_size_of_job
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the run directory."""
@@ -15,6 +17,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Evaluate the newest checkpoint of a run on the held-out rows of its sources."""
     from megatron_dynmix import platform
 
+    world_size_of_job()
     platform.start()
     from megatron_dynmix.job.launch import end_with_launcher
     from megatron_dynmix.records.text_table import table
