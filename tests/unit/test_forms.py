@@ -279,3 +279,9 @@ def test_answers_outside_of_marks_are_not_trained_on_and_said() -> None:
     one = rendered(marked, with_call(call({"sum": 1})))
     assert trained(one) == ["Paid.<|im_end|>\n"], "what is marked, to the letter"
     assert one.notices == (Notice("unmarked answer"),)
+
+
+def test_words_of_a_template_may_hold_what_it_marks() -> None:
+    source = f"{HEAD}{{% set said %}}{{% generation %}}{{{{ m.content }}}}{{% endgeneration %}}{{% endset %}}"
+    with pytest.raises(ValueError, match=r"refuses the conversation \(not A river\?\)"):
+        rendered(f"{source}{{{{ raise_exception('not ' + said) }}}}{FOOT}", ROW_OF_TWO)

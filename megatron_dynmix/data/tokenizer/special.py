@@ -84,7 +84,8 @@ class SpecialTokens:
 
     def unguard(self, text: str) -> str:
         """Return the text as people would read it: guards are what they stand for."""
-        return _PRIVATE.sub(lambda match: self.texts[ord(match[0]) - GUARD], text)
+        # past the guards are what marks answers while a template works, which is not there for people
+        return _PRIVATE.sub(lambda match: "".join(self.texts[ord(match[0]) - GUARD :][:1]), text)
 
     def pieces(self, text: str) -> Iterator[TextPiece]:
         """Cut a guarded text at its special tokens and guards; nothing is left out."""
