@@ -21,7 +21,7 @@ import torch  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
 from megatron_dynmix.config import load as config_load  # noqa: E402
-from megatron_dynmix.data.rows import PackedRows  # noqa: E402
+from megatron_dynmix.data.packed import PackedSource  # noqa: E402
 from megatron_dynmix.job import launch  # noqa: E402
 from megatron_dynmix.mixing.controller import MixingController  # noqa: E402
 from megatron_dynmix.training import mix_setup, run, setup  # noqa: E402
@@ -53,7 +53,7 @@ def calls(monkeypatch):
 
     count(config_load, "load_config", lambda args, kwargs: "config")
     count(setup, "load_tokenizer", lambda args, kwargs: "tokenizer")
-    count(PackedRows, "__init__", lambda args, kwargs: f"packing of {kwargs['name']}")
+    count(PackedSource, "__init__", lambda args, kwargs: f"packing of {kwargs['name']}")
     count(MixingController, "__init__", lambda args, kwargs: "controller")
     count(MixingController, "start", lambda args, kwargs: "first weights")
     for reader in READERS:
