@@ -23,7 +23,7 @@ DOORS = {
 }
 """What a module imports only in functions that a run of prepared sources and own weights never calls."""
 NOT_IN_TRAINING = ("convert.families", "commands.planning", "data.prepare.encode", "data.prepare.workers")
-MOST_FILES, MOST_LINES = 106, 18_100
+MOST_FILES, MOST_LINES = 106, 18_200
 """Of the project, reached by `train`."""
 ALARM_FILE_LINES = 400
 ALARM_FUNCTION_LINES = 60
