@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from config_fixtures import good_settings, write
@@ -57,7 +58,7 @@ def calls(monkeypatch):
     count(MixingController, "__init__", lambda args, kwargs: "controller")
     count(MixingController, "start", lambda args, kwargs: "first weights")
     for reader in READERS:
-        count(mix_setup, reader, lambda args, kwargs: f"file {args[0].name}")
+        count(mix_setup, reader, lambda args, kwargs: f"file {Path(args[0]).name}")
     yield counted
     if torch.distributed.is_initialized():
         parallel_state.destroy_model_parallel()
