@@ -1,9 +1,9 @@
 """`megatron-dynmix` in a process that has loaded everything already: each command is a fork of it.
 
 Loading torch and Megatron-Core takes seconds, and the docs have many commands. `python preloaded.py SOCKET`
-serves; `CLIENT`, a script that stands in for the console script, hands over arguments, folder, environment
-and its three standard streams, and ends with the command's exit code. Ranks that a command starts are forks
-too.
+serves; `CLIENT`, a script that stands in for the console script and for `python -m megatron_dynmix`, hands
+over arguments, folder, environment and its three standard streams, and ends with the command's exit code.
+Ranks that a command starts are forks too.
 """
 
 import array
@@ -21,7 +21,8 @@ import array, json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
     streams = array.array("i", [0, 1, 2])
-    call = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+    arguments = sys.argv[3:] if sys.argv[1:3] == ["-m", "megatron_dynmix"] else sys.argv[1:]
+    call = json.dumps([arguments, os.getcwd(), dict(os.environ)]).encode()
     server.sendmsg([len(call).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
     server.sendall(call)
     code = server.recv(1)

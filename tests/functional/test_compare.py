@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -26,7 +27,10 @@ def compare(run_yaml, output, *arguments):
     return main(["compare", str(run_yaml), "--output", str(output), "--seeds", "5", *arguments, *SMALL])
 
 
-def test_a_cell_that_fails_a_cell_that_goes_on_and_one_that_is_another(run_yaml, tmp_path, capsys):
+def test_a_cell_that_fails_a_cell_that_goes_on_and_one_that_is_another(
+    run_yaml, served, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "executable", str(served))  # cells start with everything loaded
     output = tmp_path / "grid"
     grid = tmp_path / "GRID.yaml"
     grid.write_text("gate-load: {strategy: gate-load}\nbroken: {strategy: uniform, lr: 1.0e+30}\n")
