@@ -24,11 +24,11 @@ $(INSTALLED): setup.py constraints.txt
 quickstart: $(INSTALLED)  ## train a tiny MoE on generated sources on this machine's CPU
 	$(BIN)/megatron-dynmix quickstart
 
-# tests go two at a time, but for those that wait for clocks or kill what they started
+# two at a time; those that wait for clocks or kill what they started have no heavy ones beside them
 test: $(INSTALLED)  ## run the tests that need no GPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/distributed tests/functional -m 'not gpu and not slow and not alone'
-	$(BIN)/python -m pytest tests/distributed -m 'alone and not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/distributed -m 'alone and not slow'
 
 test-slow: $(INSTALLED)  ## run the tests that `make test` leaves out: more layouts
 	$(BIN)/python -m pytest -m slow
