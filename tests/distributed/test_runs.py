@@ -55,13 +55,14 @@ def test_I10_loss_is_the_mean_over_trained_tokens_of_the_global_batch(
 
 
 def test_I2_a_run_with_dropout_and_workers_resumed_inside_an_interval(run_yaml, start_from, tmp_path):
-    """As the layouts' I2, and with what draws random numbers, reads ahead and logs every other step."""
-    extra = ["--hidden-dropout", "0.1", "--num-workers", "1", "--log-interval", "2"]
+    """As the layouts' I2, and with what draws random numbers and logs every other step; parts read ahead."""
+    extra, workers = ["--hidden-dropout", "0.1", "--log-interval", "2"], ["--num-workers", "1"]
     settings = [*start_from, "--signal", "train", "--interval", "3", "--train-iters", "7", *extra]
     whole = run_ranks(2, programs.train, run_yaml, settings, tmp_path / "whole")[0]
-    first = [*settings, "--train-iters", "5", "--lr-decay-iters", "7"]
+    first = [*settings, *workers, "--train-iters", "5", "--lr-decay-iters", "7"]
     run_ranks(2, programs.train, run_yaml, first, tmp_path / "parts")
-    parts = run_ranks(2, programs.train, run_yaml, settings, tmp_path / "parts", resume="must")[0]
+    rest = [*settings, *workers]
+    parts = run_ranks(2, programs.train, run_yaml, rest, tmp_path / "parts", resume="must")[0]
     assert parts["metrics"][-1]["tokens"] == whole["metrics"][-1]["tokens"]
     assert losses(parts)[-1] == losses(whole)[-1]
     assert weights(parts) == weights(whole)

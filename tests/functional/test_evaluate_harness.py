@@ -78,6 +78,7 @@ def tasks(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_harness_reads_an_exported_model_as_transformers_does(exported, tasks, tmp_path):
     caches = {name: str(tmp_path / name) for name in ("HF_HOME", "HF_DATASETS_CACHE")}
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
