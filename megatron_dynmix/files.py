@@ -13,6 +13,9 @@ from typing import Any, BinaryIO
 
 from megatron_dynmix.errors import InputError
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says where a disk, or somebody's share of it, has no room left."""
+
 
 class Number(float):
     """A JSON number with a fraction or an exponent that keeps its digits: `1.10`, `1e5`.

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -18,12 +17,11 @@ from types import TracebackType
 from typing import Any
 
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.files import inodes_are_used_up, name_folder, sync
+from megatron_dynmix.files import FULL, inodes_are_used_up, name_folder, sync
 from megatron_dynmix.lease import LOCK, Lease
 
 PLAN = ".conversion.json"
 FINISHED = ".finished.jsonl"
-FULL = (errno.ENOSPC, errno.EDQUOT)
 GIGABYTE = 1e9
 
 

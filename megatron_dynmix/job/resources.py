@@ -9,7 +9,7 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_dynmix.files import inodes_are_used_up
+from megatron_dynmix.files import FULL, inodes_are_used_up
 
 OPEN_FILES = "Too many open files"  # EMFILE, ENFILE
 THREADS = r"can't start new thread|Resource temporarily unavailable|pthread_create"  # EAGAIN
@@ -57,7 +57,7 @@ def _named(error: BaseException) -> str | None:
             "shared memory is used up (df -h /dev/shm): give more (Docker: --shm-size=8g, or --ipc=host), or "
             "--num-workers 0"
         )
-    if says(DISK, errno.ENOSPC, errno.EDQUOT):
+    if says(DISK, *FULL):
         name = getattr(error, "filename", None)
         place = f" on the disk of {name}" if isinstance(name, str | Path) else ""
         if name and inodes_are_used_up(Path(os.fsdecode(name))):

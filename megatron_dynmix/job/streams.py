@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import sys
 from typing import TYPE_CHECKING
 
+from megatron_dynmix.files import FULL
+
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 STDOUT, STDERR = 1, 2
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class OutputLost(OSError):

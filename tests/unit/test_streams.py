@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from megatron_dynmix.job.streams import FULL, _Stream
+from megatron_dynmix.files import FULL
+from megatron_dynmix.job.streams import _Stream
 
 PROGRAM = """
 import contextlib, os, sys
@@ -26,19 +27,24 @@ with open("made", "w") as made:
 """
 
 
+def in_shell(command, folder, **options):
+    """What a shell does with a pipe, and the exit code of the first process of it."""
+    return subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        **options,
+    )
+
+
 def go_on(tmp_path, redirection):
     """Exit code and stderr of a process that a shell starts, and what it made."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = f"{sys.executable} {program} {redirection}"
-    done = subprocess.run(
-        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
-        capture_output=True,
-        text=True,
-        input="\n",
-    )
+    done = in_shell(command, tmp_path, input="\n")
     return done.returncode, done.stdout, done.stderr, (tmp_path / "made").read_text()
 
 
@@ -97,11 +103,5 @@ def raise_(error):
 def test_a_command_that_only_prints_ends_quietly(tmp_path, redirection, code, said):
     (tmp_path / "load.json").write_text('{"a": [1, 2, 3, 4], "b": [4, 3, 2, 1], "c": [1, 1, 1, 1]}')
     command = f"(sleep 0.3; {sys.executable} -m megatron_dynmix update --load load.json) {redirection}"
-    done = subprocess.run(
-        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
-        capture_output=True,
-        text=True,
-    )
+    done = in_shell(command, tmp_path)
     assert (done.returncode, done.stderr) == (code, said)

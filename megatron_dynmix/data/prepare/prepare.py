@@ -40,7 +40,7 @@ from megatron_dynmix.data.prepared import (
     write_report,
 )
 from megatron_dynmix.errors import CommandFailed, InputError
-from megatron_dynmix.files import why_not_written
+from megatron_dynmix.files import FULL, why_not_written
 from megatron_dynmix.lease import Lease, as_long_as_it_takes
 
 CHUNK_BYTES = 1 << 18
@@ -50,7 +50,6 @@ BYTES_PER_WORKER = 1 << 23
 
 _BROKEN_SHOWN = 5
 _ROW_BYTES = 1 << 10  # of a row that does not come as text, about
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_PLACE = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 
@@ -274,7 +273,7 @@ def _writing(name: str, prefix: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             why = why_not_written(error, prefix)
             raise CommandFailed(
                 f"source {name}: no space is left for {prefix} ({why}); what was there is as it was; free "
