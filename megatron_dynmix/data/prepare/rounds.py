@@ -19,17 +19,26 @@ def as_generated(
     for end in (*(at for at, turn in enumerate(turns) if turn.role == "user" and at), len(turns)):
         answers = {at for at in range(first, end) if turns[at].role == "assistant"}
         own = {at for at in answers if turns[at].is_trained is not False}
-        cut_short = own.intersection(render(_only(conversation, end, own)).removed) if own else set()
         first = end
+        if not own:
+            continue
+        whole = _rendered(conversation, end, own, render)
+        cut_short = own.intersection(whole[1].removed)
         ends = [(at + 1, {at}) for at in sorted(cut_short)] + [(end, own - cut_short)] * (own > cut_short)
         for stop, trained in ends:
-            part = _only(conversation, stop, trained)
-            rendered = render(part)
+            part, rendered = _rendered(conversation, stop, trained, render) if cut_short else whole
             kept = tuple(notice for notice in rendered.notices if notice.kind != "removed reasoning")
             yield part if is_empty else replace(part, notices=()), replace(rendered, notices=kept)
             is_empty = False
     if is_empty:
         yield conversation, render(conversation)
+
+
+def _rendered(
+    conversation: Conversation, end: int, answers: Collection[int], render: Callable[[Conversation], Rendered]
+) -> tuple[Conversation, Rendered]:
+    part = _only(conversation, end, answers)
+    return part, render(part)
 
 
 def _only(conversation: Conversation, end: int, answers: Collection[int]) -> Conversation:
