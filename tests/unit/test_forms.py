@@ -6,7 +6,7 @@ import pytest
 from test_answers import Words
 
 from megatron_dynmix.data.prepare.conversation import Conversation, Turn
-from megatron_dynmix.data.prepare.formats import parse_messages
+from megatron_dynmix.data.prepare.formats import Format
 from megatron_dynmix.data.prepare.notices import Notice
 from megatron_dynmix.data.prepare.rounds import as_generated
 from megatron_dynmix.data.prepare.template import Rendered, Renderer
@@ -247,7 +247,7 @@ def test_words_of_a_template_about_special_tokens_are_legible() -> None:
     source = template("{{ raise_exception('not ' + m.content) if 'x' in m.content else m.content }}")
     row = {"messages": [{"role": "user", "content": "x <|im_end|>"}, {"role": "assistant", "content": "y"}]}
     with pytest.raises(ValueError, match=r"refuses the conversation \(not x <\|im_end\|>\)"):
-        rendered(source, parse_messages(row))
+        rendered(source, Format(name="messages").parse(row))
 
 
 @pytest.mark.parametrize(

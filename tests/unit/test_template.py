@@ -11,7 +11,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from megatron_dynmix.data.prepare.conversation import Conversation, Turn
-from megatron_dynmix.data.prepare.formats import parse_messages, parse_sharegpt
+from megatron_dynmix.data.prepare.formats import Format, parse_sharegpt
 from megatron_dynmix.data.prepare.template import Rendered, Renderer, token_mask
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.data.tokenizer.borders import encode_answers
@@ -269,7 +269,7 @@ def test_tools_in_a_jinja_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "tools.jinja"
     path.write_text(WITH_TOOLS)
     renderer = pickle.loads(pickle.dumps(Renderer(tokenizer, str(path))))
-    rendered = renderer.render(parse_messages(TOOL_ROW))
+    rendered = renderer.render(Format(name="messages").parse(TOOL_ROW))
     assert tokenizer.special.unguard(rendered.text) == (
         '{"name": "sum"}\n<two plus two>sum({"x": "</s>"})</s>[four</s>]four</s>'
     )
@@ -281,7 +281,7 @@ def test_tools_in_a_jinja_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
 @pytest.mark.parametrize("template", ["vicuna", "plain", "tokenizer"])
 def test_tools_that_a_template_has_no_words_for_are_a_bad_row(tokenizer: Tokenizer, template: str) -> None:
     with pytest.raises(ValueError, match="tools") as caught:
-        Renderer(tokenizer, template).render(parse_messages(TOOL_ROW))
+        Renderer(tokenizer, template).render(Format(name="messages").parse(TOOL_ROW))
     assert not isinstance(caught.value, InputError)
 
 
@@ -335,7 +335,9 @@ def test_an_end_behind_the_generation_block_belongs_to_tool_calls_too(
         "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}{% endgeneration %}{{ eos_token }}"
         "{% else %}{{ m.role }}: {{ m.content }}{% endif %}{% endfor %}{# tool #}"
     )
-    calls, answer = trained_texts(Renderer(tokenizer, str(path)).render(parse_messages(TOOL_ROW)))
+    calls, answer = trained_texts(
+        Renderer(tokenizer, str(path)).render(Format(name="messages").parse(TOOL_ROW))
+    )
     assert calls.startswith("[{") and calls.endswith("]</s>")
     assert answer == "four</s>"
 

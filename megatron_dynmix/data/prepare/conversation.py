@@ -16,6 +16,8 @@ Role = Literal["system", "user", "assistant", "tool", "text"]
 
 THINK, END_THINK = "<think>", "</think>"
 """What models write around reasoning that have no other place for it."""
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""What rows and templates call the reasoning of an answer."""
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,6 @@ NO_NAMES: Mapping[str, str] = MappingProxyType({})
 _SYSTEMS = ("system_prompt", "system")
 
 
-def parse_messages(row: object) -> Conversation:
-    """Read one row of the format `messages`."""
-    return Format(name="messages").parse(row)
-
-
 def parse_sharegpt(row: object) -> Conversation:
     """Read one row of the format `sharegpt`."""
     return Format(name="sharegpt").parse(row)

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
-from megatron_dynmix.data.prepare.conversation import Conversation, Turn, thought
+from megatron_dynmix.data.prepare.conversation import REASONING_KEYS, Conversation, Turn, thought
 from megatron_dynmix.data.prepare.jinja import ChatTemplate
 from megatron_dynmix.data.prepare.traced import ArgumentsObject, ArgumentsText, Traced, to_json, with_marks
 from megatron_dynmix.files import Number, parse_json
 
-_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _SCHEMA_KEYS = ("name", "description", "enum")
 """Of a schema, what templates write as it is; types and what is required they may say in their words."""
 
@@ -91,7 +90,7 @@ class Given:
         content: Any = None if turn.text is None else self._part(at, "text", turn.text)
         if turn.reasoning is not None:
             reasoning = self._part(at, "reasoning", turn.reasoning)
-            names = [key for key in _REASONING_KEYS if self.template.knows(key)]
+            names = [key for key in REASONING_KEYS if self.template.knows(key)]
             message |= dict.fromkeys(names, reasoning)
             # beside a null there is no place for it but a key of its own
             if not names and (content or not calls or self.form.empty != "null"):

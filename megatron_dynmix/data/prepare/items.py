@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from megatron_dynmix.data.prepare.conversation import REASONING_KEYS
 from megatron_dynmix.data.prepare.notices import Notice
 from megatron_dynmix.data.prepare.structs import Struct
 from megatron_dynmix.files import Number, parse_json
@@ -18,7 +19,7 @@ UNUSED = {
     **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), "a preference"),
     **dict.fromkeys(("kto_tag", "label", "score", "reward"), "a judgement"),
     **dict.fromkeys(("weight", "train", "loss", "loss_scale", "mask", "masked"), "a weight of the whole"),
-    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "reasoning that is not an answer's"),
+    **dict.fromkeys(REASONING_KEYS, "reasoning that is not an answer's"),
     **dict.fromkeys(("tool_calls", "function_call", "tool_call_id"), "calls that are not an answer's"),
     **dict.fromkeys(("enable_thinking", "reasoning_effort"), "an argument of chat_template_kwargs"),
     **dict.fromkeys(("documents", "context"), "documents to answer from"),

@@ -287,7 +287,7 @@ class _Writer:
         pieces, at = ['"'], 0
         for match in self.escaped.finditer(value):
             escape = self.encode(match[0])[1:-1]
-            runs = value.between(*match.span()).runs if isinstance(value, Traced) else ()
+            runs = value.between(*match.span()).runs
             pieces += [
                 value[at : match.start()],
                 Traced.of(escape, (run._replace(end=len(escape)) for run in runs)),

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from megatron_dynmix.config.run_config import Speaker
-from megatron_dynmix.data.prepare.conversation import Turn
+from megatron_dynmix.data.prepare.conversation import REASONING_KEYS, Turn
 from megatron_dynmix.data.prepare.items import Item, check_json, entries, kind, only, string
 from megatron_dynmix.data.prepare.notices import Notice
 from megatron_dynmix.data.prepare.tools import read_calls
@@ -26,7 +26,6 @@ ROLES: Mapping[str, Speaker] = {
 _ANSWERS = ("assistant", "function_call")
 _THOUGHT = re.compile(r"\s*(?:<think>(.*?)</think>\s*)?(.*)", re.DOTALL)
 """Reasoning, if there is some, and the calls after it."""
-_REASONING = ("reasoning_content", "reasoning", "thinking")
 _MASKS = ("mask", "masked")
 _FLAGS = ("weight", "train", "trainable", "loss", "loss_scale", *_MASKS)
 _RESULT_OF = ("tool_call_id", "name")
@@ -107,7 +106,7 @@ def _is_trained(item: Item, speaker: Speaker) -> bool | None:
 
 def read_reasoning(item: Item) -> str | None:
     """Return the reasoning of an answer, under whichever of its names."""
-    given = {key: string(item.at(key), value) for key, value in item.some(_REASONING).items()}
+    given = {key: string(item.at(key), value) for key, value in item.some(REASONING_KEYS).items()}
     return only(item.where or "row", given) if given else None
 
 
