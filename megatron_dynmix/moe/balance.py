@@ -28,16 +28,20 @@ TRACKED = {
 """Kind of balancing -> the name under which Megatron-Core tracks its loss."""
 
 
-def aux_losses(settings: Any) -> dict[str, float]:
-    """Return the coefficient of each auxiliary loss in the gradient, by the name it is tracked under.
+def balancing(settings: Any) -> list[tuple[str, float]]:
+    """Return the kinds of balancing with their coefficients.
 
     The settings are a `TransformerConfig`, or have its fields.
     """
+    kinds, coefficients = settings.moe_router_load_balancing_type, settings.moe_aux_loss_coeff
+    return [(kinds, coefficients)] if isinstance(kinds, str) else list(zip(kinds, coefficients, strict=True))
+
+
+def aux_losses(settings: Any) -> dict[str, float]:
+    """Return the coefficient of each auxiliary loss in the gradient, by the name it is tracked under."""
     if not settings.num_moe_experts:
         return {}
-    kinds, coefficients = settings.moe_router_load_balancing_type, settings.moe_aux_loss_coeff
-    pairs = [(kinds, coefficients)] if isinstance(kinds, str) else zip(kinds, coefficients, strict=True)
-    found = {TRACKED[kind]: number for kind, number in pairs if kind in TRACKED and number}
+    found = {TRACKED[kind]: number for kind, number in balancing(settings) if kind in TRACKED and number}
     z_loss = settings.moe_z_loss_coeff
     return found if z_loss is None else {**found, "z_loss": z_loss}
 

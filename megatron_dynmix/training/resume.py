@@ -21,6 +21,7 @@ from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.strategies import STRATEGIES
 from megatron_dynmix.mixing.strategies.planned import Fixed
 from megatron_dynmix.model.lr_schedule import learning_rate
+from megatron_dynmix.moe.balance import balancing
 from megatron_dynmix.training.source_change import differences as source_differences
 
 Resume = Literal["no", "must", "auto"]
@@ -163,11 +164,9 @@ def check_resume(
 def _by_micro_batch(config: RunConfig) -> str | None:
     """Return what of a step is decided within each micro-batch; None if nothing is."""
     model = model_settings(config)
-    kinds, coefficients = model.moe_router_load_balancing_type, model.moe_aux_loss_coeff
-    pairs = [(kinds, coefficients)] if isinstance(kinds, str) else zip(kinds, coefficients, strict=True)
     if not model.num_moe_experts:
         return None
-    if any(kind == "sinkhorn" or (kind in BY_MICRO_BATCH and coefficient) for kind, coefficient in pairs):
+    if any(kind == "sinkhorn" or (kind in BY_MICRO_BATCH and number) for kind, number in balancing(model)):
         return "the experts are balanced over other tokens (those of a micro-batch)"
     if model.moe_expert_capacity_factor is not None:
         return "other tokens are dropped (those beyond the capacity, by micro-batch)"

@@ -130,12 +130,6 @@ def _most_by_chance(load_DLE: Floats, energy_D: Floats, min_gap: float) -> Float
     return np.where(enough, cube_root_DD**3, np.finfo(np.float64).max)
 
 
-def _check(layers: str | Sequence[int], min_gap: float) -> None:
-    check_layers(layers)
-    if not (math.isfinite(min_gap) and min_gap >= 0):
-        raise ValueError(f"min_gap {min_gap} is not a number of standard errors; give one >= 0 (2 is usual)")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Uniqueness(Strategy):
     """Kinds of data in proportion to the prior: w_i ~ p_i u_i, u_i being what source i has for itself.
