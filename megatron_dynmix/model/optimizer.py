@@ -17,7 +17,7 @@ from megatron.core.utils import get_model_config
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.megatron import optimizer_config
-from megatron_dynmix.platform.megatron_patches import load_states_without_step
+from megatron_dynmix.platform.megatron_patches import load_states_without_step, measure_huge_gradients
 
 SHARDING_TYPE = "fully_reshardable"
 """The default cannot be saved from these optimizers, and another one not be loaded into another layout."""
@@ -25,6 +25,7 @@ SHARDING_TYPE = "fully_reshardable"
 
 def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     """Build the optimizer, which can load the states that checkpoints hold."""
+    measure_huge_gradients()
     optimizer = get_megatron_optimizer(optimizer_config(config), chunks)
     get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
     for part in _parts(optimizer):

@@ -5,16 +5,21 @@ Those that only a CPU needs are in `cpu.py`. Import this after `platform.start`.
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer import distrib_optimizer, optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_dynmix import platform
 
 
 def update_expert_bias_exactly() -> None:
@@ -34,6 +39,27 @@ def _updated_expert_bias(tokens_LE: torch.Tensor, bias_LE: torch.Tensor, rate: f
     return bias_LE + torch.sign(missing_LE) * rate
 
 
+def measure_huge_gradients() -> None:
+    """Have the norm of finite gradients be finite.
+
+    Megatron-Core sums squares in float32: beyond 2e19 its norm is infinite, and clipping leaves zeros.
+    """
+    measured = optimizer.get_grad_norm_fp32
+    if not hasattr(measured, "__wrapped__"):
+        optimizer.get_grad_norm_fp32 = functools.wraps(measured)(functools.partial(_norm, measured))
+
+
+def _norm(measured: Callable[..., float], grads: list[torch.Tensor], **kwargs: Any) -> float:
+    norm = measured(grads, **kwargs)
+    if not math.isinf(norm):
+        return norm
+    square = torch.zeros((), dtype=torch.float64, device=platform.start().device)
+    for grad in grads:
+        square += torch.linalg.vector_norm(grad, dtype=torch.float64).square()
+    torch.distributed.all_reduce(square, group=kwargs["grad_stats_parallel_group"])
+    return math.sqrt(square.item())
+
+
 def use_results_queue(queue: Any) -> None:
     """Have the next writer of shards send its results through `queue`.
 
@@ -42,14 +68,14 @@ def use_results_queue(queue: Any) -> None:
     filesystem_async._results_queue = queue
 
 
-def load_states_without_step(optimizer: DistributedOptimizer) -> None:
+def load_states_without_step(part: DistributedOptimizer) -> None:
     """Let an optimizer around torch's AdamW load states that hold no `step` of each parameter.
 
     Megatron-Core's checkpoint code forgets that `step`, and misses it when it loads. With Transformer
     Engine or apex the steps are counted by group, and nothing of this applies.
     """
     if not distrib_optimizer.HAVE_APEX_OR_TE:
-        optimizer._set_main_param_and_optimizer_states = types.MethodType(_set_states_but_step, optimizer)
+        part._set_main_param_and_optimizer_states = types.MethodType(_set_states_but_step, part)
 
 
 @torch.no_grad()

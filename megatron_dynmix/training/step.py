@@ -151,7 +151,8 @@ def gradients_are_finite(chunks: list[DistributedDataParallel], *, stop: bool) -
     bad_stop = torch.zeros(2, device=next(chunks[0].parameters()).device)
     for chunk in chunks:
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
-            bad_stop[0] += ~buffer.grad_data.sum().isfinite()
+            # its extremes: the sum of finite gradients may be infinite, and that of infinite ones NaN or not
+            bad_stop[0] += ~torch.stack(buffer.grad_data.aminmax()).isfinite().all()
     bad_stop[1] = stop
     torch.distributed.all_reduce(bad_stop)
     bad, stopping = bad_stop.tolist()

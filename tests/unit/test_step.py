@@ -1,0 +1,71 @@
+"""Gradients that are large are not infinite: they are trained on, and clipped by their true norm."""
+
+import math
+import types
+
+import pytest
+import torch
+
+from megatron_dynmix import platform
+
+platform.start()
+from megatron.core.optimizer import optimizer  # noqa: E402
+
+from megatron_dynmix.platform.megatron_patches import measure_huge_gradients  # noqa: E402
+from megatron_dynmix.training.step import gradients_are_finite  # noqa: E402
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Be the only rank; return what was reduced."""
+    reduced = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, **kwargs: reduced.append(tensor))
+    return reduced
+
+
+def chunk(*gradients, expert=(), kind=torch.float32):
+    tensors = [torch.tensor(values, dtype=kind) for values in (*gradients, *expert)]
+    buffers = [types.SimpleNamespace(grad_data=tensor) for tensor in tensors]
+    return types.SimpleNamespace(
+        parameters=lambda: iter([torch.zeros(1)]),
+        buffers=buffers[: len(gradients)],
+        expert_parallel_buffers=buffers[len(gradients) :],
+    )
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_gradients_whose_sum_overflows_are_finite(alone, kind):
+    large = [torch.finfo(kind).max] * 1000
+    chunks = [chunk(large, [0.0], kind=kind), chunk([-LARGEST] * 3)]
+    assert gradients_are_finite(chunks, stop=False) == (True, False)
+    assert gradients_are_finite([chunk([1.0], expert=[large], kind=kind)], stop=True) == (True, True)
+    assert len(alone) == 2, "one transfer each"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_gradient_that_is_not_finite_is_found_anywhere(alone, bad, place):
+    values = [1.0, LARGEST, -LARGEST]
+    values[place] = bad
+    good = [0.0, 1.0]
+    for chunks in ([chunk(values)], [chunk(good, values)], [chunk(good), chunk(good, expert=[values])]):
+        assert gradients_are_finite(chunks, stop=False) == (False, False)
+    # infinities that cancel out in a sum do not hide
+    assert gradients_are_finite([chunk([math.inf, -math.inf])], stop=False) == (False, False)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e19, 1e25, 1e37])
+def test_the_norm_of_finite_gradients_is_finite_and_that_of_others_megatron_cores(scale, alone, monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    gradients = [torch.randn(size, generator=generator) * scale for size in (3, 1000, 7)]
+    stock = optimizer.get_grad_norm_fp32
+    monkeypatch.setattr(optimizer, "get_grad_norm_fp32", stock)
+    theirs = stock(gradients, grad_stats_parallel_group=None)
+    measure_huge_gradients()
+    measure_huge_gradients()  # a process may build several optimizers
+    ours = optimizer.get_grad_norm_fp32(gradients, grad_stats_parallel_group=None)
+    exact = torch.cat(gradients).double().norm().item()
+    assert ours == pytest.approx(exact, rel=1e-6)
+    assert ours == theirs if scale == 1.0 else math.isinf(theirs), "today's numbers stay"
