@@ -1,15 +1,20 @@
-"""From the blend to the micro-batches of this rank. Axes: B rows of a micro-batch, S positions."""
+"""From the blend to the micro-batches of this rank.
+
+Axes: B rows of a micro-batch, S positions, N segments that a micro-batch can have.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from megatron_dynmix.data.blend import Stage
 from megatron_dynmix.data.dynamic_blend import Draw, DynamicBlendedDataset
@@ -17,6 +22,35 @@ from megatron_dynmix.data.dynamic_blend import Draw, DynamicBlendedDataset
 MicroBatch = dict[str, torch.Tensor]
 PADDING = {"dataset_id": -1, "padding_mask": 1, "segment_ids": -1}
 """What the parts of a row hold that is all padding; 0 where nothing is said."""
+
+
+def collate(rows: Sequence[Mapping[str, Any]], most_segments: int | None = None) -> MicroBatch:
+    """Return rows as one micro-batch; `cu_seqlens` is in it if the segments a row can have are given."""
+    micro_batch: MicroBatch = default_collate(list(rows))
+    if most_segments is not None:
+        micro_batch["cu_seqlens"] = segment_borders(micro_batch["segment_ids"], most_segments)
+    return micro_batch
+
+
+def segment_borders(segment_BS: torch.Tensor, most_segments: int) -> torch.Tensor:
+    """Return `[N + 1]`, int32: the borders of all segments of all rows end to end.
+
+    A row's padding is a segment of its own. The length is the same whatever the rows hold, so that no kernel
+    is chosen anew for a micro-batch: segments that are missing are empty ones at the end.
+    """
+    starts_BS = torch.ones_like(segment_BS, dtype=torch.bool)
+    starts_BS[:, 1:] = segment_BS[:, 1:] != segment_BS[:, :-1]
+    starts = starts_BS.flatten().nonzero().flatten()
+    length = len(segment_BS) * most_segments + 1
+    assert len(starts) < length, "a row has more segments than it can have"
+    borders = torch.full((length,), segment_BS.numel(), dtype=torch.int32)
+    borders[: len(starts)] = starts
+    return borders
+
+
+def pinned(micro_batch: MicroBatch) -> MicroBatch:
+    """Put a micro-batch where a copy to the device waits for nothing, as the loader does with its own."""
+    return {name: tensor.pin_memory() for name, tensor in micro_batch.items()}
 
 
 @dataclass
@@ -59,7 +93,9 @@ class BlendLoader:
         dp_size: int,
         num_workers: int,
         pin_memory: bool,
+        most_segments: int | None = None,
     ) -> None:
+        """Read rows of `blend`; micro-batches have `cu_seqlens` if the segments a row can have are given."""
         self.blend = blend
         self._sampler = _BlendSampler(blend, micro_batch_size, dp_rank, dp_size)
         self._loader = DataLoader(
@@ -67,6 +103,7 @@ class BlendLoader:
             batch_sampler=self._sampler,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            collate_fn=partial(collate, most_segments=most_segments),
             pin_memory=pin_memory,
             worker_init_fn=_outlive_a_request_to_stop,
             generator=torch.Generator(),  # the loader draws from it; the global one belongs to the model

@@ -108,6 +108,11 @@ class PackedSource:
         """Examples per row, on average."""
         return self.packing_report.examples / self.packing_report.rows
 
+    @property
+    def most_segments(self) -> int:
+        """Segments that a row can have: as many as the fullest has examples, and its padding."""
+        return int(np.diff(self.row_starts_R1).max()) + 1
+
 
 def _positions(index: SequenceIndex, seq_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return each document's positions and how many trained labels its first ``seq_length`` hold."""

@@ -1,4 +1,4 @@
-"""A micro-batch on its device, in the form the model takes.
+"""A micro-batch on its device, in the form the model takes: nothing here waits for the device.
 
 Axes: B rows, S positions of a row, C of them on this context-parallel rank, T = B * C tokens of this rank.
 """
@@ -59,7 +59,6 @@ def to_batch(micro_batch: MicroBatch, device: torch.device, *, join_rows: bool) 
 
     What follows from it is derived; for `join_rows` see `layers.joins_rows`.
     """
-    packed = _packed_seq_params(micro_batch["segment_ids"], device) if join_rows else None
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
     padding_BS = moved["padding_mask"].bool()
     source_BS = moved["dataset_id"].long()[:, None].expand_as(padding_BS).masked_fill(padding_BS, -1)
@@ -82,7 +81,7 @@ def to_batch(micro_batch: MicroBatch, device: torch.device, *, join_rows: bool) 
         source=shaped(source_BS),
         half=shaped(half_BS),
         attention_mask=attention_mask,
-        packed_seq_params=packed,
+        packed_seq_params=_packed_seq_params(moved["cu_seqlens"], padding_BS.shape[1]) if join_rows else None,
     )
 
 
@@ -99,17 +98,12 @@ def context_parallel_positions(length: int, ranks: int, device: torch.device) ->
     return torch.cat([parts[:ranks], parts[ranks:].flip(0)], dim=1)
 
 
-def _packed_seq_params(segment_BS: torch.Tensor, device: torch.device) -> PackedSeqParams:
-    """Return the borders of all segments of all rows end to end; a row's padding is a segment of its own."""
-    starts_BS = torch.ones_like(segment_BS, dtype=torch.bool)
-    starts_BS[:, 1:] = segment_BS[:, 1:] != segment_BS[:, :-1]
-    borders = torch.cat([starts_BS.flatten().nonzero().flatten(), torch.tensor([segment_BS.numel()])])
-    longest = int(borders.diff().max())
-    cu_seqlens = borders.to(device=device, dtype=torch.int32)
+def _packed_seq_params(cu_seqlens: torch.Tensor, row_length: int) -> PackedSeqParams:
+    """Return the segments of joined rows; none is longer than a row, and kernels are chosen by that bound."""
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        max_seqlen_q=row_length,
+        max_seqlen_kv=row_length,
     )

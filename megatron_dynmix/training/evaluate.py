@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
 
 from megatron_dynmix import platform
 from megatron_dynmix.checkpoint.checkpointer import Checkpointer
@@ -25,6 +24,7 @@ from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.config.megatron import STAGE_SETTINGS
 from megatron_dynmix.config.run_config import ParallelConfig
+from megatron_dynmix.data.loader import collate
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.data.sources import build_rows, prepare_sources
@@ -145,6 +145,7 @@ def _load_model(config: RunConfig, num_sources: int, source: Path) -> PassRunner
 def held_out_stats(run: PassRunner, rows: Sequence[PackedRows], micro_batch_size: int) -> SourceStats:
     """Sum losses and tokens over all rows of all sources; the model is in evaluation mode."""
     stats = SourceStats.zero(len(rows))
+    most_segments = run.most_segments(rows)
     with torch.no_grad():
         for dataset_id, held_out in enumerate(rows):
             for first in range(0, len(held_out), micro_batch_size):
@@ -153,7 +154,7 @@ def held_out_stats(run: PassRunner, rows: Sequence[PackedRows], micro_batch_size
                     {"dataset_id": np.int16(dataset_id), "half": np.int8(half_of(row)), **held_out[row]}
                     for row in some
                 ]
-                stats += run([default_collate(batch)], forward_only=True)
+                stats += run([collate(batch, most_segments)], forward_only=True)
     return stats
 
 

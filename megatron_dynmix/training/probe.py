@@ -10,9 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
 
-from megatron_dynmix.data.loader import PADDING, MicroBatch
+from megatron_dynmix.data.loader import PADDING, MicroBatch, collate, pinned
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.mixing.strategy import half_of
@@ -33,17 +32,21 @@ class Probe:
         dp_rank: int,
         dp_size: int,
         rotating: bool = False,
+        pin_memory: bool = False,
+        most_segments: int | None = None,
     ) -> None:
         """Read this rank's share of the held-out rows, if they stay the same.
 
         Of each source so many positions are read, or all of fewer: its first rows, or, `rotating`, from where
-        the last measurement stopped. Data-parallel ranks share the rows.
+        the last measurement stopped. Data-parallel ranks share the rows. Micro-batches are as `BlendLoader`
+        gives them.
         """
         self._rows = rows
         self._per_source = -(-probe_tokens // seq_length)
         self._micro_batch_size = micro_batch_size
         self._first = dp_rank * micro_batch_size
         self._stride = dp_size * micro_batch_size
+        self._pin_memory, self._most_segments = pin_memory, most_segments
         self._kept = None if rotating else self._read(0)
 
     def rows_of(self, source: int, measurement: int) -> list[int]:
@@ -82,8 +85,8 @@ class Probe:
         # Expert parallelism needs the same number of passes on every rank: fill up with rows of padding.
         pairs += [(-1, 0)] * (-len(pairs) % self._stride)
         empty = {name: np.full_like(row, PADDING.get(name, 0)) for name, row in self._rows[0][0].items()}
-        return [
-            default_collate(
+        micro_batches = [
+            collate(
                 [
                     {
                         "dataset_id": np.int16(d),
@@ -91,7 +94,9 @@ class Probe:
                         **(self._rows[d][row] if d >= 0 else empty),
                     }
                     for d, row in pairs[first : first + self._micro_batch_size]
-                ]
+                ],
+                self._most_segments,
             )
             for first in range(self._first, len(pairs), self._stride)
         ]
+        return [pinned(batch) for batch in micro_batches] if self._pin_memory else micro_batches

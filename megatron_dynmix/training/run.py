@@ -209,7 +209,11 @@ def build_trainer(
         run=run,
         optimizer=optimizer,
         loader=BlendLoader(
-            reweighting.blend, num_workers=config.data.num_workers, pin_memory=here.pin_memory, **batching
+            reweighting.blend,
+            num_workers=config.data.num_workers,
+            pin_memory=here.pin_memory,
+            most_segments=run.most_segments(data.train),
+            **batching,
         ),
         reweighting=reweighting,
         checkpointer=checkpointer,
@@ -242,6 +246,8 @@ def _build_reweighting(
             probe_tokens=config.mixing.probe_tokens,
             seq_length=config.data.seq_length,
             rotating=config.mixing.probe_rows == "rotating",
+            pin_memory=run.platform.pin_memory,
+            most_segments=run.most_segments(data.probe),
             **batching,
         )
     # A strategy of the user's own may choose others on each rank: those of rank 0 hold.

@@ -22,7 +22,8 @@ from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_t
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dynmix.config import RunConfig
-from megatron_dynmix.data.loader import PADDING, MicroBatch
+from megatron_dynmix.data.loader import PADDING, MicroBatch, pinned, segment_borders
+from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.moe.balance import aux_losses
 from megatron_dynmix.moe.counter import GateLoadCounter
@@ -55,6 +56,23 @@ class PassRunner:
         gradients of the step's loss, summed over all trained tokens and divided by their number, are left in
         the model's buffers.
         """
+        return SourceStats(*self._pass(micro_batches, forward_only=forward_only).cpu())
+
+    def train(self, micro_batches: Sequence[MicroBatch], *, stop: bool) -> tuple[SourceStats, bool, bool]:
+        """Run a pass that leaves gradients, and ask what is to be done with them: all in one transfer.
+
+        Return the sums, whether losses and gradients are finite on every rank, and whether any rank is to
+        `stop`; the same answers everywhere.
+        """
+        sums_3D = self._pass(micro_batches, forward_only=False)
+        asked = bad_and_stopping(self.chunks, stop=stop)
+        answers = torch.cat([sums_3D.flatten(), asked.double()]).cpu()
+        stats = SourceStats(*answers[:-2].view_as(sums_3D))
+        bad, stopping = answers[-2:].bool().tolist()
+        return stats, not bad and bool(stats.loss_sum_D.isfinite().all()), stopping
+
+    def _pass(self, micro_batches: Sequence[MicroBatch], *, forward_only: bool) -> torch.Tensor:
+        """Return `[3, D]`, the fields of `SourceStats`, on the device."""
         rows = len(micro_batches[0]["dataset_id"])
         if forward_only:
             short = -len(micro_batches) % self.micro_batch_group
@@ -74,11 +92,16 @@ class PassRunner:
         )
         return self._reduce([report["source_stats"] for report in reports])
 
+    def most_segments(self, rows: Sequence[PackedRows]) -> int | None:
+        """Return the segments that a row of these sources can have, where attention is told of them."""
+        return max(source.packed.most_segments for source in rows) if self.join_rows else None
+
     def _trained_share(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         """Return trained tokens / real tokens of the step, before any of its gradients is made."""
         trained = sum(int(batch["loss_mask"].sum()) for batch in micro_batches)
         real = sum(int((~batch["padding_mask"].bool()).sum()) for batch in micro_batches)
-        both = torch.tensor([trained, real], device=self.platform.device)
+        # filled on the device: a tensor made here would have to wait for its copy
+        both = torch.stack([torch.full((), sum_, device=self.platform.device) for sum_ in (trained, real)])
         torch.distributed.all_reduce(both, group=parallel_state.get_data_parallel_group())
         return both[0] / both[1].clamp(min=1)
 
@@ -106,7 +129,7 @@ class PassRunner:
         report = {"source_stats": (one_hot_DT @ seen_T3.double()).t()}
         return weighted.sum(), batch.loss_mask.sum().to(torch.int), report
 
-    def _reduce(self, stats_3D: list[torch.Tensor]) -> SourceStats:
+    def _reduce(self, stats_3D: list[torch.Tensor]) -> torch.Tensor:
         """Sum over micro-batches and data-parallel ranks of the last stage, then tell the other stages."""
         total = torch.zeros(3, self.counter.num_sources, dtype=torch.float64, device=self.platform.device)
         for stats in stats_3D:
@@ -115,12 +138,16 @@ class PassRunner:
         for group in (data, parallel_state.get_pipeline_model_parallel_group()):
             if group.size() > 1:
                 torch.distributed.all_reduce(total, group=group)
-        return SourceStats(*total.cpu())
+        return total
 
 
 def _padding_like(micro_batch: MicroBatch) -> MicroBatch:
     """Make a micro-batch of the same shape that is all padding."""
-    return {name: torch.full_like(tensor, PADDING.get(name, 0)) for name, tensor in micro_batch.items()}
+    padding = {name: torch.full_like(tensor, PADDING.get(name, 0)) for name, tensor in micro_batch.items()}
+    if "cu_seqlens" in padding:
+        segment_BS, borders = padding["segment_ids"], padding["cu_seqlens"]
+        padding["cu_seqlens"] = segment_borders(segment_BS, (len(borders) - 1) // len(segment_BS))
+    return pinned(padding) if micro_batch["tokens"].is_pinned() else padding
 
 
 def set_batch_size(config: RunConfig, batch_size: int) -> int:
@@ -143,10 +170,10 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(flags.item())
 
 
-def gradients_are_finite(chunks: list[DistributedDataParallel], *, stop: bool) -> tuple[bool, bool]:
-    """Whether no rank holds a gradient that is NaN or infinite, and whether any rank is to stop.
+def bad_and_stopping(chunks: list[DistributedDataParallel], *, stop: bool) -> torch.Tensor:
+    """Return two numbers: 0 if no rank holds a gradient that is NaN or infinite, 0 if none is to stop.
 
-    The same answers on every rank, by one all-reduce.
+    The same on every rank, by one all-reduce, and on the device.
     """
     bad_stop = torch.zeros(2, device=next(chunks[0].parameters()).device)
     for chunk in chunks:
@@ -155,8 +182,7 @@ def gradients_are_finite(chunks: list[DistributedDataParallel], *, stop: bool) -
             bad_stop[0] += ~torch.stack(buffer.grad_data.aminmax()).isfinite().all()
     bad_stop[1] = stop
     torch.distributed.all_reduce(bad_stop)
-    bad, stopping = bad_stop.tolist()
-    return not bad, bool(stopping)
+    return bad_stop
 
 
 class BeforePass:

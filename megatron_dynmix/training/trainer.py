@@ -43,7 +43,6 @@ from megatron_dynmix.training.step import (
     BeforePass,
     PassRunner,
     any_rank,
-    gradients_are_finite,
     set_batch_size,
     take_aux_losses,
 )
@@ -133,9 +132,8 @@ class Trainer:
         counted = self.reweighting.counts_training
         before = BeforePass(self.run)
         with self.run.counter.recording() if counted else contextlib.nullcontext():
-            stats = self.run(micro_batches, forward_only=False)
-        finite, stopping = gradients_are_finite(self.run.chunks, stop=stop.asked)
-        if finite and stats.loss_sum_D.isfinite().all():
+            stats, finite, stopping = self.run.train(micro_batches, stop=stop.asked)
+        if finite:
             self._step(stats, num_micro_batches)
         else:
             before.restore()

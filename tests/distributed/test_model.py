@@ -83,12 +83,15 @@ def test_a_middle_pipeline_stage_that_ignored_segments_would_be_seen(run_yaml, s
 
 def joined_and_masked(run_yaml, flags, run_dir):
     """Logits' loss per token with the block-diagonal mask, and with rows joined to one sequence."""
+    from megatron_dynmix.data.loader import segment_borders
     from megatron_dynmix.model.gpt import unwrap
     from megatron_dynmix.training.batch import to_batch
 
     trainer = programs.build(run_yaml, flags, run_dir)
     model = unwrap(trainer.run.chunks[0]).eval()
     micro_batch = trainer.loader.step(0, 1)[0]
+    most_segments = max(rows.packed.most_segments for rows in trainer.loader.blend.datasets)
+    micro_batch["cu_seqlens"] = segment_borders(micro_batch["segment_ids"], most_segments)
     answers = []
     for join_rows in (False, True):
         batch = to_batch(micro_batch, torch.device("cpu"), join_rows=join_rows)

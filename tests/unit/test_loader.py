@@ -11,7 +11,7 @@ import torch
 from blend_fixtures import blend_of
 
 from megatron_dynmix.data.dynamic_blend import BlendState, DynamicBlendedDataset
-from megatron_dynmix.data.loader import BlendLoader
+from megatron_dynmix.data.loader import BlendLoader, collate, segment_borders
 
 SIZES = (11, 5, 30)
 STAGES = {16: (0.0, 0.9, 0.1), 40: (0.8, 0.1, 0.1), 64: (0.2, 0.3, 0.5)}
@@ -145,3 +145,27 @@ def test_workers_outlive_a_request_to_stop_that_reaches_them():
     os.kill(worker.pid, signal.SIGTERM)
     worker.join(10)
     assert not worker.is_alive()
+
+
+ROWS_OF_SEGMENTS = ([0, 0, 1, 2, 2, -1], [0, 0, 0, 0, 0, 0], [-1] * 6, [0, 1, 2, 3, 4, 5])
+
+
+@pytest.mark.parametrize("rows", [ROWS_OF_SEGMENTS[:1], ROWS_OF_SEGMENTS[1:3], ROWS_OF_SEGMENTS])
+def test_borders_of_segments_have_one_length_whatever_the_rows_hold(rows):
+    most = 7
+    expected = [
+        row * 6 + s for row, ids in enumerate(rows) for s in range(6) if s == 0 or ids[s] != ids[s - 1]
+    ]
+    batch = collate([{"segment_ids": np.array(row)} for row in rows], most)
+    borders = batch["cu_seqlens"]
+    assert borders.dtype == torch.int32 and len(borders) == len(rows) * most + 1
+    assert borders[: len(expected)].tolist() == expected
+    assert (borders[len(expected) :] == 6 * len(rows)).all()
+    assert "cu_seqlens" not in collate([{"segment_ids": np.array(row)} for row in rows])
+
+
+def test_rows_as_full_as_they_can_be_have_their_borders_and_fuller_ones_none():
+    full_BS = torch.arange(6)[None].expand(2, 6)
+    assert segment_borders(full_BS, 6).tolist() == list(range(13))
+    with pytest.raises(AssertionError, match="more segments"):
+        segment_borders(full_BS, 5)

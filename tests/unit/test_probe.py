@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_dynmix import platform
 
@@ -32,7 +33,7 @@ class HeldOut:
         }
 
 
-def probe_of(*sizes, rows=3, rotating=True, rank=0, ranks=1, micro=2):
+def probe_of(*sizes, rows=3, rotating=True, rank=0, ranks=1, micro=2, **form):
     return Probe(
         [HeldOut(size) for size in sizes],
         probe_tokens=rows * SEQ_LENGTH,
@@ -41,6 +42,7 @@ def probe_of(*sizes, rows=3, rotating=True, rank=0, ranks=1, micro=2):
         dp_rank=rank,
         dp_size=ranks,
         rotating=rotating,
+        **form,
     )
 
 
@@ -84,3 +86,13 @@ def test_fixed_rows_are_read_once_and_rows_that_rotate_are_not_kept():
     assert fixed._rows[0].read == {0: 2, 1: 1, 2: 1}  # row 0 gives the shape of padding too
     assert fixed._kept is not None and rotating._kept is None
     assert not rotating._rows[0].read
+
+
+def test_micro_batches_of_a_probe_have_the_form_of_training(monkeypatch):
+    put = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: put.append(tensor) or tensor)
+    for batch in probe_of(3, 2, rotating=False, pin_memory=True, most_segments=2)._read(0):
+        assert batch["cu_seqlens"].tolist() == [0, SEQ_LENGTH, *[2 * SEQ_LENGTH] * 3]
+        assert all(any(tensor is pinned for pinned in put) for tensor in batch.values())
+    put.clear()
+    assert "cu_seqlens" not in probe_of(3)._read(0)[0] and not put

@@ -84,6 +84,9 @@ def test_every_example_is_in_the_rows_once(tmp_path: Path, tokenizer: Tokenizer)
     assert report.useful_token_share == report.tokens / (512 * len(packed))
     assert packed.packing_report.examples == 60
     assert packed.mean_examples_per_row == 60 / len(packed)
+    assert packed.packed.most_segments == 2 + max(
+        packed[row]["segment_ids"].max() for row in range(len(packed))
+    )
 
 
 @pytest.mark.parametrize("seq_length", [20, 40, 60, 75, 90, 120, 200])
@@ -118,6 +121,7 @@ def test_without_packing_each_row_holds_one_example(tmp_path: Path, tokenizer: T
     alone = build(tmp_path, 512, packing=False)
     assert len(alone) == alone.packing_report.examples == 40
     assert all(alone[row]["segment_ids"].max() == 0 for row in range(len(alone)))
+    assert alone.packed.most_segments == 2
     assert set(segments_of(alone)) == examples_of(rows, tokenizer, 512)
     assert segments_of(alone) == segments_of(build(tmp_path, 512, packing=False))
     assert segments_of(alone) != segments_of(build(tmp_path, 512, packing=False, seed=8))

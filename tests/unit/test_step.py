@@ -12,7 +12,7 @@ platform.start()
 from megatron.core.optimizer import optimizer  # noqa: E402
 
 from megatron_dynmix.platform.megatron_patches import measure_huge_gradients  # noqa: E402
-from megatron_dynmix.training.step import gradients_are_finite  # noqa: E402
+from megatron_dynmix.training.step import bad_and_stopping  # noqa: E402
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -39,8 +39,8 @@ def chunk(*gradients, expert=(), kind=torch.float32):
 def test_gradients_whose_sum_overflows_are_finite(alone, kind):
     large = [torch.finfo(kind).max] * 1000
     chunks = [chunk(large, [0.0], kind=kind), chunk([-LARGEST] * 3)]
-    assert gradients_are_finite(chunks, stop=False) == (True, False)
-    assert gradients_are_finite([chunk([1.0], expert=[large], kind=kind)], stop=True) == (True, True)
+    assert bad_and_stopping(chunks, stop=False).tolist() == [0, 0]
+    assert bad_and_stopping([chunk([1.0], expert=[large], kind=kind)], stop=True).tolist() == [0, 1]
     assert len(alone) == 2, "one transfer each"
 
 
@@ -51,9 +51,9 @@ def test_one_gradient_that_is_not_finite_is_found_anywhere(alone, bad, place):
     values[place] = bad
     good = [0.0, 1.0]
     for chunks in ([chunk(values)], [chunk(good, values)], [chunk(good), chunk(good, expert=[values])]):
-        assert gradients_are_finite(chunks, stop=False) == (False, False)
+        assert bad_and_stopping(chunks, stop=False).tolist() == [1, 0]
     # infinities that cancel out in a sum do not hide
-    assert gradients_are_finite([chunk([math.inf, -math.inf])], stop=False) == (False, False)
+    assert bad_and_stopping([chunk([math.inf, -math.inf])], stop=False).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e19, 1e25, 1e37])
