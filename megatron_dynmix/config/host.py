@@ -21,6 +21,8 @@ class Host:
 
     cuda: bool
     transformer_engine: bool
+    transformer_engine_error: str = ""
+    """Why it cannot be used though it is installed, and the remedy."""
     deep_ep: bool = False
     wandb: bool = False
 
@@ -40,6 +42,7 @@ _CUDA, _NCCL, _DEEP_EP = "CUDA", "NCCL", "CUDA and DeepEP"
 _TE = "Transformer Engine on a CUDA device"
 _TE_NORMS = "Transformer Engine's norms"
 _TE_ATTENTION = "Transformer Engine's attention: CUDA, and context_parallel_size 1"
+_OF_TE = (_TE, _TE_NORMS, _TE_ATTENTION)
 _OUT = "leave it out"
 
 NEEDS = (
@@ -93,7 +96,8 @@ def check_host(config: RunConfig, host: Host) -> None:
         value = given.get(need.setting)
         if value is not None and need.values(value) and not offered[need.what]:
             shown = str(value).lower() if isinstance(value, bool) else value
-            raise InputError(f"{need.setting} is {shown}, which needs {need.what}; {need.instead}")
+            error = f". {host.transformer_engine_error}" if need.what in _OF_TE and host.cuda else ""
+            raise InputError(f"{need.setting} is {shown}, which needs {need.what}; {need.instead}{error}")
     if config.parallel.virtual_stages and not config.parallel.overlap_p2p_comm and not host.cuda:
         raise InputError(
             "an interleaved pipeline without overlap_p2p_comm needs NCCL: over gloo its messages mix and "

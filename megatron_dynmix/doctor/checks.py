@@ -16,6 +16,7 @@ from packaging.version import Version
 from megatron_dynmix.config.host import Host, check_host
 from megatron_dynmix.doctor.facts import UNLIMITED, Facts
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.platform.packages import INSTALL_TE, MEND_TE
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,6 @@ def findings_of(facts: Facts) -> list[Finding]:
 PYTHONS = SpecifierSet(">=3.10,<3.14")
 SHOWN = ("megatron-core", "torch", "numpy", "transformers", "tokenizers")
 TE = "transformer-engine"
-INSTALL_TE = (
-    'pip install --no-build-isolation "transformer_engine[pytorch]>=2.9,<2.12", torch first, or use the '
-    "NGC PyTorch image"
-)
 FLASH = "flash-attn"
 
 
@@ -94,7 +91,7 @@ def transformer_engine(facts: Facts) -> Finding:
     if error := facts.import_errors.get("transformer_engine"):
         return problem(
             f"{version} fails to import: {error}",
-            "it was compiled for another torch or CUDA: remove it, and build it again against this torch",
+            MEND_TE,
         )
     for need in map(Requirement, facts.requirements):
         if canonicalize_name(need.name) == TE and not _met(need, facts):
@@ -416,8 +413,8 @@ def run_settings(facts: Facts) -> Finding | None:
         return None
     host = Host(
         cuda=facts.cuda_available,
-        transformer_engine=TE in facts.versions,
-        deep_ep="deep-ep" in facts.versions,
+        transformer_engine=TE in facts.versions and "transformer_engine" not in facts.import_errors,
+        deep_ep="deep-ep" in facts.versions and "deep_ep" not in facts.import_errors,
         wandb="wandb" in facts.versions,
     )
     try:

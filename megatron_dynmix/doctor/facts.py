@@ -22,6 +22,8 @@ import psutil
 import torch
 from packaging.utils import canonicalize_name
 
+from megatron_dynmix.platform import packages
+
 if TYPE_CHECKING:
     from megatron_dynmix.config import RunConfig
 
@@ -120,7 +122,7 @@ def look() -> Facts:
         python=python_platform.python_version(),
         requirements=_requirements(),
         versions={canonicalize_name(each.metadata["Name"] or ""): each.version for each in installed},
-        import_errors=_import_errors(),
+        import_errors={name: error for name in packages.COMPILED if (error := packages.import_error(name))},
         apex=_apex(),
         flash_attention_range=_flash_attention_range(),
         torch_cuda=torch.version.cuda,
@@ -150,18 +152,6 @@ def _requirements() -> tuple[str, ...]:
         return tuple(importlib.metadata.requires("megatron-dynmix") or ())
     except importlib.metadata.PackageNotFoundError:
         return ()
-
-
-def _import_errors() -> dict[str, str]:
-    """Import what was compiled against a certain torch and CUDA: that it is installed says little."""
-    errors = {}
-    for package, module in (("transformer_engine", ".pytorch"), ("flash_attn", "")):
-        try:
-            if importlib.util.find_spec(package) is not None:
-                importlib.import_module(package + module)
-        except Exception as error:  # undefined symbols, missing libraries: whatever it is, it is not usable
-            errors[package] = f"{type(error).__name__}: {error}".splitlines()[0]
-    return errors
 
 
 def _apex() -> Literal["none", "NVIDIA", "namesake"]:

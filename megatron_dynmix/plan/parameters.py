@@ -57,7 +57,11 @@ class Shards:
 def this_host() -> Host:
     """Return what the ranks of a run on this machine have."""
     here = platform.start()
-    return Host(cuda=here.device.type == "cuda", transformer_engine=here.transformer_engine)
+    return Host(
+        cuda=here.device.type == "cuda",
+        transformer_engine=here.transformer_engine,
+        transformer_engine_error=here.transformer_engine_error,
+    )
 
 
 def transformer_here(config: RunConfig) -> TransformerConfig:

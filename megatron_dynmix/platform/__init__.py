@@ -2,13 +2,12 @@
 
 This is the only place of the project that asks. `start` must run before the first import of
 `megatron.core`, in every process; on a host without CUDA it installs the stand-ins of `cpu.py`, on a
-host with CUDA it changes nothing but one wrong flag where Transformer Engine is missing.
+host with CUDA it only completes Megatron-Core where Transformer Engine cannot be used.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 import os
 import warnings
@@ -18,6 +17,7 @@ from datetime import timedelta
 import torch
 
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.platform import packages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class Platform:
     """Backend of `torch.distributed`: `nccl` or `gloo`."""
     transformer_engine: bool
     """Whether Transformer Engine layers are used; without them Megatron-Core's local layers are."""
+    transformer_engine_error: str = ""
+    """Why it is not used though it is installed, and the remedy."""
 
     @property
     def pin_memory(self) -> bool:
@@ -67,19 +69,29 @@ def _cuda() -> Platform:
             "ranks on this machine"
         )
     device = torch.device("cuda", local_rank)
-    with_te = importlib.util.find_spec("transformer_engine") is not None
+    with_te, te_error = packages.is_usable("transformer_engine"), packages.transformer_engine_error()
+    packages.hide_broken()
     if not with_te:
-        _correct_latent_attention()
-    return Platform(device=device, backend="nccl", transformer_engine=with_te)
+        _complete_megatron()
+    return Platform(
+        device=device, backend="nccl", transformer_engine=with_te, transformer_engine_error=te_error
+    )
 
 
 def _cpu() -> Platform:
     from megatron_dynmix.platform import cpu
 
     _expect_no_cuda()  # before anything imports Megatron-Core or transformers: the line comes once, at import
+    packages.hide("transformer_engine")  # nothing of it runs on a CPU, whether it can be imported or not
     cpu.install()
-    _correct_latent_attention()
+    _complete_megatron()
     return Platform(device=torch.device("cpu"), backend="gloo", transformer_engine=False)
+
+
+def _complete_megatron() -> None:
+    from megatron_dynmix.platform import megatron_patches
+
+    megatron_patches.complete_without_transformer_engine()
 
 
 def _expect_no_cuda() -> None:
@@ -90,16 +102,6 @@ def _expect_no_cuda() -> None:
     logging.getLogger("torch.utils.cpp_extension").addFilter(
         lambda record: not record.getMessage().startswith("No CUDA runtime is found")
     )
-
-
-def _correct_latent_attention() -> None:
-    """Tell Megatron-Core's latent attention that there is no Transformer Engine.
-
-    It takes it to be there wherever names can be imported, and then asks for the type None.
-    """
-    import megatron.core.transformer.multi_latent_attention as latent
-
-    latent.HAVE_TE = False
 
 
 def rendezvous(timeout_minutes: float) -> torch.distributed.Store:

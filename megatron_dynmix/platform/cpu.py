@@ -1,12 +1,11 @@
 """Stand-ins that let Megatron-Core 0.16.1 run on CPU tensors over gloo. Installed on hosts without CUDA only.
 
 Everything replaced here raises without CUDA (or, for `Tensor.type`, gives an answer Megatron-Core
-refuses), so nothing that works on such a host changes its meaning. Four groups:
+refuses), so nothing that works on such a host changes its meaning. Three groups:
 
 * `torch.cuda`: streams and events that are always done, one device, the CPU's random generator;
 * tensor factories: `device="cuda"` means the CPU;
-* Megatron-Core: its random-state tracker, and two gloo limits (list-valued split sizes, even gathers);
-* Megatron-Core without Transformer Engine: two names it forgets to define.
+* Megatron-Core: its random-state tracker, and two gloo limits (list-valued split sizes, even gathers).
 """
 
 from __future__ import annotations
@@ -47,7 +46,6 @@ def install() -> None:
     dynamo.config.disable = True  # Megatron-Core compiles small functions: minutes of g++ for nothing
     _replace_torch_cuda()
     _redirect_tensor_factories()
-    _complete_megatron_without_te()
     _adapt_megatron_to_gloo()
 
 
@@ -96,16 +94,6 @@ def _redirect_tensor_factories() -> None:
         return answer
 
     torch.Tensor.type = type_for_megatron
-
-
-def _complete_megatron_without_te() -> None:
-    import megatron.core.transformer.moe.moe_utils as moe_utils
-    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
-
-    moe_utils.te_general_gemm = None  # named, but defined only where Transformer Engine is
-    init = CheckpointWithoutOutput.__init__
-    # fp8=False is taken for "some fp8 recipe", because it is not None
-    CheckpointWithoutOutput.__init__ = lambda self, fp8=False: init(self, fp8 or None)
 
 
 def _adapt_megatron_to_gloo() -> None:

@@ -1,6 +1,6 @@
 """Corrections of Megatron-Core 0.16.1 that hold on every device; each names what is wrong there.
 
-Those that only a CPU needs are in `cpu.py`. Import this after `platform.start`.
+Those that only a CPU needs are in `cpu.py`. This imports Megatron-Core.
 """
 
 from __future__ import annotations
@@ -18,8 +18,21 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import distrib_optimizer, optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.moe import moe_utils
 
 from megatron_dynmix import platform
+
+
+def complete_without_transformer_engine() -> None:
+    """Define what Megatron-Core leaves undefined where there is no Transformer Engine; to be called once."""
+    moe_utils.te_general_gemm = None  # named, but defined only where Transformer Engine is
+    init = CheckpointWithoutOutput.__init__
+    # fp8=False is taken for "some fp8 recipe", because it is not None
+    CheckpointWithoutOutput.__init__ = lambda self, fp8=False: init(self, fp8 or None)
+    # It takes Transformer Engine to be there wherever names can be imported, then asks for the type None.
+    multi_latent_attention.HAVE_TE = False
 
 
 def update_expert_bias_exactly() -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from megatron_dynmix.data.sources import Data, read_data
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.plan.parameters import this_host
+from megatron_dynmix.platform import packages
 from megatron_dynmix.training.holding import lease_of
 from megatron_dynmix.training.mix_setup import Mix, Resolved, check_mix
 from megatron_dynmix.training.resume import (
@@ -60,8 +60,8 @@ def check_before_start(config: RunConfig, *, fresh: bool = True) -> CheckedRun:
 
     What a run began with need not be there any more when it is resumed, and so is not `fresh`.
     """
-    installed = {name: importlib.util.find_spec(name) is not None for name in ("deep_ep", "wandb")}
-    check_host(config, replace(this_host(), **installed))
+    wandb = config.logging.wandb_project is not None and packages.is_usable("wandb")
+    check_host(config, replace(this_host(), deep_ep=packages.is_usable("deep_ep"), wandb=wandb))
     resolved = check_mix(config, len(moe_layers(model_settings(config))))
     check_with_megatron(config)
     tokenizer = load_tokenizer(config.data.tokenizer or "", trust_remote_code=config.data.trust_remote_code)

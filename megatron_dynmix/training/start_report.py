@@ -45,6 +45,7 @@ def report_start(prepared: PreparedRun, run_dir: Path, changes: Sequence[str], n
         f"\n{packed_table([*data.train, *data.probe], most)}",
         f"\n{share_table(data.train, prepared.mix.initial_D, most)}",
         f"\n{overview(prepared, world_size)}",
+        *([f"WARNING: {error}"] if (error := this_host().transformer_engine_error) else []),
         *mix_warnings(config),
         *router_lines(config, data.reports),
         "\nthe beginning of a row, [[what is trained on]] and {{special tokens}} in brackets:",

@@ -323,6 +323,11 @@ def test_a_run_is_held_against_the_machine(tmp_path):
     facts = dataclasses.replace(LAPTOP, config=load(tmp_path, settings))
     found = checks.run_settings(facts)
     assert found.status == "problem" and "moe_grouped_gemm" in found.found
+    broken = {"import_errors": {"transformer_engine": "ImportError: undefined symbol"}}
+    for machine, status in ((NODE, "OK"), (dataclasses.replace(NODE, **broken), "problem")):
+        settings["training"]["bf16"] = True
+        machine = dataclasses.replace(machine, config=load(tmp_path, settings))
+        assert checks.run_settings(machine).status == status
     found = checks.run_time_out(facts)
     assert found.status == "warning" and "distributed_timeout_minutes is 1" in found.found
 

@@ -46,6 +46,15 @@ def test_a_setting_is_refused_where_what_it_needs_is_missing(need, tmp_path):
     check_host(config, GPU)
 
 
+def test_why_an_installed_transformer_engine_does_not_do_is_said(tmp_path):
+    broken = Host(cuda=True, transformer_engine=False, transformer_engine_error="It cannot be imported")
+    with pytest.raises(InputError, match=r"moe_grouped_gemm is true, .*\. It cannot be imp"):
+        check_host(load(tmp_path, settings(tmp_path, "moe_grouped_gemm")), broken)
+    with pytest.raises(InputError) as caught:
+        check_host(load(tmp_path, settings(tmp_path, "nccl_ub")), CPU)
+    assert "imported" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["window_size", "softmax_type", "apply_query_key_layer_scaling"])
 def test_our_own_attention_under_context_parallelism_refuses_what_only_transformer_engine_has(name, tmp_path):
     config = load(tmp_path, settings(tmp_path, name, parallel={"context_parallel_size": 2}))
