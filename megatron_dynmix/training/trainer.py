@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
+import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -319,11 +322,16 @@ class Trainer:
 
 
 def seed_iteration(seed: int, iteration: int) -> None:
-    """Seed all random generators of this rank for one iteration.
+    """Seed all random generators of this rank for one iteration, the same on all ranks of a pipeline stage.
 
-    Megatron-Core adds offsets for tensor- and expert-parallel ranks; the one for pipeline stages is ours.
-    The factors keep seeds, iterations, stages and those offsets from meeting.
+    Megatron-Core adds offsets for tensor- and expert-parallel ranks to what draws on the device, so that
+    their parts differ; the one for pipeline stages is ours. The factors keep seeds, iterations, stages and
+    those offsets from meeting. Routers are drawn on the CPU everywhere, by torch's default generator.
     """
     stage = parallel_state.get_pipeline_model_parallel_rank()
     mixed = seed * 1_000_003 + (iteration + 1) * 100_003 + stage * 10_007
-    model_parallel_cuda_manual_seed(mixed % 2**31)
+    mixed %= 2**31
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.default_generator.manual_seed(mixed)
+    model_parallel_cuda_manual_seed(mixed)
