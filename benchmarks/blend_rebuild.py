@@ -28,7 +28,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset  # noqa: E402
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig  # noqa: E402
 from megatron.core.datasets.utils import Split  # noqa: E402
 
-from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset  # noqa: E402
+from megatron_dynmix.data.blend_plan import BlendPlan  # noqa: E402
 
 TARGET_MS = 30.0
 SEED = 1234
@@ -47,15 +47,10 @@ class StandIn:
         return self.num_rows
 
 
-def stand_ins(arguments: argparse.Namespace, num_rows: int) -> list[Any]:
-    """As many sources as asked for, of `num_rows` rows each."""
-    return [StandIn(dataset_id, num_rows) for dataset_id in range(arguments.sources)]
-
-
-def new_blend(arguments: argparse.Namespace) -> DynamicBlendedDataset:
+def new_blend(arguments: argparse.Namespace) -> BlendPlan:
     """Make the blend of a run that begins, with uniform weights."""
-    return DynamicBlendedDataset(
-        stand_ins(arguments, arguments.source_rows),
+    return BlendPlan(
+        [arguments.source_rows] * arguments.sources,
         np.full(arguments.sources, 1 / arguments.sources),
         names=[f"source {number}" for number in range(arguments.sources)],
         seed=SEED,
@@ -70,7 +65,7 @@ def milliseconds(call: Callable[[], object]) -> tuple[float, float]:
     return 1e3 * (time.perf_counter() - start), 1e3 * (time.process_time() - start_cpu)
 
 
-def time_rebuild(blend: DynamicBlendedDataset, weights_D: NDArray[np.float64]) -> tuple[float, float]:
+def time_rebuild(blend: BlendPlan, weights_D: NDArray[np.float64]) -> tuple[float, float]:
     """Milliseconds of a weight update's rebuild, when the current chunk is used up."""
     end = blend.chunk.end_sample
     return milliseconds(lambda: blend.append_stage(end, weights_D))
@@ -99,7 +94,8 @@ def time_stock(arguments: argparse.Namespace) -> NDArray[np.float64]:
         random_seed=SEED, sequence_length=1, blend=(["stand-in"], None), split="1"
     )
     # stock refuses to draw a row twice: each source has as many as the run is long
-    build = partial(BlendedDataset, stand_ins(arguments, arguments.consumed), config=config)
+    stand_ins: list[Any] = [StandIn(number, arguments.consumed) for number in range(arguments.sources)]
+    build = partial(BlendedDataset, stand_ins, config=config)
     draws = rng.dirichlet(np.ones(arguments.sources), size=arguments.stock_builds).tolist()
     times = [milliseconds(partial(build, weights=weights, size=arguments.consumed)) for weights in draws]
     return np.array(times)

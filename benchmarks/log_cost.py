@@ -76,7 +76,8 @@ def measure(trainer: Trainer) -> tuple[Spent, float]:
     trainer.say = trainer.live.say
     others: Spent = defaultdict(float)
     trainer.save = timed(trainer.save, others, "save")  # type: ignore[method-assign]
-    trainer.reweighting.update = timed(trainer.reweighting.update, others, "update")  # type: ignore[method-assign]
+    decide = trainer.mixed.reweighting
+    decide.update = timed(decide.update, others, "update")  # type: ignore[method-assign]
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.fit(StopRequest(), SimpleNamespace(iteration=0))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_dynmix.config.batch_schedule import Pairs
-from megatron_dynmix.data.dynamic_blend import BlendState
+from megatron_dynmix.data.blend_plan import BlendState
 from megatron_dynmix.data.source_set import Prints
 from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.errors import InputError
@@ -86,6 +86,45 @@ class DrawnState:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class LoopState:
+    """How far a run whose mix changes has come, whoever's loop it is."""
+
+    progress: Progress
+    mix: MixState
+    log_interval: LogInterval
+    drawn: DrawnState
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it in JSON types; reading it gives the same bits back."""
+        parts = {name: vars(self)[name] for name in LOOP}
+        plain: dict[str, Any] = json.loads(json.dumps(parts, default=_plain))
+        return plain
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> LoopState:
+        """Read what `to_json` gave."""
+        progress, mix, log_interval = (dict(record[part]) for part in LOOP[:3])
+        progress |= {"tokens_D": torch.tensor(progress["tokens_D"], dtype=torch.float64)}
+        progress["batches"] = tuple((count, size) for count, size in progress["batches"])
+        log_interval |= {"stats": SourceStats.of(np.array(log_interval["stats"]))}
+        mix |= {
+            "blend": BlendState.from_json(mix["blend"]),
+            "controller": ControllerState.from_json(mix["controller"]),
+            "interval_counts": np.array(mix["interval_counts"], np.int64),
+            "interval_stats": SourceStats.of(np.array(mix["interval_stats"])),
+        }
+        return cls(
+            progress=Progress(**progress),
+            mix=MixState(**mix),
+            log_interval=LogInterval(**log_interval),
+            drawn=DrawnState(**record["drawn"]),
+        )
+
+
+LOOP = tuple(part.name for part in fields(LoopState))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SavedModel:
     """What every checkpoint says; of converted weights there is no more to say."""
 
@@ -107,13 +146,9 @@ class Identity(SavedModel):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class RunState(Identity):
+class RunState(LoopState, Identity):
     """All of a run's state that is not a tensor of model or optimizer."""
 
-    progress: Progress
-    mix: MixState
-    log_interval: LogInterval
-    drawn: DrawnState
     good: int | None = None
     """Iteration of the newest checkpoint from which an iteration was trained."""
 
@@ -159,25 +194,8 @@ def read_run_state(folder: Path) -> RunState:
 def _saved(values: dict[str, Any]) -> SavedModel:
     if "mix" not in values:
         return SavedModel(**values)
-    progress, mix, log_interval, drawn = (
-        values.pop(part) for part in ("progress", "mix", "log_interval", "drawn")
-    )
-    progress |= {"tokens_D": torch.tensor(progress["tokens_D"], dtype=torch.float64)}
-    progress["batches"] = tuple((count, size) for count, size in progress["batches"])
-    log_interval |= {"stats": SourceStats.of(np.array(log_interval["stats"]))}
-    mix |= {
-        "blend": BlendState.from_json(mix["blend"]),
-        "controller": ControllerState.from_json(mix["controller"]),
-        "interval_counts": np.array(mix["interval_counts"], np.int64),
-        "interval_stats": SourceStats.of(np.array(mix["interval_stats"])),
-    }
-    return RunState(
-        progress=Progress(**progress),
-        mix=MixState(**mix),
-        log_interval=LogInterval(**log_interval),
-        drawn=DrawnState(**drawn),
-        **values,
-    )
+    loop = LoopState.from_json({part: values.pop(part) for part in LOOP})
+    return RunState(**vars(loop), **values)
 
 
 def _plain(part: Any) -> Any:

@@ -18,10 +18,10 @@ from megatron_dynmix.data.prepared import load_report
 from megatron_dynmix.data.row_text import Span, border, example_text, row_text
 from megatron_dynmix.data.sources import (
     SourceFile,
-    build_blend,
     build_rows,
     check_prepared,
     pack_file,
+    plan_blend,
     source_files,
 )
 from megatron_dynmix.data.tokenizer.base import Tokenizer
@@ -150,7 +150,7 @@ class Inspection:
         rows = build_rows(self.config, self.tokenizer, probe=False)
         first, last = schedule.samples_after(iteration - 1), schedule.samples_after(iteration)
         mix = Mix.of(self.config, resolve(self.config), rows)
-        blend = build_blend(self.config, rows, mix.first_D)
+        blend = plan_blend(self.config, rows, mix.first_D)
         blend.advance_to(first)
         names, drawn_D = list(self.config.data.sources), blend.drawn_D(first)
         weights = ", ".join(

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from megatron_dynmix.data.blend import Stage
-from megatron_dynmix.data.dynamic_blend import Draw, DynamicBlendedDataset
+from megatron_dynmix.data.blend_plan import BlendPlan, Draw
 
 MicroBatch = dict[str, torch.Tensor]
 PADDING = {"dataset_id": -1, "padding_mask": 1, "segment_ids": -1}
@@ -53,6 +54,23 @@ def pinned(micro_batch: MicroBatch) -> MicroBatch:
     return {name: tensor.pin_memory() for name, tensor in micro_batch.items()}
 
 
+@dataclass(frozen=True)
+class DrawnRows(Dataset[dict[str, Any]]):
+    """Rows of all sources, each asked for by its draw: workers hold no index that could be out of date."""
+
+    sources: Sequence[Dataset[dict[str, Any]]]
+
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        """Row `draw = (dataset_id, row, half)`, with the three numbers beside the row's own arrays."""
+        dataset_id, row, half = draw
+        return {
+            "dataset_id": np.int16(dataset_id),
+            "row": np.int64(row),
+            "half": np.int8(half),
+            **self.sources[dataset_id][row],
+        }
+
+
 @dataclass
 class _BlendSampler:
     """Yields the explicit draws of this data-parallel rank's micro-batches.
@@ -61,7 +79,7 @@ class _BlendSampler:
     samples of a step are the same in every layout.
     """
 
-    blend: DynamicBlendedDataset
+    plan: BlendPlan
     micro_batch_size: int
     dp_rank: int
     dp_size: int
@@ -73,7 +91,7 @@ class _BlendSampler:
         first = self.start_sample + self.dp_rank * self.micro_batch_size
         stride = self.dp_size * self.micro_batch_size
         while self.until is None or first + self.micro_batch_size <= self.until:
-            yield self.blend.draws(first, first + self.micro_batch_size)
+            yield self.plan.draws(first, first + self.micro_batch_size)
             first += stride
 
 
@@ -86,7 +104,8 @@ class BlendLoader:
 
     def __init__(
         self,
-        blend: DynamicBlendedDataset,
+        plan: BlendPlan,
+        sources: Sequence[Dataset[dict[str, Any]]],
         *,
         micro_batch_size: int,
         dp_rank: int,
@@ -95,11 +114,11 @@ class BlendLoader:
         pin_memory: bool,
         most_segments: int | None = None,
     ) -> None:
-        """Read rows of `blend`; micro-batches have `cu_seqlens` if the segments a row can have are given."""
-        self.blend = blend
-        self._sampler = _BlendSampler(blend, micro_batch_size, dp_rank, dp_size)
+        """Read rows; micro-batches have `cu_seqlens` if the segments a row can have are given."""
+        self._plan, self.sources = plan, sources
+        self._sampler = _BlendSampler(plan, micro_batch_size, dp_rank, dp_size)
         self._loader = DataLoader(
-            blend,
+            DrawnRows(sources),
             batch_sampler=self._sampler,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
@@ -120,10 +139,10 @@ class BlendLoader:
         Each holds `dataset_id`, `row` and `half` [B] and the arrays [B, S] of `PackedRows`. Steps may differ
         in size. `until` is the first sample whose weights are not decided yet, None if they never change.
         """
-        self.blend.advance_to(consumed_samples)
+        self._plan.advance_to(consumed_samples)
         end = consumed_samples + num_micro_batches * self._sampler.micro_batch_size * self._sampler.dp_size
         assert until is None or end <= until, "a step may not go beyond the next weight update"
-        stage, goes_on = self.blend.stages[-1], self._next_sample == consumed_samples
+        stage, goes_on = self._plan.stages[-1], self._next_sample == consumed_samples
         if stage is not self._stage or not goes_on or until != self._sampler.until:
             self._sampler.start_sample, self._sampler.until = consumed_samples, until
             self._stage = stage

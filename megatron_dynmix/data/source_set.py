@@ -34,3 +34,19 @@ class SourceSet:
             fingerprints=tuple(map(fingerprint, prints.values())),
             sizes=tuple(sizes),
         )
+
+
+def differences(before: Prints, after: Prints) -> list[str]:
+    """Say what changed from one set of sources to another, a clause each; nothing if they are the same."""
+    removed, added = [n for n in before if n not in after], [n for n in after if n not in before]
+    common = [name for name in after if name in before]
+    changed = [name for name in common if list(before[name]) != list(after[name])]
+    found = [f"{name} was removed" for name in removed]
+    for name in added:
+        twins = [old for old in removed if list(before[old]) == list(after[name])]
+        found.append(f"{name} is new" + (f" (it holds what {twins[0]} held)" if twins else ""))
+    if changed:
+        found.append(f"the data, tokenizer or template of {', '.join(changed)} changed")
+    if common != [name for name in before if name in after]:
+        found.append(f"the order was {', '.join(before)} and is {', '.join(after)}")
+    return found

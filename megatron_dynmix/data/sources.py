@@ -19,7 +19,7 @@ from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.errors import InputError
 
 if TYPE_CHECKING:  # what reads rows brings Megatron-Core and torch, and preparing needs neither
-    from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
+    from megatron_dynmix.data.blend_plan import BlendPlan
     from megatron_dynmix.data.rows import PackedRows
 
 
@@ -204,13 +204,13 @@ def pack_source(config: RunConfig, file: SourceFile) -> PackedSource:
     )
 
 
-def build_blend(config: RunConfig, rows: list[PackedRows], weights_D: np.ndarray) -> DynamicBlendedDataset:
-    """Build the blend of a fresh run that begins with these weights."""
-    from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
+def plan_blend(config: RunConfig, rows: list[PackedRows], weights_D: np.ndarray) -> BlendPlan:
+    """Plan the blend of a fresh run that begins with these weights."""
+    from megatron_dynmix.data.blend_plan import BlendPlan
 
     assert config.training.global_batch_size is not None, "checked before start"
-    return DynamicBlendedDataset(
-        rows,
+    return BlendPlan(
+        [len(source) for source in rows],
         weights_D,
         names=list(config.data.sources),
         seed=config.training.seed,

@@ -1,11 +1,12 @@
-"""The router: Megatron-Core's, and it counts.
+"""The router that balances as we mean it, and the counting of what any of Megatron-Core's routers chooses.
 
 Axes: T tokens of this rank's micro-batch (index s * B + b), E experts, G groups of tokens that are balanced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, save_to_aux_losses_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_dynmix.errors import InputError
 from megatron_dynmix.moe.balance import TRACKED, balance_loss_sum, count_choices
 from megatron_dynmix.moe.counter import GateLoadCounter
 
@@ -56,20 +58,18 @@ class ChoiceBeforeDropping:
 
 
 class GateLoadRouter(TopKRouter):
-    """`TopKRouter` that tells a `GateLoadCounter` where the tokens of each source go, and balances anew.
+    """`TopKRouter` that balances anew, and whose padding comes from the announced micro-batch where it must.
 
-    Given through `MoESubmodules.router`. Until a counter is attached none is told, and all real tokens count
-    as trained ones. What the coefficients of auxiliary losses mean is in `balance.py`.
+    Given through `MoESubmodules.router`. Until a counter is attached all real tokens count as trained ones.
+    What the coefficients of auxiliary losses mean is in `balance.py`.
     """
 
     def __init__(self, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:
         super().__init__(config=config, pg_collection=pg_collection, **kwargs)
         self.counter: GateLoadCounter | None = None
-        self.moe_layer_index = -1
         self.joined_row_length: int | None = None
         """Positions of a row, where the rows of a micro-batch are joined to one sequence."""
-        if config.moe_expert_capacity_factor is not None:
-            self.router_replay = ChoiceBeforeDropping()
+        look_before_dropping(self)
         # The parent counts in float32, which holds no sum of ones past 2^24.
         for name in ("local_tokens_per_expert", "global_tokens_per_expert"):
             if getattr(self, name) is not None:
@@ -78,17 +78,13 @@ class GateLoadRouter(TopKRouter):
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose experts for logits `[S, B, E]`, this rank's slice of the sequence; count each token once.
+        """Choose experts for logits `[S, B, E]`, this rank's slice of the sequence.
 
         In `padding_mask` `[S, B]` True is padding (the parent's docstring has it the wrong way round).
         """
         if self.counter is not None:
             padding_mask = self._own_padding(logits, padding_mask)
-        probs, routing_map_TE = super().routing(logits, padding_mask)
-        if self.counter is not None and self.counter.is_recording and not in_backward():
-            mass_TE = probs if self.counter.by_probability else self._choice_TE(routing_map_TE)
-            self.counter.add(self.moe_layer_index, mass_TE)
-        return probs, routing_map_TE
+        return super().routing(logits, padding_mask)
 
     def _own_padding(self, logits: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
         """Return the padding mask of the tokens of `logits`, also where Megatron-Core brings another."""
@@ -102,12 +98,6 @@ class GateLoadRouter(TopKRouter):
             rank = parallel_state.get_tensor_model_parallel_rank()
             return padding_mask.split(logits.shape[0], dim=0)[rank]
         return padding_mask
-
-    def _choice_TE(self, routing_map_TE: torch.Tensor) -> torch.Tensor:
-        """Return what was chosen, though some of it may have been dropped from the map."""
-        if isinstance(self.router_replay, ChoiceBeforeDropping):
-            return self.router_replay.map_TE(self.config.num_moe_experts)
-        return routing_map_TE
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Return router logits, without Transformer Engine by a plain product."""
@@ -123,7 +113,7 @@ class GateLoadRouter(TopKRouter):
         """Count the real tokens that chose each expert, also those that were then dropped, for its bias."""
         # Autograd is off in the first pass of a recomputed layer; the second one counts.
         if self.enable_expert_bias and self.training and torch.is_grad_enabled():
-            choice_TE = self._choice_TE(routing_map)
+            choice_TE = chosen_by(self, routing_map)
             if padding_mask is not None:
                 choice_TE = choice_TE & ~padding_mask[:, None]
             self.local_tokens_per_expert += choice_TE.sum(dim=0)
@@ -230,18 +220,59 @@ class GateLoadRouter(TopKRouter):
         return MoEAuxLossAutoScaler.apply(carrier, loss_sum * (coefficient * share))
 
 
+def chosen_by(router: TopKRouter, routing_map_TE: torch.Tensor) -> torch.Tensor:
+    """Return what the router chose last, though some of it may have been dropped from the map."""
+    if isinstance(router.router_replay, ChoiceBeforeDropping):
+        return router.router_replay.map_TE(router.config.num_moe_experts)
+    return routing_map_TE
+
+
 def attach_counter(
-    model_chunks: list[torch.nn.Module],
+    model_chunks: Sequence[torch.nn.Module],
     counter: GateLoadCounter,
     moe_layers: list[int],
-    joined_row_length: int | None,
+    joined_row_length: int | None = None,
 ) -> None:
-    """Attach `counter` to every router of this rank; `moe_layers` are the whole model's, counted from 0."""
+    """Let `counter` count what every router of this rank chooses, each token once; ours or Megatron-Core's.
+
+    `moe_layers` are the decoder's of the whole model, counted from 0. Layers of multi-token prediction route
+    tokens that were counted already, and are left out.
+    """
     for chunk in model_chunks:
-        for module in chunk.modules():
-            if isinstance(module, GateLoadRouter):
-                module.counter, module.joined_row_length = counter, joined_row_length
-                module.moe_layer_index = moe_layers.index(module.layer_number - 1)
+        for name, router in chunk.named_modules():
+            if not isinstance(router, TopKRouter) or "mtp" in name.split("."):
+                continue
+            if isinstance(router, GateLoadRouter):
+                router.counter, router.joined_row_length = counter, joined_row_length
+            look_before_dropping(router)
+            router.register_forward_hook(partial(_count, counter, moe_layers.index(router.layer_number - 1)))
+
+
+def look_before_dropping(router: TopKRouter) -> None:
+    """Keep the choice of a router that drops tokens over an expert's capacity from its map."""
+    if router.config.moe_expert_capacity_factor is None or isinstance(
+        router.router_replay, ChoiceBeforeDropping
+    ):
+        return
+    if router.router_replay is not None:
+        raise InputError(
+            "moe_expert_capacity_factor drops tokens before they are counted, and moe_enable_routing_replay "
+            "takes the place where what was chosen before that can be seen; leave one of them out"
+        )
+    router.router_replay = ChoiceBeforeDropping()
+
+
+def _count(
+    counter: GateLoadCounter,
+    layer: int,
+    router: TopKRouter,
+    inputs: Any,
+    probs_map_TE: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """Count what a forward pass of a router has chosen."""
+    if counter.is_recording and not in_backward():
+        probs_TE, routing_map_TE = probs_map_TE
+        counter.add(layer, probs_TE if counter.by_probability else chosen_by(router, routing_map_TE))
 
 
 def router_token_slice(per_token_SB: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:

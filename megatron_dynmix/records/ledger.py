@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.data.blend import Cursor, splitmix64
-from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
+from megatron_dynmix.data.blend_plan import BlendPlan
 from megatron_dynmix.data.loader import MicroBatch
 from megatron_dynmix.data.source_set import SourceSet
 from megatron_dynmix.records.schema import SamplesLine, StageLine, Why
@@ -74,7 +74,7 @@ def sample_hash(
 
 
 def newest_stage(
-    blend: DynamicBlendedDataset,
+    blend: BlendPlan,
     sources: SourceSet,
     mixing: MixingConfig,
     resolved: Mapping[str, Any],

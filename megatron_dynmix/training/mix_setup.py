@@ -313,6 +313,12 @@ def for_strategy(state: ControllerState, before: str, after: str) -> ControllerS
     return state if before == after else state.with_new_strategy()
 
 
+def row_caps(resolved: Resolved, size_D: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the most rows that may be drawn of each source, infinity where there is no cap."""
+    caps = resolved.get("max_epochs", [None] * len(size_D))
+    return np.floor(np.array([np.inf if cap is None else cap for cap in caps]) * size_D)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Horizon:
     """How far a run goes, in iterations and rows."""
@@ -334,14 +340,13 @@ class Horizon:
         from megatron_dynmix.config.batch_schedule import BatchSchedule
 
         assert config.training.train_iters is not None, "checked before start"
-        caps = resolved.get("max_epochs", [None] * len(size_D))
         return cls(
             schedule=replace(BatchSchedule.of(config), done=done),
             train_iters=config.training.train_iters,
             interval=config.mixing.interval,
             seed=config.training.seed,
             size_D=size_D,
-            cap_D=np.floor(np.array([np.inf if cap is None else cap for cap in caps]) * size_D),
+            cap_D=row_caps(resolved, size_D),
         )
 
     @property
@@ -429,10 +434,23 @@ class Mix:
             InputError: there are no such weights; or caps cannot feed the run: how many rows are missing.
 
         """
-        names, resolved = list(config.data.sources), {**resolved, **_of_rows(config, rows)}
-        size_D = np.array([len(source) for source in rows], np.int64)
-        horizon = Horizon.of(config, resolved, size_D, done)
-        initial_D = in_rows(initial_weights(config), resolved)
+        resolved = {**resolved, **_of_rows(config, rows)}
+        horizon = Horizon.of(config, resolved, np.array([len(source) for source in rows], np.int64), done)
+        return cls.beginning(
+            config.mixing, resolved, list(config.data.sources), horizon, initial_weights(config)
+        )
+
+    @classmethod
+    def beginning(
+        cls,
+        mixing: MixingConfig,
+        resolved: Resolved,
+        names: Sequence[str],
+        horizon: Horizon,
+        weights_D: NDArray[np.float64],
+    ) -> Mix:
+        """Make the controller of any run, as `of` does; `weights_D` are given, in the configured unit."""
+        initial_D = in_rows(weights_D, resolved)
         missing = horizon.run_rows - horizon.cap_D.sum()
         if missing > 0:
             raise InputError(
@@ -440,11 +458,11 @@ class Mix:
                 f"{horizon.run_rows}: {int(missing)} rows are missing; raise max_epochs, give more data, or "
                 "use fewer train_iters"
             )
-        with refusing(config.mixing, sources=names):
-            controller = controller_of(config.mixing, resolved, names, size_D, initial_D)
-            first = controller.start(horizon.signal(0, 0, np.zeros_like(size_D)))
+        with refusing(mixing, sources=names):
+            controller = controller_of(mixing, resolved, names, horizon.size_D, initial_D)
+            first = controller.start(horizon.signal(0, 0, np.zeros_like(horizon.size_D)))
         return cls(
-            settings=config.mixing,
+            settings=mixing,
             resolved=resolved,
             horizon=horizon,
             controller=controller,

@@ -25,6 +25,7 @@ class Probe:
     def __init__(
         self,
         rows: Sequence[PackedRows],
+        run: PassRunner,
         *,
         probe_tokens: int,
         seq_length: int,
@@ -35,12 +36,13 @@ class Probe:
         pin_memory: bool = False,
         most_segments: int | None = None,
     ) -> None:
-        """Read this rank's share of the held-out rows, if they stay the same.
+        """Read this rank's share of the held-out rows, if they stay the same, for passes of `run`.
 
         Of each source so many positions are read, or all of fewer: its first rows, or, `rotating`, from where
         the last measurement stopped. Data-parallel ranks share the rows. Micro-batches are as `BlendLoader`
         gives them.
         """
+        self.run = run
         self._rows = rows
         self._per_source = -(-probe_tokens // seq_length)
         self._micro_batch_size = micro_batch_size
@@ -55,14 +57,13 @@ class Probe:
         count = min(self._per_source, size)
         return [row % size for row in range(measurement * count, (measurement + 1) * count)]
 
-    def measure(
-        self, run: PassRunner, seconds: dict[str, float], measurement: int
-    ) -> tuple[torch.Tensor, SourceStats]:
+    def measure(self, seconds: dict[str, float], measurement: int) -> tuple[torch.Tensor, SourceStats]:
         """Return counts `[H, D, L, E]` and sums per source of all ranks; leave training state as it was.
 
         The halves are even and odd rows of a source's file. The number of the measurement in the run decides
         the rows if they rotate; `seconds["reduce"]` is set to the time of the reduction alone.
         """
+        run = self.run
         micro_batches = self._read(measurement) if self._kept is None else self._kept
         for chunk in run.chunks:
             chunk.eval()

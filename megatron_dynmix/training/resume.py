@@ -17,12 +17,12 @@ from megatron_dynmix.config.megatron_fields import model_settings
 from megatron_dynmix.config.presets import other_shape
 from megatron_dynmix.config.run_config import MixingConfig, OptimizerConfig, TrainingConfig
 from megatron_dynmix.data.prepared import SourceReport
+from megatron_dynmix.data.source_set import differences
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.strategies import STRATEGIES
 from megatron_dynmix.mixing.strategies.planned import Fixed
 from megatron_dynmix.model.lr_schedule import learning_rate
 from megatron_dynmix.moe.balance import balancing
-from megatron_dynmix.training.source_change import differences as source_differences
 
 Resume = Literal["no", "must", "auto"]
 Settings = Mapping[str, Any]
@@ -117,7 +117,7 @@ def check_resume(
     source = source or newest_good(run_dir / "checkpoints").source
     saved, now = read_run_state(source), identity(config, reports)
     _check_shape(saved.config["model"], now.config["model"], source)
-    other_sources = source_differences(saved.fingerprints, now.fingerprints)
+    other_sources = differences(saved.fingerprints, now.fingerprints)
     if other_sources and not allow_source_change:
         raise InputError(
             f"the sources are not those that {source} was trained on: {'; '.join(other_sources)}. Resume "

@@ -10,20 +10,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from megatron_dynmix.checkpoint.run_state import MixState
-from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
+from megatron_dynmix.data.blend_plan import BlendPlan
 from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.files import parse_json
 from megatron_dynmix.mixing.controller import Decision, MixingController
 from megatron_dynmix.mixing.guardrails import Override, parse_override
 from megatron_dynmix.mixing.strategy import Remark, Signal
-from megatron_dynmix.moe.counter import reduce_counts
+from megatron_dynmix.moe.counter import GateLoadCounter, reduce_counts
+from megatron_dynmix.platform import Platform
 from megatron_dynmix.records.mixing_update import TOLD, update_record
 from megatron_dynmix.records.schema import MixingUpdate
 from megatron_dynmix.training.mix_setup import (
@@ -35,8 +36,9 @@ from megatron_dynmix.training.mix_setup import (
     in_rows,
     reason,
 )
-from megatron_dynmix.training.probe import Probe
-from megatron_dynmix.training.step import PassRunner
+
+if TYPE_CHECKING:  # a loop that is not ours has none
+    from megatron_dynmix.training.probe import Probe
 
 
 class MixingError(RuntimeError):
@@ -63,8 +65,17 @@ def told_by_rank_0(
     return said[1:].cpu().numpy() if said[0] else None
 
 
-def read_override(path: Path, sources: Sequence[str], resolved: Resolved) -> Override | None:
+def told_first_weights(mix: Mix, device: torch.device) -> NDArray[np.float64]:
+    """Return rank 0's first weights on every rank: a strategy of the user's own may choose others on each."""
+    first_D = told_by_rank_0(mix.first_D, len(mix.first_D), None, device)
+    assert first_D is not None, "there are always first weights"
+    return first_D
+
+
+def read_override(path: Path | None, sources: Sequence[str], resolved: Resolved) -> Override | None:
     """Return what the operator says now, in shares of the rows; None if there is no file."""
+    if path is None:
+        return None
     try:
         said = parse_override(parse_json(path.read_bytes()), sources)
         if said.weights is None:
@@ -96,33 +107,30 @@ class Reweighting:
     def __init__(
         self,
         mix: Mix,
-        blend: DynamicBlendedDataset,
-        run: PassRunner,
-        probe: Probe | None,
+        plan: BlendPlan,
+        counter: GateLoadCounter,
+        here: Platform,
         *,
-        override_file: Path,
+        probe: Probe | None = None,
+        override_file: Path | None = None,
     ) -> None:
         self.mixing = mix.settings
         self.controller = mix.controller
         self.horizon = mix.horizon
         self.resolved = mix.resolved
-        self.initial_D = mix.initial_D
-        self.blend = blend
-        self.run = run
+        self.plan = plan
+        self.counter = counter
+        self._here = here
         self.probe = probe
         self._override_file = override_file
         self._overridden = False
-        self._carried_HDLE = torch.zeros_like(run.counter.counts_HDLE, device="cpu")
+        self._carried_HDLE = torch.zeros_like(counter.counts_HDLE, device="cpu")
         self._interval = SourceStats.zero(len(mix.controller.sources))
 
     @property
     def counts_training(self) -> bool:
         """Whether training passes are to be counted."""
         return self.controller.needs_gate_load and self.mixing.signal == "train"
-
-    def begin(self) -> dict[str, Any]:
-        """Return what the first weights came from, for the record."""
-        return begin_of(self.controller, self.horizon, self.initial_D)
 
     def observe(self, stats: SourceStats) -> None:
         """Take note of what a training step saw: the losses of the `train` signal."""
@@ -147,20 +155,20 @@ class Reweighting:
         with self._timed(seconds, "signal"):
             measured, probe_stats = self._measure(seconds, iteration)
         seconds["signal"] -= seconds["reduce"]
-        rows_D = self.blend.drawn_D(consumed_samples)
+        rows_D = self.plan.drawn_D(consumed_samples)
         told = self.horizon.signal(iteration, consumed_samples, rows_D)
         signal, notes = self._without_scarce(replace(told, **measured))
-        old_D = self.blend.weights_D
+        old_D = self.plan.weights_D
         with self._timed(seconds, "update"):
             new_D, decision, override, notes = self._decide(signal, old_D, notes)
         # not before it was used, or a rule that fails would lose what the interval saw
         self._interval = SourceStats.zero(len(self.controller.sources))
         self._carried_HDLE.zero_()
-        self.run.counter.counts_HDLE.zero_()
+        self.counter.counts_HDLE.zero_()
         if new_D is None:
             return None
         with self._timed(seconds, "rebuild"):
-            self.blend.append_stage(consumed_samples, new_D)
+            self.plan.append_stage(consumed_samples, new_D)
         return update_record(
             self.controller,
             decision,
@@ -170,7 +178,7 @@ class Reweighting:
             new_D=new_D,
             tokens_D=tokens_D.long().numpy(),
             rows_D=rows_D,
-            size_D=self.blend.sizes_D,
+            size_D=self.plan.sizes_D,
             seconds=seconds,
             override=override,
             notes=notes,
@@ -185,20 +193,20 @@ class Reweighting:
         counts_HDLE, probe_stats = None, None
         if self.probe is not None:
             number = iteration // self.mixing.interval
-            counts_HDLE, probe_stats = self.probe.measure(self.run, seconds, number)
+            counts_HDLE, probe_stats = self.probe.measure(seconds, number)
         elif self.counts_training:
             with self._timed(seconds, "reduce"):
                 counts_HDLE = self._interval_counts()
         losses = (probe_stats or self._interval).source_losses()
         measured = {"loss_D": np.array([np.nan if loss is None else loss for loss in losses])}
         if counts_HDLE is not None and self.controller.needs_gate_load:
-            halves_HDLE = self.run.counter.as_signal(counts_HDLE)
+            halves_HDLE = self.counter.as_signal(counts_HDLE)
             measured |= {"counts_DLE": halves_HDLE.sum(axis=0), "half_counts_HDLE": halves_HDLE}
         return measured, probe_stats
 
     def _interval_counts(self) -> torch.Tensor:
         """Return the counts of the running interval so far, of all ranks."""
-        return self._carried_HDLE + reduce_counts(self.run.counter.counts_HDLE).cpu()
+        return self._carried_HDLE + reduce_counts(self.counter.counts_HDLE).cpu()
 
     def _without_scarce(self, signal: Signal) -> tuple[Signal, list[Remark]]:
         """Without the sources of which the interval brought too few tokens to tell anything."""
@@ -243,22 +251,22 @@ class Reweighting:
                 weights_D, notes = old_D, [Remark("override_unusable", f"weights kept: {broken}")]
             except Exception as error:  # whatever it is, the other ranks are waiting to be told
                 failure = reason(error, self.controller.sources)
-        new_D = told_by_rank_0(weights_D, len(self.controller.sources), failure, self.run.platform.device)
+        new_D = told_by_rank_0(weights_D, len(self.controller.sources), failure, self._here.device)
         return new_D, decision, override, notes
 
     @contextmanager
     def _timed(self, seconds: dict[str, float], phase: str) -> Iterator[None]:
-        self.run.platform.synchronize()
+        self._here.synchronize()
         start = time.perf_counter()
         yield
-        self.run.platform.synchronize()
+        self._here.synchronize()
         seconds[phase] = time.perf_counter() - start
 
     @property
     def state(self) -> MixState:
         """What a resumed run needs; every rank has to ask for it."""
         return MixState(
-            blend=self.blend.state,
+            blend=self.plan.state,
             controller=self.controller.state,
             strategy=self.mixing.strategy,
             overridden=self._overridden,
@@ -268,7 +276,7 @@ class Reweighting:
 
     def resume(self, state: MixState) -> None:
         """Continue from a state; the interval's counts so far are added to what this run will count."""
-        self.blend.resume(state.blend)
+        self.plan.resume(state.blend)
         self.controller.resume(for_strategy(state.controller, state.strategy, self.mixing.strategy))
         self._overridden = state.overridden
         self._interval = state.interval_stats

@@ -13,14 +13,14 @@ from megatron.core import parallel_state
 from megatron_dynmix import platform
 from megatron_dynmix.checkpoint.checkpointer import Checkpointer
 from megatron_dynmix.checkpoint.folder import exact, verified
-from megatron_dynmix.checkpoint.run_state import LogInterval, Progress, RunState, read_run_state
+from megatron_dynmix.checkpoint.run_state import RunState, read_run_state
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.megatron import micro_batch_group, moe_layers, transformer_config
+from megatron_dynmix.data.blend_plan import BlendPlan
 from megatron_dynmix.data.loader import BlendLoader
-from megatron_dynmix.data.source_set import Prints, SourceSet
-from megatron_dynmix.data.source_stats import SourceStats
-from megatron_dynmix.data.sources import build_blend
+from megatron_dynmix.data.source_set import Prints, SourceSet, differences
+from megatron_dynmix.data.sources import plan_blend
 from megatron_dynmix.job.heartbeat import heartbeat_of_job
 from megatron_dynmix.job.signals import StopRequest
 from megatron_dynmix.lease import Lease
@@ -30,17 +30,16 @@ from megatron_dynmix.model.lr_schedule import build_scheduler
 from megatron_dynmix.model.optimizer import build_optimizer
 from megatron_dynmix.moe.counter import GateLoadCounter
 from megatron_dynmix.moe.router import attach_counter
-from megatron_dynmix.records.ledger import DrawnSamples
 from megatron_dynmix.records.live_line import LiveLine
 from megatron_dynmix.records.logline import loaded_line, loading_line
 from megatron_dynmix.records.writer import open_writer, recorded
 from megatron_dynmix.training.data_tables import packed_table, prepared_table
 from megatron_dynmix.training.holding import holding
+from megatron_dynmix.training.mixed_steps import MixedSteps
 from megatron_dynmix.training.probe import Probe
 from megatron_dynmix.training.resume import Resume, begins, check_resume, identity
-from megatron_dynmix.training.reweighting import Reweighting, told_by_rank_0
+from megatron_dynmix.training.reweighting import told_first_weights
 from megatron_dynmix.training.setup import PreparedRun
-from megatron_dynmix.training.source_change import SourceChange, differences
 from megatron_dynmix.training.start_report import report_start
 from megatron_dynmix.training.step import PassRunner, set_batch_size
 from megatron_dynmix.training.trainer import Trainer, seed_iteration
@@ -49,30 +48,27 @@ from megatron_dynmix.training.trainer import Trainer, seed_iteration
 def restore(
     config: RunConfig,
     checkpointer: Checkpointer,
-    reweighting: Reweighting,
+    mixed: MixedSteps,
     prints: Prints,
     say: Callable[[str], None],
     source: Path | None,
-) -> tuple[Progress, LogInterval, DrawnSamples, list[str]]:
+) -> list[str]:
     """Load what the run starts from, checkpoint `source` or first weights, into model, optimizer and mix.
 
-    Return the rest of its state, and what became of each source, if `prints` are not those of the checkpoint.
+    Return what became of each source, if `prints` are not those of the checkpoint.
     """
-    if source is not None:
-        state, changes = _carried(checkpointer.load(source), reweighting, prints)
-        reweighting.resume(state.mix)
-        size = config.parallel.size
-        tp, pp = size("tensor_model_parallel_size"), size("pipeline_model_parallel_size")
-        say(loading_line(state.progress.iteration, checkpointer.directory))
-        say(loaded_line(state.progress.iteration, checkpointer.directory, tp_size=tp, pp_size=pp))
-        for change in changes:
-            say(f"  from sample {state.progress.consumed_samples} on: {change}")
-        drawn = DrawnSamples(state.drawn.first_sample, carried=state.drawn.digest)
-        return state.progress, state.log_interval, drawn, changes
-    _load_first_weights(config, checkpointer, say)
-    num_sources = len(config.data.sources)
-    progress = Progress(0, 0, torch.zeros(num_sources, dtype=torch.float64))
-    return progress, LogInterval(SourceStats.zero(num_sources)), DrawnSamples(0, carried=0), []
+    if source is None:
+        _load_first_weights(config, checkpointer, say)
+        return []
+    state, changes = _carried(checkpointer.load(source), mixed.plan, prints)
+    mixed.resume(state)
+    size = config.parallel.size
+    tp, pp = size("tensor_model_parallel_size"), size("pipeline_model_parallel_size")
+    say(loading_line(state.progress.iteration, checkpointer.directory))
+    say(loaded_line(state.progress.iteration, checkpointer.directory, tp_size=tp, pp_size=pp))
+    for change in changes:
+        say(f"  from sample {state.progress.consumed_samples} on: {change}")
+    return changes
 
 
 def _load_first_weights(config: RunConfig, checkpointer: Checkpointer, say: Callable[[str], None]) -> None:
@@ -91,15 +87,17 @@ def _load_first_weights(config: RunConfig, checkpointer: Checkpointer, say: Call
     keep_origin(config, checkpointer.directory)
 
 
-def _carried(state: RunState, reweighting: Reweighting, prints: Prints) -> tuple[RunState, list[str]]:
+def _carried(state: RunState, plan: BlendPlan, prints: Prints) -> tuple[RunState, list[str]]:
     """Return the state for the sources of now, and what was done to it; `check_resume` has allowed it."""
     if not differences(state.fingerprints, prints):
         return state, []
+    from megatron_dynmix.training.source_change import SourceChange
+
     change = SourceChange.between(
         SourceSet.of(state.fingerprints, state.mix.blend.sizes),
-        SourceSet.of(prints, reweighting.blend.sizes_D.tolist()),
+        SourceSet.of(prints, plan.sizes_D.tolist()),
     )
-    return change.carry(state, reweighting.blend.weights_D)
+    return change.carry(state, plan.weights_D)
 
 
 def train(
@@ -185,7 +183,8 @@ def build_trainer(
         "dp_rank": parallel_state.get_data_parallel_rank(),
         "dp_size": parallel_state.get_data_parallel_world_size(),
     }
-    reweighting = _build_reweighting(prepared, run, batching, run_dir)
+    mine = identity(config, data.reports)
+    mixed = _build_mixed(prepared, run, batching, mine.fingerprints, run_dir)
     checkpointer = Checkpointer(
         directory=run_dir / "checkpoints",
         chunks=run.chunks,
@@ -194,12 +193,9 @@ def build_trainer(
         keep_last=config.checkpoint.keep_last,
         lease=lease,
     )
-    mine = identity(config, data.reports)
     say: Callable[[str], None] = partial(print, flush=True) if rank0 else lambda _: None
-    progress, interval, drawn, source_changes = restore(
-        config, checkpointer, reweighting, mine.fingerprints, say, source
-    )
-    iteration = progress.iteration
+    source_changes = restore(config, checkpointer, mixed, mine.fingerprints, say, source)
+    iteration = mixed.progress.iteration
     live = LiveLine(tuple(config.data.sources), config.training.train_iters or 0, iteration, silent=not rank0)
     # A run that died before its first checkpoint begins again: its records are those of no state.
     keep_until = None if resume == "no" else iteration if source else -1
@@ -209,21 +205,19 @@ def build_trainer(
         run=run,
         optimizer=optimizer,
         loader=BlendLoader(
-            reweighting.blend,
+            mixed.plan,
+            data.train,
             num_workers=config.data.num_workers,
             pin_memory=here.pin_memory,
             most_segments=run.most_segments(data.train),
             **batching,
         ),
-        reweighting=reweighting,
+        mixed=mixed,
         checkpointer=checkpointer,
         writer=open_writer(config, run_dir, tables, resume_iteration=keep_until, lease=lease)
         if rank0
         else None,
         identity=mine,
-        progress=progress,
-        interval=interval,
-        drawn=drawn,
         live=live,
     )
     if source is None:
@@ -234,15 +228,16 @@ def build_trainer(
     return trainer
 
 
-def _build_reweighting(
-    prepared: PreparedRun, run: PassRunner, batching: dict[str, int], run_dir: Path
-) -> Reweighting:
-    """Return what changes the mix, with the blend at its first weights and the probe."""
+def _build_mixed(
+    prepared: PreparedRun, run: PassRunner, batching: dict[str, int], prints: Prints, run_dir: Path
+) -> MixedSteps:
+    """Return the steps of the run, with the blend at its first weights and the probe."""
     config, data, mix = prepared.config, prepared.data, prepared.mix
     probe = None
     if data.probe:
         probe = Probe(
             data.probe,
+            run,
             probe_tokens=config.mixing.probe_tokens,
             seq_length=config.data.seq_length,
             rotating=config.mixing.probe_rows == "rotating",
@@ -250,11 +245,16 @@ def _build_reweighting(
             most_segments=run.most_segments(data.probe),
             **batching,
         )
-    # A strategy of the user's own may choose others on each rank: those of rank 0 hold.
-    first_D = told_by_rank_0(mix.first_D, len(data.train), None, run.platform.device)
-    assert first_D is not None, "there are always first weights"
-    override_file = Path(config.mixing.override_file or run_dir / "override.json")
-    return Reweighting(mix, build_blend(config, data.train, first_D), run, probe, override_file=override_file)
+    mixed = MixedSteps(
+        mix,
+        plan_blend(config, data.train, told_first_weights(mix, run.platform.device)),
+        prints=prints,
+        seq_length=config.data.seq_length,
+        here=run.platform,
+        override_file=Path(config.mixing.override_file or run_dir / "override.json"),
+    )
+    mixed.count_with(run.counter, probe)
+    return mixed
 
 
 def build_runner(config: RunConfig, num_sources: int, here: platform.Platform) -> PassRunner:

@@ -186,7 +186,7 @@ def bad_and_stopping(chunks: list[DistributedDataParallel], *, stop: bool) -> to
 
 
 class BeforePass:
-    """The counts, the model's buffers (expert bias) and the tracked auxiliary losses before a pass."""
+    """The model's buffers (expert bias) and the tracked auxiliary losses before a pass."""
 
     def __init__(self, run: PassRunner) -> None:
         self._run = run
@@ -198,7 +198,7 @@ class BeforePass:
             tensor.copy_(self._before.get(name, torch.zeros_like(tensor)))
 
     def _changing(self) -> dict[str, torch.Tensor]:
-        changing = {"counts": self._run.counter.counts_HDLE}
+        changing: dict[str, torch.Tensor] = {}
         for index, chunk in enumerate(self._run.chunks):
             changing |= {f"buffer {index} {name}": buffer for name, buffer in chunk.named_buffers()}
         tracker = get_moe_layer_wise_logging_tracker()

@@ -38,7 +38,7 @@ def runs_in_turn(run_yaml, runs):
 def run(run_yaml, flags, run_dir, resume="no"):
     """One run; returns what it has written, and its last state."""
     trainer = programs.train_from(load_config(run_yaml, flags), run_dir, resume=resume)
-    blend = trainer.reweighting.blend.state.to_json()
+    blend = trainer.mixed.plan.state.to_json()
     torch.distributed.barrier()
     metrics, updates = read_records(run_dir / "metrics.jsonl"), programs.updates_of(run_dir)
     return {

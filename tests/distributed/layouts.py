@@ -187,7 +187,7 @@ def _seen(trainer):
         "rows": [record["rows"] for record in updates],
         "weights": [record["new_weights"] for record in updates],
         "loads": [record["load"] for record in updates],
-        "blend": trainer.loader.blend.state.to_json(),
+        "blend": trainer.mixed.plan.state.to_json(),
         "parameters": [
             hashlib.sha256(tensor.detach().view(torch.uint8).numpy()).hexdigest()
             for chunk in trainer.run.chunks

@@ -26,7 +26,7 @@ def train(run_yaml, flags, run_dir, **options):
     return {
         **records_of(run_dir),
         "ledger": read_records(run_dir / "ledger.jsonl"),
-        "blend": trainer.loader.blend.state.to_json(),
+        "blend": trainer.mixed.plan.state.to_json(),
         "routers": {
             name: parameter.detach().float().numpy().copy()
             for chunk in trainer.run.chunks
@@ -79,8 +79,8 @@ def count_one_step(run_yaml, flags, run_dir):
         stats = trainer.run(batches, forward_only=False)
     step_HDLE = reduce_counts(trainer.run.counter.take()).numpy()
     probe_HDLE = None
-    if trainer.reweighting.probe is not None:
-        probe_HDLE = trainer.reweighting.probe.measure(trainer.run, {}, 0)[0].numpy()
+    if trainer.mixed.reweighting.probe is not None:
+        probe_HDLE = trainer.mixed.reweighting.probe.measure({}, 0)[0].numpy()
     gradients = gradients_of(trainer.run.chunks)
     _, grad_norm, _ = trainer.optimizer.step()
     return {

@@ -18,7 +18,7 @@ SIZES = [*("--num-layers", "2", "--hidden-size", "32", "--ffn-hidden-size", "48"
 def packed_and_apart(run_yaml, flags, run_dir):
     """Loss and gradients of one packed row, and of its examples run one by one in rows of their own."""
     trainer = programs.build(run_yaml, flags, run_dir)
-    rows = trainer.loader.blend.datasets[1]
+    rows = trainer.loader.sources[1]
     row = max(range(len(rows)), key=lambda index: rows[index]["segment_ids"].max())
     packed = rows[row]
     apart = [_alone(packed, segment) for segment in range(packed["segment_ids"].max() + 1)]
@@ -90,7 +90,7 @@ def joined_and_masked(run_yaml, flags, run_dir):
     trainer = programs.build(run_yaml, flags, run_dir)
     model = unwrap(trainer.run.chunks[0]).eval()
     micro_batch = trainer.loader.step(0, 1)[0]
-    most_segments = max(rows.packed.most_segments for rows in trainer.loader.blend.datasets)
+    most_segments = max(rows.packed.most_segments for rows in trainer.loader.sources)
     micro_batch["cu_seqlens"] = segment_borders(micro_batch["segment_ids"], most_segments)
     answers = []
     for join_rows in (False, True):

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from megatron_dynmix.config.load import load_config
+from megatron_dynmix.config.megatron import moe_layers
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.model.gpt import unwrap
 from megatron_dynmix.moe.counter import GateLoadCounter, reduce_counts
+from megatron_dynmix.moe.router import GateLoadRouter, attach_counter
 from megatron_dynmix.training.probe import Probe
 from megatron_dynmix.training.resume import check_resume
 from tests.distributed import layouts, programs
@@ -46,30 +48,32 @@ def loads_of_every_kind(run_yaml, flags, run_dir):
     """Kind -> (one training pass, one probe) as `[H, D, L, E]`; and the oracle's of the training pass."""
     trainer = programs.build(run_yaml, flags, run_dir)
     batches = trainer.loader.step(0, programs.training_run_num_micro_batches())
-    probe = trainer.reweighting.probe
+    probe = trainer.mixed.reweighting.probe
     answers = {}
     for kind, options in KINDS.items():
         counter = GateLoadCounter(SOURCES, LAYERS, EXPERTS, torch.device("cpu"), **options)
-        for router in _routers(trainer):
-            router.counter = counter
-        run = replace(trainer.run, counter=counter)
+        attach_counter(trainer.run.chunks, counter, moe_layers(trainer.run.chunks[0].config))
+        run = probe.run = replace(trainer.run, counter=counter)
         with counter.recording():
             run(batches, forward_only=False)
         step_HDLE = counter.as_signal(reduce_counts(counter.take()))
-        answers[kind] = step_HDLE, counter.as_signal(probe.measure(run, {}, 0)[0])
+        answers[kind] = step_HDLE, counter.as_signal(probe.measure({}, 0)[0])
     return answers, _oracle(trainer, batches) if torch.distributed.get_world_size() == 1 else None
 
 
 def _routers(trainer):
     modules = [module for chunk in trainer.run.chunks for module in unwrap(chunk).modules()]
-    return [module for module in modules if hasattr(module, "moe_layer_index")]
+    return [module for module in modules if isinstance(module, GateLoadRouter)]
 
 
 def _oracle(trainer, batches):
     """Kind -> loads of a training pass `[H, D, L, E]`, token by token."""
     seen = []
+    layers = moe_layers(trainer.run.chunks[0].config)
     hooks = [
-        router.register_forward_hook(lambda module, _, output: seen.append((module.moe_layer_index, output)))
+        router.register_forward_hook(
+            lambda module, _, output: seen.append((layers.index(module.layer_number - 1), output))
+        )
         for router in _routers(trainer)
     ]
     answers = {kind: np.zeros((HALVES, SOURCES, LAYERS, EXPERTS)) for kind in KINDS}
@@ -146,7 +150,8 @@ def losses_of_a_dense_model(run_yaml, flags, run_dir):
     trainer = programs.build(run_yaml, flags, run_dir)
     config = load_config(run_yaml, flags)
     probe = Probe(
-        trainer.loader.blend.datasets,
+        trainer.loader.sources,
+        trainer.run,
         probe_tokens=256,
         seq_length=config.data.seq_length,
         micro_batch_size=2,
@@ -154,8 +159,8 @@ def losses_of_a_dense_model(run_yaml, flags, run_dir):
         dp_size=torch.distributed.get_world_size(),
     )
     before = [parameter.clone() for chunk in trainer.run.chunks for parameter in chunk.parameters()]
-    counts_HDLE, stats = probe.measure(trainer.run, {}, 0)
-    again = probe.measure(trainer.run, {}, 1)[1]
+    counts_HDLE, stats = probe.measure({}, 0)
+    again = probe.measure({}, 1)[1]
     after = [parameter for chunk in trainer.run.chunks for parameter in chunk.parameters()]
     same = all(map(torch.equal, before, after))
     return counts_HDLE.numel(), stats.source_losses(), again.source_losses(), same

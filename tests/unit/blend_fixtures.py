@@ -8,7 +8,7 @@ from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
 
 from megatron_dynmix.data.blend import Chunk, Cursor, build_chunk
-from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
+from megatron_dynmix.data.blend_plan import BlendPlan
 
 
 class Rows(MegatronDataset):
@@ -31,12 +31,10 @@ def sources(*sizes: int) -> list[Rows]:
     return [Rows(dataset_id, size) for dataset_id, size in enumerate(sizes)]
 
 
-def blend_of(
-    sizes: Sequence[int], weights: Sequence[float], chunk_size: int, seed: int = 7
-) -> DynamicBlendedDataset:
+def blend_of(sizes: Sequence[int], weights: Sequence[float], chunk_size: int, seed: int = 7) -> BlendPlan:
     weights_D = np.array(weights, float) / np.sum(weights)
     names = [f"source {number}" for number in range(len(sizes))]
-    return DynamicBlendedDataset(sources(*sizes), weights_D, names=names, seed=seed, chunk_size=chunk_size)
+    return BlendPlan(sizes, weights_D, names=names, seed=seed, chunk_size=chunk_size)
 
 
 def chunks_of(stages: Sequence[tuple[Sequence[float], int]]) -> list[Chunk]:

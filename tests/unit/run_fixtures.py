@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from blend_fixtures import sources
 
 from megatron_dynmix.checkpoint.run_state import DrawnState, LogInterval, MixState, Progress, RunState
 from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.run_config import MixingConfig
-from megatron_dynmix.data.dynamic_blend import DynamicBlendedDataset
+from megatron_dynmix.data.blend_plan import BlendPlan
 from megatron_dynmix.data.source_set import SourceSet
 from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.files import sha256
@@ -72,8 +71,8 @@ class FakeRun:
         )
         self.controller = controller_of(self.settings, self.resolved, list(self.prints), size_D, weights_D)
         first = self.controller.start(self.horizon.signal(0, 0, np.zeros_like(size_D)))
-        self.blend = DynamicBlendedDataset(
-            sources(*self.sizes),
+        self.blend = BlendPlan(
+            self.sizes,
             first.weights_D,
             names=list(self.prints),
             seed=self.seed,

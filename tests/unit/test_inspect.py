@@ -32,7 +32,7 @@ from megatron_dynmix.data.row_text import (
     show,
 )
 from megatron_dynmix.data.rows import PackedRows
-from megatron_dynmix.data.sources import build_blend, build_rows
+from megatron_dynmix.data.sources import build_rows, plan_blend
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 
 START_D = np.array([0.75, 0.25])
@@ -175,7 +175,7 @@ def test_example_row_and_batch_of_a_run_that_is_to_begin(run_yaml: Path, capsys)
     assert inspect(run_yaml, "--batch", "2") == 0
     batch = capsys.readouterr().out
     assert batch.startswith("iteration 2: samples 8 to 15; shares of rows: code 0.7500, math 0.2500\n")
-    blend = build_blend(run.config, rows, START_D)
+    blend = plan_blend(run.config, rows, START_D)
     blend.advance_to(8)
     for sample, (dataset_id, row, *_) in enumerate(blend.draws(8, 16), start=8):
         name = ("code", "math")[dataset_id]
@@ -191,7 +191,7 @@ def test_flags_win_over_the_file(run_yaml: Path, capsys) -> None:
 def test_a_batch_of_a_later_epoch_is_what_the_blend_draws(run_yaml: Path, capsys) -> None:
     run = Inspection.of(run_yaml, [])
     rows = build_rows(run.config, run.tokenizer, probe=False)
-    drawn = build_blend(run.config, rows, START_D).draws(0, 80)
+    drawn = plan_blend(run.config, rows, START_D).draws(0, 80)
     epoch = [
         sum(other == drawn[i][0] for other, *_ in drawn[:i]) // len(rows[drawn[i][0]]) for i in range(80)
     ]

@@ -8,10 +8,10 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from blend_fixtures import blend_of
+from blend_fixtures import blend_of, sources
 
-from megatron_dynmix.data.dynamic_blend import BlendState, DynamicBlendedDataset
-from megatron_dynmix.data.loader import BlendLoader, collate, segment_borders
+from megatron_dynmix.data.blend_plan import BlendPlan, BlendState
+from megatron_dynmix.data.loader import BlendLoader, DrawnRows, collate, segment_borders
 
 SIZES = (11, 5, 30)
 STAGES = {16: (0.0, 0.9, 0.1), 40: (0.8, 0.1, 0.1), 64: (0.2, 0.3, 0.5)}
@@ -19,19 +19,25 @@ STAGES = {16: (0.0, 0.9, 0.1), 40: (0.8, 0.1, 0.1), 64: (0.2, 0.3, 0.5)}
 BATCH, CHUNK, STEPS = 8, 16, 12
 
 
-def blend() -> DynamicBlendedDataset:
+def blend() -> BlendPlan:
     return blend_of(SIZES, (1, 1, 1), CHUNK)
 
 
 def loader(
-    blended: DynamicBlendedDataset, micro: int = 4, rank: int = 0, ranks: int = 1, workers: int = 0
+    blended: BlendPlan, micro: int = 4, rank: int = 0, ranks: int = 1, workers: int = 0
 ) -> BlendLoader:
     return BlendLoader(
-        blended, micro_batch_size=micro, dp_rank=rank, dp_size=ranks, num_workers=workers, pin_memory=False
+        blended,
+        sources(*SIZES),
+        micro_batch_size=micro,
+        dp_rank=rank,
+        dp_size=ranks,
+        num_workers=workers,
+        pin_memory=False,
     )
 
 
-def run(blended: DynamicBlendedDataset, rank_loader: BlendLoader, micro_batches: int) -> list[torch.Tensor]:
+def run(blended: BlendPlan, rank_loader: BlendLoader, micro_batches: int) -> list[torch.Tensor]:
     """Tokens of all micro-batches of a run that changes its weights."""
     batches = []
     for sample in range(0, STEPS * BATCH, BATCH):
@@ -50,6 +56,13 @@ def samples(batches: list[torch.Tensor]) -> list[list[int]]:
 def one_rank() -> list[list[int]]:
     blended = blend()
     return samples(run(blended, loader(blended, BATCH), 1))
+
+
+def test_a_row_tells_what_drew_it():
+    item = DrawnRows(sources(*SIZES))[(2, 17, 1)]
+    assert (item["dataset_id"].dtype, item["row"].dtype, item["half"].dtype) == (np.int16, np.int64, np.int8)
+    assert [item[name] for name in ("dataset_id", "row", "half")] == [2, 17, 1]
+    assert item["tokens"].tolist() == [2, 17]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

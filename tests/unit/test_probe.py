@@ -36,6 +36,7 @@ class HeldOut:
 def probe_of(*sizes, rows=3, rotating=True, rank=0, ranks=1, micro=2, **form):
     return Probe(
         [HeldOut(size) for size in sizes],
+        None,
         probe_tokens=rows * SEQ_LENGTH,
         seq_length=SEQ_LENGTH,
         micro_batch_size=micro,

@@ -7,8 +7,8 @@ import pytest
 from run_fixtures import fake_run
 
 from megatron_dynmix.data.blend import advance
-from megatron_dynmix.data.source_set import SourceSet
-from megatron_dynmix.training.source_change import SourceChange, differences
+from megatron_dynmix.data.source_set import SourceSet, differences
+from megatron_dynmix.training.source_change import SourceChange
 
 CHAT, MATH, CODE, LAW = (
     ["sha of " + name, "tokenizer", "template"] for name in ("chat", "math", "code", "law")

@@ -8,7 +8,7 @@ import yaml
 from data_fixtures import tokenizer_dir_fixture, varied_rows, write_jsonl  # noqa: F401
 
 from megatron_dynmix.config.load import load_config
-from megatron_dynmix.data.sources import build_blend, build_rows, prepare_sources
+from megatron_dynmix.data.sources import build_rows, plan_blend, prepare_sources
 from megatron_dynmix.data.tokenizer.load import load_tokenizer
 
 EPOCHS = 3
@@ -34,7 +34,7 @@ def order_of(folder: Path, tokenizer_dir: Path, sources: dict[str, str], **setti
     assert len(list(prepare_sources(config, tokenizer, workers=1))) == len(sources)
     rows = build_rows(config, tokenizer, probe=False)
     samples = EPOCHS * min(map(len, rows)) * len(rows)
-    blend = build_blend(config, rows, np.full(len(rows), 1 / len(rows)))
+    blend = plan_blend(config, rows, np.full(len(rows), 1 / len(rows)))
     drawn: dict[str, list[int]] = {name: [] for name in sources}
     for dataset_id, row, _ in blend.draws(0, samples):
         drawn[list(sources)[dataset_id]] += rows[dataset_id].examples_of(row)

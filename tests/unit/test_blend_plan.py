@@ -5,11 +5,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from blend_fixtures import blend_of, sources
+from blend_fixtures import blend_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dynmix.data.dynamic_blend import BlendState, Draw, DynamicBlendedDataset
+from megatron_dynmix.data.blend_plan import BlendPlan, BlendState, Draw
 from megatron_dynmix.errors import InputError
 
 SIZES = (11, 5, 30)
@@ -17,7 +17,7 @@ STAGES = {24: (0.1, 0.8, 0.1), 48: (0.0, 0.5, 0.5), 72: (0.6, 0.2, 0.2)}
 STEP = 6
 
 
-def draw(blend: DynamicBlendedDataset, first: int, last: int) -> list[Draw]:
+def draw(blend: BlendPlan, first: int, last: int) -> list[Draw]:
     """Draws of the samples first <= i < last, step by step, with the stages of `STAGES`."""
     draws = []
     for sample in range(first, last, STEP):
@@ -28,26 +28,18 @@ def draw(blend: DynamicBlendedDataset, first: int, last: int) -> list[Draw]:
     return draws
 
 
-def test_an_item_is_its_row_with_its_dataset_id_and_its_number():
-    item = blend_of(SIZES, (1, 1, 1), 12)[(2, 17, 1)]
-    assert item["dataset_id"] == 2 and item["dataset_id"].dtype == np.int16
-    assert item["row"] == 17 and item["row"].dtype == np.int64
-    assert item["half"] == 1 and item["half"].dtype == np.int8
-    assert item["tokens"].tolist() == [2, 17]
-
-
 def test_only_the_chunks_in_use_are_held():
     blend = blend_of(SIZES, (1, 1, 1), 12)
-    assert len(blend) == 12
+    assert len(blend._chunks) == 1
     blend.advance_to(120)
-    assert len(blend) == 12 and blend.chunk.start.sample == 120
+    assert len(blend._chunks) == 1 and blend.chunk.start.sample == 120
     blend.draws(130, 140)
-    assert len(blend) == 24 and blend.chunk.start.sample == 120
+    assert len(blend._chunks) == 2 and blend.chunk.start.sample == 120
     blend.advance_to(140)
-    assert len(blend) == 12 and blend.chunk.start.sample == 132
+    assert len(blend._chunks) == 1 and blend.chunk.start.sample == 132
 
 
-def drawn_in_steps(blend: DynamicBlendedDataset, cuts: list[int], last: int) -> list[Draw]:
+def drawn_in_steps(blend: BlendPlan, cuts: list[int], last: int) -> list[Draw]:
     """Draws of all samples before `last`, in steps that end at `cuts`, with the stages of `STAGES`."""
     draws, first = [], blend.stages[-1].start_sample
     for cut in sorted({*cuts, *STAGES, last}):
@@ -151,7 +143,7 @@ def test_I2_a_blend_resumes_bit_exactly(stop):
 def test_the_chunk_size_of_the_checkpoint_stays():
     first, resumed = blend_of(SIZES, (1, 1, 1), 24), blend_of(SIZES, (1, 1, 1), 99)
     resumed.resume(first.state)
-    assert resumed.chunk_size == 24 and len(resumed) == 24
+    assert resumed.chunk_size == 24 and resumed.chunk.end_sample == 24
 
 
 @pytest.mark.parametrize(("sizes", "seed"), [((11, 5, 31), 7), ((11, 5), 7), (SIZES, 8)])
@@ -163,8 +155,5 @@ def test_other_data_or_seed_is_refused(sizes, seed):
 
 
 def test_more_sources_than_a_dataset_id_can_name_are_refused():
-    one = sources(1) * 32_767
     with pytest.raises(InputError, match=r"32767 sources given.*at most 32,766"):
-        DynamicBlendedDataset(
-            one, np.full(len(one), 1 / len(one)), names=["a"] * len(one), seed=1, chunk_size=1
-        )
+        BlendPlan([1] * 32_767, np.full(32_767, 1 / 32_767), names=["a"] * 32_767, seed=1, chunk_size=1)

@@ -1,4 +1,4 @@
-"""A blended dataset whose index is rebuilt whenever a stage is appended. Axes: D sources, N samples."""
+"""Which row each global sample of a run is, while the weights change. Axes: D sources, N samples."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from megatron.core.datasets.blended_dataset import BlendedDataset
-from megatron.core.datasets.megatron_dataset import MegatronDataset
 from numpy.typing import NDArray
 
 from megatron_dynmix.data.blend import Chunk, Cursor, Stage, advance, build_chunk, order_seed, rows_of
@@ -70,13 +68,13 @@ class BlendState:
         )
 
 
-class DynamicBlendedDataset(BlendedDataset):
-    """`BlendedDataset` with a growing list of stages instead of one fixed set of weights.
+class BlendPlan:
+    """The draws of a run: a growing list of stages instead of one fixed set of weights.
 
     A stage is drawn chunk by chunk, `chunk_size` samples each, whatever is asked for at a time: the order
     of the samples does not depend on the batch size. Only the chunks in use are held, so the cost of a
-    weight update does not grow with the run. An item is asked for by an explicit draw
-    `(dataset_id, row, half)`: worker processes hold no index that could be out of date.
+    weight update does not grow with the run. Of the sources it takes their names and sizes alone: ranks that
+    load nothing plan too.
     """
 
     _chunks: deque[Chunk]
@@ -84,44 +82,26 @@ class DynamicBlendedDataset(BlendedDataset):
 
     def __init__(
         self,
-        datasets: Sequence[MegatronDataset],
+        size_D: Sequence[int] | NDArray[np.int64],
         weights_D: NDArray[np.float64],
         *,
         names: Sequence[str],
         seed: int,
         chunk_size: int,
     ) -> None:
-        """Start a run's blend at sample 0; every dataset has rows, and a weight of 0 pauses a source.
+        """Start a run's blend at sample 0; every source has rows, and a weight of 0 pauses one.
 
         `chunk_size`, the samples materialized at a time (interval x global batch size), belongs to the order,
         not to the batch: it stays what it was when a run is resumed.
         """
-        # The parent's constructor refuses weight 0 and builds the index of the whole run; not called.
-        if len(datasets) > np.iinfo(np.int16).max - 1:
-            raise InputError(
-                f"{len(datasets)} sources given; dataset_id is int16: at most 32,766 are possible"
-            )
-        self.datasets = list(datasets)
-        self.split = self.datasets[0].index_split
+        if len(size_D) > np.iinfo(np.int16).max - 1:
+            raise InputError(f"{len(size_D)} sources given; dataset_id is int16: at most 32,766 are possible")
         self.seed = seed
         self.chunk_size = chunk_size
-        self.sizes_D = np.array([len(dataset) for dataset in datasets], np.int64)
+        self.sizes_D = np.array(size_D, np.int64)
         self._order_seeds_D = [order_seed(seed, name) for name in names]
         self.stages: list[Stage] = []
-        self._begin_stage(Cursor.start(len(datasets)), weights_D)
-
-    def __len__(self) -> int:
-        return sum(len(chunk.dataset_index_N) for chunk in self._chunks)
-
-    def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        """Row `draw = (dataset_id, row, half)`, with the three numbers beside the row's own arrays."""
-        dataset_id, row, half = draw
-        return {
-            "dataset_id": np.int16(dataset_id),
-            "row": np.int64(row),
-            "half": np.int8(half),
-            **self.datasets[dataset_id][row],
-        }
+        self._begin_stage(Cursor.start(len(size_D)), weights_D)
 
     @property
     def chunk(self) -> Chunk:
