@@ -35,23 +35,12 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     platform.start()
     from megatron_dynmix.compare.comparison import compare
-    from megatron_dynmix.compare.grid import (
-        Grid,
-        check_distinct,
-        parse_seeds,
-        variants_from_file,
-        variants_from_text,
-    )
+    from megatron_dynmix.compare.grid import Grid, parse_seeds, variants_of
 
     for name in ("jobs", "nproc_per_node"):
         if (value := getattr(arguments, name)) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
-    variants = [variant for path in arguments.grid for variant in variants_from_file(path)]
-    if arguments.strategies is not None:
-        variants += variants_from_text(arguments.strategies)
-    if not variants:
-        raise InputError("nothing to compare; give --strategies a,b,c or --grid FILE.yaml")
-    check_distinct(variants)
+    variants = variants_of(arguments.grid, arguments.strategies)
     grid = Grid(
         run_yaml=arguments.run_yaml,
         output=arguments.output,

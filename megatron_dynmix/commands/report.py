@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from datetime import datetime
 from pathlib import Path
 
 from megatron_dynmix.errors import InputError
@@ -27,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Write the page of one run, or of several side by side."""
-    from megatron_dynmix.report.pages import html, page_of_run, page_of_runs
+    from megatron_dynmix.report.pages import page_of_run, page_of_runs, write_page
     from megatron_dynmix.report.run import read_run
 
     run_dirs: list[Path] = arguments.run_dirs
@@ -37,16 +36,9 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     now = time.time()
     page = page_of_run(runs[0], now) if len(runs) == 1 else page_of_runs(runs, now)
     output: Path = arguments.output or (run_dirs[0] / REPORT if len(runs) == 1 else Path(REPORT))
-    text = html(page, datetime.fromtimestamp(now))
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"{output} cannot be written ({error.strerror or error}); give another file with --output"
-        ) from None
+    written = write_page(page, output)
     for run in runs:
         for sentence in run.missing:
             print(f"{run.path}: {sentence}")
-    print(f"written: {output} ({len(text) / 1e6:.1f} MB), open it in any browser")
+    print(written)
     return 0

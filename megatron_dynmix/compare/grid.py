@@ -39,12 +39,29 @@ class Variant:
     settings: tuple[tuple[str, str], ...]
     """Setting and value as flags have them; `{seed}` in a value stands for the seed of the run."""
 
-    def flags(self, seed: int) -> list[str]:
-        """Return the flags of `train` for one seed."""
-        settings = [*self.settings, ("seed", str(seed))]
+    def flags(self, seed: int | None = None) -> list[str]:
+        """Return the flags of `train` for one seed; without one, those of its settings as they are."""
+        settings = [*self.settings, *([] if seed is None else [("seed", str(seed))])]
         return [
-            f"--{name.replace('_', '-')}={value.replace('{seed}', str(seed))}" for name, value in settings
+            f"--{name.replace('_', '-')}={value if seed is None else value.replace('{seed}', str(seed))}"
+            for name, value in settings
         ]
+
+
+def variants_of(grids: Sequence[Path], strategies: str | None) -> list[Variant]:
+    """Read what `--grid` and `--strategies` give.
+
+    Raises:
+        InputError: nothing was given, or something that cannot be used.
+
+    """
+    variants = [variant for path in grids for variant in variants_from_file(path)]
+    if strategies is not None:
+        variants += variants_from_text(strategies)
+    if not variants:
+        raise InputError("nothing to compare; give --strategies a,b,c or --grid FILE.yaml")
+    check_distinct(variants)
+    return variants
 
 
 def variants_from_text(text: str) -> list[Variant]:

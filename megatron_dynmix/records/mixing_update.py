@@ -1,20 +1,19 @@
 """The record of a weight update, made from what was decided, and the signal made from it again.
 
-Axes: H halves, D sources, L MoE layers of the model, E experts; C layers that some strategy reads.
+Axes: H halves, D sources, L MoE layers, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dynmix.mixing.controller import Decision, MixingController
-from megatron_dynmix.mixing.gate_loads import select_layers
 from megatron_dynmix.mixing.guardrails import Override
-from megatron_dynmix.mixing.strategy import Remark, Signal, Strategy
+from megatron_dynmix.mixing.strategy import Remark, Signal
 from megatron_dynmix.mixing.weights import entropy, example_shares, kl_divergence
 from megatron_dynmix.records.schema import Measured, MixingUpdate
 
@@ -22,50 +21,45 @@ TOLD = ("train_iters", "interval_rows", "run_rows")
 """Parts of a signal that only its own record tells, 0 where it does not; the others stand in the ledger."""
 
 
-def _measured(signal: Signal, strategies: Iterable[Strategy]) -> tuple[Measured, dict[str, NDArray[Any]]]:
+def _measured(signal: Signal) -> tuple[Measured, dict[str, NDArray[Any]]]:
     """Return what is kept of a signal as the strategies saw it, last known values filled in, and its counts.
 
-    Counts that are the sum of their halves are not kept beside them.
+    Counts of all layers, whichever are read: another rule may be asked later what it would have done. Counts
+    that are the sum of their halves are not kept beside them.
     """
     counts_DLE, halves_HDLE = signal.counts_DLE, signal.half_counts_HDLE
-    num_layers = 0 if counts_DLE is None else counts_DLE.shape[1]
-    reading = [strategy.layers for strategy in strategies if strategy.needs_gate_load and num_layers]
-    layers = sorted({layer for chosen in reading for layer in select_layers(chosen, num_layers)})
     counts: dict[str, NDArray[Any]] = {}
-    if counts_DLE is not None and layers:
+    if counts_DLE is not None:
         if halves_HDLE is not None:
-            counts["half_counts"] = halves_HDLE[:, :, layers]
+            counts["half_counts"] = halves_HDLE
         if halves_HDLE is None or not np.array_equal(halves_HDLE.sum(axis=0), counts_DLE):
-            counts["counts"] = counts_DLE[:, layers]
-    told = {name: getattr(signal, name) for name in TOLD}
-    return Measured(**told, num_layers=num_layers, layers=layers), counts
+            counts["counts"] = counts_DLE
+    num_layers = 0 if counts_DLE is None else counts_DLE.shape[1]
+    return Measured(**{name: getattr(signal, name) for name in TOLD}, num_layers=num_layers), counts
 
 
 def signal_of(update: MixingUpdate, **told: Any) -> Signal:
     """Return the signal of an update with its arrays again, `told` what the ledger knows.
 
-    Layers that nobody reads are 0. ValueError for counts that are not as `_measured` gives them.
+    ValueError for counts that are not as `_measured` gives them.
     """
     signal = update.signal
     assert signal is not None, "asked of updates with a signal"
+    for name, counts in update.counts.items():
+        if counts.shape[-2] != signal.num_layers:
+            raise ValueError(
+                f"{name} are of {counts.shape[-2]} layers, the model has {signal.num_layers}: an earlier "
+                "version kept those only that were read"
+            )
     told |= {name: getattr(signal, name) for name in TOLD}
     if update.loss is not None:
         told["loss_D"] = np.array(update.loss, np.float64)
-    halves_HDCE, counts_DCE = update.counts.get("half_counts"), update.counts.get("counts")
-    if halves_HDCE is not None:
-        told["half_counts_HDLE"] = _all_layers(halves_HDCE, signal)
-        told["counts_DLE"] = told["half_counts_HDLE"].sum(axis=0)
-    if counts_DCE is not None:
-        told["counts_DLE"] = _all_layers(counts_DCE, signal)
+    halves_HDLE, counts_DLE = update.counts.get("half_counts"), update.counts.get("counts")
+    if halves_HDLE is not None:
+        told["half_counts_HDLE"], told["counts_DLE"] = halves_HDLE, halves_HDLE.sum(axis=0)
+    if counts_DLE is not None:
+        told["counts_DLE"] = counts_DLE
     return Signal(**told)
-
-
-def _all_layers(counts_C: NDArray[Any], signal: Measured) -> NDArray[Any]:
-    """Put counts `[..., C, E]` of the layers that are read in their places, as `[..., L, E]`."""
-    *others, _, num_experts = counts_C.shape
-    counts_L = np.zeros((*others, signal.num_layers, num_experts), counts_C.dtype)
-    counts_L[..., signal.layers, :] = counts_C
-    return counts_L
 
 
 def update_record(
@@ -110,16 +104,15 @@ def update_record(
         probe_loss=probe_loss,
         entropy=entropy(new_D),
         kl_step=kl_divergence(new_D, old_D),
-        **({} if decision is None else _decided(controller, decision, old_D)),
+        **({} if decision is None else _decided(decision, old_D)),
     )
 
 
-def _decided(controller: MixingController, decision: Decision, old_D: NDArray[np.float64]) -> dict[str, Any]:
+def _decided(decision: Decision, old_D: NDArray[np.float64]) -> dict[str, Any]:
     """Return the fields that only an update has for which the strategies were asked."""
     proposal, signal = decision.proposal, decision.signal
     load_DLE = proposal.load_DLE
-    asked = (controller.strategy, *controller.shadows.values())
-    told, counts = _measured(signal, [strategy for strategy in asked if strategy.updates])
+    told, counts = _measured(signal)
     return {
         "delta": proposal.delta_D.tolist(),
         "delta_error": None if proposal.delta_error_D is None else proposal.delta_error_D.tolist(),

@@ -101,8 +101,6 @@ class Measured:
     run_rows: int
     num_layers: int
     """MoE layers of the model; 0 where no counts were measured."""
-    layers: list[int]
-    """Those that some strategy reads, and whose counts are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +118,7 @@ class Block:
 class MixingUpdate(Line):
     """A weight update: a line of `mixing.jsonl`, and a block of `signals.bin` for its large arrays.
 
-    Axes: H halves, D sources, L MoE layers, E experts; C layers that some strategy reads.
+    Axes: H halves, D sources, L MoE layers, E experts.
     """
 
     MAY_LACK = "counts"
@@ -171,7 +169,7 @@ class MixingUpdate(Line):
     kl_step: float
     """KL divergence of the new weights from the old, in nats."""
     counts: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    """Routed tokens: `half_counts` `[H, D, C, E]`, and `counts` `[D, C, E]` unless they are its sum."""
+    """Routed tokens: `half_counts` `[H, D, L, E]`, and `counts` `[D, L, E]` unless they are its sum."""
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:

@@ -98,15 +98,20 @@ def _weights(run: Run, weights: Sequence[Weights], palette: Palette) -> Chart | 
         figure=figure(y="share of the rows drawn", range=[0, 1], tickformat=".0%"),
         thinned=_note(min(len(run.weights), MOST_POINTS), len(run.weights), "stages of the mix"),
     )
+    stack_weights(chart, [point.shares for point in weights], palette, x="weights")
+    _mark(chart, run)
+    return chart
+
+
+def stack_weights(chart: Chart, shares: Sequence[Mapping[str, float]], palette: Palette, *, x: str) -> None:
+    """Draw the shares of the sources as bands, those without a color as one."""
     bands = [(name, palette.colour[name], [name]) for name in palette.shown]
     if palette.others:
         bands.append((f"{len(palette.others)} others", OTHERS, list(palette.others)))
     for name, colour, members in bands:
-        shares = [sum(point.shares.get(member, 0.0) for member in members) for point in weights]
-        layer = band(shares, x="weights", name=name, colour=colour, shape="hv")
+        summed = [sum(point.get(member, 0.0) for member in members) for point in shares]
+        layer = band(summed, x=x, name=name, colour=colour, shape="hv")
         chart.draw(layer.update(hovertemplate="%{y:.1%}"), name, colour)
-    _mark(chart, run)
-    return chart
 
 
 def _losses(run: Run, metrics: Sequence[TrainingRecord], palette: Palette) -> Chart | None:

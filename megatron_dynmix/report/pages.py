@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -17,6 +18,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from megatron_dynmix import __version__
+from megatron_dynmix.errors import InputError
 from megatron_dynmix.report.charts import charts_of
 from megatron_dynmix.report.figures import Axes, Chart, Palette
 from megatron_dynmix.report.overlay import overlaid
@@ -75,6 +77,19 @@ def html(page: Page, made: datetime) -> str:
         script=Markup(_file("page.js")),
         plotly=Markup(get_plotlyjs()),
     )
+
+
+def write_page(page: Page, output: Path) -> str:
+    """Write a page to a file, and return a line that says so; `InputError` if it cannot be written."""
+    text = html(page, datetime.now())
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{output} cannot be written ({error.strerror or error}); give another file with --output"
+        ) from None
+    return f"written: {output} ({len(text) / 1e6:.1f} MB), open it in any browser"
 
 
 def _file(name: str) -> str:

@@ -87,7 +87,7 @@ def update_of(rng, sources, base_DE, old_D, number, iteration) -> MixingUpdate:
         entropy=float(-(new_D * np.log(new_D)).sum()),
         kl_step=float((new_D * np.log(new_D / old_D)).sum()),
         seconds=PHASES,
-        signal=Measured(train_iters=100, interval_rows=320, run_rows=3200, num_layers=1, layers=[0]),
+        signal=Measured(train_iters=100, interval_rows=320, run_rows=3200, num_layers=1),
         counts={"half_counts": half_counts_HDLE},
     )
 

@@ -116,9 +116,9 @@ def change_load(records):
 
 
 def change_counts(records):
-    """With a digest that is right."""
+    """In the layer that the strategy reads, with a digest that is right."""
     update = records.with_arrays(MixingUpdate.from_json(records.mixing[9]))
-    update.counts["half_counts"][0, 1, 0, 0] += 1
+    update.counts["half_counts"][0, 1, -1, 0] += 1
     records.mixing[9] = records.with_arrays.__self__.line_of(update)
 
 

@@ -1,0 +1,1 @@
+"""What other rules would have made of the signals that a run has on record."""
