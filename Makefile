@@ -29,9 +29,11 @@ test: $(INSTALLED)  ## run the tests that need no GPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/distributed tests/functional -m 'not gpu and not slow and not alone'
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/distributed -m 'alone and not slow'
+	$(BIN)/python -m pytest -n 2 tests/te
 
 test-slow: $(INSTALLED)  ## run the tests that `make test` leaves out: more layouts
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore tests/te
+	$(BIN)/python -m pytest -m slow tests/te
 
 soak: $(INSTALLED)  ## kill a run KILLS times (50) and compare it with one that was not
 	$(BIN)/python -W ignore -m tests.distributed.kills $(or $(KILLS),50)

