@@ -356,17 +356,34 @@ def _check_mixing(config: RunConfig) -> None:
     mixing, sources, layers = config.mixing, config.data.sources, moe_layers(model_settings(config))
     if mixing.strategy == "uniform" and len({source.weight for source in sources.values()}) > 1:
         raise InputError("mixing.strategy is uniform, but the sources have different weights; use fixed")
-    _check_signal(config, mixing.chosen, "mixing.strategy is", layers)
+    unprobed = [name for name in sources if name not in config.data.probed]
+    check_strategies(mixing, list(sources), layers, unprobed)
+
+
+def check_strategies(
+    mixing: MixingConfig, sources: Sequence[str], moe_layers: list[int] | None, unprobed: Sequence[str] = ()
+) -> None:
+    """Refuse strategies that cannot work with these sources and layers, None if those are not known yet.
+
+    The `unprobed` sources have no held-out rows.
+    """
+    _check_signal(mixing, mixing.chosen, "mixing.strategy is", sources, moe_layers, unprobed)
     for shadow in mixing.shadows:
-        _check_signal(config, shadow, "mixing.shadow has", layers)
+        _check_signal(mixing, shadow, "mixing.shadow has", sources, moe_layers, unprobed)
     _check_resolved(mixing)
 
 
-def _check_signal(config: RunConfig, chosen: Chosen, what: str, layers: list[int]) -> None:
+def _check_signal(
+    mixing: MixingConfig,
+    chosen: Chosen,
+    what: str,
+    sources: Sequence[str],
+    layers: list[int] | None,
+    unprobed: Sequence[str],
+) -> None:
     """Refuse a strategy that reads what cannot be measured."""
-    sources = config.data.sources
     needs_gate_load, needs_loss = chosen.needs
-    if needs_gate_load and not layers:
+    if needs_gate_load and layers == []:
         raise InputError(
             f"{what} {chosen.label}, but the model is dense: it has no gates to read; set "
             "num_moe_experts, or use strategy uniform or fixed"
@@ -378,9 +395,8 @@ def _check_signal(config: RunConfig, chosen: Chosen, what: str, layers: list[int
             "or use strategy fixed"
         )
     if chosen.strategy == "match-load":
-        _check_target(config.mixing)
-    unprobed = [name for name in sources if name not in config.data.probed]
-    if (needs_gate_load or needs_loss) and config.mixing.signal == "probe" and unprobed:
+        _check_target(mixing)
+    if (needs_gate_load or needs_loss) and mixing.signal == "probe" and unprobed:
         raise InputError(
             f"{what} {chosen.label} and mixing.signal probe, but source {unprobed[0]} has no probe; add "
             f"data.sources.{unprobed[0]}.probe (held-out rows of the same kind), hold some out with "
