@@ -44,7 +44,7 @@ from megatron_dynmix.files import sync, write_atomically
 from megatron_dynmix.job.agreement import RankFailure, together
 from megatron_dynmix.lease import Lease
 from megatron_dynmix.model import optimizer as optimizers
-from megatron_dynmix.model.gpt import unwrap
+from megatron_dynmix.model.gpt import unwrap, whole_parameters
 
 EXTRA_STATE = "._extra_state"
 """End of the names under which modules of Transformer Engine keep what is no tensor."""
@@ -98,9 +98,10 @@ class Checkpointer:
                     for leftover in self.directory.glob(".iter_*"):  # of a crash
                         shutil.rmtree(leftover, ignore_errors=True)
                     staging.mkdir(parents=True)
-            request = writer.request(self._state(loading=False), staging)
-            with together():
-                process.schedule_async_call(request)
+            with whole_parameters(self.chunks):
+                request = writer.request(self._state(loading=False), staging)
+                with together():
+                    process.schedule_async_call(request)
         except RankFailure:
             self._abandon(process, staging)
             raise

@@ -152,6 +152,7 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
                 "(--nproc-per-node), or make the groups smaller"
             )
     _check_stages(config, pp)
+    _check_gathering(config)
     _check_batch(config, pp, world_size // (tp * pp * cp))
 
 
@@ -184,6 +185,25 @@ def _check_stages(config: RunConfig, pp: int) -> None:
             "an interleaved pipeline of 2 stages without overlap_p2p_comm would mix their messages; leave "
             "out overlap_p2p_comm and batch_p2p_comm, or use 3 stages or more"
         )
+
+
+def _check_gathering(config: RunConfig) -> None:
+    """Refuse ways to gather parameters that would gather nothing while the model computes."""
+    parallel = config.parallel
+    has = {
+        **parallel.megatron,
+        **config.optimizer.megatron,
+        "use_distributed_optimizer": parallel.use_distributed_optimizer,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_stages,
+    }
+    interleaved = ("overlap_param_gather", "virtual_pipeline_model_parallel_size")
+    for name, needed in {
+        "overlap_param_gather": ("use_distributed_optimizer", "overlap_grad_reduce"),
+        "align_param_gather": interleaved,
+        "overlap_param_gather_with_optimizer_step": interleaved,
+    }.items():
+        if has.get(name) and (missing := [need for need in needed if not has.get(need)]):
+            raise InputError(f"{name} needs {' and '.join(missing)}; set that too, or leave out {name}")
 
 
 def _check_divides(said: str, number: int, name: str, size: int) -> None:

@@ -36,7 +36,6 @@ DECIDED = {
     "enable_cuda_graph": "a captured graph would not run the router's counting",
     "external_cuda_graph": "a captured graph would not run the router's counting",
     "overlap_moe_expert_parallel_comm": "it runs layers after the micro-batch's sources were announced",
-    "overlap_param_gather": "probe and checkpoints would read parameters that are still being gathered",
     "num_microbatches_with_partial_activation_checkpoints": "recomputation is the same for all micro-batches",
     "hybrid_context_parallel": "rows all have seq_length positions, an equal part on each rank",
     "hierarchical_context_parallel_sizes": "keys and values are gathered over all context-parallel ranks",

@@ -77,8 +77,12 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
 def ddp_config(config: RunConfig) -> DistributedDataParallelConfig:
     """Return Megatron-Core's data-parallel configuration: gradients are reduced in float32."""
     given = _part(config.parallel.megatron, DistributedDataParallelConfig)
-    ours = {"use_distributed_optimizer": config.parallel.use_distributed_optimizer}
-    return DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True, **given, **ours})
+    ours = {
+        "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
+        # as Megatron-LM: all stages of an interleaved pipeline gather together
+        "align_param_gather": bool(given.get("overlap_param_gather") and config.parallel.virtual_stages),
+    }
+    return DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True, **ours, **given})
 
 
 def optimizer_config(config: RunConfig) -> OptimizerConfig:
@@ -90,6 +94,7 @@ def optimizer_config(config: RunConfig) -> OptimizerConfig:
             bf16=config.training.bf16,
             params_dtype=params_dtype(config),
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            overlap_param_gather=bool(config.parallel.megatron.get("overlap_param_gather")),
         )
     except (ValueError, AssertionError, TypeError) as error:
         raise InputError(f"Megatron-Core refuses the optimizer settings: {error}") from error

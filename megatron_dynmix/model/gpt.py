@@ -5,6 +5,8 @@ Axes: B rows, S positions, V this rank's part of the vocabulary, F inner width o
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -97,10 +99,29 @@ def build_model(
     if ddp.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         transformer.no_sync_func = no_sync if virtual_stages else no_sync[0]
+    if ddp.align_param_gather:
+        transformer.param_sync_func = [chunk.start_param_sync for chunk in chunks]
     transformer.finalize_model_grads_func = (
         finalize_without_expert_gates if config.model.freeze_expert_gate else finalize_model_grads
     )
     return chunks
+
+
+@contextlib.contextmanager
+def whole_parameters(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Let every rank have all parameters after the last step, and gather none inside; all ranks come here.
+
+    With `overlap_param_gather` a step leaves each rank its own shard of them, and a module gathers the others
+    when a forward pass comes to it.
+    """
+    gathering = [chunk for chunk in chunks if chunk.use_forward_hook]
+    for chunk in gathering:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in gathering:
+            chunk.enable_forward_pre_hook()
 
 
 def half_precision(transformer: TransformerConfig, gpt: torch.nn.Module) -> Float16Module:

@@ -5,6 +5,7 @@ Axes: D sources, T tokens.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from megatron_dynmix.config import RunConfig
 from megatron_dynmix.data.loader import PADDING, MicroBatch, pinned, segment_borders
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.source_stats import SourceStats
+from megatron_dynmix.model.gpt import whole_parameters
 from megatron_dynmix.moe.balance import aux_losses
 from megatron_dynmix.moe.counter import GateLoadCounter
 from megatron_dynmix.platform import Platform
@@ -81,15 +83,16 @@ class PassRunner:
             self.counter.trained_share = self._trained_share(micro_batches)
         iterators = [iter(micro_batches) for _ in self.chunks]
         interleaved = len(self.chunks) > 1
-        reports = get_forward_backward_func()(
-            forward_step_func=self._forward_step,
-            data_iterator=iterators if interleaved else iterators[0],
-            model=self.chunks if interleaved else self.chunks[0],
-            num_microbatches=len(micro_batches),
-            seq_length=self.seq_length * rows if self.join_rows else self.seq_length,
-            micro_batch_size=1 if self.join_rows else rows,
-            forward_only=forward_only,
-        )
+        with whole_parameters(self.chunks) if forward_only else contextlib.nullcontext():
+            reports = get_forward_backward_func()(
+                forward_step_func=self._forward_step,
+                data_iterator=iterators if interleaved else iterators[0],
+                model=self.chunks if interleaved else self.chunks[0],
+                num_microbatches=len(micro_batches),
+                seq_length=self.seq_length * rows if self.join_rows else self.seq_length,
+                micro_batch_size=1 if self.join_rows else rows,
+                forward_only=forward_only,
+            )
         return self._reduce([report["source_stats"] for report in reports])
 
     def most_segments(self, rows: Sequence[PackedRows]) -> int | None:

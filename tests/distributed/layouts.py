@@ -16,6 +16,7 @@ TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 ETP1 = ["--expert-tensor-parallel-size", "1"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 VPP2 = [*PP2, "--virtual-pipeline-model-parallel-size", "2"]
+GATHER = ["--overlap-grad-reduce", "--overlap-param-gather"]
 CP2 = ["--context-parallel-size", "2"]
 
 
@@ -70,8 +71,14 @@ LAYOUTS = {
     "CP2 x PP2 VPP2": (4, [*CP2, *VPP2, *ep(2)], "base"),
     "EP2, full recompute": (2, [*ep(2), *full("uniform", 1)], "base"),
     "EP2, no distributed optimizer": (2, [*ep(2), "--no-use-distributed-optimizer"], "base"),
-    "EP2 x DP2, overlapped reduction": (4, [*ep(2), "--overlap-grad-reduce"], "base"),
+    "EP2 x DP2, overlapped gathering": (4, [*ep(2), *GATHER], "base"),
     "PP2 VPP2, overlapped reduction": (2, [*VPP2, *ep(1), "--overlap-grad-reduce"], "base"),
+    "PP2 VPP2 x DP2, aligned gathering": (4, [*VPP2, *ep(1), *GATHER], "base"),
+    "PP2 VPP2 x EP2, gathering in the step": (
+        4,
+        [*VPP2, *ep(2), *GATHER, "--overlap-param-gather-with-optimizer-step"],
+        "base",
+    ),
     "TP2 x EP2, shared experts": (2, [*TP2, *ETP1, *ep(2)], "shared experts"),
     "EP2, overlapped shared experts": (2, [*ep(2), "--moe-shared-expert-overlap"], "shared experts"),
     "CP2 x TP2, ETP1, strong balance": (4, [*CP2, *TP2, *ETP1, *ep(1)], "strong balance"),

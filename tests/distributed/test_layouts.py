@@ -34,7 +34,7 @@ RTOL = 1e-4
 FLAGS = [*SMALL, "--num-layers", str(LAYERS), "--lr", "1e-3", "--probe-tokens", "256"]
 DROPS_BY_LAYOUT = {"TP2 x EP2, padded capacity"}
 QUICK = {
-    *("EP2 x DP2, overlapped reduction", "PP2 VPP2 x EP2"),
+    *("EP2 x DP2, overlapped gathering", "PP2 VPP2 x EP2"),
     *("PP2 x TP2 x EP2, expert bias", "CP2, expert bias, full recompute"),
 }
 """Each kind of parallelism in one layout at least; the others are slow tests."""

@@ -145,6 +145,26 @@ def test_a_prepared_prefix_stands_for_its_source(tmp_path):
             ["overlap_p2p_comm and batch_p2p_comm are both true; leave out batch_p2p_comm"],
         ),
         (
+            {"parallel.overlap_param_gather": True},
+            ["overlap_param_gather needs overlap_grad_reduce; set that too, or leave out"],
+        ),
+        (
+            {
+                "parallel.overlap_param_gather": True,
+                "parallel.overlap_grad_reduce": True,
+                "parallel.use_distributed_optimizer": False,
+            },
+            ["overlap_param_gather needs use_distributed_optimizer"],
+        ),
+        (
+            {"parallel.align_param_gather": True},
+            ["align_param_gather needs overlap_param_gather and virtual_pipeline_model_parallel_size"],
+        ),
+        (
+            {"optimizer.overlap_param_gather_with_optimizer_step": True},
+            ["overlap_param_gather_with_optimizer_step needs overlap_param_gather and virtual_"],
+        ),
+        (
             {"parallel.overlap_p2p_comm": True},
             ["overlap_p2p_comm is true, but the pipeline is not interleaved; leave it out"],
         ),
