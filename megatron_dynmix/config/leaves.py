@@ -180,7 +180,7 @@ def describe(hint: Any) -> str:
     return WORDS[kind]
 
 
-def from_text(text: str, leaf: Leaf) -> Any:
+def from_text(text: str, leaf: Leaf, flag: str) -> Any:
     """Return a flag's text as the leaf's type."""
     if leaf.hint is str:
         return text
@@ -190,4 +190,4 @@ def from_text(text: str, leaf: Leaf) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    return coerce(value, leaf.hint, f"--{leaf.name.replace('_', '-')}")
+    return coerce(value, leaf.hint, flag)

@@ -155,7 +155,7 @@ def _sources(where: str, value: Any, folder: Path) -> dict[str, tree.SourceConfi
         at = f"{where}.{name}"
         if not isinstance(name, str):  # YAML reads 010 as 8 and `on` as true
             raise InputError(f"{at}: the source's name is read as {name!r}, not as text; put it in quotes")
-        _check_name(name, at, sources)
+        check_name(name, at, sources)
         if not isinstance(settings, dict) or "path" not in settings:
             raise InputError(f"{at} holds {settings!r}; it must hold a path: {{path: data/{name}.jsonl}}")
         for key in settings:
@@ -171,7 +171,7 @@ def _sources(where: str, value: Any, folder: Path) -> dict[str, tree.SourceConfi
     return sources
 
 
-def _check_name(name: str, at: str, others: Collection[str]) -> None:
+def check_name(name: str, at: str, others: Collection[str]) -> None:
     """Refuse names that files and tags cannot have, and those that readers or disks take for one."""
     kinds = [unicodedata.category(character) for character in name]
     # \w lacks the marks that are written with letters, as vowels of Hindi are
@@ -218,28 +218,52 @@ def parse_flags(flags: Sequence[str], known: Mapping[str, leaves.Leaf] | None = 
     known = known or leaves.all_leaves()
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
     parser.error = _refuse  # type: ignore[assignment, method-assign]
-    for leaf in known.values():
-        names = [f"--{leaf.name.replace('_', '-')}"]
-        names += [f"--{alias}" for alias, target in leaves.FLAG_ALIASES.items() if target == leaf.name]
-        # Megatron-LM's ramp takes three words; a list in one does too
-        nargs = "?" if leaf.hint is bool else "+" if leaf.name == "rampup_batch_size" else None
-        parser.add_argument(*names, dest=leaf.name, nargs=nargs, const="true" if leaf.hint is bool else None)
-        if leaf.hint is bool:
-            off = [f"--no-{name[2:]}" for name in names]
-            off += [f"--{alias}" for alias, to in leaves.FLAG_ALIASES.items() if to == f"no-{leaf.name}"]
-            parser.add_argument(*off, dest=leaf.name, action="store_const", const=False)
+    add_flags(parser, known)
     spaced, unknown = parser.parse_known_args(list(flags))
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
         what = "flag" if unknown[0].startswith("-") else "argument"
         raise InputError(f"{unknown[0]} is an unknown {what}{leaves.nearest(unknown[0], options)}")
+    return read_flags(vars(spaced), known)
+
+
+def add_flags(parser: argparse._ActionsContainer, known: Mapping[str, leaves.Leaf], prefix: str = "") -> None:
+    """Give a parser a flag of every leaf, whose text `read_flags` reads; with `prefix`, as `--PREFIX-name`."""
+    start, place = (f"{prefix}-", f"{prefix}_") if prefix else ("", "")
+    for leaf in known.values():
+        aliases = (
+            [] if prefix else [f"--{alias}" for alias, to in leaves.FLAG_ALIASES.items() if to == leaf.name]
+        )
+        names = [f"--{start}{leaf.name.replace('_', '-')}", *aliases]
+        is_bool, dest = leaf.hint is bool, place + leaf.name
+        # Megatron-LM's ramp takes three words; a list in one does too
+        nargs = "?" if is_bool else "+" if leaf.name == "rampup_batch_size" else None
+        parser.add_argument(
+            *names, dest=dest, nargs=nargs, const="true" if is_bool else None, default=argparse.SUPPRESS
+        )
+        if is_bool:
+            off = [f"--no-{name[2:]}" for name in names]
+            off += [f"--{alias}" for alias, to in leaves.FLAG_ALIASES.items() if to == f"no-{leaf.name}"]
+            parser.add_argument(*off, dest=dest, action="store_const", const=False, default=argparse.SUPPRESS)
+
+
+def read_flags(
+    given: Mapping[str, Any], known: Mapping[str, leaves.Leaf], prefix: str = ""
+) -> dict[str, Any]:
+    """Return leaf name -> value of what a parser with `add_flags` was given for these leaves."""
+    place, start = (f"{prefix}_", f"--{prefix}-") if prefix else ("", "--")
     parsed = {}
-    for name, value in vars(spaced).items():
+    for key, value in given.items():
+        name = key.removeprefix(place)
+        if not key.startswith(place) or name not in known:
+            continue
+        flag = start + name.replace("_", "-")
         if isinstance(value, list):
             value = value[0] if len(value) == 1 else f"[{', '.join(value)}]"
         if not isinstance(value, bool):
-            value = leaves.from_text(value, leaves.find(name) if name in leaves.DECIDED else known[name])
-        parsed[name] = _meant(name, value, Path.cwd(), f"--{name.replace('_', '-')}")
+            leaf = leaves.find(name) if name in leaves.DECIDED else known[name]
+            value = leaves.from_text(value, leaf, flag)
+        parsed[name] = _meant(name, value, Path.cwd(), flag)
     return parsed
 
 
