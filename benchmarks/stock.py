@@ -69,7 +69,7 @@ def main() -> None:
         ("plain", f"{statistics.median(without for without, _ in pairs):.1f}"),
         ("mixed", f"{statistics.median(with_it for _, with_it in pairs):.1f}"),
     ]
-    print("\n".join(table(["stock Megatron-LM", "ms per iteration"], rows)))
+    print(table(["stock Megatron-LM", "ms per iteration"], rows))
     print(f"median ratio of {len(ratios)} pairs: {ratio:.4f} (from {min(ratios):.4f} to {max(ratios):.4f})")
     print(f"target: at most {TARGET}: {'held' if ratio <= TARGET else 'MISSED'}")
 

@@ -62,6 +62,13 @@ def _in_place_of(stock: Callable[..., Any], called: Callable[..., Any]) -> Calla
     return lambda *given, **named: called(stock, *given, **named)  # a plain function: one of them is a method
 
 
+def wrap_pretrain(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Have every script that imports `pretrain` from `megatron.training` from now on get a wrapped one."""
+    import megatron.training as training
+
+    training.pretrain = wrap(training.pretrain)
+
+
 def takes_configuration(pretrain: Callable[..., Any]) -> bool:
     """Whether flags are parsed before this `pretrain` is called: from 0.18 on it is given what they say."""
     return "cfg_container" in inspect.signature(pretrain).parameters

@@ -17,11 +17,12 @@ def main() -> None:
     if not script.is_file():
         print(f"{script}: there is no such script; give the path of a pretrain_gpt.py", file=sys.stderr)
         sys.exit(2)
-    from megatron_dynmix.stock.entry import mix_every_script
+    from megatron_dynmix.platform.megatron_lm import wrap_pretrain
+    from megatron_dynmix.stock.entry import mixed
 
     sys.argv = sys.argv[1:]
     sys.path.insert(0, str(script.parent.absolute()))  # where the script looks for its neighbors
-    mix_every_script()
+    wrap_pretrain(mixed)
     runpy.run_path(str(script), run_name="__main__")
 
 

@@ -75,13 +75,6 @@ def with_flags(extra_args_provider: AddFlags | None = None) -> AddFlags:
     return add
 
 
-def mix_every_script() -> None:
-    """Have every script that imports `pretrain` from `megatron.training` from now on run with mixing."""
-    import megatron.training as training
-
-    setattr(training, "pretrain", mixed(training.pretrain))  # noqa: B010
-
-
 @contextmanager
 def _ending() -> Iterator[None]:
     """End the process as our own command does: one message, and 2 for what a user got wrong."""

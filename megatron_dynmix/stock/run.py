@@ -39,7 +39,7 @@ class StockRun:
         self.packed: PackedInputs | None = None
         self._run: MixedRun | None = None
         self._mixing: MixingConfig | None = None
-        self._building = False
+        self._building = self._distributed = False
         self._saved: dict[str, Any] | None = None
         self._began_at = (0, 0)
         """Iterations and samples of a checkpoint without a mix, after which this one began."""
@@ -53,6 +53,11 @@ class StockRun:
         check_flags(args)
         self._blend, self._valid = blends_of(args)
         check_sources(self._blend.prefixes, args)
+        if args.tensor_model_parallel_size > 1 and not self._distributed:
+            raise InputError(
+                "the script's dataset provider is not marked as distributed, so with tensor parallelism some ranks "
+                "would not know the sources; set train_valid_test_datasets_provider.is_distributed = True"
+            )
         caps_of(args, self._blend.names)
         if args.dynmix_source_loss and self.evaluation_is_taken:
             raise InputError(
@@ -80,6 +85,7 @@ class StockRun:
     # ------------------------------------------------------------------ data
     def datasets(self, provider: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a script's `train_valid_test_dataset_provider`: its train split becomes an iterator."""
+        self._distributed = getattr(provider, "is_distributed", False)
 
         @functools.wraps(provider)
         def build(sizes: Any, *given: Any, **named: Any) -> Any:
