@@ -5,14 +5,13 @@ Axes: D sources, B rows of a micro-batch.
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from megatron_dynmix.training.mixed_run import MixedRun
+    from megatron_dynmix.records.schema import TrainingRecord
 
 
 class SourceLosses:
@@ -44,22 +43,17 @@ class SourceLosses:
         seen_2B = torch.stack([(loss_BS.detach().float() * mask_BS).sum(1), mask_BS.float().sum(1)]).double()
         self._sums_2D.index_add_(1, self._ids_B.long().to(seen_2B.device), seen_2B)
 
-    def validation(self, run: MixedRun, args: Namespace) -> None:
+    def validation(self, iteration: int) -> None:
         """Report an evaluation that has just ended, and begin the next; every rank has to ask for it."""
         torch.distributed.all_reduce(self._sums_2D)
-        loss_sum_D, tokens_D = self._sums_2D.tolist()
+        sums = zip(self._names, *self._sums_2D.tolist(), strict=True)
         self._sums_2D.zero_()
-        losses = {
-            name: total / tokens
-            for name, total, tokens in zip(self._names, loss_sum_D, tokens_D, strict=True)
-            if tokens
-        }
-        iteration = getattr(args, "curr_iteration", 0) + 1
-        _report("validation", losses, iteration)
+        _report("validation", {name: total / tokens for name, total, tokens in sums if tokens}, iteration)
 
-    def training(self, losses: Mapping[str, float | None], iteration: int) -> None:
-        """Report the losses of a log interval."""
-        _report("training", {name: loss for name, loss in losses.items() if loss is not None}, iteration)
+    def training(self, record: TrainingRecord) -> None:
+        """Report a log interval."""
+        known = {name: loss for name, loss in record.source_loss.items() if loss is not None}
+        _report("training", known, record.iteration)
 
 
 def _report(kind: str, losses: Mapping[str, float], iteration: int) -> None:

@@ -16,7 +16,6 @@ from megatron_dynmix.stock.packed import JoinedRows, StockRows, joined_params, m
 from megatron_dynmix.stock.sources import Sources
 
 if TYPE_CHECKING:
-    from megatron_dynmix.data.blend_plan import Draw
     from megatron_dynmix.training.mixed_run import MixedRun
 
 
@@ -27,7 +26,7 @@ class PackedInputs:
         self._args, self._datasets, self._run = args, datasets, run
         self.chunks: dict[int, Sources] = {}
         """By virtual stage: whether stock reads batches there."""
-        self._device = run.counter.counts_HDLE.device
+        self._device = torch.device(torch.cuda.current_device())
         self._segment_BS = torch.empty(0)
 
     @staticmethod
@@ -44,17 +43,14 @@ class PackedInputs:
 
     def announce(self, chunk: int) -> None:
         """Announce the next micro-batch of a chunk."""
-        self._run.announce(chunk=chunk, rows=self._rows)
-
-    def _rows(self, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `[B, S]` where rows are padding, and where they are trained on."""
+        draws = self._run.next_draws(chunk)
         segments = [self._datasets[source].segments(row) for source, row, _ in draws]
         self._segment_BS = torch.from_numpy(np.stack(segments)).to(self._device)
-        padding_BS = self._segment_BS < 0
-        if self._args.dynmix_load_tokens != "trained":
-            return padding_BS, ~padding_BS
-        trained = [self._datasets[source][row]["loss_mask"] for source, row, _ in draws]
-        return padding_BS, torch.from_numpy(np.stack(trained)).to(self._device).bool()
+        trained_BS = None
+        if self._run.mix.settings.load_tokens == "trained":
+            rows = [self._datasets[source][row]["loss_mask"] for source, row, _ in draws]
+            trained_BS = torch.from_numpy(np.stack(rows))
+        self._run.announce(chunk=chunk, padding_BS=self._segment_BS < 0, trained_BS=trained_BS)
 
     def _complete(self, model: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Add a padding mask, and for middle stages what stock's code gives to the first and the last."""

@@ -6,8 +6,12 @@ from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_dynmix.config.megatron_fields import moe_layers
+from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.mixing.strategies.gate_load import MIN_SOURCES, GateLoad
 from megatron_dynmix.stock.flags import spelled, value_of
+from megatron_dynmix.training.mix_setup import check_mixing, resolve_files, strategy_of
 
 REFUSED: Mapping[str, str] = {
     "full_validation": "it needs the length of a validation set, which an iterator has not; leave it out",
@@ -50,8 +54,8 @@ def check_flags(args: Namespace) -> None:
     kind = value_of(args, "dataloader_type")
     if kind not in (None, "single"):
         raise InputError(
-            f"--dataloader-type is {kind}; mixing gives the iterator of the training data itself, in the order "
-            "of the blend: use single"
+            f"--dataloader-type is {kind}; mixing gives the iterator of the training data itself, in "
+            "the order of the blend: use single"
         )
     if (value_of(args, "gtp_weight_remat_size") or 1) > 1:
         raise InputError(
@@ -89,21 +93,43 @@ def _check_packed(args: Namespace) -> None:
         )
     if value_of(args, "context_parallel_size") > 1:
         raise InputError(
-            f"--context-parallel-size is {args.context_parallel_size}; Megatron-LM would cut packed rows up by "
-            "sequence with Transformer Engine: use 1, or `megatron-dynmix train`"
+            f"--context-parallel-size is {args.context_parallel_size}; Megatron-LM would cut packed rows up "
+            "by sequence with Transformer Engine: use 1, or `megatron-dynmix train`"
         )
     if args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1) > 2 and not (
         args.dynmix_packed_attention
     ):
         raise InputError(
-            "with packed rows the middle pipeline stages of Megatron-LM would attend across conversations, as "
-            "they get no mask; add --dynmix-packed-attention, which gives them one"
+            "with packed rows the middle pipeline stages of Megatron-LM would attend across conversations, "
+            "as they get no mask; add --dynmix-packed-attention, which gives them one"
         )
     if args.dynmix_padding_mask and value_of(args, "moe_router_enable_expert_bias"):
         raise InputError(
             "--dynmix-padding-mask fails in Megatron-Core's routers with --moe-router-enable-expert-bias; "
             "leave one out, or use `megatron-dynmix train`"
         )
+
+
+def check_mix(mixing: MixingConfig, names: list[str], caps: Mapping[str, float], args: Namespace) -> None:
+    """Refuse settings that cannot be followed with these sources and this model."""
+    shape = {"num_layers": args.num_layers, "moe_layer_freq": args.moe_layer_freq}
+    layers = moe_layers(Namespace(num_moe_experts=args.num_experts, **shape))
+    resolved = resolve_files(mixing, names)
+    resolved["max_epochs"] = [caps.get(name) for name in names]
+    check_mixing(mixing, resolved, names, len(layers))
+    kinds = [strategy_of(chosen, resolved) for chosen in (mixing.chosen, *mixing.shadows)]
+    if len(names) < MIN_SOURCES and any(isinstance(kind, GateLoad) for kind in kinds):
+        raise InputError(
+            f"gate-load needs at least {MIN_SOURCES} sources, and {len(names)} are given ({', '.join(names)}): "
+            "two are always equally far from each other; split one, or use another --dynmix-strategy"
+        )
+    if not args.dynmix_packed_rows:
+        for setting, value in (("unit", "examples"), ("load_tokens", "trained")):
+            if getattr(mixing, setting) == value:
+                raise InputError(
+                    f"--dynmix-{setting.replace('_', '-')} {value} needs --dynmix-packed-rows: rows of "
+                    "pre-training data have no examples in them, and every token is trained on"
+                )
 
 
 def check_sources(prefixes: list[str], args: Namespace) -> None:
@@ -117,13 +143,13 @@ def check_sources(prefixes: list[str], args: Namespace) -> None:
             )
         if args.dynmix_packed_rows and not prepared:
             raise InputError(
-                f"{prefix} was not written by `megatron-dynmix prepare` (there is no {Path(prefix).name}.json "
+                f"{prefix} was not written by `megatron-dynmix prepare` (no {Path(prefix).name}.json is "
                 "beside it); prepare it, or leave --dynmix-packed-rows out"
             )
         if "://" not in prefix and not Path(f"{prefix}.idx").is_file():
             raise InputError(
-                f"--data-path names {prefix}, but there is no {prefix}.idx; give prefixes of .bin/.idx files, "
-                "as tools/preprocess_data.py or `megatron-dynmix prepare` write them"
+                f"--data-path names {prefix}, but there is no {prefix}.idx; give prefixes of .bin/.idx "
+                "files, as tools/preprocess_data.py or `megatron-dynmix prepare` write them"
             )
 
 

@@ -17,7 +17,7 @@ from megatron_dynmix.errors import InputError
 from megatron_dynmix.stock.evaluation import SourceLosses
 from megatron_dynmix.stock.flags import caps_of, mixing_of
 from megatron_dynmix.stock.inputs import PackedInputs
-from megatron_dynmix.stock.refusals import check_flags, check_sources
+from megatron_dynmix.stock.refusals import check_flags, check_mix, check_sources
 from megatron_dynmix.stock.sources import Blend, Sources, blends_of, prints_of, train_and_rest
 
 if TYPE_CHECKING:
@@ -55,10 +55,10 @@ class StockRun:
         check_sources(self._blend.prefixes, args)
         if args.tensor_model_parallel_size > 1 and not self._distributed:
             raise InputError(
-                "the script's dataset provider is not marked as distributed, so with tensor parallelism some ranks "
-                "would not know the sources; set train_valid_test_datasets_provider.is_distributed = True"
+                "the script's dataset provider is not marked as distributed, so with tensor parallelism some "
+                "ranks would not know the sources; set its attribute is_distributed to True"
             )
-        caps_of(args, self._blend.names)
+        check_mix(self._mixing, self._blend.names, caps_of(args, self._blend.names), args)
         if args.dynmix_source_loss and self.evaluation_is_taken:
             raise InputError(
                 "--dynmix-source-loss reports evaluations through pretrain's non_loss_data_func, and this "
@@ -125,7 +125,7 @@ class StockRun:
         sizes = _told(
             [len(part) for part in train.datasets] if train.loaded else None, len(self._blend.names)
         )
-        run = self._run = self._make(args, self._blend, sizes)
+        run = self._run = self._make(args, self._blend, sizes, self._density(args, train))
         run.attach(self.chunks)
         if args.dynmix_packed_rows:
             self.packed = PackedInputs(args, train.datasets, run)
@@ -136,7 +136,16 @@ class StockRun:
             run.load_state_dict(self._saved["run"])
         self._check_place(args)
 
-    def _make(self, args: Namespace, blend: Blend, sizes: list[int]) -> MixedRun:
+    def _density(self, args: Namespace, train: Sources) -> dict[str, float] | None:
+        """Return the examples of a row of each source, which packed rows know."""
+        if not args.dynmix_packed_rows:
+            return None
+        pairs = zip(self._blend.names, train.datasets, strict=True)
+        return {name: rows.mean_examples_per_row for name, rows in pairs}
+
+    def _make(
+        self, args: Namespace, blend: Blend, sizes: list[int], density: dict[str, float] | None
+    ) -> MixedRun:
         from megatron_dynmix.config.batch_schedule import BatchSchedule, token_steps
         from megatron_dynmix.training.mixed_run import MixedRun
 
@@ -164,6 +173,7 @@ class StockRun:
             seed=args.seed,
             weights=blend.first_weights(sizes),
             max_epochs=caps_of(args, blend.names),
+            examples_per_row=density if self._mixing.unit == "examples" else None,
             fingerprints=prints_of(blend, args),
             run_dir=args.dynmix_run_dir,
             log_interval=args.log_interval,
@@ -175,9 +185,9 @@ class StockRun:
         place = (run.iteration + iterations, run.consumed_samples + samples)
         if place != (args.iteration, args.consumed_train_samples):
             raise InputError(
-                f"the mix of the checkpoint stands at iteration {place[0]} and sample {place[1]}, Megatron-LM "
-                f"at iteration {args.iteration} and sample {args.consumed_train_samples}; go on from a whole "
-                "checkpoint, or begin a new mix with --finetune"
+                f"the mix of the checkpoint stands at iteration {place[0]} and sample {place[1]}, "
+                f"Megatron-LM at iteration {args.iteration} and sample {args.consumed_train_samples}; go on "
+                "from a whole checkpoint, or begin a new mix with --finetune"
             )
         if self._saved is None and iterations:
             self._say(
@@ -233,6 +243,7 @@ class StockRun:
     def _end_step(self, *, done: bool, **how: Any) -> None:
         from megatron.core import parallel_state
         from megatron.core.num_microbatches_calculator import get_num_microbatches
+
         from megatron_dynmix.records.logline import mixing_table
 
         args = _args()
@@ -242,8 +253,9 @@ class StockRun:
         update = self.run.end_step(before + size if done else before, **how)
         if update is not None:
             self._say(mixing_table(update))
-        if self._losses is not None and done:
-            self._losses.training(self.run, args)
+        record = self.run.last_record
+        if self._losses is not None and record is not None and record.iteration == self.run.iteration:
+            self._losses.training(record)
 
     # ------------------------------------------------------------------ checkpoints
     def save(self, stock: Callable[..., Any], *given: Any, **named: Any) -> Any:
@@ -263,7 +275,7 @@ class StockRun:
 
         def after(model: Sequence[torch.nn.Module]) -> Any:
             if self._losses is not None:
-                self._losses.validation(self.run, _args())
+                self._losses.validation(self.run.iteration + self._began_at[0])
             return None if look is None else look(model)
 
         return after

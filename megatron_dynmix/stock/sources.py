@@ -32,7 +32,7 @@ class Blend:
 
 
 def blends_of(args: Namespace) -> tuple[Blend, Blend | None]:
-    """Return the blends of train and validation; `InputError` without data, or where names do not tell apart."""
+    """Return the blends of train and validation; `InputError` if there are none."""
     from megatron.training.utils import get_blend_and_blend_per_split
 
     blend, per_split = get_blend_and_blend_per_split(args)

@@ -388,8 +388,13 @@ def check_mix(config: RunConfig, num_layers: int) -> dict[str, Any]:
 
     Return what the settings say by file and by source, for `Mix.of`.
     """
-    mixing, names = config.mixing, list(config.data.sources)
     resolved = resolve(config)
+    check_mixing(config.mixing, resolved, list(config.data.sources), num_layers)
+    return resolved
+
+
+def check_mixing(mixing: MixingConfig, resolved: Resolved, names: Sequence[str], num_layers: int) -> None:
+    """Refuse, as `InputError`, what cannot be made for so many MoE layers, whatever the data."""
     with refusing(mixing, sources=names):
         for chosen in (mixing.chosen, *mixing.shadows):
             strategy = strategy_of(chosen, resolved)
@@ -397,7 +402,6 @@ def check_mix(config: RunConfig, num_layers: int) -> dict[str, Any]:
                 select_layers(strategy.layers, num_layers)
         prior_D = prior_of(mixing, resolved, names, np.ones(len(names), np.int64))
         guardrails_of(mixing, resolved, prior_D).check(len(names))
-    return resolved
 
 
 def initial_weights(config: RunConfig) -> NDArray[np.float64]:

@@ -21,10 +21,10 @@ def conversations(tmp_path_factory):
     train_bpe(TEXTS, 256, folder)
     tokenizer = load_tokenizer(folder)
     words = []
-    for seed, name in enumerate(("chat", "math")):
+    for seed, name in enumerate(("chat", "math", "code")):
         rows = write_jsonl(folder / f"{name}.jsonl", varied_rows(150, seed))
         prepare_files(tokenizer=tokenizer, name=name, inputs=[rows], prefix=folder / name)
-        words += ["0.5", str(folder / name)]
+        words += ["1", str(folder / name)]
     return ("--data-path", *words, "--vocab-size", "512", "--dynmix-packed-rows")
 
 
