@@ -16,13 +16,14 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from megatron_dynmix.records.text_table import table  # noqa: E402
-from tests.distributed.ranks import CONTEXT  # noqa: E402
-from tests.stock import data, engine  # noqa: E402
+from megatron_dynmix.records.text_table import table
+from tests.distributed.ranks import CONTEXT
+from tests.stock import data, engine
 
 TARGET = 1.02
 MODEL = [
-    *("--num-layers", "4", "--hidden-size", "128", "--ffn-hidden-size", "256", "--moe-ffn-hidden-size", "256"),
+    *("--num-layers", "4", "--hidden-size", "128", "--ffn-hidden-size", "256"),
+    *("--moe-ffn-hidden-size", "256"),
     *("--seq-length", "256", "--max-position-embeddings", "256", "--micro-batch-size", "4"),
     *("--eval-iters", "0"),
 ]

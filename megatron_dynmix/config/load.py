@@ -228,7 +228,7 @@ def parse_flags(flags: Sequence[str], known: Mapping[str, leaves.Leaf] | None = 
 
 
 def add_flags(parser: argparse._ActionsContainer, known: Mapping[str, leaves.Leaf], prefix: str = "") -> None:
-    """Give a parser a flag of every leaf, whose text `read_flags` reads; with `prefix`, as `--PREFIX-name`."""
+    """Give a parser a flag of every leaf, for `read_flags` to read; with `prefix`, as `--PREFIX-name`."""
     start, place = (f"{prefix}-", f"{prefix}_") if prefix else ("", "")
     for leaf in known.values():
         aliases = (

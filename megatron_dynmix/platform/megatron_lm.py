@@ -1,4 +1,4 @@
-"""Where stock Megatron-LM's loop is entered, of 0.16.1 to 0.19: attributes that it looks up by name as it runs.
+"""Where the loop of stock Megatron-LM, 0.16.1 to 0.19, is entered: attributes that it looks up by name.
 
 It has no place of its own to put them: `pretrain(..., callbacks=[...])` of later versions will have one for
 steps, but none for checkpoints.

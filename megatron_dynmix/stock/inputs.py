@@ -16,11 +16,12 @@ from megatron_dynmix.stock.packed import JoinedRows, StockRows, joined_params, m
 from megatron_dynmix.stock.sources import Sources
 
 if TYPE_CHECKING:
+    from megatron_dynmix.data.blend_plan import Draw
     from megatron_dynmix.training.mixed_run import MixedRun
 
 
 class PackedInputs:
-    """Announces packed rows, and hands GPTModel what the flags ask for."""
+    """Tells of packed rows where they are padding, and hands GPTModel what the flags ask for."""
 
     def __init__(self, args: Namespace, datasets: Sequence[StockRows], run: MixedRun) -> None:
         self._args, self._datasets, self._run = args, datasets, run
@@ -41,16 +42,15 @@ class PackedInputs:
         for chunk in chunks:
             chunk.register_forward_pre_hook(self._complete, with_kwargs=True)
 
-    def announce(self, chunk: int) -> None:
-        """Announce the next micro-batch of a chunk."""
-        draws = self._run.next_draws(chunk)
+    def masks(self, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `[B, S]` where rows are padding, and where they are trained on; the next pass has them."""
         segments = [self._datasets[source].segments(row) for source, row, _ in draws]
         self._segment_BS = torch.from_numpy(np.stack(segments)).to(self._device)
-        trained_BS = None
-        if self._run.mix.settings.load_tokens == "trained":
-            rows = [self._datasets[source][row]["loss_mask"] for source, row, _ in draws]
-            trained_BS = torch.from_numpy(np.stack(rows))
-        self._run.announce(chunk=chunk, padding_BS=self._segment_BS < 0, trained_BS=trained_BS)
+        padding_BS = self._segment_BS < 0
+        if self._run.mix.settings.load_tokens != "trained":
+            return padding_BS, ~padding_BS
+        rows = [self._datasets[source][row]["loss_mask"] for source, row, _ in draws]
+        return padding_BS, torch.from_numpy(np.stack(rows))
 
     def _complete(self, model: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Add a padding mask, and for middle stages what stock's code gives to the first and the last."""

@@ -6,12 +6,13 @@ from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_dynmix.config.check import check_strategies
 from megatron_dynmix.config.megatron_fields import moe_layers
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.mixing.strategies.gate_load import MIN_SOURCES, GateLoad
 from megatron_dynmix.stock.flags import spelled, value_of
-from megatron_dynmix.training.mix_setup import check_mixing, resolve_files, strategy_of
+from megatron_dynmix.stock.sources import Blend
+from megatron_dynmix.training.mix_setup import check_mixing, resolve_files
 
 REFUSED: Mapping[str, str] = {
     "full_validation": "it needs the length of a validation set, which an iterator has not; leave it out",
@@ -110,19 +111,17 @@ def _check_packed(args: Namespace) -> None:
         )
 
 
-def check_mix(mixing: MixingConfig, names: list[str], caps: Mapping[str, float], args: Namespace) -> None:
+def check_mix(mixing: MixingConfig, blend: Blend, caps: Mapping[str, float], args: Namespace) -> None:
     """Refuse settings that cannot be followed with these sources and this model."""
     shape = {"num_layers": args.num_layers, "moe_layer_freq": args.moe_layer_freq}
-    layers = moe_layers(Namespace(num_moe_experts=args.num_experts, **shape))
-    resolved = resolve_files(mixing, names)
-    resolved["max_epochs"] = [caps.get(name) for name in names]
-    check_mixing(mixing, resolved, names, len(layers))
-    kinds = [strategy_of(chosen, resolved) for chosen in (mixing.chosen, *mixing.shadows)]
-    if len(names) < MIN_SOURCES and any(isinstance(kind, GateLoad) for kind in kinds):
+    layers, names = moe_layers(Namespace(num_moe_experts=args.num_experts, **shape)), blend.names
+    if mixing.strategy == "uniform" and blend.weights and len(set(blend.weights)) > 1:
         raise InputError(
-            f"gate-load needs at least {MIN_SOURCES} sources, and {len(names)} are given ({', '.join(names)}): "
-            "two are always equally far from each other; split one, or use another --dynmix-strategy"
+            "--dynmix-strategy is uniform, but the sources have different weights in --data-path; use fixed"
         )
+    check_strategies(mixing, names, layers)
+    resolved = {**resolve_files(mixing, names), "max_epochs": [caps.get(name) for name in names]}
+    check_mixing(mixing, resolved, names, len(layers))
     if not args.dynmix_packed_rows:
         for setting, value in (("unit", "examples"), ("load_tokens", "trained")):
             if getattr(mixing, setting) == value:

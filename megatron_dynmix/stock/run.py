@@ -58,7 +58,7 @@ class StockRun:
                 "the script's dataset provider is not marked as distributed, so with tensor parallelism some "
                 "ranks would not know the sources; set its attribute is_distributed to True"
             )
-        check_mix(self._mixing, self._blend.names, caps_of(args, self._blend.names), args)
+        check_mix(self._mixing, self._blend, caps_of(args, self._blend.names), args)
         if args.dynmix_source_loss and self.evaluation_is_taken:
             raise InputError(
                 "--dynmix-source-loss reports evaluations through pretrain's non_loss_data_func, and this "
@@ -171,7 +171,7 @@ class StockRun:
             micro_batch_size=args.micro_batch_size,
             seq_length=args.seq_length,
             seed=args.seed,
-            weights=blend.first_weights(sizes),
+            weights=None if self._mixing.strategy == "uniform" else blend.first_weights(sizes),
             max_epochs=caps_of(args, blend.names),
             examples_per_row=density if self._mixing.unit == "examples" else None,
             fingerprints=prints_of(blend, args),
@@ -210,10 +210,7 @@ class StockRun:
         def step(data_iterator: Any, model: Any, *given: Any, **named: Any) -> Any:
             if model.training and self._run is not None:
                 chunk = get_attr_wrapped_model(model, "vp_stage") or 0
-                if self.packed is not None:
-                    self.packed.announce(chunk)
-                else:
-                    self._run.announce(chunk=chunk)
+                self._run.announce(chunk=chunk, rows=None if self.packed is None else self.packed.masks)
             return forward_step(data_iterator, model, *given, **named)
 
         return step
@@ -253,7 +250,7 @@ class StockRun:
         update = self.run.end_step(before + size if done else before, **how)
         if update is not None:
             self._say(mixing_table(update))
-        record = self.run.last_record
+        record = self.run.record
         if self._losses is not None and record is not None and record.iteration == self.run.iteration:
             self._losses.training(record)
 

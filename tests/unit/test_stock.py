@@ -44,7 +44,7 @@ def test_flags_give_settings_as_our_own_command_reads_them(monkeypatch, tmp_path
         parsed(
             "--dynmix-strategy gate-load --dynmix-eta 1e1 --dynmix-interval 5 --no-dynmix-debias "
             "--dynmix-similarity-correction --dynmix-override-file o.json "
-            "--dynmix-shadow [inverse] --dynmix-prior {\"a\":1,\"b\":2}"
+            '--dynmix-shadow [inverse] --dynmix-prior {"a":1,"b":2}'
         )
     )
     assert (mixing.options["eta"], mixing.options["debias"], mixing.interval) == (10.0, False, 5)
@@ -77,7 +77,7 @@ def test_wrong_settings_are_refused_by_flag(flags, words):
 
 
 def test_flags_that_were_parsed_too_early_are_missed_aloud():
-    with pytest.raises(InputError, match="after the flags were parsed.*below the imports"):
+    with pytest.raises(InputError, match=r"after the flags were parsed.*below the imports"):
         mixing_of(Namespace())
 
 
@@ -89,7 +89,7 @@ def test_caps_of_sources(text, caps):
 
 @pytest.mark.parametrize("text", ["c=2", "a=0", "a=-1", "a", "a=nan", "=1", "a=x"])
 def test_caps_that_are_none_are_refused(text):
-    with pytest.raises(InputError, match="NAME=EPOCHS.*a, b"):
+    with pytest.raises(InputError, match=r"NAME=EPOCHS.*a, b"):
         caps_of(parsed(f"--dynmix-max-epochs {text}"), ["a", "b"])
 
 
@@ -146,11 +146,11 @@ def test_data_that_would_be_torn_apart_is_refused(tmp_path):
     prepared = make_files(tmp_path, "chat", ["bin", "idx", "json", "digests"])
     check_sources([plain], stock_args())
     check_sources([prepared], stock_args(PACKED))
-    with pytest.raises(InputError, match="chat was written by.*torn apart.*--dynmix-packed-rows"):
+    with pytest.raises(InputError, match=r"chat was written by.*torn apart.*--dynmix-packed-rows"):
         check_sources([plain, prepared], stock_args())
     with pytest.raises(InputError, match="web was not written by"):
         check_sources([prepared, plain], stock_args(PACKED))
-    with pytest.raises(InputError, match="no .*chat.jsonl.idx"):
+    with pytest.raises(InputError, match=r"no .*chat.jsonl.idx"):
         check_sources([str(tmp_path / "chat.jsonl")], stock_args())
 
 
