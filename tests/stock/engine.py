@@ -27,7 +27,7 @@ FLAGS = [
     *("--hidden-dropout", "0", "--attention-dropout", "0", "--no-create-attention-mask-in-dataloader"),
     *("--tokenizer-type", "NullTokenizer", "--vocab-size", "256", "--distributed-backend", "gloo"),
     *("--split", "90,10,0", "--num-workers", "0", "--log-interval", "1", "--eval-iters", "1"),
-    *("--eval-interval", "4", "--distributed-timeout-minutes", "2"),
+    *("--eval-interval", "4", "--save-interval", "1000", "--distributed-timeout-minutes", "2"),
 ]
 """A model of two layers and eight experts, and what stock needs to run on a CPU."""
 FOLDER = "DYNMIX_MEGATRON_LM"
