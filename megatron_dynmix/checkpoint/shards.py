@@ -24,13 +24,14 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_dynmix.checkpoint.folder import Checksum, checksum
 from megatron_dynmix.job.agreement import together
 from megatron_dynmix.platform.megatron_patches import use_results_queue
+from megatron_dynmix.platform.versions import request_shards
 
 BACKEND = ("torch_dist", 1)
 
@@ -69,12 +70,15 @@ class ShardWriter(TorchDistSaveShardedStrategy):
         """Do what `dist_checkpointing.save` does before the shards are written; return what is left to do."""
         sharded, common = save_preprocess(state)
         with together():
-            TorchCommonSaveStrategy("torch", 1).save_common(common, str(folder))
             if torch.distributed.get_rank() == 0:
+                # Later versions write this into the shards, but all read this file.
+                torch.save(common, folder / COMMON_STATE_FNAME)
                 save_config(CheckpointingConfig(*BACKEND), str(folder))
-        return self.async_save(sharded, folder)
+        return request_shards(self, sharded, folder)
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
+    def _get_save_and_finalize_callbacks(
+        self, writer: Any, save_state_dict_ret: Any, *strategy: str
+    ) -> AsyncRequest:
         write, stage, arguments = writer.get_save_function_and_args()
         return AsyncRequest(
             # Of Megatron-Core's function only the arguments are taken: it would start processes of its own.

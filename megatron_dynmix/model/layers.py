@@ -18,7 +18,6 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,6 +26,7 @@ from megatron_dynmix import platform
 from megatron_dynmix.config.run_config import ModelConfig
 from megatron_dynmix.moe.mlp_router import MlpRouter
 from megatron_dynmix.moe.router import GateLoadRouter
+from megatron_dynmix.platform.versions import moe_parts
 
 LATENT_NORMS = {
     "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
@@ -55,8 +55,8 @@ def decoder_spec(
         block.layer_norm = LocalNorm
     for layer in block.layer_specs:
         parts = layer.submodules
-        if parts.mlp.module is MoELayer:
-            parts.mlp.submodules.router = mlp_router if model.router_network == "mlp" else GateLoadRouter
+        if (moe := moe_parts(parts.mlp)) is not None:
+            moe.router = mlp_router if model.router_network == "mlp" else GateLoadRouter
         if not transformer_engine:
             _use_local_layers(parts, transformer)
         elif not joins_rows(transformer_engine, transformer.context_parallel_size):
@@ -89,12 +89,12 @@ def _use_local_layers(parts: Any, transformer: TransformerConfig) -> None:
         attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
         # Transformer Engine's layers hold these norms, and their checkpoints say so
         parts.sharded_state_dict_keys_map = dict(LATENT_NORMS)
-        if parts.mlp.module is not MoELayer:
+        if moe_parts(parts.mlp) is None:
             parts.sharded_state_dict_keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
         return
     if transformer.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = LocalNorm
-    if parts.mlp.module is MoELayer:
+    if moe_parts(parts.mlp) is not None:
         # The local spec renames this key in checkpoints as if the layer were dense; Transformer Engine's
         # does not, and a checkpoint must not tell where it was written.
         parts.sharded_state_dict_keys_map = {

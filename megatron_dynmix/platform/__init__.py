@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch
 
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.platform import packages
+from megatron_dynmix.platform import packages, versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,7 @@ def start() -> Platform:
         "The .grad attribute of a Tensor that is not a leaf",
     ):
         warnings.filterwarnings("ignore", message=message)
+    versions.expect_deprecations()
     return _cuda() if torch.cuda.is_available() else _cpu()
 
 

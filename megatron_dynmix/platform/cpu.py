@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from megatron_dynmix.platform import versions
+
 CPU = torch.device("cpu")
 
 
@@ -47,6 +49,7 @@ def install() -> None:
     _replace_torch_cuda()
     _redirect_tensor_factories()
     _adapt_megatron_to_gloo()
+    versions.recompute_without_compiler()
 
 
 def _replace_torch_cuda() -> None:

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import distrib_optimizer, optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
@@ -33,6 +34,7 @@ def complete_without_transformer_engine() -> None:
     CheckpointWithoutOutput.__init__ = lambda self, fp8=False: init(self, fp8 or None)
     # It takes Transformer Engine to be there wherever names can be imported, then asks for the type None.
     multi_latent_attention.HAVE_TE = False
+    multi_latent_attention.Linear = Linear  # its own, which later versions know with Transformer Engine only
 
 
 def update_expert_bias_exactly() -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -76,7 +77,7 @@ def full_disk(what, *, rank, iteration):
         return write
 
     owner, name, path_of = {
-        "common.pt": (shards.TorchCommonSaveStrategy, "save_common", lambda self, state, folder: folder),
+        "common.pt": (shards.torch, "save", lambda state, file: file if isinstance(file, Path) else ""),
         "shard": (filesystem_async, "_write_item", lambda transforms, stream, *rest: stream.name),
         "killed": (filesystem_async, "_write_item", lambda transforms, stream, *rest: stream.name),
         ".metadata": (
