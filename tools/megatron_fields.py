@@ -1,6 +1,9 @@
 """Write the table of Megatron-Core's settings from the version that is installed.
 
-    python tools/megatron_fields.py megatron_dynmix/config/megatron_fields.json
+    python tools/megatron_fields.py megatron_dynmix/config
+
+With the oldest supported version this is `megatron_fields.json`; with a later one its entry in
+`megatron_versions.json`: the fields it has no longer, those it has more, those of another type or default.
 
 Each dataclass has its fields without those it inherits, each field its type and default. Types that YAML
 cannot write (functions, dtypes, objects) are left out of unions; a field of nothing else is left out, unless
@@ -21,6 +24,7 @@ from typing import Any
 
 from megatron_dynmix import platform
 from megatron_dynmix.config.leaves import DECIDED
+from megatron_dynmix.config.megatron_fields import OLDEST, installed
 
 OWNERS = {
     "ModelParallelConfig": "megatron.core.model_parallel_config",
@@ -74,17 +78,39 @@ def type_text(hint: Any) -> str:
     )
 
 
+def difference(table: dict[str, dict[str, Any]], oldest: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Return the names of fields that only the oldest version has, only this one, or both with other rows."""
+    here, there = (
+        {name: row for rows in fields.values() for name, row in rows.items()}
+        for fields in (json.loads(json.dumps(table)), oldest)
+    )
+    return {
+        "gone": sorted(there.keys() - here.keys()),
+        "new": sorted(here.keys() - there.keys()),
+        "changed": sorted(name for name in here.keys() & there.keys() if here[name] != there[name]),
+    }
+
+
 def main() -> None:
-    """Write the table."""
+    """Write the table, or the difference from it."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("output", type=Path)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    table, release = megatron_table(), installed()[0]
+    fields, versions = folder / "megatron_fields.json", folder / "megatron_versions.json"
+    if release != OLDEST:
+        known = json.loads(versions.read_text()) if versions.is_file() else {}
+        known[release] = difference(table, json.loads(fields.read_text()))
+        text = json.dumps(dict(sorted(known.items())), indent=1) + "\n"
+        versions.write_text(text, encoding="utf-8")
+        return
     owners = [
         f" {json.dumps(owner)}: {{\n"
         + ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
-        for owner, rows in megatron_table().items()
+        for owner, rows in table.items()
     ]
     text = "{\n" + "\n },\n".join(owners) + "\n }\n}\n"
-    parser.parse_args().output.write_text(text, encoding="utf-8")
+    fields.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ DECIDED = {
     "use_custom_fsdp": "checkpoints of FSDP models are not supported",
     "init_model_with_meta_device": "checkpoints of FSDP models are not supported",
 }
-"""Megatron-Core fields that cannot be set here, and why."""
+"""Megatron-Core fields that cannot be set here, whatever its version, and why."""
 
 FLAG_ALIASES = {
     "num-experts": "num_moe_experts",
@@ -104,6 +104,14 @@ def all_leaves() -> dict[str, Leaf]:
     return leaves
 
 
+@functools.cache
+def refused() -> dict[str, str]:
+    """Return the fields of any version of Megatron-Core that cannot be set, and why."""
+    from megatron_dynmix.config.megatron_fields import unavailable_fields
+
+    return {**unavailable_fields(), **DECIDED}
+
+
 def _own_leaves(section: str, owner: type) -> dict[str, Leaf]:
     hints = typing.get_type_hints(owner)
     return {
@@ -113,8 +121,8 @@ def _own_leaves(section: str, owner: type) -> dict[str, Leaf]:
 
 def find(name: str) -> Leaf:
     """Return the leaf of that name; refuse an unknown one, and one that cannot be set, with the reason."""
-    if name in DECIDED:
-        raise InputError(f"{name} cannot be set: {DECIDED[name]}")
+    if name in refused():
+        raise InputError(f"{name} cannot be set: {refused()[name]}")
     if name not in all_leaves():
         raise InputError(f"{name} is no setting{nearest(name, all_leaves())}")
     return all_leaves()[name]

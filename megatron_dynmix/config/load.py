@@ -221,6 +221,9 @@ def parse_flags(flags: Sequence[str], known: Mapping[str, leaves.Leaf] | None = 
     add_flags(parser, known)
     spaced, unknown = parser.parse_known_args(list(flags))
     if unknown:
+        named = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
+        if named.removeprefix("no_") in leaves.refused():
+            leaves.find(named.removeprefix("no_"))
         options = [option for action in parser._actions for option in action.option_strings]
         what = "flag" if unknown[0].startswith("-") else "argument"
         raise InputError(f"{unknown[0]} is an unknown {what}{leaves.nearest(unknown[0], options)}")
@@ -261,7 +264,7 @@ def read_flags(
         if isinstance(value, list):
             value = value[0] if len(value) == 1 else f"[{', '.join(value)}]"
         if not isinstance(value, bool):
-            leaf = leaves.find(name) if name in leaves.DECIDED else known[name]
+            leaf = leaves.find(name) if name in leaves.refused() else known[name]
             value = leaves.from_text(value, leaf, flag)
         parsed[name] = _meant(name, value, Path.cwd(), flag)
     return parsed

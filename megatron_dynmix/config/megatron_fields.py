@@ -1,11 +1,14 @@
 """The fields of Megatron-Core's own configuration, known without importing it or torch.
 
-`megatron_fields.json` is written by `tools/megatron_fields.py` from the version that constraints.txt pins.
+`tools/megatron_fields.py` writes `megatron_fields.json` from the oldest supported release, and
+`megatron_versions.json` from each later one. What can be set are the fields that the oldest one has and the
+installed one still has: a later field is none that runs of this package were seen to work with.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import typing
 from dataclasses import dataclass
@@ -24,6 +27,8 @@ SECTIONS = {
     "OptimizerConfig": "optimizer",
 }
 """Megatron-Core's dataclasses, and the section that their fields are given in."""
+OLDEST = "0.16"
+"""The release whose fields can be set."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,36 @@ def megatron_fields() -> dict[str, dict[str, MegatronField]]:
         hints = typing.get_type_hints(types, {"Any": Any, "Literal": Literal})
         fields[owner] = {name: MegatronField(hints[name], default) for name, (_, default) in rows.items()}
     return fields
+
+
+def installed() -> tuple[str, str]:
+    """Return the release of Megatron-Core, such as 0.16, and its version; those tried if there is none."""
+    try:
+        version = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        return OLDEST, OLDEST
+    return ".".join(version.split(".")[:2]), version
+
+
+@functools.cache
+def unavailable_fields() -> dict[str, str]:
+    """Return the fields that cannot be set since another release than the installed one has them, and why."""
+    differences = json.loads(Path(__file__).with_name("megatron_versions.json").read_text(encoding="utf-8"))
+    release, version = installed()
+    if release not in (OLDEST, *differences):
+        raise InputError(
+            f"megatron-core {version} is installed, and what it does is not known here; install one from "
+            f"{OLDEST}.1 to {max(differences)}"
+        )
+    reasons = {}
+    for later, fields in reversed(differences.items()):
+        for name in fields["new"]:
+            reasons[name] = f"it came with megatron-core {later}, and runs were tried without it only"
+    for name in differences.get(release, {"gone": []})["gone"]:
+        last = max({OLDEST, *(other for other, fields in differences.items() if name not in fields["gone"])})
+        until = OLDEST if last == OLDEST else f"{OLDEST} to {last}"
+        reasons[name] = f"megatron-core {version} is installed, and only {until} has it"
+    return reasons
 
 
 def model_settings(config: RunConfig) -> SimpleNamespace:

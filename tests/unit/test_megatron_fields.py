@@ -9,8 +9,16 @@ from pathlib import Path
 import pytest
 from config_fixtures import good_settings, write
 
-from megatron_dynmix.config.megatron_fields import megatron_fields, model_settings, moe_layers
+from megatron_dynmix.config import megatron_fields as fields
+from megatron_dynmix.config.megatron_fields import (
+    OLDEST,
+    installed,
+    megatron_fields,
+    model_settings,
+    moe_layers,
+)
 from megatron_dynmix.config.run_config import RunConfig
+from megatron_dynmix.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 REFUSE = """
@@ -21,16 +29,52 @@ sys.exit(f"imported {loaded}" if (loaded := {"torch", "megatron.core"} & sys.mod
 """
 
 
-def test_the_table_is_that_of_the_installed_version():
-    path = ROOT / "megatron_dynmix/config/megatron_fields.json"
-    table = runpy.run_path(str(ROOT / "tools/megatron_fields.py"))["megatron_table"]()
-    known = json.loads(path.read_text())
-    assert known == json.loads(json.dumps(table)), f"python tools/megatron_fields.py {path.relative_to(ROOT)}"
+def test_the_tables_are_those_of_the_installed_version():
+    tool = runpy.run_path(str(ROOT / "tools/megatron_fields.py"))
+    table = json.loads(json.dumps(tool["megatron_table"]()))
+    folder, release = ROOT / "megatron_dynmix/config", installed()[0]
+    oldest = json.loads((folder / "megatron_fields.json").read_text())
+    command = f"python tools/megatron_fields.py {folder.relative_to(ROOT)}"
+    if release == OLDEST:
+        assert table == oldest, command
+    else:
+        versions = json.loads((folder / "megatron_versions.json").read_text())
+        assert versions[release] == tool["difference"](table, oldest), command
+
+
+@pytest.mark.parametrize(
+    ("release", "name", "why"),
+    [
+        ("0.16", "moe_use_legacy_grouped_gemm", None),
+        ("0.17", "moe_use_legacy_grouped_gemm", "megatron-core 0.17.9 is installed, and only 0.16 has it"),
+        ("0.19", "moe_use_legacy_grouped_gemm", "megatron-core 0.19.9 is installed, and only 0.16 has it"),
+        ("0.17", "muon_use_nesterov", None),
+        ("0.18", "muon_use_nesterov", "megatron-core 0.18.9 is installed, and only 0.16 to 0.17 has it"),
+        ("0.16", "use_mup", "it came with megatron-core 0.17"),
+        ("0.19", "use_mup", "it came with megatron-core 0.17"),
+        ("0.16", "gtp_weight_remat_size", "it came with megatron-core 0.19"),
+        ("0.19", "moe_router_topk", None),
+    ],
+)
+def test_a_field_of_another_version_has_a_reason(release, name, why, monkeypatch):
+    monkeypatch.setattr(fields, "installed", lambda: (release, f"{release}.9"))
+    reasons = fields.unavailable_fields.__wrapped__()
+    assert reasons.get(name, "").startswith(why) if why else name not in reasons
+
+
+@pytest.mark.parametrize("release", ["0.15", "0.20", "1.0"])
+def test_a_version_that_is_not_known_is_refused(release, monkeypatch):
+    monkeypatch.setattr(fields, "installed", lambda: (release, f"{release}.0"))
+    with pytest.raises(InputError, match=rf"megatron-core {release}\.0 is installed.*0\.16\.1 to 0\.19"):
+        fields.unavailable_fields.__wrapped__()
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ("--use-mup", "use_mup cannot be set: it came with megatron-core 0.17"),
+        ("--no-use-mup", "use_mup cannot be set: it came with megatron-core 0.17"),
+        ("--gtp-weight-remat-size=2", "gtp_weight_remat_size cannot be set: it came with megatron-core 0.19"),
         ("--moe-router-topkk 2", "did you mean --moe-router-topk?"),
         ("--moe-router-topk two", "a whole number"),
         ("--attention-backend slow", "one of flash"),
