@@ -3,12 +3,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+NEWEST := .venv-newest/bin
+# of Python 3.12, which the newest Megatron-Core needs: one that is named, on the path, or among pyenv's
+ifeq ($(origin NEWEST_PYTHON), undefined)
+NEWEST_PYTHON := $(firstword $(shell for python in python3.12 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.12.*/bin/python; \
+  do $$python -c 'import sys, venv; print(sys.executable) if sys.version_info[:2] == (3, 12) else exit(1)'; done 2>/dev/null))
+endif
 
 # one thread per rank: several ranks share the cores, and more threads only get in each other's way
-test test-slow soak quickstart: export OMP_NUM_THREADS := 1
+test test-slow test-newest soak quickstart: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow soak study lint docs bench gpu-check clean
+.PHONY: help quickstart test test-slow test-newest soak study lint docs bench gpu-check clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -35,6 +41,24 @@ test-slow: $(INSTALLED)  ## run the tests that `make test` leaves out: more layo
 	$(BIN)/python -m pytest -m slow --ignore tests/te
 	$(BIN)/python -m pytest -m slow tests/te
 
+# constraints.txt but for what the other file says
+.venv-newest/.installed: setup.py constraints.txt constraints-newest.txt
+	$(NEWEST_PYTHON) -m venv .venv-newest
+	grep -v '^megatron-core==' constraints.txt | cat - constraints-newest.txt > .venv-newest/constraints.txt
+	$(NEWEST)/python -m pip install -q -c .venv-newest/constraints.txt torch
+	$(NEWEST)/python -m pip install -q -c .venv-newest/constraints.txt -e '.[dev]'
+	touch $@
+
+ifneq ($(NEWEST_PYTHON),)
+test-newest: .venv-newest/.installed  ## run tests with the newest Megatron-Core, where there is a Python 3.12
+	$(NEWEST)/python -m pytest -n 2 --dist loadfile tests/unit
+	$(NEWEST)/python -m pytest -n 2 --dist loadfile tests/distributed -m 'newest and not slow'
+	if [ -d tests/stock ]; then $(NEWEST)/python -m pytest -n 2 --dist loadfile tests/stock; fi
+else
+test-newest:
+	@echo 'test-newest is skipped: no Python 3.12 was found, which megatron-core 0.19 needs; name one by NEWEST_PYTHON'
+endif
+
 soak: $(INSTALLED)  ## kill a run KILLS times (50) and compare it with one that was not
 	$(BIN)/python -W ignore -m tests.distributed.kills $(or $(KILLS),50)
 
@@ -59,5 +83,5 @@ gpu-check:  ## run the GPU tests with PYTHON's own packages, no .venv
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu
 
 clean:  ## remove .venv, caches and build output; runs/ stays
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-newest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -24,8 +24,8 @@ setup(
     # megatron-core 0.16.1 has wheels for 3.10 to 3.13 only, and its source distribution needs a compiler
     python_requires=">=3.10,<3.14",
     install_requires=[
-        # 0.17 is another API, and an unpinned install takes it silently where Python is 3.12 or newer
-        "megatron-core>=0.16.1,<0.17",
+        # those that docs/versions.md tells about; from 0.17 on they need Python 3.12 or newer
+        "megatron-core>=0.16.1,<0.20",
         "torch>=2.8",
         "numpy>=1.26",
         "tensorboard>=2.16",

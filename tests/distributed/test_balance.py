@@ -9,6 +9,8 @@ from tests.distributed.conftest import SMALL, quick_or_slow
 from tests.distributed.layouts import CP2, ETP1, PP2, TP2, VPP2, assert_same_gradients, ep, full
 from tests.distributed.ranks import run_ranks
 
+pytestmark = pytest.mark.newest
+
 
 def balanced(kind):
     return ["--moe-router-load-balancing-type", kind, "--moe-aux-loss-coeff", "1"]

@@ -124,6 +124,7 @@ def resumed(request, run_yaml, start, tmp_path_factory):
     return answers
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("pair", quick_or_slow(RESUMED, QUICK))
 def test_I2_I3_a_run_goes_on_in_another_layout_as_if_undisturbed(pair, resumed, undisturbed):
     half = "bf16" in pair[0]
@@ -185,6 +186,7 @@ def saved_in(run_dir):
 WHY = {"killed": "results_queue should not be empty"}
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("case", quick_or_slow(FAILURES, QUICK_FAILURES))
 def test_a_checkpoint_that_cannot_be_written_costs_no_older_one(case, failed):
     flags, what, rank, iteration = FAILURES[case]
@@ -245,6 +247,7 @@ def test_the_last_good_checkpoint_is_kept_when_the_run_breaks(sync):
     assert point.source.name == "iter_0000001" and not point.notes
 
 
+@pytest.mark.newest
 def test_a_checkpoint_written_beside_the_training_is_the_state_it_was_asked_for(sync, run_yaml, tmp_path):
     flags = [*SHORT, "--save-interval", "2", "--async-save"]
     said, end = run_ranks(2, programs.written_late, run_yaml, flags, tmp_path)[0]

@@ -29,6 +29,8 @@ from tests.distributed.layouts import (
 )
 from tests.distributed.ranks import run_ranks
 
+pytestmark = pytest.mark.newest
+
 TOPK, LAYERS, HALVES, SOURCES, EXPERTS = 2, 4, 2, 4, 8
 RTOL = 1e-4
 FLAGS = [*SMALL, "--num-layers", str(LAYERS), "--lr", "1e-3", "--probe-tokens", "256"]
