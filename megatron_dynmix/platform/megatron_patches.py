@@ -1,4 +1,4 @@
-"""Corrections of Megatron-Core 0.16.1 that hold on every device; each names what is wrong there.
+"""Corrections of Megatron-Core, 0.16.1 to 0.19, that hold on every device; each names what is wrong there.
 
 Those that only a CPU needs are in `cpu.py`. This imports Megatron-Core.
 """
@@ -46,7 +46,9 @@ def update_expert_bias_exactly() -> None:
     module.get_updated_expert_bias = _updated_expert_bias  # type: ignore[attr-defined]
 
 
-def _updated_expert_bias(tokens_LE: torch.Tensor, bias_LE: torch.Tensor, rate: float) -> torch.Tensor:
+def _updated_expert_bias(
+    tokens_LE: torch.Tensor, bias_LE: torch.Tensor, rate: float, **groups: Any
+) -> torch.Tensor:
     """Return biases of L layers and E experts a step `rate` nearer to even loads."""
     ranks = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     torch.distributed.all_reduce(tokens_LE, group=ranks)
