@@ -64,10 +64,9 @@ def engine(monkeypatch, tmp_path):
         write_package(tmp_path, files)
         return packages
 
-    before = {name: module for name, module in sys.modules.items() if name.startswith("transformer_engine")}
-    for name in before:
+    for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])  # one may be installed
     packages.import_error.cache_clear()
     yield write
     packages.hide("transformer_engine")
