@@ -39,6 +39,7 @@ COMMANDS = {
     "launch": ("check a run and write its job script", True),
     "report": ("explain a run, or several side by side, on one HTML page", False),
     "compare": ("run strategies x seeds, and set them side by side", True),
+    "similarity": ("which sources are redundant, by how they load a model's experts", True),
     "whatif": ("what other rules would have made of the signals of a run", False),
     "evaluate": ("held-out loss of each source of a run", False),
     "convert": ("weights of Hugging Face folders in and out, with a verdict", False),

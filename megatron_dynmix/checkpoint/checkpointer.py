@@ -15,17 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch.distributed.checkpoint import CheckpointException
 
 from megatron_dynmix.checkpoint.folder import (
     TRACKER,
@@ -36,18 +29,21 @@ from megatron_dynmix.checkpoint.folder import (
     saved_iterations,
     set_aside,
 )
+from megatron_dynmix.checkpoint.model_weights import (
+    fill_weights,
+    load_sharded,
+    load_weights,
+    model_state,
+    set_state,
+)
 from megatron_dynmix.checkpoint.run_state import RunState, read_run_state
 from megatron_dynmix.checkpoint.shards import ShardWriter
-from megatron_dynmix.checkpoint.tensors import Tensors, fill
-from megatron_dynmix.errors import InputError
+from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.files import sync, write_atomically
 from megatron_dynmix.job.agreement import RankFailure, together
 from megatron_dynmix.lease import Lease
 from megatron_dynmix.model import optimizer as optimizers
-from megatron_dynmix.model.gpt import unwrap, whole_parameters
-
-EXTRA_STATE = "._extra_state"
-"""End of the names under which modules of Transformer Engine keep what is no tensor."""
+from megatron_dynmix.model.gpt import whole_parameters
 
 
 @dataclass(frozen=True)
@@ -198,62 +194,28 @@ class Checkpointer:
     def load(self, source: Path) -> RunState:
         """Restore model, optimizer and schedule from a checkpoint that fits them; return its run state."""
         state = read_run_state(source)
-        loaded = _load(self._state(loading=True), source)
-        self._load_chunks(loaded)
+        loaded = load_sharded(self._state(loading=True), source)
+        set_state(self.chunks, loaded)
         optimizers.load_optimizer_state(self.optimizer, loaded["optimizer"])
         self.scheduler.load_state_dict(loaded["opt_param_scheduler"])
         self.newest, self.good = state.progress.iteration, state.good
         return state
 
     def load_weights(self, source: Path) -> None:
-        """Start from the weights of a checkpoint; optimizer, schedule and mix start new.
-
-        What Transformer Engine keeps beside the weights need not be in it: a converted one has none.
-        """
-        held = load_sharded_metadata(str(source))
-
-        def is_absent(item: Any) -> bool:
-            return isinstance(item, ShardedObject) and item.unique_key not in held
-
-        _, present = extract_matching_values(self._model_state(), is_absent)
-        self._load_chunks(_load(present, source))
+        """Start from the weights of a checkpoint; optimizer, schedule and mix start new."""
+        load_weights(self.chunks, source)
         self.optimizer.reload_model_params()
 
     def load_tensors(self, tensors: Tensors) -> None:
-        """Start from tensors that are laid out as in a checkpoint; see `fill`."""
-        fill([chunk for _, chunk in self._chunks()], tensors)
+        """Start from tensors that are laid out as in a checkpoint."""
+        fill_weights(self.chunks, tensors)
         self.optimizer.reload_model_params()
-
-    def _load_chunks(self, loaded: dict[str, Any]) -> None:
-        for key, chunk in self._chunks():
-            missing, unexpected = chunk.load_state_dict(loaded[key], strict=False)
-            wrong = [name for name in missing if not name.endswith(EXTRA_STATE)] + unexpected
-            assert not wrong, f"a checkpoint that fits has all weights and no others: {wrong}"
-
-    def _chunks(self) -> list[tuple[str, GPTModel]]:
-        """Return the model's chunks under Megatron-LM's names: `model`, or `model0`, `model1`, ..."""
-        if len(self.chunks) == 1:
-            return [("model", unwrap(self.chunks[0]))]
-        return [(f"model{stage}", unwrap(chunk)) for stage, chunk in enumerate(self.chunks)]
-
-    def _model_state(self) -> dict[str, Any]:
-        metadata = optimizers.sharding_metadata()
-        return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in self._chunks()}
 
     def _state(self, *, loading: bool) -> dict[str, Any]:
         optimizers.materialize_state(self.optimizer)
-        model = self._model_state()
+        model = model_state(self.chunks)
         return {
             **model,
             "optimizer": optimizers.optimizer_state(self.optimizer, model, loading=loading),
             "opt_param_scheduler": self.scheduler.state_dict(),
         }
-
-
-def _load(state: dict[str, Any], source: Path) -> dict[str, Any]:
-    try:
-        return dict(dist_checkpointing.load(state, str(source)))
-    except (CheckpointingException, CheckpointException, KeyError, ValueError) as error:
-        raise InputError(
-            f"{source} does not fit this model and optimizer: {error}; give the settings it was written with"
-        ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_dynmix.checkpoint.checkpointer import Checkpointer
+from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.megatron import padded_vocab_size
 from megatron_dynmix.config.presets import other_shape
@@ -46,8 +46,8 @@ def check_load_hf(config: RunConfig) -> None:
     folder_for(Path(config.model.load_hf), config)
 
 
-def load_hugging_face(config: RunConfig, checkpointer: Checkpointer, say: Callable[[str], None]) -> None:
-    """Start from the weights of `model.load_hf`, each rank from its own slices of them."""
+def load_hugging_face(config: RunConfig, load: Callable[[Tensors], None], say: Callable[[str], None]) -> None:
+    """Have the weights of `model.load_hf` loaded, by each rank its own slices of them."""
     assert config.model.load_hf is not None, "asked before"
     folder = Path(config.model.load_hf)
     say(f" loading weights from {folder}")
@@ -56,7 +56,7 @@ def load_hugging_face(config: RunConfig, checkpointer: Checkpointer, say: Callab
             source = folder_for(folder, config)
         if source.predicting:
             say(f" not loaded: {prediction_text(source.predicting)}")
-        checkpointer.load_tensors(weights_of(source, config))
+        load(weights_of(source, config))
     except RankFailure as failure:
         text = f"the weights of {folder} could not be read: {failure}"
         raise TrainingStopped(on_rank_0(text)) from None

@@ -72,25 +72,31 @@ def build_gpt(
     )
 
 
-def build_model(
+def build_modules(
     config: RunConfig, transformer: TransformerConfig, platform: Platform
-) -> list[DistributedDataParallel]:
-    """Build this rank's chunks, one for each virtual pipeline stage: on their device, wrapped, in training.
-
-    Their hooks are given to Megatron-Core's schedules.
-    """
-    virtual_stages = transformer.virtual_pipeline_model_parallel_size
-    stages = range(virtual_stages) if virtual_stages else [None]
-    ddp = ddp_config(config)
+) -> Iterator[torch.nn.Module]:
+    """Build this rank's chunks, one for each virtual pipeline stage, on their device: they run, untrained."""
     update_expert_bias_exactly()
-    chunks: list[DistributedDataParallel] = []
-    for stage in stages:
+    virtual_stages = transformer.virtual_pipeline_model_parallel_size
+    for stage in range(virtual_stages) if virtual_stages else [None]:
         gpt = build_gpt(config, transformer, platform.transformer_engine, stage)
         if config.model.freeze_router:
             freeze_router(gpt)
         gpt = gpt.to(platform.device)
         mark_experts(gpt, transformer)
-        module = half_precision(transformer, gpt) if config.training.bf16 else gpt
+        yield half_precision(transformer, gpt) if config.training.bf16 else gpt
+
+
+def build_model(
+    config: RunConfig, transformer: TransformerConfig, platform: Platform
+) -> list[DistributedDataParallel]:
+    """Build this rank's chunks for training: wrapped, with gradients.
+
+    Their hooks are given to Megatron-Core's schedules.
+    """
+    ddp = ddp_config(config)
+    chunks: list[DistributedDataParallel] = []
+    for module in build_modules(config, transformer, platform):
         # As Megatron-LM: buckets overlap a chunk's reduction with its own backward pass, and that of later
         # chunks overlaps with other chunks' passes anyway.
         chunk = DistributedDataParallel(transformer, ddp, module, disable_bucketing=bool(chunks))
@@ -98,7 +104,8 @@ def build_model(
         chunks.append(chunk)
     if ddp.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
-        transformer.no_sync_func = no_sync if virtual_stages else no_sync[0]
+        interleaved = transformer.virtual_pipeline_model_parallel_size
+        transformer.no_sync_func = no_sync if interleaved else no_sync[0]
     if ddp.align_param_gather:
         transformer.param_sync_func = [chunk.start_param_sync for chunk in chunks]
     transformer.finalize_model_grads_func = (
@@ -114,7 +121,8 @@ def whole_parameters(chunks: Sequence[DistributedDataParallel]) -> Iterator[None
     With `overlap_param_gather` a step leaves each rank its own shard of them, and a module gathers the others
     when a forward pass comes to it.
     """
-    gathering = [chunk for chunk in chunks if chunk.use_forward_hook]
+    # chunks that are only run are not wrapped
+    gathering = [chunk for chunk in chunks if getattr(chunk, "use_forward_hook", False)]
     for chunk in gathering:
         chunk.disable_forward_pre_hook(param_sync=True)
     try:

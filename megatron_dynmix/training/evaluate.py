@@ -16,11 +16,10 @@ import numpy as np
 import torch
 
 from megatron_dynmix import platform
-from megatron_dynmix.checkpoint.checkpointer import Checkpointer
 from megatron_dynmix.checkpoint.folder import verified
+from megatron_dynmix.checkpoint.model_weights import load_weights
 from megatron_dynmix.checkpoint.run_state import read_run_state
 from megatron_dynmix.config import RunConfig
-from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.config.megatron import STAGE_SETTINGS
 from megatron_dynmix.config.run_config import ParallelConfig
@@ -32,8 +31,6 @@ from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.errors import CommandFailed, InputError
 from megatron_dynmix.files import write_atomically
 from megatron_dynmix.mixing.strategy import half_of
-from megatron_dynmix.model.lr_schedule import build_scheduler
-from megatron_dynmix.model.optimizer import build_optimizer
 from megatron_dynmix.training.run import build_runner, join_job
 from megatron_dynmix.training.step import PassRunner
 from megatron_dynmix.training.trainer import seed_iteration
@@ -130,13 +127,8 @@ def on_one_rank(config: RunConfig) -> RunConfig:
 def _load_model(config: RunConfig, num_sources: int, source: Path) -> PassRunner:
     """Build the model of a checkpoint, in evaluation mode."""
     seed_iteration(config.training.seed, -1)  # building draws weights, which the checkpoint's then replace
-    run = build_runner(config, num_sources, platform.start())
-    optimizer = build_optimizer(config, run.chunks)
-    scheduler = build_scheduler(config, optimizer, BatchSchedule.of(config))
-    checkpointer = Checkpointer(
-        directory=source.parent, chunks=run.chunks, optimizer=optimizer, scheduler=scheduler
-    )
-    checkpointer.load_weights(source)
+    run = build_runner(config, num_sources, platform.start(), trains=False)
+    load_weights(run.chunks, source)
     for chunk in run.chunks:
         chunk.eval()
     return run

@@ -24,7 +24,7 @@ from megatron_dynmix.data.sources import plan_blend
 from megatron_dynmix.job.heartbeat import heartbeat_of_job
 from megatron_dynmix.job.signals import StopRequest
 from megatron_dynmix.lease import Lease
-from megatron_dynmix.model.gpt import build_model
+from megatron_dynmix.model.gpt import build_model, build_modules
 from megatron_dynmix.model.layers import joins_rows
 from megatron_dynmix.model.lr_schedule import build_scheduler
 from megatron_dynmix.model.optimizer import build_optimizer
@@ -83,7 +83,7 @@ def _load_first_weights(config: RunConfig, checkpointer: Checkpointer, say: Call
     else:
         from megatron_dynmix.convert.import_hf import load_hugging_face
 
-        load_hugging_face(config, checkpointer, say)
+        load_hugging_face(config, checkpointer.load_tensors, say)
     keep_origin(config, checkpointer.directory)
 
 
@@ -257,10 +257,13 @@ def _build_mixed(
     return mixed
 
 
-def build_runner(config: RunConfig, num_sources: int, here: platform.Platform) -> PassRunner:
-    """Build the model, and the counter that its routers write into."""
+def build_runner(
+    config: RunConfig, num_sources: int, here: platform.Platform, *, trains: bool = True
+) -> PassRunner:
+    """Build the model, and the counter that its routers write into; without gradients if it is only run."""
     transformer = transformer_config(config)
-    chunks = build_model(config, transformer, here)
+    build = build_model if trains else build_modules
+    chunks = list(build(config, transformer, here))
     layers = moe_layers(transformer)
     counter = GateLoadCounter(
         num_sources,

@@ -42,6 +42,8 @@ class Likeness:
     load_DLE: Floats
     distance_DD: Floats
     """Root mean square over the layers, what noise adds taken off."""
+    error_DD: Floats
+    """How much larger a distance is that lies one standard error above it; 0 where noise was left in."""
     alike_DD: Floats
     """Z, from 0 to 1."""
 
@@ -73,7 +75,7 @@ def likeness(signal: Signal, layers: str | Sequence[int], min_gap: float, who: s
     load_DLE = gate_load(signal.counts_DLE, layers, by_layer=True)
     num_sources, num_layers, _ = load_DLE.shape
     squared_DD = np.sum([l2_distance(load_DLE[:, layer]) ** 2 for layer in range(num_layers)], axis=0)
-    sure = 1.0
+    sure, error_DD = 1.0, np.zeros_like(squared_DD)
     if min_gap > 0:
         if signal.half_counts_HDLE is None:
             raise ValueError(f"{who} with min_gap needs the counts in two halves; there are none")
@@ -82,11 +84,33 @@ def likeness(signal: Signal, layers: str | Sequence[int], min_gap: float, who: s
         chance_DD = noise_DD * _most_by_chance(load_DLE, energy_D, min_gap)
         apart_DD = squared_DD > chance_DD
         sure = 1 - float(np.min(chance_DD[apart_DD] / squared_DD[apart_DD], initial=1))
-        squared_DD = np.where(np.eye(num_sources, dtype=bool), 0, np.maximum(squared_DD - noise_DD, 0))
+        itself_DD = np.eye(num_sources, dtype=bool)
+        squared_DD = np.where(itself_DD, 0, np.maximum(squared_DD - noise_DD, 0))
+        freedom_D = _freedom(load_DLE)
+        # of |x|^2, where x has k independent parts, each with the variance v / k: (4 |x|^2 v + 2 v^2) / k
+        variance_DD = 2 * noise_DD * (2 * squared_DD + noise_DD) / ((freedom_D[:, None] + freedom_D) / 2)
+        error_DD = np.sqrt(squared_DD + np.sqrt(np.where(itself_DD, 0, variance_DD))) - np.sqrt(squared_DD)
     distance_DD = np.sqrt(squared_DD)
     far = distance_DD.max()  # no mean or quantile: those change as copies are added
     away_DD = sure * distance_DD / far if far > 0 else distance_DD
-    return Likeness(load_DLE, distance_DD / math.sqrt(num_layers), np.where(away_DD > NO_GAP, 1 - away_DD, 1))
+    return Likeness(
+        load_DLE,
+        distance_DD / math.sqrt(num_layers),
+        error_DD / math.sqrt(num_layers),
+        np.where(away_DD > NO_GAP, 1 - away_DD, 1),
+    )
+
+
+def _freedom(load_DLE: Floats) -> Floats:
+    """Return as how many independent numbers each load varies.
+
+    A load with covariance C counts as (tr C)^2 / tr C^2 numbers, those of one layer: all layers saw the same
+    tokens.
+    """
+    power_1, power_2, power_3 = (np.sum(load_DLE**power, axis=2) for power in (1, 2, 3))
+    trace_DL = power_1 - power_2
+    freedom_DL = trace_DL**2 / np.maximum(power_2 - 2 * power_3 + power_2**2, np.finfo(np.float64).tiny)
+    return np.asarray(np.maximum(freedom_DL.mean(axis=1), 1))
 
 
 def _energy(load_DLE: Floats, half_counts_HDLE: Counts, who: str) -> Floats:
@@ -109,13 +133,9 @@ def _most_by_chance(load_DLE: Floats, energy_D: Floats, min_gap: float) -> Float
     Over V_i + V_j, which is estimated from as few numbers, it is distributed like F; by Wilson and Hilferty
     (1931) its cube root is nearly normal, so z standard errors of that are a quadratic equation. Without
     bound where V_i + V_j is too uncertain to tell. z is `min_gap` for one pair, sqrt(min_gap^2 + 2 log n) for
-    n of them, which keeps the chance that any is told apart by mistake. A load with covariance C counts as
-    (tr C)^2 / tr C^2 numbers, those of one layer: all layers saw the same tokens.
+    n of them, which keeps the chance that any is told apart by mistake.
     """
-    power_1, power_2, power_3 = (np.sum(load_DLE**power, axis=2) for power in (1, 2, 3))
-    trace_DL = power_1 - power_2
-    freedom_DL = trace_DL**2 / np.maximum(power_2 - 2 * power_3 + power_2**2, np.finfo(np.float64).tiny)
-    freedom_D = np.maximum(freedom_DL.mean(axis=1), 1)
+    freedom_D = _freedom(load_DLE)
     own_D = energy_D**2 / freedom_D
     below_DD = (energy_D[:, None] + energy_D) ** 2 / np.maximum(own_D[:, None] + own_D, np.finfo(float).tiny)
     above_DD = (freedom_D[:, None] + freedom_D) / 2

@@ -1,0 +1,1 @@
+"""Which datasets are redundant, before anything is trained."""
