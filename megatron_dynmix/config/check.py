@@ -463,6 +463,12 @@ def _check_lengths(config: RunConfig) -> None:
             f"seq_length is {config.data.seq_length}, but the model allows {longest} positions; use "
             f"{longest} or less, or raise max_position_embeddings"
         )
+    _check_divides(
+        f"seq_length is {config.data.seq_length}",
+        config.data.seq_length,
+        "segment_multiple",
+        config.data.segment_multiple,
+    )
     tp = config.parallel.size("tensor_model_parallel_size")
     cp = config.parallel.size("context_parallel_size")
     # Context-parallel ranks hold two parts of a row each, and their tensor-parallel ranks a slice of both.

@@ -131,9 +131,19 @@ def without_unmet(config: RunConfig, host: Host) -> RunConfig:
     )
 
 
+def joins_rows(config: RunConfig, transformer_engine: bool) -> bool:
+    """Whether attention takes all rows of a micro-batch as one sequence, with the borders of the segments.
+
+    Otherwise it takes a block-diagonal mask. Under context parallelism Transformer Engine wants every
+    segment to be as long as a multiple of 2 x ranks, of which each rank has two equal parts.
+    """
+    cp = config.parallel.size("context_parallel_size")
+    return transformer_engine and (cp == 1 or config.data.segment_multiple % (2 * cp) == 0)
+
+
 def _check_packed_rows(config: RunConfig, host: Host) -> None:
     """Refuse rows that Transformer Engine, which packs a micro-batch in 16 bits, would misread."""
-    if not host.transformer_engine or config.parallel.size("context_parallel_size") > 1:
+    if not joins_rows(config, host.transformer_engine):
         return
     if not config.training.bf16:
         raise InputError("Transformer Engine attends to packed rows in bf16 only; add --bf16")

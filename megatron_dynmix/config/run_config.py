@@ -236,6 +236,9 @@ class DataConfig(Section):
     """Positions of a row."""
     packing: bool = True
     """Whether a row holds as many whole examples as fit; if not, each row holds one."""
+    segment_multiple: Positive[int] = 1
+    """Each example of a row is padded to a multiple of so many positions: 2 x context-parallel size, or a
+    multiple of that, lets Transformer Engine's own attention run under context parallelism."""
     overlong: Overlong = "drop"
     """What to do with an example longer than a row: drop and count it, truncate it, split it at turn borders
     (what is too long even so is dropped), or stop."""

@@ -55,10 +55,12 @@ class PackedSource:
         overlong: Overlong,
         cache_dir: Path | None,
         packing: bool = True,
+        segment_multiple: int = 1,
     ) -> None:
         """Pack a prepared source into rows; the packing is kept in ``cache_dir`` if one is given.
 
-        Without ``packing`` a row holds one example. Over-long is an example of more than ``seq_length``
+        Without ``packing`` a row holds one example. Each begins at a multiple of ``segment_multiple``, which
+        divides ``seq_length``. Over-long is an example of more than ``seq_length``
         positions: dropped and counted, truncated, or refused. Examples without a trained label in their
         positions are dropped and counted. An InputError says that the source is not prepared, that
         ``overlong`` is unknown or "error" and there is an over-long example, or that no row results.
@@ -67,6 +69,7 @@ class PackedSource:
             raise InputError(f"overlong {overlong!r} is unknown; use {', '.join(get_args(Overlong))}")
         if seq_length < 1:
             raise InputError(f"seq_length {seq_length}: a row needs at least one position")
+        assert seq_length % segment_multiple == 0, "checked before"
         source = load_report(prefix)
         lengths_D, trained_D = _positions(read_index(prefix), seq_length)
         overlong_D = lengths_D > seq_length
@@ -86,12 +89,14 @@ class PackedSource:
         kept_N = np.flatnonzero(kept_D)
         lengths_N = np.minimum(lengths_D[kept_N], seq_length)
         if packing:
-            key = [source.fingerprint, seq_length, seed, overlong, _PACKING_VERSION]
-            packed = _cached_pack(lengths_N, seq_length, seed, cache_dir, key)
+            key = [source.fingerprint, seq_length, seed, overlong, segment_multiple, _PACKING_VERSION]
+            padded_N = -(-lengths_N // segment_multiple) * segment_multiple
+            packed = _cached_pack(padded_N, seq_length, seed, cache_dir, key)
         else:
             packed = one_per_row(len(lengths_N), seed)
         tokens = int(lengths_N.sum())
         self.name, self.prefix, self.seq_length, self.seed = name, prefix, seq_length, seed
+        self.segment_multiple = segment_multiple
         self.documents_N, self.row_starts_R1 = kept_N[packed.order_N], packed.row_starts_R1
         self.packing_report = PackingReport(
             examples=len(kept_N),

@@ -90,7 +90,7 @@ def row_text(rows: PackedRows, row: int, tokenizer: Tokenizer) -> list[Span]:
     place = f"{len(examples)} {many} in {size - padding:,} of {size:,} positions"
     spans = [border(f"row {row} of source {rows.name}: {place}, {trained:,} trained")]
     for segment, number in enumerate(examples):
-        here_S = arrays["segment_ids"] == segment
+        here_S = (arrays["segment_ids"] == segment) & ~arrays["padding_mask"]
         ids_T = np.append(arrays["tokens"][here_S], arrays["labels"][here_S][-1])
         trained_T = np.append(False, arrays["loss_mask"][here_S] > 0)
         whole = len(read_example(rows.dataset, number)[0])

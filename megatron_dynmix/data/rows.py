@@ -45,7 +45,8 @@ class PackedRows(MegatronDataset):
 
         ``tokens``, ``labels`` (int64), ``loss_mask`` (float32, 1 where the label is trained on),
         ``position_ids`` (int64, from 0 in each segment), ``segment_ids`` (int64: 0, 1, ... and -1 in
-        the padding), ``padding_mask`` (bool, True = padding).
+        the row's padding; what pads an example belongs to its segment), ``padding_mask`` (bool, True =
+        padding).
         """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} is not in 0..{len(self) - 1}")
@@ -56,7 +57,9 @@ class PackedRows(MegatronDataset):
             "loss_mask": np.zeros(size, dtype=np.float32),
             "position_ids": np.zeros(size, dtype=np.int64),
             "segment_ids": np.full(size, -1, dtype=np.int64),
+            "padding_mask": np.ones(size, dtype=bool),
         }
+        multiple = self.packed.segment_multiple
         begin = 0
         for segment, document in enumerate(self.examples_of(row)):
             ids, trained = read_example(self.dataset, document)
@@ -66,9 +69,11 @@ class PackedRows(MegatronDataset):
             arrays["labels"][where] = ids[1 : length + 1]
             arrays["loss_mask"][where] = trained[1 : length + 1]
             arrays["position_ids"][where] = np.arange(length)
-            arrays["segment_ids"][where] = segment
-            begin += length
-        return {**arrays, "padding_mask": arrays["segment_ids"] < 0}
+            arrays["padding_mask"][where] = False
+            padded = -(-length // multiple) * multiple
+            arrays["segment_ids"][begin : begin + padded] = segment
+            begin += padded
+        return arrays
 
     def examples_of(self, row: int) -> list[int]:
         """Return which examples of the source a row holds, in order, by their numbers in the source."""

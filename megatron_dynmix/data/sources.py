@@ -201,6 +201,7 @@ def pack_source(config: RunConfig, file: SourceFile) -> PackedSource:
         overlong=config.data.overlong,
         cache_dir=Path(config.data.prepared_dir) / "packing",
         packing=config.data.packing,
+        segment_multiple=config.data.segment_multiple,
     )
 
 

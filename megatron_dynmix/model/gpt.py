@@ -54,7 +54,7 @@ def build_gpt(
     config: RunConfig, transformer: TransformerConfig, transformer_engine: bool, vp_stage: int | None = None
 ) -> RealVocabularyGPT:
     """Build one (virtual) pipeline stage's part of the model, in the parameters' own precision."""
-    spec = decoder_spec(config.model, transformer, transformer_engine, vp_stage)
+    spec = decoder_spec(config, transformer, transformer_engine, vp_stage)
     assert config.model.vocab_size is not None, "the preset gives one"
     return RealVocabularyGPT(
         transformer,

@@ -23,7 +23,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dynmix import platform
-from megatron_dynmix.config.run_config import ModelConfig
+from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.host import joins_rows
 from megatron_dynmix.moe.mlp_router import MlpRouter
 from megatron_dynmix.moe.router import GateLoadRouter
 from megatron_dynmix.platform.versions import moe_parts
@@ -36,13 +37,14 @@ LATENT_NORMS = {
 
 
 def decoder_spec(
-    model: ModelConfig, transformer: TransformerConfig, transformer_engine: bool, vp_stage: int | None
+    config: RunConfig, transformer: TransformerConfig, transformer_engine: bool, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
     """Return the spec of a (virtual) pipeline stage's layers: Megatron-Core's own, with a router of ours.
 
-    Without Transformer Engine, attention and norms are those of this file; with it and context
-    parallelism, attention is.
+    Without Transformer Engine, attention and norms are those of this file; with it, attention is where rows
+    are not joined.
     """
+    model = config.model
     block = get_gpt_decoder_block_spec(
         transformer,
         use_transformer_engine=transformer_engine,
@@ -59,22 +61,13 @@ def decoder_spec(
             moe.router = mlp_router if model.router_network == "mlp" else GateLoadRouter
         if not transformer_engine:
             _use_local_layers(parts, transformer)
-        elif not joins_rows(transformer_engine, transformer.context_parallel_size):
+        elif not joins_rows(config, transformer_engine):
             parts.self_attention.submodules.core_attention = SegmentAttention
         if model.qk_layernorm_full_width:
             attention = parts.self_attention.submodules
             attention.q_layernorm = ModuleSpec(FullWidthNorm, {"heads": "num_attention_heads"})
             attention.k_layernorm = ModuleSpec(FullWidthNorm, {"heads": "num_query_groups"})
     return block
-
-
-def joins_rows(transformer_engine: bool, context_parallel_size: int) -> bool:
-    """Whether attention takes all rows of a micro-batch as one sequence, with the borders of the segments.
-
-    Otherwise it takes a block-diagonal mask. Under context parallelism Transformer Engine wants every
-    segment padded to a multiple of 2 x ranks: the rows, and so their order, would depend on the layout.
-    """
-    return transformer_engine and context_parallel_size == 1
 
 
 def _use_local_layers(parts: Any, transformer: TransformerConfig) -> None:

@@ -25,7 +25,7 @@ import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_dynmix.config import RunConfig
-from megatron_dynmix.config.host import Host
+from megatron_dynmix.config.host import Host, joins_rows
 from megatron_dynmix.config.megatron import (
     ddp_config,
     micro_batch_group,
@@ -261,10 +261,19 @@ class Layer:
         queries = self.transformer.num_attention_heads * head
         keys = int(self.transformer.num_query_groups or 0) * head
         elements = 3 * queries + 3 * keys
-        elements += 2 * keys * (self.layout.cp - 1)  # gathered from the other ranks
+        elements += 2 * keys * self._copies_of_keys
         if self.transformer.qk_layernorm:
             elements += (self.norm_copies - 2) * (queries + keys)
         return elements
+
+    @property
+    def _copies_of_keys(self) -> int:
+        """Count copies of a rank's keys and values: all gathered, or of the last ones in a ring of ranks."""
+        return min(1, self.layout.cp - 1) if self._joins_rows else self.layout.cp - 1
+
+    @property
+    def _joins_rows(self) -> bool:
+        return joins_rows(self.config, self.host.transformer_engine)
 
     def _latent_attention(self, transformer: MLATransformerConfig, again: set[str]) -> int:
         """Count elements a token: the latents with their norms, and the attention's inputs and output.
@@ -282,19 +291,18 @@ class Layer:
         elements = latents + transformer.qk_pos_emb_head_dim + values
         if "mla_up_proj" not in again:
             elements += 2 * keys + values
-        return elements + (keys + values) * (self.layout.cp - 1)  # gathered from the other ranks
+        return elements + (keys + values) * self._copies_of_keys
 
     def _attention_extras(self, again: set[str]) -> int:
         """Count elements a micro-batch: rotary tables, and the mask where attention takes one."""
         tables = 0
         if not self.config.model.megatron.get("apply_rope_fusion"):
-            positions = self.config.data.seq_length // self.layout.cp
+            positions = self.config.data.seq_length // (1 if self._joins_rows else self.layout.cp)
             rotated = self.transformer.kv_channels
             if isinstance(self.transformer, MLATransformerConfig):
                 rotated = self.transformer.qk_pos_emb_head_dim
             tables = 4 * positions * int(rotated or 0)
-        masked = not self.host.transformer_engine or self.layout.cp > 1
-        if not masked or "core_attn" in again:
+        if self._joins_rows or "core_attn" in again:
             return tables
         # scaled_dot_product_attention makes numbers of a mask, again in each layer, and keeps them
         heads = self.transformer.num_attention_heads // self.layout.tp if self._keeps_scores else 1

@@ -57,20 +57,24 @@ class Batch:
 def to_batch(micro_batch: MicroBatch, device: torch.device, *, join_rows: bool) -> Batch:
     """Move a micro-batch, the draw `[B]` and the arrays `[B, S]` of `PackedRows`, to the model's device.
 
-    What follows from it is derived; for `join_rows` see `layers.joins_rows`.
+    What follows from it is derived; for `join_rows` see `host.joins_rows`.
     """
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
     padding_BS = moved["padding_mask"].bool()
     source_BS = moved["dataset_id"].long()[:, None].expand_as(padding_BS).masked_fill(padding_BS, -1)
     half_BS = moved["half"].long()[:, None].expand_as(padding_BS)
-    positions_RC = context_parallel_positions(
-        padding_BS.shape[1], parallel_state.get_context_parallel_world_size(), device
-    )
-    mine_C = positions_RC[parallel_state.get_context_parallel_rank()]
-    attention_mask = None if join_rows else segment_mask(moved["segment_ids"], mine_C, positions_RC.flatten())
+    ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    attention_mask, packed = None, None
+    if join_rows:
+        packed = _packed_seq_params(moved["cu_seqlens"], padding_BS.shape[1])
+        mine_T = joined_positions(moved["cu_seqlens"], padding_BS.numel(), ranks, rank)
+    else:
+        positions_RC = context_parallel_positions(padding_BS.shape[1], ranks, device)
+        mine_C = positions_RC[rank]
+        attention_mask = segment_mask(moved["segment_ids"], mine_C, positions_RC.flatten())
 
     def shaped(tensor_BS: torch.Tensor) -> torch.Tensor:
-        return tensor_BS.reshape(1, -1) if join_rows else tensor_BS[:, mine_C]
+        return tensor_BS.reshape(1, -1)[:, mine_T] if join_rows else tensor_BS[:, mine_C]
 
     return Batch(
         tokens=shaped(moved["tokens"]),
@@ -81,7 +85,7 @@ def to_batch(micro_batch: MicroBatch, device: torch.device, *, join_rows: bool) 
         source=shaped(source_BS),
         half=shaped(half_BS),
         attention_mask=attention_mask,
-        packed_seq_params=_packed_seq_params(moved["cu_seqlens"], padding_BS.shape[1]) if join_rows else None,
+        packed_seq_params=packed,
     )
 
 
@@ -96,6 +100,23 @@ def context_parallel_positions(length: int, ranks: int, device: torch.device) ->
         return positions[None]
     parts = positions.view(2 * ranks, -1)
     return torch.cat([parts[:ranks], parts[ranks:].flip(0)], dim=1)
+
+
+def joined_positions(cu_seqlens: torch.Tensor, length: int, ranks: int, rank: int) -> torch.Tensor | slice:
+    """Return `[T]`: which positions of joined rows a context-parallel rank holds, segment after segment.
+
+    Of 2 x R equal parts of each segment, rank r has part r and part 2 R - 1 - r, as Transformer Engine wants.
+    """
+    if ranks == 1:
+        return slice(None)
+    own = torch.arange(length // ranks, device=cu_seqlens.device)
+    starts = cu_seqlens.long()
+    segment_T = torch.bucketize(own, starts[1:] // ranks, right=True)
+    first_T, part_T = starts[segment_T], starts.diff()[segment_T] // (2 * ranks)
+    offset_T = own - first_T // ranks
+    # the second of the two parts begins 2 R - 1 - 2 r parts after the first
+    skipped_T = torch.where(offset_T < part_T, rank, 2 * (ranks - 1) - rank) * part_T
+    return first_T + offset_T + skipped_T
 
 
 def _packed_seq_params(cu_seqlens: torch.Tensor, row_length: int) -> PackedSeqParams:

@@ -33,6 +33,7 @@ FIXED = {
     "data.seq_length": ORDER,
     "data.overlong": ORDER,
     "data.packing": ORDER,
+    "data.segment_multiple": ORDER,
     "mixing.unit": ORDER,
     "mixing.load_tokens": LOADS,
     "mixing.load_mass": LOADS,
@@ -127,8 +128,9 @@ def check_resume(
     changed = {
         f"{section}.{name}": (settings.get(name), new.get(name))
         for section, new in now.config.items()
-        for settings in [saved.config.get(section, {})]
-        for name in {**settings, **new}
+        # a setting that the run did not know yet had its default
+        for settings in [{**_own_defaults(section), **saved.config.get(section, {})}]
+        for name in {**saved.config.get(section, {}), **new}
         if settings.get(name) != new.get(name)
     }
     for name, decided in FIXED.items():
@@ -159,6 +161,11 @@ def check_resume(
     if any(name.startswith(FOLLOWED_BY_LR) for name in changed):
         settings.append(_lr_change(saved, config))
     return [*other_sources, *other_probes, *settings]
+
+
+def _own_defaults(section: str) -> Settings:
+    """Return the defaults of a section's settings, of those that are ours."""
+    return vars(getattr(RunConfig(), section))
 
 
 def _by_micro_batch(config: RunConfig) -> str | None:

@@ -16,6 +16,7 @@ from megatron_dynmix.checkpoint.folder import exact, verified
 from megatron_dynmix.checkpoint.run_state import RunState, read_run_state
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.batch_schedule import BatchSchedule
+from megatron_dynmix.config.host import joins_rows
 from megatron_dynmix.config.megatron import micro_batch_group, moe_layers, transformer_config
 from megatron_dynmix.data.blend_plan import BlendPlan
 from megatron_dynmix.data.loader import BlendLoader
@@ -25,7 +26,6 @@ from megatron_dynmix.job.heartbeat import heartbeat_of_job
 from megatron_dynmix.job.signals import StopRequest
 from megatron_dynmix.lease import Lease
 from megatron_dynmix.model.gpt import build_model, build_modules
-from megatron_dynmix.model.layers import joins_rows
 from megatron_dynmix.model.lr_schedule import build_scheduler
 from megatron_dynmix.model.optimizer import build_optimizer
 from megatron_dynmix.moe.counter import GateLoadCounter
@@ -273,7 +273,7 @@ def build_runner(
         trained_only=config.mixing.load_tokens == "trained",
         by_probability=config.mixing.load_mass == "probability",
     )
-    join_rows = joins_rows(here.transformer_engine, transformer.context_parallel_size)
+    join_rows = joins_rows(config, here.transformer_engine)
     attach_counter(chunks, counter, layers, config.data.seq_length if join_rows else None)
     return PassRunner(
         chunks=chunks,

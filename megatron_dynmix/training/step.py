@@ -47,7 +47,7 @@ class PassRunner:
     seq_length: int
     sequence_parallel: bool
     join_rows: bool
-    """See `layers.joins_rows`."""
+    """See `host.joins_rows`."""
     micro_batch_group: int = 1
     """The interleaved pipeline runs micro-batches in groups of so many."""
 

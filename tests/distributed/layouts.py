@@ -35,6 +35,7 @@ VARIANTS = {
         *("--moe-router-load-balancing-type", "[aux_loss, seq_aux_loss]"),
         *("--moe-aux-loss-coeff", "[0.5, 0.5]", "--moe-z-loss-coeff", "0.1"),
     ],
+    "padded segments": ["--segment-multiple", "8"],
     "capacity": ["--moe-expert-capacity-factor", "1.0"],
     "padded capacity": [
         *("--moe-expert-capacity-factor", "1.0", "--moe-pad-expert-input-to-capacity"),
@@ -94,6 +95,7 @@ LAYOUTS = {
         [*ep(2), "--recompute-granularity", "selective", "--recompute-modules", "[moe]"],
         "expert bias",
     ),
+    "CP2, padded segments": (2, [*CP2, *ep(2)], "padded segments"),
     "EP2, capacity": (2, ep(2), "capacity"),
     "TP2 x EP2, padded capacity": (2, [*TP2, *ETP1, *ep(2)], "padded capacity"),
 }

@@ -144,6 +144,7 @@ def test_a_prepared_prefix_stands_for_its_source(tmp_path):
             },
             ["overlap_p2p_comm and batch_p2p_comm are both true; leave out batch_p2p_comm"],
         ),
+        ({"data.segment_multiple": 24}, ["seq_length is 64", "segment_multiple 24", "use 1, 2, 4, 8, 16"]),
         (
             {"parallel.overlap_param_gather": True},
             ["overlap_param_gather needs overlap_grad_reduce; set that too, or leave out"],

@@ -1,5 +1,7 @@
 """Slices of rows that context-parallel ranks hold. Axes: B rows, S positions, R ranks, C positions of one."""
 
+import itertools
+
 import pytest
 import torch
 from megatron.core import utils as megatron_utils
@@ -8,7 +10,7 @@ from megatron_dynmix import platform
 
 platform.start()
 from megatron_dynmix.model.layers import segment_mask  # noqa: E402
-from megatron_dynmix.training.batch import context_parallel_positions  # noqa: E402
+from megatron_dynmix.training.batch import context_parallel_positions, joined_positions  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -27,6 +29,23 @@ def test_ranks_hold_what_megatron_core_gives_them(ranks, monkeypatch):
 
 def test_one_rank_takes_a_row_of_any_length():
     assert context_parallel_positions(7, 1, CPU).tolist() == [[0, 1, 2, 3, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_ranks_hold_two_parts_of_each_segment(ranks):
+    """As Transformer Engine documents it for packed sequences; a row may end in empty ones."""
+    lengths = [2 * ranks * parts for parts in (1, 3, 1, 7)]
+    borders = torch.tensor([0, *itertools.accumulate(lengths), *[sum(lengths)] * 3], dtype=torch.int32)
+    seen = []
+    for rank in range(ranks):
+        mine = torch.arange(sum(lengths))[joined_positions(borders, sum(lengths), ranks, rank)].tolist()
+        expected = []
+        for start, length in zip(borders.tolist(), lengths, strict=False):
+            parts = torch.arange(start, start + length).chunk(2 * ranks)
+            expected += [*parts[rank].tolist(), *parts[2 * ranks - 1 - rank].tolist()]
+        assert mine == (expected if ranks > 1 else sorted(expected))
+        seen += mine
+    assert sorted(seen) == list(range(sum(lengths)))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from config_fixtures import good_settings, load
 
-from megatron_dynmix.config.host import NEEDS, Host, check_host, without_unmet
+from megatron_dynmix.config.host import NEEDS, Host, check_host, joins_rows, without_unmet
 from megatron_dynmix.config.leaves import all_leaves
 from megatron_dynmix.config.megatron import transformer_config
+from megatron_dynmix.config.run_config import DataConfig, ParallelConfig, RunConfig
 from megatron_dynmix.errors import InputError
 
 CPU = Host(cuda=False, transformer_engine=False)
@@ -130,3 +131,21 @@ def test_rows_joined_for_transformer_engine_have_limits_that_a_mask_has_not(trai
         check_host(load(tmp_path, content), GPU)
     content["parallel"]["context_parallel_size"] = 2
     check_host(load(tmp_path, content), GPU)
+    content["data"]["segment_multiple"] = 8  # joined all the same
+    with pytest.raises(InputError, match=parts):
+        check_host(load(tmp_path, content), GPU)
+
+
+@pytest.mark.parametrize(
+    ("engine", "cp", "multiple", "joined"),
+    [
+        *((False, 1, 8, False), (False, 2, 4, False), (True, 1, 1, True), (True, 2, 1, False)),
+        *((True, 2, 4, True), (True, 2, 6, False), (True, 4, 4, False), (True, 4, 16, True)),
+    ],
+)
+def test_rows_are_joined_where_every_rank_gets_two_parts_of_a_segment(engine, cp, multiple, joined):
+    config = RunConfig(
+        data=DataConfig(segment_multiple=multiple),
+        parallel=ParallelConfig(megatron={"context_parallel_size": cp}),
+    )
+    assert joins_rows(config, engine) is joined

@@ -1,5 +1,6 @@
 """Memory is estimated from formulas: held against what a model on this CPU keeps, and worked examples."""
 
+import dataclasses
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -213,6 +214,22 @@ def test_the_first_stage_of_a_pipeline_keeps_the_most_passes(tmp_path):
     parallel = {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2}
     transformer = transformer_config(settings_of(tmp_path, model, parallel))
     assert [passes_in_flight(transformer, stage, 8) for stage in range(4)] == [11, 9, 7, 5]
+
+
+def test_padded_segments_need_no_mask_under_context_parallelism(tmp_path):
+    """At 131,072 positions and CP 8: 4 GiB of mask a layer and seven gathered copies of the keys, or one."""
+    model, length = {"preset": "mixtral-8x7b", "max_position_embeddings": 131072}, 131072
+    kept = {}
+    for multiple in (1, 16):
+        config = settings_of(tmp_path, model, {"context_parallel_size": 8})
+        data = dataclasses.replace(config.data, seq_length=length, segment_multiple=multiple)
+        config = dataclasses.replace(config, data=data)
+        layer = Layer(config, transformer_config(config), Layout.of(config, 8), GPU)
+        kept[multiple] = layer.bytes_kept(is_moe=True)
+    keys = 2 * 2 * 8 * 128 * length // 8
+    tables = 2 * 4 * 128 * (length - length // 8)
+    assert kept[1] - kept[16] == 2 * length * length // 8 + 6 * keys - tables
+    assert 2 * length * length // 8 == 4 * 2**30
 
 
 def test_a_dense_layer_keeps_what_the_paper_says(tmp_path):

@@ -56,6 +56,19 @@ def test_what_could_have_no_effect_is_refused(changes, before, after, part):
     assert part in str(caught.value) and "resume with" in str(caught.value)
 
 
+def test_a_setting_that_the_run_did_not_know_had_its_default(tmp_path, monkeypatch):
+    content = good_settings(tmp_path)
+    saved = resume.identity(load(tmp_path, content), [])
+    del saved.config["data"]["segment_multiple"]
+    monkeypatch.setattr(resume, "has_checkpoint", lambda run_dir: True)
+    monkeypatch.setattr(resume, "read_run_state", lambda source: saved)
+    again = ([], tmp_path, "must")
+    assert resume.check_resume(load(tmp_path, content), *again, source=Path("iter_0000010")) == []
+    content["data"]["segment_multiple"] = 4
+    with pytest.raises(InputError, match=r"data.segment_multiple was 1 .* order of the rows; resume with 1"):
+        resume.check_resume(load(tmp_path, content), *again, source=Path("iter_0000010"))
+
+
 @pytest.mark.parametrize(
     "before, after, change",
     [

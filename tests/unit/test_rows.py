@@ -172,6 +172,34 @@ def test_seed(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert not same(build(tmp_path, 300), build(tmp_path, 300, seed=8))
 
 
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("multiple", [2, 12, 60])
+def test_examples_are_padded_to_a_multiple(
+    tmp_path: Path, tokenizer: Tokenizer, multiple: int, packing: bool
+) -> None:
+    """The same examples, each with its padding in its own segment; all that is no example is masked."""
+    prepare(tmp_path, varied_rows(40), tokenizer)
+    settings = {"overlong": "truncate", "packing": packing}
+    plain = build(tmp_path, 300, **settings)
+    padded = build(tmp_path, 300, segment_multiple=multiple, **settings)
+    held = []
+    for row in (padded[number] for number in range(len(padded))):
+        borders = np.flatnonzero(np.diff(row["segment_ids"])) + 1
+        assert (borders % multiple == 0).all() and not row["loss_mask"][row["padding_mask"]].any()
+        for segment in range(row["segment_ids"].max() + 1):
+            mine = row["segment_ids"] == segment
+            real = int((~row["padding_mask"][mine]).sum())
+            assert mine.sum() - multiple < real <= mine.sum()
+            assert row["padding_mask"][mine][real:].all() and (row["tokens"][mine][real:] == PAD).all()
+            assert row["position_ids"][mine][:real].tolist() == list(range(real))
+            held.append(
+                tuple(tuple(row[key][mine][:real].tolist()) for key in ("tokens", "labels", "loss_mask"))
+            )
+    assert sorted(held) == sorted(segments_of(plain))
+    assert padded.packing_report.tokens == plain.packing_report.tokens
+    assert padded.packing_report.rows >= plain.packing_report.rows
+
+
 def test_cache(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(tmp_path, varied_rows(40), tokenizer)
     cache = tmp_path / "deep" / "cache"
@@ -183,12 +211,13 @@ def test_cache(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyP
     for options in ({"seed": 8}, {"overlong": "truncate"}):
         build(tmp_path, 300, cache_dir=cache, **options)
     build(tmp_path, 301, cache_dir=cache)
-    assert len(list(cache.iterdir())) == 4
+    build(tmp_path, 300, cache_dir=cache, segment_multiple=4)
+    assert len(list(cache.iterdir())) == 5
     file.write_bytes(file.read_bytes()[:100])
     assert same(first, build(tmp_path, 300, cache_dir=cache))
     prepare(tmp_path, varied_rows(40, seed=1), tokenizer)
     build(tmp_path, 300, cache_dir=cache)
-    assert len(list(cache.iterdir())) == 5
+    assert len(list(cache.iterdir())) == 6
     assert all(path.suffix == ".npz" for path in cache.iterdir())
 
 
