@@ -86,5 +86,8 @@ def _tell(arguments: argparse.Namespace, sources: list[str], measured: Any) -> N
     numbers = found.to_json() | {"tokens": measured.tokens_D, "losses": measured.losses}
     path = arguments.output / "similarity.json"
     write_atomically(path, json.dumps(numbers, indent=1, allow_nan=False) + "\n")
-    print(f"written: {path}")
+    for rule, weights in found.weights.items():
+        text = json.dumps(dict(zip(sources, weights, strict=True)), indent=1)
+        write_atomically(arguments.output / f"weights-{rule}.json", text + "\n")
+    print(f"written: {path}, and weights-RULE.json beside it, for weights_from")
     print(write_page(page_of_sources(arguments.model, found, measured), arguments.output / "similarity.html"))

@@ -23,7 +23,7 @@ from megatron_dynmix.report.figures import (
     shared_axis,
 )
 from megatron_dynmix.report.pages import Page
-from megatron_dynmix.report.tables import Bold, Table
+from megatron_dynmix.report.tables import MOTION, Bold, Table
 
 PANEL_GAP = 44
 """Pixels between two panels of a chart: the upper one's numbers and the lower one's title."""
@@ -105,6 +105,15 @@ def comparison_tables(found: Comparison) -> dict[str, Table]:
                     for variant in found.variants
                 ],
                 "Shares of the rows drawn after the last update; seconds of steps and of weight updates.",
+            ),
+            "motion": Table(
+                "How the weights moved",
+                ["variant", "settled at", "turns", "path", "net"],
+                [
+                    [variant.name, *(spread_text(spread, 3) for spread in variant.motion.values())]
+                    for variant in found.variants
+                ],
+                MOTION,
             ),
         }
     if found.failures:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 import mpmath
 
 from megatron_dynmix.compare.cell import Cell
+from megatron_dynmix.mixing.trajectory import Motion, motion
 from megatron_dynmix.records.jsonl import read_lines, read_records
 from megatron_dynmix.records.schema import MixingUpdate, StageLine, TrainingRecord, step_seconds
 from megatron_dynmix.training.evaluate import Evaluation
@@ -39,6 +40,12 @@ class CellResult:
     """Trained on, padding not counted."""
     seconds: float
     """Spent in training steps and weight updates; not of starting, saving and evaluating."""
+
+    @property
+    def motion(self) -> Motion:
+        """How the weights moved."""
+        iterations, weights = zip(*self.weights, strict=True)
+        return motion(iterations, weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +97,8 @@ class VariantResult:
     metrics: Mapping[str, Metric]
     """Those that all its cells have."""
     final_weights: Mapping[str, Spread]
+    motion: Mapping[str, Spread]
+    """How the weights moved: the fields of `Motion`."""
     tokens: Spread
     seconds: Spread
 
@@ -161,6 +170,10 @@ def _variant(
         final_weights={
             source: spread([cell.weights[-1][1][place] for cell in own])
             for place, source in enumerate(sources)
+        },
+        motion={
+            field: spread([getattr(cell.motion, field) for cell in own])
+            for field in ("settled", "turns", "path", "net")
         },
         tokens=spread([cell.tokens for cell in own]),
         seconds=spread([cell.seconds for cell in own]),

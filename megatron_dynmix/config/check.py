@@ -63,7 +63,7 @@ BY_DISTANCE, MIN_SOURCES = ("gate-load", "inverse"), 3
 RESOLVED_FROM = {
     "reference": "a JSON file {source: loss of a reference model}",
     "target": "a JSON file {source: loss that is aimed at}",
-    "weights_from": "the directory of a run with weight updates",
+    "weights_from": "the directory of a run with weight updates, or a JSON file {source: weight}",
     "embeddings": "a JSON or .npz file {source: vector}",
     "schedule": "[[iteration, {source: weight}], ...]",
     "sizes": "{source: size}",

@@ -302,7 +302,9 @@ class MixingConfig(Section):
     target: str | None = None
     """JSON file {source: loss in nats} that is aimed at."""
     weights_from: str | None = None
-    """Run directory whose last weights are taken."""
+    """Run directory whose last weights are taken, or a JSON file {source: weight}."""
+    weights_mean: bool = False
+    """Whether the mean of that run's weights over all its rows is taken instead."""
     embeddings: str | None = None
     """JSON or .npz file {source: vector}."""
     schedule: tuple[Any, ...] | None = None
@@ -337,6 +339,8 @@ class MixingConfig(Section):
                 f"mixing.strategy_options are for a strategy of your own (MODULE:NAME), not for "
                 f"{self.strategy}; write its options into the mixing section"
             )
+        if self.weights_mean and self.weights_from is None:
+            raise InputError("mixing.weights_mean is of the run that weights_from names; give that, too")
         if self.similarity_correction and self.strategy == "uniqueness":
             raise InputError("mixing.similarity_correction is what uniqueness does itself; leave it out")
         object.__setattr__(self, "options", options)  # frozen: this is the construction

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from datetime import timedelta
 
+from megatron_dynmix.mixing.trajectory import motion
 from megatron_dynmix.report.run import Run
 from megatron_dynmix.report.tables import pairs
 
@@ -17,6 +18,7 @@ MANY_EPOCHS = 4
 TINY, HUGE = 0.01, 0.9
 COSTLY = 0.05
 UNEVEN = 4.0
+MANY_TURNS, LONG_WAY = 5, 4.0
 
 
 def summary(run: Run, now: float) -> list[str]:
@@ -153,6 +155,8 @@ def warnings(run: Run) -> list[str]:
             found.append(f"Hardly drawn any more, under {TINY:.0%} of the rows: {_names(tiny)}.")
         huge = [name for name, share in last.items() if share > HUGE and len(last) > 1]
         found += [f"{name} has over {HUGE:.0%} of the rows: the mix has collapsed on it." for name in huge]
+        if len(set(map(frozenset, (point.shares for point in run.weights)))) == 1:
+            found += _turning(run)
     if run.updates:
         if often := [name for name, epochs in run.updates[-1].epochs.items() if epochs > MANY_EPOCHS]:
             found.append(
@@ -174,6 +178,21 @@ def warnings(run: Run) -> list[str]:
         iteration, text = faults[-1].iteration, faults[-1].text.rstrip(".")
         found.append(f"Faults: {len(faults)}, the last at iteration {iteration}: {text}.")
     return found
+
+
+def _turning(run: Run) -> list[str]:
+    """Whether the weights go to and fro, so that most of their way leads nowhere."""
+    moved = motion(
+        [point.iteration for point in run.weights],
+        [[point.shares[name] for name in run.sources] for point in run.weights],
+    )
+    if moved.turns < MANY_TURNS or moved.path < LONG_WAY * moved.net:
+        return []
+    return [
+        f"The weights go to and fro: {moved.turns} changes of direction, and a way {moved.path:.2f} long "
+        f"that led {moved.net:.2f} far. A longer interval, more probe tokens, max_kl_step, or average where "
+        "the strategy has it, calm them."
+    ]
 
 
 def _noisy(run: Run) -> str:

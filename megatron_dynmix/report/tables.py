@@ -9,8 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
+from megatron_dynmix.mixing.trajectory import NEAR
 from megatron_dynmix.report.run import Frame, Run, end_losses, end_weights
 
+MOTION = (
+    f"Settled at: the iteration from which on each weight stays within {NEAR} of the last. Turns: changes of "
+    "direction of the weight that did so most. Path and net: the share of the mix that was exchanged, over "
+    "all steps and between first and last weights."
+)
+"""How to read the numbers of `mixing.trajectory`."""
 MOST_EVENTS = 200
 MOST_PAIRS = 12
 

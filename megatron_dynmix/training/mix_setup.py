@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ def resolve_files(mixing: MixingConfig, sources: Sequence[str]) -> dict[str, Any
     readers: dict[str, Callable[[Any, Sequence[str]], Any]] = {
         "reference": read_losses,
         "target": read_losses,
-        "weights_from": last_weights,
+        "weights_from": partial(other_weights, mean=mixing.weights_mean),
         "embeddings": read_embeddings,
         "schedule": schedule_points,
         "sizes": source_sizes,
@@ -75,29 +76,56 @@ def read_losses(given: str | Path, sources: Sequence[str]) -> list[float]:
     return [float(content[name]) for name in sources]
 
 
-def last_weights(given: str | Path, sources: Sequence[str]) -> list[float]:
-    """Read the weights that another run ended with, by the names of its sources."""
-    from megatron_dynmix.records.jsonl import read_records  # `update` needs no record of a run
-    from megatron_dynmix.records.schema import MixingUpdate
+def other_weights(given: str | Path, sources: Sequence[str], *, mean: bool = False) -> list[float]:
+    """Read weights by the names of the sources: of a JSON file {source: weight}, or of another run.
 
-    run_dir = Path(given)
+    Of a run those that it ended with, or the `mean` over all rows that it drew (as DoReMi takes them: Xie et
+    al., 2023).
+    """
+    path = Path(given)
+    if path.is_dir():
+        weights = _weights_of_run(path, mean=mean)
+    elif mean:
+        raise InputError(f"mixing.weights_mean is over the rows of a run, but {path} is none; leave it out")
+    else:
+        weights = read_json(path)
+    try:
+        return normalise_weights(_by_source(path, weights, sources), sources).tolist()
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: its weights cannot be used: {error}") from None
+
+
+def _weights_of_run(run_dir: Path, *, mean: bool) -> dict[str, float]:
+    from megatron_dynmix.records.jsonl import read_lines, read_records  # `update` needs no record of a run
+    from megatron_dynmix.records.schema import MixingUpdate, TrainingRecord
+
     path = run_dir / "mixing.jsonl"
     if not path.is_file():
         raise InputError(f"{run_dir} holds no mixing.jsonl; give the --run-dir of a run")
-    records = read_records(path)
-    if not records:
+    updates = [MixingUpdate.salvaged(record) for record in read_records(path)]
+    if not updates:
         raise InputError(
             f"{path} holds no weight update, so the run ended with the weights it began with; give those as "
             "weights of data.sources, with strategy fixed"
         )
-    last = MixingUpdate.salvaged(records[-1])
-    try:
-        weights = dict(zip(last.sources, last.new_weights, strict=True))
-        return normalise_weights(_by_source(path, weights, sources), sources).tolist()
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"{path}: its last weights cannot be used: {error}") from None
+    last = updates[-1]
+    weights_D = np.array(last.new_weights)
+    if mean:
+        if any(update.sources != last.sources for update in updates):
+            raise InputError(f"{path}: the sources of the run changed, so there is no mean of its weights")
+        metrics = run_dir / "metrics.jsonl"
+        ends = (
+            [record.consumed_samples for record in read_lines(metrics, TrainingRecord)]
+            if metrics.is_file()
+            else []
+        )
+        borders = [0, *(update.consumed_samples for update in updates)]
+        rows_U = np.diff([*borders, max([borders[-1], *ends])])
+        stages_UD = np.array([*(update.old_weights for update in updates), last.new_weights])
+        weights_D = rows_U @ stages_UD / rows_U.sum()
+    return dict(zip(last.sources, weights_D.tolist(), strict=True))
 
 
 def read_embeddings(given: str | Path, sources: Sequence[str]) -> list[list[float]]:

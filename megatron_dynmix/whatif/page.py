@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_dynmix.mixing.trajectory import NEAR, exchanged
+from megatron_dynmix.mixing.trajectory import exchanged
 from megatron_dynmix.report.charts import stack_weights
 from megatron_dynmix.report.figures import COLOURS, Axes, Chart, Palette, drawn, figure, line
 from megatron_dynmix.report.pages import Page
-from megatron_dynmix.report.tables import Table, text
+from megatron_dynmix.report.tables import MOTION, Table, text
 from megatron_dynmix.whatif.rules import Tried
 
 READ = (
@@ -66,10 +66,8 @@ def page_of_rules(run_dir: Path, tried: Sequence[Tried], said: str) -> Page:
         "Rules",
         RULES_HEADER,
         rules_rows(tried),
-        f"Settled at: the iteration from which on each weight stays within {NEAR} of the last. Turns: "
-        "changes of direction of the weight that did so most. Path, net, from the run: shares of the mix "
-        "that were exchanged, over all steps, between first and last weights, and between the last and the "
-        "run's.",
+        f"{MOTION} From the run: between the last weights and the run's. Guarded: updates at which a "
+        "guardrail or the operator acted.",
     )
     weights = Table("Last weights", ["source", *(rule.name for rule in tried)], weights_rows(tried))
     return Page(

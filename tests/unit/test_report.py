@@ -239,6 +239,17 @@ def test_what_to_look_at_is_said(tmp_path):
     assert "Faults: 1, the last at iteration 100: weights kept" in said
 
 
+@pytest.mark.parametrize(("even", "odd", "alarms"), [(0.4, 0.2, 1), (0.26, 0.25, 1), (0.25, 0.25, 0)])
+def test_weights_that_go_to_and_fro_are_pointed_out(tmp_path, even, odd, alarms):
+    run_dir = write_run(tmp_path / "mine")
+    stages = [json.loads(line) for line in (run_dir / "ledger.jsonl").read_text().splitlines()]
+    for number, stage in enumerate(stages):
+        share = even if number % 2 else odd
+        stage["weights"] = [share, *[(1 - share) / 3] * 3]
+    (run_dir / "ledger.jsonl").write_text("".join(json.dumps(stage) + "\n" for stage in stages))
+    assert sum("to and fro" in sentence for sentence in warnings(read_run(run_dir))) == alarms
+
+
 @pytest.mark.parametrize("kind", get_args(RemarkKind))
 def test_of_all_notes_only_an_override_that_cannot_be_used_is_a_fault(tmp_path, kind):
     run_dir = write_run(tmp_path / "mine", updates=1, interval=100)

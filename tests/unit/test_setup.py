@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:moe_ffn_hidden_size")
 NAMES = ("chat", "math", "code")
 LOSSES = dict.fromkeys(NAMES, 2.0)
 VECTORS = {"chat": [1, 0], "math": [0, 1], "code": [1, 1]}
-READERS = ("read_losses", "last_weights", "read_embeddings")
+READERS = ("read_losses", "other_weights", "read_embeddings")
 
 
 class Built(Exception):

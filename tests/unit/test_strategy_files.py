@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from run_fixtures import fake_run
+from run_fixtures import BATCH, fake_run
 
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.errors import InputError
@@ -54,6 +54,47 @@ def test_the_last_weights_of_another_run_are_taken_by_name(tmp_path):
     sources = ["code", "chat", "math"]
     found = resolve_files(MixingConfig(weights_from=str(folder)), sources)["weights_D"]
     assert found == pytest.approx([weights[name] for name in sources])
+
+
+def test_the_mean_of_another_runs_weights_is_over_its_rows(tmp_path):
+    run = fake_run(8)
+    stages = [line for line in run.ledger if line["kind"] == "stage"]
+    rows = np.diff([*(line["start_sample"] for line in stages), 8 * BATCH])
+    mean = dict(
+        zip(run.prints, rows @ np.array([line["weights"] for line in stages]) / rows.sum(), strict=True)
+    )
+    folder = run.write(tmp_path / "run")
+    sources = ["code", "chat", "math"]
+    found = resolve_files(MixingConfig(weights_from=str(folder), weights_mean=True), sources)["weights_D"]
+    assert found == pytest.approx([mean[name] for name in sources])
+
+
+def test_sources_that_changed_have_no_mean(tmp_path):
+    run = fake_run(4)
+    run.change_sources({"chat": ["a"], "law": ["b"], "code": ["c"]}, (40, 17, 9))
+    folder = run.train(4).write(tmp_path / "run")
+    with pytest.raises(InputError, match="changed"):
+        resolve_files(MixingConfig(weights_from=str(folder), weights_mean=True), ["chat", "law", "code"])
+
+
+def test_weights_of_a_file_are_taken_by_name(tmp_path):
+    path = json_file(tmp_path, {"chat": 2, "math": 1, "code": 1})
+    assert resolved(weights_from=path) == {"weights_D": [0.5, 0.25, 0.25]}
+    with pytest.raises(InputError, match="weights_mean"):
+        resolved(weights_from=path, weights_mean=True)
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        ({"chat": 1, "math": -1, "code": 1}, "-1.0, 1.0"),
+        ({"chat": 1}, "missing math, code"),
+        ([1, 2, 3], "list"),
+    ],
+)
+def test_weights_of_a_file_that_are_none_are_refused(tmp_path, content, part):
+    with pytest.raises(InputError, match=part):
+        resolved(weights_from=json_file(tmp_path, content))
 
 
 @pytest.mark.parametrize(
