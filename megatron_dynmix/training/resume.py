@@ -125,7 +125,7 @@ def check_resume(
             "with what they were; or with what they are now: --allow-source-change; or start a new --run-dir "
             f"with --pretrained-checkpoint {run_dir / 'checkpoints'}"
         )
-    changed = {
+    changed: dict[str, tuple[Any, Any]] = {
         f"{section}.{name}": (settings.get(name), new.get(name))
         for section, new in now.config.items()
         # a setting that the run did not know yet had its default
