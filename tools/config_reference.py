@@ -23,6 +23,7 @@ from typing import Any
 from megatron_dynmix.config import leaves
 from megatron_dynmix.config import megatron_fields as known
 from megatron_dynmix.config import run_config as tree
+from megatron_dynmix.config.decided import DECIDED
 from megatron_dynmix.mixing.strategies import STRATEGIES
 
 HEAD = """# Configuration reference
@@ -47,7 +48,7 @@ def reference() -> str:
         if section == "mixing":
             parts += list(strategies())
     parts += list(megatron_fields())
-    parts += ["## What cannot be set\n", table([(f"`{name}`", why) for name, why in leaves.DECIDED.items()])]
+    parts += ["## What cannot be set\n", table([(f"`{name}`", why) for name, why in DECIDED.items()])]
     return "\n".join(parts)
 
 
@@ -83,7 +84,7 @@ def megatron_fields() -> Iterator[str]:
     yield "## Fields of Megatron-Core\n"
     yield "They stand in the section named, beside our settings; Megatron-Core 0.16.1 says what they mean.\n"
     ours = {item.name for owner in tree.SECTIONS.values() for item in dataclasses.fields(owner)}
-    listed = {*ours, *leaves.DECIDED}
+    listed = {*ours, *DECIDED}
     for owner, given in known.megatron_fields().items():
         rows = [
             (f"`{name}`", kind_of(item.hint), shown(item.default))

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmix import platform
-from megatron_dynmix.config.leaves import DECIDED
+from megatron_dynmix.config.decided import DECIDED
 from megatron_dynmix.config.megatron_fields import OLDEST, installed
 
 OWNERS = {

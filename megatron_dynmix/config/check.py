@@ -285,6 +285,12 @@ def _check_model(config: RunConfig) -> None:
             "it out"
         )
     _check_rotary(config.model, model)
+    loads = config.model.load_hf or config.checkpoint.pretrained_checkpoint
+    if config.parallel.megatron.get("perform_initialization") is False and not loads:
+        raise InputError(
+            "perform_initialization is false, but no weights are loaded: they would be any numbers; "
+            "leave it out, or give load_hf or pretrained_checkpoint"
+        )
     heads, groups = model.num_attention_heads, model.num_query_groups or 1
     _check_divides(f"num_attention_heads is {heads}", heads, "num_query_groups", groups)
     experts, topk = model.num_moe_experts, model.moe_router_topk

@@ -24,6 +24,9 @@ class Host:
     transformer_engine_error: str = ""
     """Why it cannot be used though it is installed, and the remedy."""
     deep_ep: bool = False
+    fused_weight_gradient_mlp_cuda: bool = False
+    """The part of apex that adds up weights' gradients."""
+    grouped_gemm: bool = False
     wandb: bool = False
 
 
@@ -40,9 +43,11 @@ class Need(NamedTuple):
 
 _CUDA, _NCCL, _DEEP_EP = "CUDA", "NCCL", "CUDA and DeepEP"
 _TE = "Transformer Engine on a CUDA device"
+_TE_AND_APEX = "Transformer Engine on a CUDA device, and apex built with --cuda_ext"
+_TE_AND_GROUPED = "Transformer Engine on a CUDA device, and the package grouped_gemm"
 _TE_NORMS = "Transformer Engine's norms"
 _TE_ATTENTION = "Transformer Engine's attention: CUDA, and context_parallel_size 1"
-_OF_TE = (_TE, _TE_NORMS, _TE_ATTENTION)
+_OF_TE = (_TE, _TE_AND_APEX, _TE_AND_GROUPED, _TE_NORMS, _TE_ATTENTION)
 _OUT = "leave it out"
 
 NEEDS = (
@@ -55,23 +60,21 @@ NEEDS = (
     *(
         Need(setting, bool, _TE, _OUT)
         for setting in (
-            *("moe_use_legacy_grouped_gemm", "moe_permute_fusion", "moe_router_fusion", "moe_latent_size"),
-            *("use_precision_aware_optimizer", "apply_rope_fusion", "gradient_accumulation_fusion"),
-            *("tp_comm_overlap", "cpu_offloading", "use_te_rng_tracker", "use_te_activation_func"),
+            *("moe_permute_fusion", "moe_router_fusion", "moe_latent_size", "use_precision_aware_optimizer"),
+            *("apply_rope_fusion", "cpu_offloading", "use_te_activation_func"),
         )
     ),
+    Need("gradient_accumulation_fusion", bool, _TE_AND_APEX, _OUT),
+    Need("moe_use_legacy_grouped_gemm", bool, _TE_AND_GROUPED, "use moe_grouped_gemm"),
     Need("layernorm_zero_centered_gamma", bool, _TE_NORMS, _OUT),
     Need("softmax_type", lambda kind: kind != "vanilla", _TE_ATTENTION, "use vanilla"),
+    Need("attention_backend", lambda kind: kind != "auto", _TE_ATTENTION, "use auto"),
     *(
         Need(setting, bool, _TE_ATTENTION, _OUT)
-        for setting in (
-            *("window_size", "qk_clip", "log_max_attention_logit", "fp8_dot_product_attention"),
-            *("masked_softmax_fusion", "apply_query_key_layer_scaling"),
-        )
+        for setting in ("window_size", "window_attn_skip_freq", "fp8_dot_product_attention")
     ),
     Need("fine_grained_activation_offloading", bool, _CUDA, _OUT),
     Need("nccl_ub", bool, _NCCL, _OUT),
-    Need("pipeline_model_parallel_comm_backend", bool, _NCCL, _OUT),
 )
 
 
@@ -83,6 +86,8 @@ def _offered(host: Host, config: RunConfig) -> dict[str, bool]:
         _NCCL: host.cuda,
         _DEEP_EP: host.cuda and host.deep_ep,
         _TE: engine,
+        _TE_AND_APEX: engine and host.fused_weight_gradient_mlp_cuda,
+        _TE_AND_GROUPED: engine and host.grouped_gemm,
         _TE_NORMS: engine and not config.model.qk_layernorm_full_width,
         _TE_ATTENTION: engine and config.parallel.size("context_parallel_size") == 1,
     }

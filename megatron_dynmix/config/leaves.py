@@ -1,7 +1,7 @@
 """Every leaf of the configuration: its name, section, type and where it comes from.
 
 Leaf names are unique over all sections, so each is also a flag. Ours come from `run_config.py`, the others
-are fields of Megatron-Core's dataclasses; those that this project decides itself cannot be set.
+are fields of Megatron-Core's dataclasses; those that `decided.py` names cannot be set.
 """
 
 from __future__ import annotations
@@ -19,37 +19,9 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from megatron_dynmix.config import run_config as tree
+from megatron_dynmix.config.decided import DECIDED
 from megatron_dynmix.config.strategies import option_hints
 from megatron_dynmix.errors import InputError
-
-DECIDED = {
-    "calculate_per_token_loss": "the loss is always the mean over the trained tokens of the global batch",
-    "variable_seq_lengths": "rows all have seq_length positions",
-    "fp16": "half precision here is bf16: give --bf16",
-    "params_dtype": "it follows from --bf16",
-    "pipeline_dtype": "it follows from --bf16",
-    "autocast_dtype": "it follows from --bf16",
-    "enable_autocast": "it follows from --bf16",
-    "moe_enable_routing_replay": "it is not supported by the counting router",
-    "moe_router_force_load_balancing": "random routing would make the gate loads meaningless",
-    "cuda_graph_impl": "a captured graph would not run the router's counting",
-    "enable_cuda_graph": "a captured graph would not run the router's counting",
-    "external_cuda_graph": "a captured graph would not run the router's counting",
-    "overlap_moe_expert_parallel_comm": "it runs layers after the micro-batch's sources were announced",
-    "num_microbatches_with_partial_activation_checkpoints": "recomputation is the same for all micro-batches",
-    "hybrid_context_parallel": "rows all have seq_length positions, an equal part on each rank",
-    "hierarchical_context_parallel_sizes": "keys and values are gathered over all context-parallel ranks",
-    "cp_comm_type": "keys and values are gathered over all context-parallel ranks",
-    "num_distributed_optimizer_instances": "optimizer state is sharded over all data-parallel ranks",
-    "pipeline_model_parallel_layout": "give num_layers_in_first_pipeline_stage or ..._in_last_pipeline_stage",
-    "mtp_num_layers": "multi-token prediction is not supported",
-    "cache_mla_latents": "nothing is generated while training",
-    "optimizer_cpu_offload": "the state of an optimizer on the CPU is in no checkpoint",
-    "use_megatron_fsdp": "checkpoints of FSDP models are not supported",
-    "use_custom_fsdp": "checkpoints of FSDP models are not supported",
-    "init_model_with_meta_device": "checkpoints of FSDP models are not supported",
-}
-"""Megatron-Core fields that cannot be set here, whatever its version, and why."""
 
 FLAG_ALIASES = {
     "num-experts": "num_moe_experts",

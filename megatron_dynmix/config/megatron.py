@@ -13,6 +13,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from megatron_dynmix.config.megatron_fields import model_settings
 from megatron_dynmix.config.megatron_fields import moe_layers as moe_layers
 from megatron_dynmix.config.rotary import SETTINGS, TRUNCATED, yarn_of
 from megatron_dynmix.config.run_config import RunConfig
@@ -44,12 +45,14 @@ def params_dtype(config: RunConfig) -> torch.dtype:
 def transformer_config(config: RunConfig) -> TransformerConfig:
     """Return Megatron-Core's model configuration, layout included."""
     layout = _part(config.parallel.megatron, ModelParallelConfig)
+    residual_in_fp32 = bool(config.model.megatron.get("fp32_residual_connection"))
     derived: dict[str, Any] = {
         "activation_func": torch.nn.functional.silu,
         "calculate_per_token_loss": True,
         "bf16": config.training.bf16,
         "params_dtype": params_dtype(config),
-        "pipeline_dtype": params_dtype(config),
+        # what stages hand on: the residual connection
+        "pipeline_dtype": torch.float32 if residual_in_fp32 else params_dtype(config),
     }
     if config.model.freeze_router:
         derived["moe_router_bias_update_rate"] = 0.0  # an expert bias is a router's too
@@ -87,7 +90,7 @@ def ddp_config(config: RunConfig) -> DistributedDataParallelConfig:
 
 def optimizer_config(config: RunConfig) -> OptimizerConfig:
     """Return Megatron-Core's optimizer configuration."""
-    ours = config.optimizer
+    ours, model = config.optimizer, model_settings(config)
     try:
         return OptimizerConfig(
             **{**ours.megatron, "lr": ours.lr, "min_lr": ours.min_lr, "weight_decay": ours.weight_decay},
@@ -95,6 +98,7 @@ def optimizer_config(config: RunConfig) -> OptimizerConfig:
             params_dtype=params_dtype(config),
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
             overlap_param_gather=bool(config.parallel.megatron.get("overlap_param_gather")),
+            fp8_recipe=model.fp8_recipe if model.fp8 else None,
         )
     except (ValueError, AssertionError, TypeError) as error:
         raise InputError(f"Megatron-Core refuses the optimizer settings: {error}") from error

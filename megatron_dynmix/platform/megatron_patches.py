@@ -23,8 +23,6 @@ from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 
-from megatron_dynmix import platform
-
 
 def complete_without_transformer_engine() -> None:
     """Define what Megatron-Core leaves undefined where there is no Transformer Engine; to be called once."""
@@ -70,7 +68,7 @@ def _norm(measured: Callable[..., float], grads: list[torch.Tensor], **kwargs: A
     norm = measured(grads, **kwargs)
     if not math.isinf(norm):
         return norm
-    square = torch.zeros((), dtype=torch.float64, device=platform.start().device)
+    square = torch.zeros((), dtype=torch.float64, device="cuda")  # the CPU's own, where `cpu.py` stands in
     for grad in grads:
         square += torch.linalg.vector_norm(grad, dtype=torch.float64).square()
     torch.distributed.all_reduce(square, group=kwargs["grad_stats_parallel_group"])

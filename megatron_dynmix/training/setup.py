@@ -61,7 +61,14 @@ def check_before_start(config: RunConfig, *, fresh: bool = True) -> CheckedRun:
     What a run began with need not be there any more when it is resumed, and so is not `fresh`.
     """
     wandb = config.logging.wandb_project is not None and packages.is_usable("wandb")
-    check_host(config, replace(this_host(), deep_ep=packages.is_usable("deep_ep"), wandb=wandb))
+    host = replace(
+        this_host(),
+        deep_ep=packages.is_usable("deep_ep"),
+        fused_weight_gradient_mlp_cuda=packages.is_usable("fused_weight_gradient_mlp_cuda"),
+        grouped_gemm=packages.is_usable("grouped_gemm"),
+        wandb=wandb,
+    )
+    check_host(config, host)
     resolved = check_mix(config, len(moe_layers(model_settings(config))))
     check_with_megatron(config)
     tokenizer = load_tokenizer(config.data.tokenizer or "", trust_remote_code=config.data.trust_remote_code)

@@ -330,3 +330,12 @@ def test_one_value_out_of_range_is_refused(tmp_path, section, name, value, need)
         load(tmp_path, {section: {name: value}})
     message = str(caught.value)
     assert f"{section}.{name} is {value!r}" in message and need in message
+
+
+def test_weights_that_are_not_initialized_are_loaded(tmp_path):
+    content = good_settings(tmp_path)
+    content["parallel"]["perform_initialization"] = False
+    with pytest.raises(InputError, match=r"no weights are loaded.*give load_hf or pretrained_checkpoint"):
+        check_run(load(tmp_path, content), 2)
+    content["checkpoint"] = {"pretrained_checkpoint": "checkpoints"}
+    check_run(load(tmp_path, content), 2)

@@ -9,7 +9,8 @@ from config_fixtures import good_settings, load, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_dynmix.config.leaves import DECIDED, FLAG_ALIASES, all_leaves
+from megatron_dynmix.config.decided import DECIDED
+from megatron_dynmix.config.leaves import FLAG_ALIASES, all_leaves, find
 from megatron_dynmix.config.load import load_config, to_dict, to_yaml
 from megatron_dynmix.config.megatron import ddp_config, moe_layers, optimizer_config, transformer_config
 from megatron_dynmix.config.presets import PRESETS
@@ -205,8 +206,14 @@ def test_every_alias_names_a_setting():
     assert {target.removeprefix("no-") for target in FLAG_ALIASES.values()} <= all_leaves().keys()
 
 
-@pytest.mark.parametrize("name", sorted(DECIDED.keys() & all_leaves().keys()))
-def test_what_is_decided_is_refused_with_the_reason(tmp_path, name):
+def test_what_is_decided_is_refused_by_name():
+    for name, why in DECIDED.items():
+        with pytest.raises(InputError, match=re.escape(f"{name} cannot be set: {why}")):
+            find(name)
+
+
+@pytest.mark.parametrize("name", ["qk_clip", "fp16", "tp_comm_overlap", "loss_scale", "use_te_rng_tracker"])
+def test_what_is_decided_is_refused_in_the_file_and_as_a_flag(tmp_path, name):
     leaf = all_leaves()[name]
     with pytest.raises(InputError, match=re.escape(f"{name} cannot be set: {DECIDED[name]}")):
         load(tmp_path, f"{leaf.section}: {{{name}: true}}")

@@ -12,7 +12,8 @@ from megatron_dynmix.config.run_config import DataConfig, ParallelConfig, RunCon
 from megatron_dynmix.errors import InputError
 
 CPU = Host(cuda=False, transformer_engine=False)
-GPU = Host(cuda=True, transformer_engine=True, deep_ep=True)
+PACKAGES = {"deep_ep": True, "fused_weight_gradient_mlp_cuda": True, "grouped_gemm": True}
+GPU = Host(cuda=True, transformer_engine=True, **PACKAGES)
 VALUES = {
     "moe_token_dispatcher_type": "flex",
     "recompute_modules": ["moe_act"],
@@ -22,7 +23,8 @@ VALUES = {
     "fp4": "e2m1",
     "window_size": [8, 0],
     "softmax_type": "learnable",
-    "pipeline_model_parallel_comm_backend": "nccl",
+    "attention_backend": "fused",
+    "window_attn_skip_freq": 2,
 }
 """Setting -> a value that asks for what is needed; true for the others."""
 
@@ -56,7 +58,13 @@ def test_why_an_installed_transformer_engine_does_not_do_is_said(tmp_path):
     assert "imported" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["window_size", "softmax_type", "apply_query_key_layer_scaling"])
+@pytest.mark.parametrize("name", ["gradient_accumulation_fusion", "moe_use_legacy_grouped_gemm"])
+def test_what_needs_another_package_too_is_refused_without_it(name, tmp_path):
+    with pytest.raises(InputError, match=f"{name} is true, which needs .*, and "):
+        check_host(load(tmp_path, settings(tmp_path, name)), Host(cuda=True, transformer_engine=True))
+
+
+@pytest.mark.parametrize("name", ["window_size", "softmax_type", "window_attn_skip_freq"])
 def test_our_own_attention_under_context_parallelism_refuses_what_only_transformer_engine_has(name, tmp_path):
     config = load(tmp_path, settings(tmp_path, name, parallel={"context_parallel_size": 2}))
     with pytest.raises(InputError, match=f"{name} is .* and context_parallel_size 1"):
