@@ -135,10 +135,10 @@ def check_resume(
     }
     for name, decided in FIXED.items():
         if name in changed:
-            before, after = changed[name]
+            was, given = changed[name]
             raise InputError(
-                f"{name} was {before} when {source} was written and is {after} now, which changes {decided}; "
-                f"resume with {before}"
+                f"{name} was {was} when {source} was written and is {given} now, which changes {decided}; "
+                f"resume with {was}"
             )
     _check_strategy(saved.config["mixing"], config.mixing, source)
     before, after = changed.pop("data.sources", ({}, {}))  # paths may differ
