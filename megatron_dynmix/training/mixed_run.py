@@ -39,6 +39,7 @@ from megatron_dynmix.training.loop_settings import BySource, check_layers, check
 from megatron_dynmix.training.mix_setup import Mix
 from megatron_dynmix.training.mixed_steps import MixedSteps
 from megatron_dynmix.training.reweighting import told_first_weights
+from megatron_dynmix.training.step import reduce_sums, sums_by_source
 
 STATE_VERSION = 1
 RowMasks = Callable[[Sequence[Draw]], tuple[torch.Tensor, torch.Tensor]]
@@ -310,7 +311,8 @@ class MixedRun(MixedSteps):
         )
         last_stage = parallel_state.get_pipeline_model_parallel_world_size() - 1
         if chunk == 0 and parallel_state.get_pipeline_model_parallel_rank() == last_stage:
-            self._sums_3D[2] += self._one_hot_DT.sum(dim=1)
+            ones_BC = torch.ones_like(self._source_BC)
+            self._sums_3D[2] += sums_by_source(ones_BC, ones_BC, self._source_BC, len(self.sources))[2]
         return draws
 
     def _draws(self, number: int) -> list[Draw]:
@@ -318,11 +320,6 @@ class MixedRun(MixedSteps):
         ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         first = self.consumed_samples + (number * ranks + rank) * self._micro_batch_size
         return self.plan.draws(first, first + self._micro_batch_size)
-
-    @property
-    def _one_hot_DT(self) -> torch.Tensor:
-        sources = torch.arange(len(self.sources), device=self._source_BC.device)
-        return (sources[:, None] == self._source_BC.reshape(1, -1)).double()
 
     def observe(self, loss_BC: torch.Tensor, loss_mask_BC: torch.Tensor | None = None) -> None:
         """Take note of token losses of the announced micro-batch; without a mask, of all that are real."""
@@ -333,9 +330,9 @@ class MixedRun(MixedSteps):
                 f"{loss_BC.numel()} losses and a mask of {mask_BC.numel()} were given for a micro-batch of "
                 f"{self._source_BC.numel()} positions on this rank; give one of each position"
             )
-        mask_T = mask_BC.detach().double().reshape(-1)
-        loss_T = loss_BC.detach().double().reshape(-1)
-        self._sums_3D[:2] += torch.stack([loss_T * mask_T, mask_T]) @ self._one_hot_DT.t()
+        mask_T = mask_BC.detach().float().reshape(-1)
+        masked_T = loss_BC.detach().float().reshape(-1) * mask_T
+        self._sums_3D[:2] += sums_by_source(masked_T, mask_T, self._source_BC, len(self.sources))[:2]
 
     def _see_losses(
         self, model: LanguageModule, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
@@ -386,7 +383,7 @@ class MixedRun(MixedSteps):
                 f"it has {expected} on each rank; announce each before its forward pass, or end it with "
                 "applied=False"
             )
-        stats = self._reduced()
+        stats = SourceStats(*reduce_sums(self._sums_3D).cpu())
         trained = applied and bool(torch.isfinite(stats.loss_sum_D).all())
         if not trained:
             self.roll_back()
@@ -394,15 +391,6 @@ class MixedRun(MixedSteps):
         read = self._read if len(self._read) == expected else self._planned()
         self.advance(read, stats if trained else None)
         return self._record(lr, grad_norm)
-
-    def _reduced(self) -> SourceStats:
-        """Sum over data-parallel ranks of the last stage, then tell the other stages."""
-        total_3D = self._sums_3D.clone()
-        data = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        for group in (data, parallel_state.get_pipeline_model_parallel_group()):
-            if group.size() > 1:
-                torch.distributed.all_reduce(total_3D, group=group)
-        return SourceStats(*total_3D.cpu())
 
     def _planned(self) -> list[MicroBatch]:
         """Return which rows this rank's micro-batches of the step are, where none were read."""

@@ -124,24 +124,36 @@ class PassRunner:
         parallelism and packing do not change the loss.
         """
         weighted = token_loss.float() * batch.loss_mask
-        sources = torch.arange(self.counter.num_sources, device=weighted.device)
-        one_hot_DT = (sources[:, None] == batch.source.reshape(1, -1)).double()
-        seen_T3 = torch.stack(
-            [weighted.detach(), batch.loss_mask, torch.ones_like(batch.loss_mask)], dim=-1
-        ).reshape(-1, 3)
-        report = {"source_stats": (one_hot_DT @ seen_T3.double()).t()}
+        sums_3D = sums_by_source(weighted.detach(), batch.loss_mask, batch.source, self.counter.num_sources)
+        report = {"source_stats": sums_3D}
         return weighted.sum(), batch.loss_mask.sum().to(torch.int), report
 
     def _reduce(self, stats_3D: list[torch.Tensor]) -> torch.Tensor:
-        """Sum over micro-batches and data-parallel ranks of the last stage, then tell the other stages."""
+        """Sum over micro-batches and over ranks."""
         total = torch.zeros(3, self.counter.num_sources, dtype=torch.float64, device=self.platform.device)
         for stats in stats_3D:
             total += stats
-        data = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        for group in (data, parallel_state.get_pipeline_model_parallel_group()):
-            if group.size() > 1:
-                torch.distributed.all_reduce(total, group=group)
-        return total
+        return reduce_sums(total)
+
+
+def sums_by_source(
+    loss: torch.Tensor, loss_mask: torch.Tensor, source: torch.Tensor, num_sources: int
+) -> torch.Tensor:
+    """Return `[3, D]`, the fields of `SourceStats`, of tokens with these (masked) losses; -1 is padding."""
+    sources = torch.arange(num_sources, device=loss.device)
+    one_hot_DT = (sources[:, None] == source.reshape(1, -1)).double()
+    seen_T3 = torch.stack([loss, loss_mask, torch.ones_like(loss_mask)], dim=-1).reshape(-1, 3)
+    return (one_hot_DT @ seen_T3.double()).t()
+
+
+def reduce_sums(sums_3D: torch.Tensor) -> torch.Tensor:
+    """Sum over data-parallel ranks of the last stage, then tell the other stages, which have none."""
+    total_3D = sums_3D.clone()
+    data = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    for group in (data, parallel_state.get_pipeline_model_parallel_group()):
+        if group.size() > 1:
+            torch.distributed.all_reduce(total_3D, group=group)
+    return total_3D
 
 
 def _padding_like(micro_batch: MicroBatch) -> MicroBatch:
