@@ -52,17 +52,24 @@ class PackedInputs:
         rows = [self._datasets[source][row]["loss_mask"] for source, row, _ in draws]
         return padding_BS, torch.from_numpy(np.stack(rows))
 
+    def evaluate(self, model: Any, data_iterator: Any) -> None:
+        """Read the validation rows that stock's code does not read for a middle stage."""
+        from megatron.core.utils import unwrap_model
+
+        if self._needs_attention(unwrap_model(model)):
+            self._segment_BS = next(data_iterator)["segment_ids"].to(self._device)
+
+    def _needs_attention(self, model: Any) -> bool:
+        source = self.chunks[getattr(model, "vp_stage", None) or 0]
+        middle = not (model.pre_process or model.post_process)
+        return bool(self._args.dynmix_packed_attention and middle and not source.loaded)
+
     def _complete(self, model: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Add a padding mask, and for middle stages what stock's code gives to the first and the last."""
         args = self._args
         if args.dynmix_padding_mask and model.training:
             named["padding_mask"] = self._segment_BS < 0
-        source = self.chunks[getattr(model, "vp_stage", None) or 0]
-        if (
-            args.dynmix_packed_attention
-            and not (model.pre_process or model.post_process)
-            and not source.loaded
-        ):
+        if self._needs_attention(model):
             if args.transformer_impl == "local":
                 mask = mask_of(self._segment_BS)
                 given, named = _with_mask(given, named, mask)

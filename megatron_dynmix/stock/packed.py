@@ -54,7 +54,7 @@ class StockRows(MegatronDataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         """Return one row; where conversations are is in its mask, or in the lengths of its sequences."""
         row = self.dataset[self.row(i)]
-        segment_S = row.pop("segment_ids")
+        segment_S = row["segment_ids"]
         del row["padding_mask"]
         if self.joined:
             row["cu_seqlens"], row["max_seqlen"] = starts_of(segment_S)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from megatron_dynmix.config.run_config import MixingConfig
     from megatron_dynmix.training.mixed_run import MixedRun
 
-MARKS = ("dataset_id", "row", "half")
-"""What our batches say of themselves, and stock's code does not know."""
+MARKS = ("dataset_id", "row", "half", "segment_ids")
+"""What batches say of themselves that stock's code does not know."""
 
 
 class StockRun:
@@ -104,7 +104,7 @@ class StockRun:
             if self.packed is not None:
                 self.packed.chunks[named.get("vp_stage") or 0] = train
             iterators = [
-                self._evaluating(_stock_iterator(args, split, consumed))
+                self._evaluating(_stock_iterator(args, split, consumed), train)
                 for split, consumed in ((valid, args.consumed_valid_samples), (test, 0))
             ]
             args.dataloader_type = "external"  # stock asks when this has returned
@@ -211,6 +211,8 @@ class StockRun:
             if model.training and self._run is not None:
                 chunk = get_attr_wrapped_model(model, "vp_stage") or 0
                 self._run.announce(chunk=chunk, rows=None if self.packed is None else self.packed.masks)
+            elif self.packed is not None:
+                self.packed.evaluate(model, data_iterator)
             return forward_step(data_iterator, model, *given, **named)
 
         return step
@@ -277,9 +279,9 @@ class StockRun:
 
         return after
 
-    def _evaluating(self, batches: Iterator[Any] | None) -> Iterator[Any] | None:
-        if batches is None:
-            return None
+    def _evaluating(self, batches: Iterator[Any] | None, train: Sources) -> Iterator[Any] | None:
+        if batches is None or not train.loaded:
+            return batches  # stock does not ask for them there, but `PackedInputs` may
         return _without_marks(batches) if self._losses is None else self._losses.reading(batches)
 
     def close(self) -> None:
