@@ -53,7 +53,7 @@ ifneq ($(NEWEST_PYTHON),)
 test-newest: .venv-newest/.installed  ## run tests with the newest Megatron-Core, where there is a Python 3.12
 	$(NEWEST)/python -m pytest -n 2 --dist loadfile tests/unit
 	$(NEWEST)/python -m pytest -n 2 --dist loadfile tests/distributed -m 'newest and not slow'
-	if [ -d tests/stock ]; then $(NEWEST)/python -m pytest -n 2 --dist loadfile tests/stock; fi
+	if [ -d tests/stock ]; then $(NEWEST)/python -m pytest -n 2 --dist loadfile tests/stock -m 'not slow'; fi
 else
 test-newest:
 	@echo 'test-newest is skipped: no Python 3.12 was found, which megatron-core 0.19 needs; name one by NEWEST_PYTHON'

@@ -15,6 +15,7 @@ from megatron_dynmix.errors import EXIT_FAILED, EXIT_REFUSED, InputError, Traini
 from megatron_dynmix.platform.megatron_lm import AddFlags, entered, parse_with, takes_configuration
 from megatron_dynmix.stock.flags import add_mixing_flags
 from megatron_dynmix.stock.run import StockRun
+from megatron_dynmix.training.reweighting import MixingError
 
 NEEDED = ("train_valid_test_dataset_provider", "forward_step_func", "model_provider", "non_loss_data_func")
 """Arguments of `pretrain` that are wrapped."""
@@ -82,7 +83,7 @@ def _ending() -> Iterator[None]:
         yield
     except InputError as error:
         code, text = EXIT_REFUSED, str(error) if os.environ.get("RANK", "0") == "0" else ""
-    except TrainingStopped as error:
+    except (TrainingStopped, MixingError) as error:
         code, text = EXIT_FAILED, str(error)
     else:
         return

@@ -152,6 +152,16 @@ def check_sources(prefixes: list[str], args: Namespace) -> None:
             )
 
 
+def check_records(args: Namespace) -> None:
+    """Refuse a folder with the records of another run."""
+    run_dir = args.dynmix_run_dir
+    if run_dir and (args.finetune or not args.load) and (Path(run_dir) / "ledger.jsonl").exists():
+        raise InputError(
+            f"--dynmix-run-dir {run_dir} holds the records of another run, and this one begins anew; go on "
+            "with that run by --load, or give another folder"
+        )
+
+
 def is_prepared(prefix: str) -> bool:
     """Whether `megatron-dynmix prepare` wrote these files: it leaves digests and a report beside them."""
     return all(Path(f"{prefix}.{kind}").is_file() for kind in ("idx", "json", "digests"))

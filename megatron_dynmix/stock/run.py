@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_dynmix.errors import InputError
+from megatron_dynmix.errors import InputError, StoppedOnRequest
 from megatron_dynmix.stock.evaluation import SourceLosses
 from megatron_dynmix.stock.flags import caps_of, mixing_of
 from megatron_dynmix.stock.inputs import PackedInputs
-from megatron_dynmix.stock.refusals import check_flags, check_mix, check_sources
+from megatron_dynmix.stock.refusals import check_flags, check_mix, check_records, check_sources
 from megatron_dynmix.stock.sources import Blend, Sources, blends_of, prints_of, train_and_rest
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class StockRun:
                 "ranks would not know the sources; set its attribute is_distributed to True"
             )
         check_mix(self._mixing, self._blend, caps_of(args, self._blend.names), args)
+        check_records(args)
         if args.dynmix_source_loss and self.evaluation_is_taken:
             raise InputError(
                 "--dynmix-source-loss reports evaluations through pretrain's non_loss_data_func, and this "
@@ -285,9 +287,13 @@ class StockRun:
         return _without_marks(batches) if self._losses is None else self._losses.reading(batches)
 
     def close(self) -> None:
-        """Hand the records to the disk."""
-        if self._run is not None:
-            self._run.close()
+        """Hand the records to the disk, and how the run ended."""
+        if self._run is None:
+            return
+        error = sys.exc_info()[1]
+        if isinstance(error, SystemExit) and not error.code:  # its exit interval, duration or signal
+            error = StoppedOnRequest("Megatron-LM ended the job before its last iteration")
+        self._run.__exit__(None if error is None else type(error), error, None)
 
     @property
     def run(self) -> MixedRun:

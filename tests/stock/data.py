@@ -2,7 +2,8 @@
 
 import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megatron_dynmix import platform
 
 SOURCES = ("web", "code", "math")
 VOCABULARY = 256
@@ -10,6 +11,9 @@ VOCABULARY = 256
 
 def write_sources(folder, names=SOURCES, documents=120):
     """Write a prefix for each name and return them; every source keeps to a part of the vocabulary."""
+    platform.start()
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
     prefixes = []
     for number, name in enumerate(names):
         random = np.random.default_rng(number)

@@ -75,7 +75,11 @@ def import_stock():
 
 def run_stock(world_size, argv, log, *, env=None, mixed=True, **kwargs):
     """Run the script with these flags and return what each rank printed."""
-    return run_ranks(world_size, _rank, [*FLAGS, *argv], log, env=env or {}, mixed=mixed, **kwargs)
+    flags = list(FLAGS)
+    if "--step-batch-size-schedule" in argv:  # it says the batch size, which must not be said twice
+        at = flags.index("--global-batch-size")
+        del flags[at : at + 2]
+    return run_ranks(world_size, _rank, [*flags, *argv], log, env=env or {}, mixed=mixed, **kwargs)
 
 
 def _rank(argv, log, *, env, mixed, before=None):
@@ -96,6 +100,7 @@ def _rank(argv, log, *, env, mixed, before=None):
     if mixed and not launcher:
         os.environ["MIXED"] = "1"
     sys.path.insert(0, str(Path(script).parent))
+    argv = [*argv, "--legacy-tokenizer"] if tagged.exists() else argv
     sys.argv = ["stock", script, *argv] if launcher else [script, *argv]
     code = 0
     try:

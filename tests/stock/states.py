@@ -7,13 +7,14 @@ import torch
 
 def state_of(checkpoints, iteration):
     """What a checkpoint holds: the mix, and every tensor by name."""
+    from megatron.core.dist_checkpointing import load_common_state_dict
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
     folder, tensors = Path(checkpoints) / f"iter_{iteration:07d}", {}
     _load_state_dict(tensors, FileSystemReader(folder), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-    args = torch.load(folder / "common.pt", weights_only=False)["args"]
+    args = load_common_state_dict(str(folder))["args"]
     return args.dynmix, dict(_flat(tensors))
 
 

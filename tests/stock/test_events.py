@@ -1,5 +1,7 @@
 """What befalls a run: skipped iterations, steps not applied, reruns, growing batches, checkpoints."""
 
+import re
+
 import pytest
 
 from megatron_dynmix.cli import main
@@ -28,9 +30,10 @@ def test_a_step_that_overflows_is_drawn_and_not_counted(stock, tmp_path):
     """Half precision begins with a loss scale at which the first steps are not applied."""
     run_dir = tmp_path / "run"
     half = ("--fp16", "--initial-loss-scale", str(2**26), "--hysteresis", "1")
-    run = stock(1, *GATE_LOAD, *half, "--dynmix-run-dir", str(run_dir))
-    skipped = sum("number of skipped iterations:   1" in line for line in run.printed)
+    run = stock(1, *GATE_LOAD, *half, "--log-interval", "6", "--dynmix-run-dir", str(run_dir))
+    skipped = int(re.findall(r"number of skipped iterations: +(\d+)", run.texts[0])[-1])
     assert 0 < skipped < 6
+    assert [line["skipped_iterations"] for line in records(run_dir, "metrics")] == [skipped]
     assert rows_of(run_dir) == [16, 32, 48]
     assert sum(records(run_dir)[-1]["tokens"]) == (6 - skipped) * 8 * 64
     assert main(["verify", str(run_dir)]) == 0
@@ -40,7 +43,7 @@ def test_a_pass_that_is_run_again_counts_once(stock, tmp_path):
     """Stock repeats a step to see whether a wrong result comes back; errors can be injected."""
     plain, again = tmp_path / "plain", tmp_path / "again"
     once = stock(1, *GATE_LOAD, "--dynmix-run-dir", str(plain))
-    inject = ("--error-injection-rate", "3", "--error-injection-type", "correct_result")
+    inject = ("--error-injection-rate", "3", "--error-injection-type", "transient_error")
     twice = stock(1, *GATE_LOAD, *inject, "--dynmix-run-dir", str(again))
     assert "rerun" in "".join(twice.texts).lower()
     assert twice.losses == once.losses
@@ -65,7 +68,7 @@ def ramp():
     from megatron.core.package_info import MAJOR, MINOR
 
     if (MAJOR, MINOR) >= (0, 18):
-        return ("--step-batch-size-schedule", "0:4 1024:8", "--global-batch-size", "8")
+        return ("--step-batch-size-schedule", "0:4 1024:8")
     return ("--rampup-batch-size", "4", "4", "16")
 
 
