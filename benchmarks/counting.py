@@ -102,7 +102,7 @@ def measure(trainer: Trainer, pairs: int, warmup: int) -> Timings:
     counter, stopwatch = trainer.run.counter, Stopwatch()
     for name in ("set_sources", "add"):
         setattr(counter, name, stopwatch.around(getattr(counter, name)))
-    micro_batches = trainer.loader.step(0, MICRO_BATCHES)
+    micro_batches = trainer.loader.step(trainer.progress.consumed_samples, MICRO_BATCHES)
     times: dict[str, list[NDArray[np.float64]]] = {"on": [], "off": [], "counter": []}
     for pair in range(pairs + warmup):
         for name in ("on", "off") if pair % 2 else ("off", "on"):

@@ -12,8 +12,7 @@ Shape legend: P pairs; R repetitions.
 from __future__ import annotations
 
 import argparse
-import os
-import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ HERE = platform.start()  # before anything that imports megatron.core
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 from megatron_dynmix.config.load import load_config  # noqa: E402
+from megatron_dynmix.job.launch import launch_ranks  # noqa: E402
 from megatron_dynmix.job.signals import StopRequest  # noqa: E402
 from megatron_dynmix.training import run  # noqa: E402
 from megatron_dynmix.training.batch import Batch, to_batch  # noqa: E402
@@ -134,10 +134,9 @@ def measure_saves(trainer: Trainer, repetitions: int) -> NDArray[np.float64]:
     return np.array(stalls)
 
 
-def rank_main(rank: int, arguments: argparse.Namespace, port: int, folder: Path) -> None:
+def rank_main(arguments: argparse.Namespace) -> None:
     """One rank of the benchmark."""
-    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": arguments.ranks, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in here.items()}, MASTER_ADDR="127.0.0.1")
+    folder = arguments.folder
     flags = [
         *arguments.flags,
         "--expert-model-parallel-size",
@@ -156,7 +155,7 @@ def rank_main(rank: int, arguments: argparse.Namespace, port: int, folder: Path)
     probe_R = measure_probe(trainer("probe", "--signal", "probe"), arguments.repetitions)
     sync_R = measure_saves(training, arguments.repetitions)
     async_R = measure_saves(trainer("async", "--signal", "train", "--async-save"), arguments.repetitions)
-    if rank == 0:
+    if torch.distributed.get_rank() == 0:
         report(arguments, ours_P, bare_P, probe_R, sync_R, async_R)
 
 
@@ -191,20 +190,24 @@ def report(
     print(table(["training stands still for", "median ms", "min", "max"], rows))
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--ranks", type=int, default=2)
+    ranks = min(2, torch.cuda.device_count() or 2)
+    parser.add_argument("--ranks", type=int, default=ranks, help="two, or one where there is one GPU")
     parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--warmup", type=int, default=4, help="pairs before the first that is timed")
     parser.add_argument("--repetitions", type=int, default=5, help="weight updates, and saves of each kind")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # given to ranks, which are started
     arguments, arguments.flags = parser.parse_known_args()  # the rest: flags of the run
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    if arguments.folder is not None:
+        rank_main(arguments)
+        return 0
     with tempfile.TemporaryDirectory() as name:
         make_quickstart(Path(name) / "data")
-        torch.multiprocessing.spawn(rank_main, (arguments, port, Path(name)), nprocs=arguments.ranks)
+        # a rank must know its place before torch is asked for devices
+        command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--folder", name]
+        return launch_ranks([*command, "--ranks", str(arguments.ranks)], arguments.ranks)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

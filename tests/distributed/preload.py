@@ -1,10 +1,6 @@
 """Imported once by the fork server, so that a test's ranks start with everything loaded."""
 
 import gc
-import os
-
-# Asking the driver for devices would forbid CUDA in the processes forked from here; NVML may be asked.
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import torch
 

@@ -28,7 +28,7 @@ def train(run_yaml, flags, run_dir, **options):
         "ledger": read_records(run_dir / "ledger.jsonl"),
         "blend": trainer.mixed.plan.state.to_json(),
         "routers": {
-            name: parameter.detach().float().numpy().copy()
+            name: parameter.detach().float().cpu().numpy().copy()
             for chunk in trainer.run.chunks
             for name, parameter in chunk.named_parameters()
             if name.endswith("router.weight")
@@ -77,7 +77,7 @@ def count_one_step(run_yaml, flags, run_dir):
     batches = trainer.loader.step(0, training_run_num_micro_batches())
     with trainer.run.counter.recording():
         stats = trainer.run(batches, forward_only=False)
-    step_HDLE = reduce_counts(trainer.run.counter.take()).numpy()
+    step_HDLE = reduce_counts(trainer.run.counter.take()).cpu().numpy()
     probe_HDLE = None
     if trainer.mixed.reweighting.probe is not None:
         probe_HDLE = trainer.mixed.reweighting.probe.measure({}, 0)[0].numpy()
@@ -118,7 +118,7 @@ def gradients_of(chunks):
         (
             own.key,
             own.global_offset,
-            own.data.detach().reshape((1,) * own.prepend_axis_num + own.local_shape).numpy().copy(),
+            own.data.detach().reshape((1,) * own.prepend_axis_num + own.local_shape).cpu().numpy().copy(),
         )
         for own in own_slices(map(unwrap, chunks))
     ]

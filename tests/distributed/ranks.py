@@ -1,4 +1,7 @@
-"""Ranks for a test: forked from one process that has torch and Megatron-Core loaded, joined over gloo."""
+"""Ranks for a test, forked from one process that has torch and Megatron-Core loaded.
+
+On a GPU each is started by itself: who has asked the driver for devices cannot be forked.
+"""
 
 import contextlib
 import multiprocessing
@@ -8,7 +11,10 @@ import socket
 import traceback
 from multiprocessing.connection import Connection, wait
 
-CONTEXT = multiprocessing.get_context("forkserver")
+from megatron_dynmix import platform
+
+CUDA = platform.start().device.type == "cuda"  # a started rank, too, comes here before Megatron-Core
+CONTEXT = multiprocessing.get_context("spawn" if CUDA else "forkserver")
 CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
 
 

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show. Run by `make gpu-check`. Axes: E experts, T tokens."""
+"""What only a CUDA device can show; one is enough. A part of `make gpu-check`. Axes: E experts, T tokens."""
 
 import numpy as np
 import pytest
