@@ -80,9 +80,6 @@ def check(groups: Sequence[Sequence[Part]], job: Job, log: Path, seconds: float)
 
 def chosen(names: Sequence[str], seconds: float = SECONDS) -> list[list[Part]]:
     """Return the parts of these names, or all; each gets its share of the seconds."""
-    known = {part.name for parts in IN_ONE_PROCESS for part in parts}
-    if unknown := [name for name in names if name not in known]:
-        raise SystemExit(f"error: no part is called {', '.join(unknown)}; there are {', '.join(known)}")
     return [
         [
             Part(part.function, part.seconds * seconds / SECONDS)
@@ -104,6 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tiny", action="store_true", help="at a size for a CPU, to try the parts out")
     given = parser.parse_args(arguments)
+    known = [part.name for parts in IN_ONE_PROCESS for part in parts]
+    if unknown := [name for name in given.parts if name not in known]:
+        parser.error(f"no part is called {', '.join(unknown)}; there are {', '.join(known)}")
     groups = chosen(given.parts, given.seconds)
     given.output.mkdir(parents=True, exist_ok=True)
     log = given.output / "log.txt"

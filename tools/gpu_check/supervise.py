@@ -25,6 +25,8 @@ from typing import Any
 CONTEXT = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
 STARTING = 60
 """Seconds that the first part of a process has beside its own, for what is imported and compiled."""
+MOST_SAID = 500
+"""Characters of an error that a line holds; the log has all of it."""
 
 Figures = dict[str, Any]
 Line = dict[str, Any]
@@ -95,11 +97,13 @@ class Worker:
         start = time.monotonic()
         figures: Figures = {}
         try:
-            self._pipe.send((part.function, job, limit))
+            self._pipe.send((part.function, job))
             if self._pipe.poll(limit):
                 figures, error = self._pipe.recv()
             else:
                 error = f"ran out of its {limit:.0f} s; the log says where it was"
+                os.kill(self._process.pid, signal.SIGUSR2)
+                time.sleep(0.5)
         except (EOFError, OSError):
             self._process.join(5)
             error = f"its process died with exit code {self._process.exitcode}"
@@ -124,23 +128,22 @@ def _work(pipe: Connection, log: str) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    faulthandler.register(signal.SIGUSR2)
     while True:
-        function, job, limit = pipe.recv()
+        function, job = pipe.recv()
         figures: Figures = {}
         error = None
         print(f"==== {function}", flush=True)
-        faulthandler.dump_traceback_later(0.95 * limit)
         try:
             module, _, name = function.partition(":")
             getattr(importlib.import_module(module), name)(job, figures)
             json.dumps(figures, allow_nan=False)
         except BaseException as raised:
             traceback.print_exc()
-            error = f"{type(raised).__name__}: {raised} ({_where(raised)})"
+            said = str(raised)[:MOST_SAID]
+            error = f"{type(raised).__name__}: {said} ({_where(raised)})"
             figures = {name: value for name, value in figures.items() if _is_json(value)}
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-            sys.stdout.flush()
+        sys.stdout.flush()
         pipe.send((figures, error))
 
 
