@@ -14,7 +14,7 @@ endif
 test test-slow test-newest soak quickstart: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-newest soak study lint docs bench gpu-check clean
+.PHONY: help quickstart test test-slow test-newest soak study lint docs bench gpu-wheels gpu-check clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -27,7 +27,7 @@ $(INSTALLED): setup.py constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
-quickstart: $(INSTALLED)  ## train a tiny MoE on generated sources on this machine's CPU
+quickstart: $(INSTALLED)  ## train a tiny MoE on generated sources, on the CPU if there is no GPU
 	$(BIN)/megatron-dynmix quickstart
 
 # two at a time; those that wait for clocks or kill what they started have no heavy ones beside them
@@ -79,8 +79,11 @@ docs: $(INSTALLED)  ## build the pages under docs/ to build/docs, warnings are e
 bench: $(INSTALLED)  ## run every benchmark
 	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
-gpu-check:  ## run the GPU tests with PYTHON's own packages, no .venv
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu
+gpu-wheels: $(INSTALLED)  ## put into build/gpu-wheels what a GPU machine without a network lacks
+	$(BIN)/python -W ignore -m tools.gpu_check.carry build/gpu-wheels
+
+gpu-check:  ## check one GPU in eight minutes with PYTHON's own packages, no .venv
+	$(PYTHON) -W ignore -m tools.gpu_check
 
 clean:  ## remove .venv, caches and build output; runs/ stays
 	rm -rf .venv .venv-newest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -192,7 +192,7 @@ def report(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    ranks = min(2, torch.cuda.device_count() or 2)
+    ranks = platform.most_ranks(2)
     parser.add_argument("--ranks", type=int, default=ranks, help="two, or one where there is one GPU")
     parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--warmup", type=int, default=4, help="pairs before the first that is timed")

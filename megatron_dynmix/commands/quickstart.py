@@ -42,7 +42,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Generate, prepare, train, and say what to open."""
     from megatron_dynmix import platform
 
-    platform.start()
+    ranks = platform.most_ranks(2)
+    flags = ["--expert-model-parallel-size", "1"] if ranks == 1 else []
     from megatron_dynmix.training.holding import lease_of
     from megatron_dynmix.training.resume import check_run_dir
 
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     data = run_dir / "data"
     with Lease(data / LOCK, "a quickstart", "give another --run-dir").take(say=print):
         run_yaml = make_quickstart(data)
-        code = train(run_yaml, [], run_dir, world_size=2)
+        code = train(run_yaml, flags, run_dir, world_size=ranks)
     if code == 0:
         print(
             f"\nDone. What to open:\n"
@@ -61,7 +62,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
             f"  {run_dir}/metrics.jsonl   loss of each source over time\n"
             f"  {_command('tensorboard')} --logdir {run_dir}/tensorboard\n"
             f"  {run_yaml}    the run: change it and train again:\n"
-            f"  {_command('megatron-dynmix')} train {run_yaml} --run-dir runs/mine --nproc-per-node 2"
+            f"  {' '.join([_command('megatron-dynmix'), 'train', str(run_yaml), *flags])} "
+            f"--run-dir runs/mine --nproc-per-node {ranks}"
         )
     return code
 

@@ -60,6 +60,11 @@ def start() -> Platform:
     return _cuda() if torch.cuda.is_available() else _cpu()
 
 
+def most_ranks(wanted: int) -> int:
+    """Return how many of so many ranks this machine can start: with CUDA, one on each device."""
+    return min(wanted, torch.cuda.device_count()) if start().device.type == "cuda" else wanted
+
+
 def _cuda() -> Platform:
     local_rank, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if visible == 1 and "LOCAL_WORLD_SIZE" not in os.environ:

@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from megatron_dynmix import platform
 from megatron_dynmix.platform import packages
 
 LOOK = """
@@ -132,3 +134,11 @@ def test_megatron_core_is_completed_on_cuda_without_transformer_engine(tmp_path)
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("kind", "visible", "ranks"), [("cpu", 0, 2), ("cuda", 1, 1), ("cuda", 8, 2)])
+def test_a_machine_has_a_rank_for_each_gpu(kind, visible, ranks, monkeypatch):
+    here = platform.Platform(device=torch.device(kind), backend="", transformer_engine=False)
+    monkeypatch.setattr(platform, "start", lambda: here)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    assert platform.most_ranks(2) == ranks

@@ -1,9 +1,12 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from megatron_dynmix import platform
+from megatron_dynmix.commands import quickstart
 from megatron_dynmix.commands.quickstart import in_words, make_quickstart, write_run_yaml, write_sources
 from megatron_dynmix.data.prepare.formats import parse_sharegpt
 from megatron_dynmix.data.prepare.template import Renderer
@@ -139,3 +142,15 @@ def test_make_quickstart_makes_a_tokenizer_that_fits_every_example_into_a_row(tm
             [(ids_T, _)] = tokenizer.encode_batch([text])
             assert len(ids_T) <= run["data"]["seq_length"]
             assert tokenizer.decode(ids_T.tolist()) == text
+
+
+@pytest.mark.parametrize(("gpus", "flags"), [(2, []), (1, ["--expert-model-parallel-size", "1"])])
+def test_quickstart_trains_on_one_gpu_where_there_is_one(gpus, flags, monkeypatch, capsys, tmp_path):
+    asked = []
+    monkeypatch.setattr(platform, "most_ranks", lambda wanted: min(wanted, gpus))
+    monkeypatch.setattr(quickstart, "make_quickstart", lambda folder: folder / "RUN.yaml")
+    monkeypatch.setattr(quickstart, "train", lambda *given, **named: asked.append((given[1], named)) or 0)
+    assert quickstart.run(SimpleNamespace(run_dir=tmp_path), []) == 0
+    assert asked == [(flags, {"world_size": gpus})]
+    shown = " ".join(["RUN.yaml", *flags, "--run-dir runs/mine --nproc-per-node"])
+    assert f"{shown} {gpus}\n" in capsys.readouterr().out
