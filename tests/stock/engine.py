@@ -1,6 +1,7 @@
 """Runs stock Megatron-LM on the CPU: each job in freshly forked ranks that have everything loaded."""
 
 import json
+import multiprocessing
 import os
 import re
 import runpy
@@ -89,6 +90,7 @@ def _rank(argv, log, *, env, mixed, before=None):
     os.dup2(out, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ.update(env, CUDA_DEVICE_MAX_CONNECTIONS="1", LOCAL_WORLD_SIZE=os.environ["WORLD_SIZE"])
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that no fork server made
     find_stock()
     from tests.stock import stand_ins
 
