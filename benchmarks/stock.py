@@ -1,7 +1,8 @@
 """What mixing adds to an iteration of stock Megatron-LM: paired runs of its own loop, with it and without.
 
-Both run the same script on the same data in freshly forked ranks, one after the other, the order swapped from
-pair to pair. Compared are the medians of the times that stock itself prints for its iterations. Needs
+Both run the same script on the same data in freshly forked ranks, one after the other, the order swapped
+from pair to pair. Compared are the medians of the CPU time from one report of stock's to the next: with one
+rank and thread that is the time of an iteration on a machine that does nothing else. Needs
 `megatron.training`: the environment of `make test-newest`, or DYNMIX_MEGATRON_LM, the folder of a tag.
 """
 
@@ -12,6 +13,7 @@ import re
 import statistics
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -33,10 +35,10 @@ WARM_UP = 3
 
 def iteration_time(argv: list[str], folder: Path, *, mixed: bool) -> float:
     """Return the median milliseconds of an iteration of one run."""
-    ((code, text),) = engine.run_stock(1, argv, folder / "log", mixed=mixed, timeout=900)
+    ((code, text),) = engine.run_stock(1, argv, folder / "log", mixed=mixed, clock=True, timeout=900)
     assert code == 0, text[-3000:]
-    times = [float(time) for time in re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", text)]
-    return statistics.median(times[WARM_UP:])
+    clock = [float(seconds) for seconds in re.findall(r"cpu seconds: ([\d.]+)", text)]
+    return 1000 * statistics.median(after - before for before, after in pairwise(clock[WARM_UP:]))
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import sys
+import time
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
@@ -83,7 +84,20 @@ def run_stock(world_size, argv, log, *, env=None, mixed=True, **kwargs):
     return run_ranks(world_size, _rank, [*flags, *argv], log, env=env or {}, mixed=mixed, **kwargs)
 
 
-def _rank(argv, log, *, env, mixed, before=None):
+def _print_cpu_time():
+    """Have stock print what the process has computed for, each time that it reports an iteration."""
+    import megatron.training.training as training
+
+    report = training.training_log
+
+    def training_log(*given, **named):
+        print(f"cpu seconds: {time.process_time()}")
+        return report(*given, **named)
+
+    training.training_log = training_log
+
+
+def _rank(argv, log, *, env, mixed, clock=False):
     path = f"{log}.{os.environ['RANK']}"
     out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
@@ -95,8 +109,8 @@ def _rank(argv, log, *, env, mixed, before=None):
     from tests.stock import stand_ins
 
     stand_ins.install()
-    if before is not None:
-        before()
+    if clock:
+        _print_cpu_time()
     tagged = Path(os.environ.get(FOLDER, "/nowhere")) / "pretrain_gpt.py"
     script, launcher = (str(tagged), mixed) if tagged.exists() else (str(HERE / "pretrain_gpt.py"), False)
     if mixed and not launcher:
