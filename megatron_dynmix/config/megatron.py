@@ -54,6 +54,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         # what stages hand on: the residual connection
         "pipeline_dtype": torch.float32 if residual_in_fp32 else params_dtype(config),
     }
+    if config.model.qk_layernorm_full_width:
+        derived["qk_layernorm"] = True  # from 0.18 on, Megatron-Core refuses a spec that has norms otherwise
     if config.model.freeze_router:
         derived["moe_router_bias_update_rate"] = 0.0  # an expert bias is a router's too
     if config.parallel.virtual_stages:

@@ -29,6 +29,8 @@ SECTIONS = {
 """Megatron-Core's dataclasses, and the section that their fields are given in."""
 OLDEST = "0.16"
 """The release whose fields can be set."""
+WORKS_FROM = {"fp32_residual_connection": ("0.17", "rounds the residual after every addition all the same")}
+"""Fields that do nothing before a release, and what Megatron-Core does there."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,9 @@ def unavailable_fields() -> dict[str, str]:
     for later, fields in reversed(differences.items()):
         for name in fields["new"]:
             reasons[name] = f"it came with megatron-core {later}, and runs were tried without it only"
+    for name, (first, instead) in WORKS_FROM.items():
+        if release < first:
+            reasons[name] = f"megatron-core {version} {instead}; {first} and later do as they are told"
     for name in differences.get(release, {"gone": []})["gone"]:
         last = max({OLDEST, *(other for other, fields in differences.items() if name not in fields["gone"])})
         until = OLDEST if last == OLDEST else f"{OLDEST} to {last}"

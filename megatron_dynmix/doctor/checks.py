@@ -52,10 +52,10 @@ FLASH = "flash-attn"
 
 
 def python(facts: Facts) -> Finding:
-    """Check for the versions that megatron-core 0.16.1 has wheels for."""
+    """Check for the versions that megatron-core has wheels for."""
     if PYTHONS.contains(facts.python, prereleases=True):
         return good(facts.python)
-    return problem(facts.python, "megatron-core 0.16.1 has wheels for 3.10 to 3.13: make a venv with one")
+    return problem(facts.python, "megatron-core has wheels for 3.10 to 3.13 only: make a venv with one")
 
 
 def packages(facts: Facts) -> Finding:

@@ -18,6 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -76,7 +77,8 @@ def _use_local_layers(parts: Any, transformer: TransformerConfig) -> None:
     attention.core_attention = SegmentAttention
     if transformer.multi_latent_attention:
         if transformer.qk_layernorm:
-            attention.q_layernorm = attention.kv_layernorm = LocalNorm
+            attention.q_layernorm = IdentityOp if transformer.q_lora_rank is None else LocalNorm
+            attention.kv_layernorm = LocalNorm
         # Whole on every tensor-parallel rank: with a column-parallel one, what the rotary part of the keys
         # learns from the other ranks' heads would be missing from its gradient.
         attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear

@@ -4,9 +4,9 @@ import pytest
 from config_fixtures import good_settings, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+from megatron.core import num_microbatches_calculator as megatron
 
-from megatron_dynmix.config.batch_schedule import BatchSchedule
+from megatron_dynmix.config.batch_schedule import BatchSchedule, token_steps
 from megatron_dynmix.config.check import check_run
 from megatron_dynmix.config.load import to_dict
 from megatron_dynmix.errors import InputError
@@ -30,17 +30,35 @@ def steps(draw):
     )
 
 
+def calculators(name):
+    """A mark for what only some versions of Megatron-Core have."""
+    return pytest.mark.skipif(not hasattr(megatron, name), reason=f"this Megatron-Core has no {name}")
+
+
+@calculators("RampupBatchsizeNumMicroBatchesCalculator")
 @settings(max_examples=200, deadline=None)
 @given(ramps(), st.integers(0, 600))
 def test_batches_are_those_of_megatron_core(ramp, consumed):
     global_batch_size, (start, increment, samples) = ramp
-    calculator = RampupBatchsizeNumMicroBatchesCalculator(
+    calculator = megatron.RampupBatchsizeNumMicroBatchesCalculator(
         global_batch_size, 1, 1, False, 1, start, increment, samples
     )
     for at in (consumed, samples - 1, samples, samples + 1):
         calculator.update(at, consistency_check=True)
         size = BatchSchedule.growing(*ramp).batch_size(at)
         assert size == calculator.get_current_global_batch_size(), at
+
+
+@calculators("StepBatchsizeNumMicroBatchesCalculator")
+@settings(max_examples=100, deadline=None)
+@given(steps(), st.integers(0, 500))
+def test_steps_are_those_of_megatron_core(schedule, consumed):
+    length = 128
+    text = " ".join(f"{sample * length}:{size}" for sample, size in schedule.steps)
+    calculator = megatron.StepBatchsizeNumMicroBatchesCalculator(1, 1, False, 1, text, length)
+    calculator.update(consumed, consistency_check=True)
+    ours = BatchSchedule(tuple((tokens // length, size) for tokens, size in token_steps(text)))
+    assert ours.batch_size(consumed) == calculator.get_current_global_batch_size()
 
 
 @settings(max_examples=100, deadline=None)

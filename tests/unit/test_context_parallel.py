@@ -1,6 +1,8 @@
 """Slices of rows that context-parallel ranks hold. Axes: B rows, S positions, R ranks, C positions of one."""
 
+import inspect
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,13 +19,20 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_hold_what_megatron_core_gives_them(ranks, monkeypatch):
-    monkeypatch.setattr(megatron_utils, "get_pg_size", lambda group: ranks)
-    monkeypatch.setattr(megatron_utils, "get_pg_rank", lambda rank: rank)  # any stand-in for a group will do
+    for owner, size, rank in (
+        (megatron_utils, "get_pg_size", "get_pg_rank"),
+        (torch.distributed, "get_world_size", "get_rank"),
+    ):
+        monkeypatch.setattr(owner, size, lambda group: group.size())
+        monkeypatch.setattr(owner, rank, lambda group: group.rank())
     tokens_BS = torch.arange(48).view(2, 24)
     positions_RC = context_parallel_positions(24, ranks, CPU)
     assert positions_RC.flatten().sort().values.equal(torch.arange(24))
+    take = megatron_utils.get_batch_on_this_cp_rank
+    static = {"is_hybrid_cp": False} if "is_hybrid_cp" in inspect.signature(take).parameters else {}
     for rank, mine_C in enumerate(positions_RC):
-        theirs = megatron_utils.get_batch_on_this_cp_rank({"tokens": tokens_BS}, cp_group=rank)
+        group = SimpleNamespace(size=lambda: ranks, rank=lambda rank=rank: rank)
+        theirs = take({"tokens": tokens_BS}, cp_group=group, **static)
         assert tokens_BS[:, mine_C].equal(theirs["tokens"])
 
 

@@ -26,7 +26,7 @@ platform.start()
 
 GIB = 2**30
 NEEDS = (
-    "megatron-core<0.17,>=0.16.1",
+    "megatron-core<0.20,>=0.16.1",
     "numpy>=1.26",
     "psutil",
     'transformer-engine[pytorch]<2.12,>=2.9; extra == "te"',
@@ -68,10 +68,11 @@ CASES = [
     (
         checks.packages,
         LAPTOP,
-        versions(LAPTOP, megatron_core="0.17.0"),
+        versions(LAPTOP, megatron_core="0.20.0"),
         "problem",
-        "megatron-core 0.17.0",
+        "megatron-core 0.20.0",
     ),
+    (checks.packages, LAPTOP, versions(LAPTOP, megatron_core="0.19.2"), "OK", "megatron-core 0.19.2"),
     (checks.packages, LAPTOP, versions(LAPTOP, psutil=None), "problem", "psutil is missing"),
     (checks.packages, LAPTOP, {"requirements": ()}, "problem", "not installed"),
     (checks.transformer_engine, LAPTOP, {}, "OK", "not needed on a CPU"),
@@ -365,7 +366,7 @@ def test_the_table_is_that_of_the_docs():
 def test_this_machine_is_looked_at(monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("RANK", raising=False)
     machine = look()
-    assert machine.versions["megatron-core"].startswith("0.16.")
+    assert machine.versions["megatron-core"].startswith(("0.16.", "0.17.", "0.18.", "0.19."))
     assert any(need.startswith("megatron-core") for need in machine.requirements)
     path = write(tmp_path, good_settings(tmp_path))
     code = main(["doctor", str(path), "--shared-dir", str(tmp_path)])

@@ -54,6 +54,8 @@ def test_the_tables_are_those_of_the_installed_version():
         ("0.19", "use_mup", "it came with megatron-core 0.17"),
         ("0.16", "gtp_weight_remat_size", "it came with megatron-core 0.19"),
         ("0.19", "moe_router_topk", None),
+        ("0.16", "fp32_residual_connection", "megatron-core 0.16.9 rounds the residual after every addition"),
+        ("0.17", "fp32_residual_connection", None),
     ],
 )
 def test_a_field_of_another_version_has_a_reason(release, name, why, monkeypatch):
