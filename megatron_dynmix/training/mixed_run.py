@@ -236,7 +236,7 @@ class MixedRun(MixedSteps):
     def _batches(self, loader: BlendLoader, *, folded: bool) -> Iterator[MicroBatch]:
         step = 0
         while True:
-            self._in_step("a micro-batch was read")
+            self._need_step("a micro-batch was read")
             if step == self._begun:
                 raise InputError(
                     f"more than the {self.num_micro_batches} micro-batches of a rank's step were read; call "
@@ -267,6 +267,15 @@ class MixedRun(MixedSteps):
         super().roll_back()
         self._sums_3D.zero_()
 
+    @property
+    def in_step(self) -> bool:
+        """Whether a step was begun and has not ended."""
+        return self._before_HDLE is not None
+
+    def pause(self) -> None:
+        """Count no more until the next `begin_step`: the passes are over, the step is yet to be counted."""
+        self.reweighting.counter.is_recording = False
+
     def announce(
         self, *, chunk: int = 0, rows: RowMasks | None = None, positions_C: torch.Tensor | None = None
     ) -> list[Draw]:
@@ -278,7 +287,7 @@ class MixedRun(MixedSteps):
         only trained labels count. `positions_C` are those of this context-parallel rank, if it has others
         than Megatron-Core's `get_batch_on_this_cp_rank` gives it.
         """
-        self._in_step("announce was called")
+        self._need_step("announce was called")
         number = self._passes.get(chunk, 0) % self.num_micro_batches
         if number == chunk == 0:
             self.roll_back()
@@ -323,7 +332,7 @@ class MixedRun(MixedSteps):
 
     def observe(self, loss_BC: torch.Tensor, loss_mask_BC: torch.Tensor | None = None) -> None:
         """Take note of token losses of the announced micro-batch; without a mask, of all that are real."""
-        self._in_step("observe was called")
+        self._need_step("observe was called")
         mask_BC = self._source_BC >= 0 if loss_mask_BC is None else loss_mask_BC
         if not loss_BC.numel() == mask_BC.numel() == self._source_BC.numel():
             raise InputError(
@@ -337,7 +346,7 @@ class MixedRun(MixedSteps):
     def _see_losses(
         self, model: LanguageModule, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
     ) -> None:
-        if not model.training or in_backward() or self._before_HDLE is None:
+        if not model.training or in_backward() or not self.in_step:
             return
         given = inspect.signature(model.forward).bind(*inputs, **named).arguments
         if given.get("labels") is not None:
@@ -364,7 +373,7 @@ class MixedRun(MixedSteps):
             MixingError: new weights could not be made.
 
         """
-        self._in_step("end_step was called")
+        self._need_step("end_step was called")
         before, size, expected = self.consumed_samples, self.batch_size, self.num_micro_batches
         if consumed_samples == before:
             self.roll_back()
@@ -487,6 +496,6 @@ class MixedRun(MixedSteps):
     ) -> None:
         self._records.__exit__(kind, error, trace)
 
-    def _in_step(self, what: str) -> None:
-        if self._before_HDLE is None:
+    def _need_step(self, what: str) -> None:
+        if not self.in_step:
             raise InputError(f"{what} outside a step; call begin_step first, once for each step")
