@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from megatron_dynmix.config.rotary import yarn_of
 from megatron_dynmix.config.run_config import RunConfig
 from megatron_dynmix.errors import InputError
 
@@ -116,6 +117,19 @@ def check_host(config: RunConfig, host: Host) -> None:
         )
 
 
+def with_defaults(config: RunConfig, host: Host) -> RunConfig:
+    """Return the run with the ways to compute that this host takes where nothing is said.
+
+    They are the host's and not the run's, which may go on elsewhere: nothing of it is recorded.
+    """
+    given = config.model.megatron
+    other_rotary = given.get("multi_latent_attention") or given.get("rotary_interleaved") or yarn_of(given)
+    if not _offered(host, config)[_TE] or other_rotary or "apply_rope_fusion" in given:
+        return config
+    model = dataclasses.replace(config.model, megatron={**given, "apply_rope_fusion": True})
+    return dataclasses.replace(config, model=model)
+
+
 def without_unmet(config: RunConfig, host: Host) -> RunConfig:
     """Return the run as this host could follow it, to check a layout meant for another one.
 
@@ -152,7 +166,13 @@ def _check_packed_rows(config: RunConfig, host: Host) -> None:
         return
     if not config.training.bf16:
         raise InputError("Transformer Engine attends to packed rows in bf16 only; add --bf16")
-    if "seq_aux_loss" in str(config.model.megatron.get("moe_router_load_balancing_type")):
+    given = config.model.megatron
+    if given.get("apply_rope_fusion") and given.get("rotary_interleaved"):
+        raise InputError(
+            "apply_rope_fusion and rotary_interleaved are true: Megatron-Core tells the fused kernel for "
+            "packed rows only of the first; leave out apply_rope_fusion"
+        )
+    if "seq_aux_loss" in str(given.get("moe_router_load_balancing_type")):
         raise InputError(
             "moe_router_load_balancing_type seq_aux_loss would balance over a whole micro-batch: with "
             "Transformer Engine its rows are one sequence; use aux_loss or global_aux_loss"

@@ -22,7 +22,10 @@ from megatron_dynmix.config.rotary import TRUNCATED
 from megatron_dynmix.model.layers import decoder_spec
 from megatron_dynmix.moe.router import GateLoadRouter
 from megatron_dynmix.platform import Platform
-from megatron_dynmix.platform.megatron_patches import update_expert_bias_exactly
+from megatron_dynmix.platform.megatron_patches import (
+    rotate_packed_rows_on_the_device,
+    update_expert_bias_exactly,
+)
 
 
 class RealVocabularyGPT(GPTModel):
@@ -77,6 +80,7 @@ def build_modules(
 ) -> Iterator[torch.nn.Module]:
     """Build this rank's chunks, one for each virtual pipeline stage, on their device: they run, untrained."""
     update_expert_bias_exactly()
+    rotate_packed_rows_on_the_device()
     virtual_stages = transformer.virtual_pipeline_model_parallel_size
     for stage in range(virtual_stages) if virtual_stages else [None]:
         gpt = build_gpt(config, transformer, platform.transformer_engine, stage)
@@ -109,7 +113,7 @@ def build_model(
     if ddp.align_param_gather:
         transformer.param_sync_func = [chunk.start_param_sync for chunk in chunks]
     transformer.finalize_model_grads_func = (
-        finalize_without_expert_gates if config.model.freeze_expert_gate else finalize_model_grads
+        finalize_without_expert_gates if config.model.freeze_expert_gate else finalize_gradients
     )
     return chunks
 
@@ -172,13 +176,31 @@ def freeze_router(model: torch.nn.Module) -> None:
                 parameter.requires_grad_(False)
 
 
+def finalize_gradients(
+    chunks: list[DistributedDataParallel], num_tokens: torch.Tensor, **kwargs: Any
+) -> None:
+    """Run Megatron-Core's `finalize_model_grads`, and divide by the trained tokens of the step here.
+
+    It would ask of each chunk whether there were any, which waits for the whole backward pass.
+    """
+    finalize_model_grads(chunks, **kwargs)
+    last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
+    torch.distributed.broadcast(
+        num_tokens, last_stage, group=parallel_state.get_pipeline_model_parallel_group()
+    )
+    ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    torch.distributed.all_reduce(num_tokens, group=ranks)
+    for chunk in chunks:
+        chunk.scale_gradients(1.0 / num_tokens.clamp(min=1))
+
+
 def finalize_without_expert_gates(chunks: list[DistributedDataParallel], *args: Any, **kwargs: Any) -> None:
-    """Run Megatron-Core's `finalize_model_grads`, then take gate projections of experts their gradient.
+    """Finalize gradients, then take gate projections of experts their gradient.
 
     Here, and not in a hook of the parameter: fused kernels add to `main_grad` past autograd. With no gradient
     and no weight decay AdamW leaves a weight as it is, and the gradient's norm is that of what is trained.
     """
-    finalize_model_grads(chunks, *args, **kwargs)
+    finalize_gradients(chunks, *args, **kwargs)
     for name, parameter in (item for chunk in chunks for item in chunk.named_parameters()):
         if ".experts." in name and ".linear_fc1.weight" in name:
             # a rank's part is `[2F, H]`: the gate's rows, then as many of the up projection

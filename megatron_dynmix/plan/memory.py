@@ -25,7 +25,7 @@ import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_dynmix.config import RunConfig
-from megatron_dynmix.config.host import Host, joins_rows
+from megatron_dynmix.config.host import Host, joins_rows, with_defaults
 from megatron_dynmix.config.megatron import (
     ddp_config,
     micro_batch_group,
@@ -96,6 +96,7 @@ class StageMemory:
 
 def memory_by_stage(config: RunConfig, layout: Layout, host: Host) -> list[StageMemory]:
     """Return the memory of a rank of each pipeline stage, for a configuration that was checked."""
+    config = with_defaults(config, host)
     transformer, found = transformer_here(config), []
     weights = params_dtype(config).itemsize
     gradients = FP32 if ddp_config(config).grad_reduce_in_fp32 else weights

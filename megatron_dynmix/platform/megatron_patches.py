@@ -16,6 +16,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.optimizer import distrib_optimizer, optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.post_training.modelopt.layers import Linear
@@ -33,6 +34,36 @@ def complete_without_transformer_engine() -> None:
     # It takes Transformer Engine to be there wherever names can be imported, then asks for the type None.
     multi_latent_attention.HAVE_TE = False
     multi_latent_attention.Linear = Linear  # its own, which later versions know with Transformer Engine only
+
+
+def rotate_packed_rows_on_the_device() -> None:
+    """Have packed rows rotated without a look at where their segments begin.
+
+    Megatron-Core reads that back in every layer, for queries and for keys, where Transformer Engine's kernel
+    does not rotate them: a wait for the device each time.
+    """
+    rotate = rope_utils._apply_rotary_pos_emb_thd
+    if not hasattr(rotate, "__wrapped__"):
+        ours = functools.wraps(rotate)(functools.partial(_rotate_packed_rows, rotate))
+        rope_utils._apply_rotary_pos_emb_thd = ours
+
+
+def _rotate_packed_rows(
+    theirs: Callable[..., torch.Tensor],
+    t: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    freqs: torch.Tensor,
+    *args: Any,
+    cp_group: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Rotate `[T, heads, width]`, each position by its place in its segment; `freqs` begin at place 0."""
+    if cp_group.size() > 1:  # whose ranks have two parts of each segment
+        return theirs(t, cu_seqlens, freqs, *args, cp_group=cp_group, **kwargs)
+    position_T = torch.arange(t.shape[0], device=t.device)
+    segment_T = torch.bucketize(position_T, cu_seqlens[1:], right=True)
+    freqs_T = freqs[position_T - cu_seqlens[segment_T]]
+    return rope_utils._apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs_T, *args, **kwargs).squeeze(1)
 
 
 def update_expert_bias_exactly() -> None:

@@ -16,7 +16,7 @@ from megatron_dynmix.checkpoint.folder import exact, verified
 from megatron_dynmix.checkpoint.run_state import RunState, read_run_state
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.batch_schedule import BatchSchedule
-from megatron_dynmix.config.host import joins_rows
+from megatron_dynmix.config.host import joins_rows, with_defaults
 from megatron_dynmix.config.megatron import micro_batch_group, moe_layers, transformer_config
 from megatron_dynmix.data.blend_plan import BlendPlan
 from megatron_dynmix.data.loader import BlendLoader
@@ -30,6 +30,7 @@ from megatron_dynmix.model.lr_schedule import build_scheduler
 from megatron_dynmix.model.optimizer import build_optimizer
 from megatron_dynmix.moe.counter import GateLoadCounter
 from megatron_dynmix.moe.router import attach_counter
+from megatron_dynmix.plan.parameters import this_host
 from megatron_dynmix.records.live_line import LiveLine
 from megatron_dynmix.records.logline import loaded_line, loading_line
 from megatron_dynmix.records.writer import open_writer, recorded
@@ -261,7 +262,7 @@ def build_runner(
     config: RunConfig, num_sources: int, here: platform.Platform, *, trains: bool = True
 ) -> PassRunner:
     """Build the model, and the counter that its routers write into; without gradients if it is only run."""
-    transformer = transformer_config(config)
+    transformer = transformer_config(with_defaults(config, this_host()))
     build = build_model if trains else build_modules
     chunks = list(build(config, transformer, here))
     layers = moe_layers(transformer)

@@ -23,7 +23,7 @@ from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_t
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dynmix.config import RunConfig
-from megatron_dynmix.data.loader import PADDING, MicroBatch, pinned, segment_borders
+from megatron_dynmix.data.loader import PADDING, MicroBatch, pinned
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.model.gpt import whole_parameters
@@ -159,9 +159,10 @@ def reduce_sums(sums_3D: torch.Tensor) -> torch.Tensor:
 def _padding_like(micro_batch: MicroBatch) -> MicroBatch:
     """Make a micro-batch of the same shape that is all padding."""
     padding = {name: torch.full_like(tensor, PADDING.get(name, 0)) for name, tensor in micro_batch.items()}
-    if "cu_seqlens" in padding:
-        segment_BS, borders = padding["segment_ids"], padding["cu_seqlens"]
-        padding["cu_seqlens"] = segment_borders(segment_BS, (len(borders) - 1) // len(segment_BS))
+    if "cu_seqlens" in padding:  # each row is one segment
+        rows, length = padding["tokens"].shape
+        borders = torch.arange(len(padding["cu_seqlens"]), dtype=torch.int32) * length
+        padding["cu_seqlens"] = borders.clamp(max=rows * length)
     return pinned(padding) if micro_batch["tokens"].is_pinned() else padding
 
 
@@ -195,7 +196,7 @@ def bad_and_stopping(chunks: list[DistributedDataParallel], *, stop: bool) -> to
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
             # its extremes: the sum of finite gradients may be infinite, and that of infinite ones NaN or not
             bad_stop[0] += ~torch.stack(buffer.grad_data.aminmax()).isfinite().all()
-    bad_stop[1] = stop
+    bad_stop[1].fill_(float(stop))  # an assignment would copy the number and wait
     torch.distributed.all_reduce(bad_stop)
     return bad_stop
 

@@ -1,11 +1,12 @@
 """What is refused where it cannot run; each message names the setting, what it needs and what would do."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from config_fixtures import good_settings, load
 
-from megatron_dynmix.config.host import NEEDS, Host, check_host, joins_rows, without_unmet
+from megatron_dynmix.config.host import NEEDS, Host, check_host, joins_rows, with_defaults, without_unmet
 from megatron_dynmix.config.leaves import all_leaves
 from megatron_dynmix.config.megatron import transformer_config
 from megatron_dynmix.config.megatron_fields import unavailable_fields
@@ -160,3 +161,35 @@ def test_rows_are_joined_where_every_rank_gets_two_parts_of_a_segment(engine, cp
         parallel=ParallelConfig(megatron={"context_parallel_size": cp}),
     )
     assert joins_rows(config, engine) is joined
+
+
+YARN = {"rope_type": "yarn", "rotary_scaling_factor": 4, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("host", "model", "fused"),
+    [
+        (GPU, {}, True),
+        (CPU, {}, None),
+        (Host(cuda=True, transformer_engine=False), {}, None),
+        (GPU, {"apply_rope_fusion": False}, False),
+        (GPU, {"rotary_interleaved": True}, None),
+        (GPU, YARN, None),
+        (GPU, {"multi_latent_attention": True, "kv_channels": None}, None),
+    ],
+    ids=["TE", "CPU", "CUDA", "said", "interleaved", "yarn", "latent"],
+)
+def test_rotary_fusion_is_on_where_it_is_there_and_right(host, model, fused, tmp_path):
+    content = good_settings(tmp_path)
+    content["model"].update(model)
+    config = load(tmp_path, content)
+    completed = with_defaults(config, host)
+    assert completed.model.megatron.get("apply_rope_fusion") is fused
+    assert config.model.megatron.get("apply_rope_fusion") == model.get("apply_rope_fusion"), "not on record"
+    assert dataclasses.replace(completed, model=config.model) == config
+
+
+def test_a_fused_kernel_that_would_rotate_otherwise_is_refused(tmp_path):
+    config = load(tmp_path, settings(tmp_path, "apply_rope_fusion", model={"rotary_interleaved": True}))
+    with pytest.raises(InputError, match="leave out apply_rope_fusion"):
+        check_host(config, GPU)
