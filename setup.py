@@ -19,6 +19,7 @@ setup(
     package_data={
         "megatron_dynmix.commands": ["*.j2"],
         "megatron_dynmix.config": ["*.json", "*.yaml"],
+        "megatron_dynmix.platform.fake": ["*.c"],
         "megatron_dynmix.report": ["*.html", "*.css", "*.js"],
     },
     # megatron-core 0.16.1 has wheels for 3.10 to 3.13 only, and its source distribution needs a compiler

@@ -16,6 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     has = "CUDA with Transformer Engine (default with bf16), CUDA without, or a CPU (default in float32)"
     parser.add_argument("--host", choices=["te", "cuda", "cpu"], help=f"what the ranks have: {has}")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="run an iteration on fake GPUs: peak memory by line, and every wait for the device",
+    )
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -25,5 +30,5 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     platform.start()
     from megatron_dynmix.commands.planning import plan_run
 
-    plan_run(arguments, rest, arguments.world_size, as_json=arguments.json)
+    plan_run(arguments, rest, arguments.world_size, as_json=arguments.json, traced=arguments.trace)
     return 0

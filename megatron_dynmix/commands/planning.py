@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 from pathlib import Path
 
+from megatron_dynmix.commands.tracing import trace_stages, trace_text
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.check import check_files, check_settings, check_tokenizer
 from megatron_dynmix.config.host import Host, check_host, without_unmet
@@ -33,10 +35,18 @@ HOSTS = {
 }
 
 
-def plan_run(arguments: argparse.Namespace, flags: list[str], world_size: int, *, as_json: bool) -> RunConfig:
+def plan_run(
+    arguments: argparse.Namespace,
+    flags: list[str],
+    world_size: int,
+    *,
+    as_json: bool,
+    traced: bool = False,
+) -> RunConfig:
     """Print the plan of a run on so many ranks; refuse one that cannot run, or fit, with layouts that can.
 
-    Of the arguments `run_yaml`, `gpu_memory_gb` and `host` are read. Returns the configuration.
+    Of the arguments `run_yaml`, `gpu_memory_gb` and `host` are read; `traced` adds what an iteration on fake
+    GPUs shows. Returns the configuration.
     """
     gpu_memory_gb = arguments.gpu_memory_gb
     require(world_size >= 1, "--world-size", world_size, "1 or more")
@@ -69,7 +79,12 @@ def plan_run(arguments: argparse.Namespace, flags: list[str], world_size: int, *
         raise InputError(f"{error}{instead()}{layout}") from None
     plan = plan_of(config, world_size, ranks)
     needs = needs_line(plan.largest, ranks, gpu_bytes)
-    print(json.dumps(plan.as_json(), indent=2) if as_json else f"{plan_text(plan)}\n\n{needs}")
+    traces = trace_stages(plan, arguments.run_yaml, flags, ranks) if traced else {}
+    if as_json:
+        shown = [{"stage": stage, **dataclasses.asdict(trace)} for stage, trace in traces.items()]
+        print(json.dumps({**plan.as_json(), **({"trace": shown} if traced else {})}, indent=2))
+    else:
+        print("\n\n".join(filter(None, [plan_text(plan), trace_text(plan, traces), needs])))
     if gpu_bytes is not None and plan.largest.needed > gpu_bytes:
         raise InputError(
             f"pipeline stage {plan.largest.stage} needs about {size_text(plan.largest.needed)} on each GPU, "
