@@ -35,6 +35,7 @@ test: $(INSTALLED)  ## run the tests that need no GPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/distributed tests/functional -m 'not gpu and not slow and not alone'
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/distributed -m 'alone and not slow'
+	$(BIN)/python -m pytest -n 2 tests/fake
 	$(BIN)/python -m pytest -n 2 tests/te
 
 test-slow: $(INSTALLED)  ## run the tests that `make test` leaves out: more layouts

@@ -44,8 +44,6 @@ OVERHEAD_BYTES = 2 * 2**30
 """What no formula has on a GPU: the CUDA context, NCCL's buffers, workspaces of the libraries."""
 FRAGMENTATION = 1.05
 """What the allocator holds over what is in use, with room for rows of experts that get more than others."""
-LOSS_COPIES = 2
-"""Logits in float32 that the loss holds at once: the softmax, which is kept, and its gradient."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ def stage_activations(
     if stage == layout.pp - 1:
         kept += layer.norm_copies * layer.border  # the last norm, and the output layer's input
         width = layer.tokens * padded_vocab_size(config) // layout.tp
-        logits = width * (layer.element + LOSS_COPIES * FP32)
+        logits = width * (layer.element + FP32)  # the softmax, whose gradient is written in its place
     working = max(whole) if transformer.recompute_granularity == "full" else 0
     return Activations(kept, working, logits)
 

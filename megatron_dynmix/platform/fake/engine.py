@@ -244,7 +244,7 @@ def make_chunk_sort_map(sizes: Tensor, order: Tensor, tokens: int, splits: int) 
     return sizes.new_empty((tokens,), dtype=torch.int32)
 
 
-def sort_chunks_by_map(x: Tensor, rows: Tensor, probs: Any, tokens: int, width: int, *_: Any) -> Any:
+def sort_chunks_by_map(x: Tensor, rows: Tensor, probs: Any, tokens: int, width: int, is_forward: bool) -> Any:
     """Return sorted rows and probabilities."""
     return _new(x, tokens, width), None if probs is None else _new(probs, tokens)
 
