@@ -21,7 +21,15 @@ PAGES = [
     *sorted((ROOT / "examples").glob("*/README.md")),
     ROOT / "benchmarks/README.md",
 ]
-NEEDS = {"GPUs", "Slurm", "several nodes", "real weights", "real data", "the network"}
+NEEDS = {
+    "GPUs",
+    "a CUDA build of torch",
+    "Slurm",
+    "several nodes",
+    "real weights",
+    "real data",
+    "the network",
+}
 TAKES = {"minutes", "hours"}
 SERVED = "Ctrl-C"
 MARK = re.compile(r"<!-- (needs|takes|tested by|runs until): (.+) -->")
