@@ -58,6 +58,11 @@ def check_flags(args: Namespace) -> None:
             f"--dataloader-type is {kind}; mixing gives the iterator of the training data itself, in "
             "the order of the blend: use single"
         )
+    if hasattr(args, "step_batch_size_schedule") and value_of(args, "rampup_batch_size"):
+        raise InputError(
+            "--rampup-batch-size is accepted and ignored by this version of Megatron-LM; give "
+            "--step-batch-size-schedule instead"
+        )
     if (value_of(args, "gtp_weight_remat_size") or 1) > 1:
         raise InputError(
             "--gtp-weight-remat-size above 1 makes ranks that the sum of gate loads does not know; use 1"

@@ -16,7 +16,7 @@ import torch
 
 from megatron_dynmix.errors import InputError, StoppedOnRequest
 from megatron_dynmix.stock.evaluation import SourceLosses
-from megatron_dynmix.stock.flags import caps_of, mixing_of
+from megatron_dynmix.stock.flags import caps_of, mixing_of, value_of
 from megatron_dynmix.stock.inputs import PackedInputs
 from megatron_dynmix.stock.refusals import check_flags, check_mix, check_records, check_sources
 from megatron_dynmix.stock.sources import Blend, Sources, blends_of, prints_of, train_and_rest
@@ -157,14 +157,12 @@ class StockRun:
         else:
             self._began_at = (args.iteration, args.consumed_train_samples)
         iterations, samples = self._began_at
-        schedule = BatchSchedule.growing(
-            args.global_batch_size, args.rampup_batch_size and tuple(map(int, args.rampup_batch_size))
-        )
-        if steps := getattr(args, "step_batch_size_schedule", None):
-            schedule = BatchSchedule(
-                tuple((tokens // args.seq_length, size) for tokens, size in token_steps(steps))
-            )
-        shifted = [(max(start - samples, 0), size) for start, size in schedule.steps]
+        if steps := value_of(args, "step_batch_size_schedule"):
+            pairs = tuple((tokens // args.seq_length, size) for tokens, size in token_steps(steps))
+        else:
+            ramp = value_of(args, "rampup_batch_size")
+            pairs = BatchSchedule.growing(args.global_batch_size, ramp and tuple(map(int, ramp))).steps
+        shifted = [(max(start - samples, 0), size) for start, size in pairs]
         return MixedRun.of(
             dict(zip(blend.names, sizes, strict=True)),
             self._mixing,

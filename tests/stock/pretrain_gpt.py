@@ -11,6 +11,7 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.enums import ModelType
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, pretrain
@@ -60,8 +61,9 @@ def loss_func(loss_mask, token_loss):
     loss_mask = loss_mask.reshape(-1).float()
     loss = (token_loss.reshape(-1).float() * loss_mask).sum()
     tokens = loss_mask.sum().to(torch.int)
-    if os.environ.get("NAN_AT") == str(get_args().curr_iteration):
-        loss = loss * torch.nan
+    get_rerun_state_machine().validate_result(
+        result=loss, rejection_func=torch.isnan, message="the loss is NaN", tolerance=0.0, fatal=True
+    )
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}
 
 

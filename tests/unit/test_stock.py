@@ -112,6 +112,7 @@ STAGES = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_si
         ("", {"dataloader_type": "external"}, "dataloader-type is external"),
         ("", {"gtp_weight_remat_size": 2}, "gtp-weight-remat-size"),
         ("", {"sft": True}, "--sft alone"),
+        ("", {"rampup_batch_size": [4, 4, 16], "step_batch_size_schedule": None}, "accepted and ignored"),
         ("--dynmix-padding-mask", {}, "--dynmix-padding-mask is about packed rows"),
         ("--dynmix-packed-attention", {}, "--dynmix-packed-attention is about packed rows"),
         (PACKED, {"sft": True}, "--sft must be left out"),
