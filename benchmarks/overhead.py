@@ -118,6 +118,7 @@ def measure_steps(
 
 def measure_probe(trainer: Trainer, repetitions: int) -> NDArray[np.float64]:
     """Seconds of whole weight updates: probe, reduction, decision, new stage and its record."""
+    assert trainer.mixed.reweighting.is_due(trainer.progress.iteration), "there would be nothing to time"
     return np.array([seconds(trainer.reweight) for _ in range(repetitions)])
 
 

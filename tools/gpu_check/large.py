@@ -127,6 +127,8 @@ def counting(job: Job, figures: Figures) -> None:
 def probe(job: Job, figures: Figures) -> None:
     """Time weight updates with their probe, as a share of an interval of iterations."""
     trainer = trainer_of(job)
+    while not trainer.mixed.reweighting.is_due(trainer.progress.iteration):
+        trainer.train_step(StopRequest())
     update_R = overhead.measure_probe(trainer, 3)
     step_R = [overhead.seconds(partial(trainer.train_step, StopRequest())) for _ in range(3)]
     update, step = float(np.median(update_R)), float(np.median(step_R))
