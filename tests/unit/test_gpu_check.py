@@ -1,14 +1,17 @@
 """The check on a GPU: parts that end in every way give a line, and the figures are what they say.
 
-The parts themselves run whole on a CPU: `python -m tools.gpu_check --tiny`.
+One of them runs here; all, at a tiny size, in `make test-slow`.
 """
 
 import json
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 
+from tests.distributed.ranks import run_ranks
 from tools.gpu_check import __main__ as gpu_check
 from tools.gpu_check import figures, supervise
 
@@ -42,7 +45,7 @@ def test_every_way_a_part_can_end_is_a_line_and_the_others_go_on(job):
 
 
 def test_a_part_that_runs_out_of_time_is_a_line_and_the_log_says_where_it_was(job, monkeypatch):
-    monkeypatch.setattr(supervise, "STARTING", 0)
+    monkeypatch.setattr(supervise, "IMPORTING", 0)
     start = time.monotonic()
     parts = [supervise.Part(f"{PARTS}:endless", 2.0), supervise.Part(f"{PARTS}:good", 20.0)]
     endless, good = supervise.lines_of(parts, job, job.scratch / "log.txt", start + 30)
@@ -134,3 +137,28 @@ def test_largest_difference_is_relative_and_never_hides_what_is_not_finite():
     assert figures.largest_difference([1.0, float("nan")], [1.0, 1.0]) == float("inf")
     with pytest.raises(ValueError, match="1 values seen, 2 recorded"):
         figures.largest_difference([1.0], [1.0, 1.0])
+
+
+def real_parts(names, job):
+    """What parts figure out in a process that has torch loaded."""
+    from tools.gpu_check import small
+
+    found = {}
+    for name in names:
+        getattr(small, name)(job, found.setdefault(name, {}))
+    return found
+
+
+def test_a_cpu_agrees_with_the_one_on_record(job):
+    (found,) = run_ranks(1, real_parts, ["counts"], job)
+    assert found["counts"]["differing"] == 0
+
+
+@pytest.mark.slow
+def test_all_parts_run_at_a_tiny_size_on_a_cpu(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "tools.gpu_check", "--tiny", "--seconds", "1200"]
+    folders = ["--output", str(tmp_path), "--carried", str(tmp_path / "none")]
+    done = subprocess.run([*command, *folders], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == 2 + sum(map(len, gpu_check.IN_ONE_PROCESS))

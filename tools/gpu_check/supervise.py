@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
-STARTING = 60
+STARTING = 30
+"""Seconds in which a process has to start; it has imported nothing yet."""
+IMPORTING = 60
 """Seconds that the first part of a process has beside its own, for what is imported and compiled."""
 MOST_SAID = 500
 """Characters of an error that a line holds; the log has all of it."""
@@ -74,7 +76,7 @@ def lines_of(parts: Sequence[Part], job: Job, log: Path, ends: float) -> Iterato
             continue
         fresh = worker is None
         worker = worker or Worker(log)
-        line = worker.run(part, job, min(part.seconds + fresh * STARTING, left))
+        line = worker.run(part, job, min(part.seconds + fresh * IMPORTING, left))
         if not line["ok"]:
             worker.end()
             worker = None
@@ -91,6 +93,9 @@ class Worker:
         self._process = CONTEXT.Process(target=_work, args=(theirs, str(log)))
         self._process.start()
         theirs.close()
+        with contextlib.suppress(EOFError):  # a process that has died is told of by its first part
+            if self._pipe.poll(STARTING):
+                self._pipe.recv()
 
     def run(self, part: Part, job: Job, limit: float) -> Line:
         """Run a part and return its line, after `limit` seconds at the latest."""
@@ -129,6 +134,7 @@ def _work(pipe: Connection, log: str) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     faulthandler.register(signal.SIGUSR2)
+    pipe.send("here")
     while True:
         function, job = pipe.recv()
         figures: Figures = {}
