@@ -41,6 +41,10 @@ test: $(INSTALLED)  ## run the tests that need no GPU
 test-slow: $(INSTALLED)  ## run the tests that `make test` leaves out: more layouts
 	$(BIN)/python -m pytest -m slow --ignore tests/te
 	$(BIN)/python -m pytest -m slow tests/te
+	set -e; for version in 2.9.0 2.10.0; do \
+	  $(BIN)/python -m pip install -q --no-deps --upgrade --target build/te/$$version transformer-engine==$$version; \
+	  DYNMIX_TE=build/te/$$version $(BIN)/python -m pytest -m 'slow or not slow' tests/te; \
+	done
 
 # constraints.txt but for what the other file says
 .venv-newest/.installed: setup.py constraints.txt constraints-newest.txt

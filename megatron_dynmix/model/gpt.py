@@ -88,6 +88,7 @@ def build_modules(
             freeze_router(gpt)
         gpt = gpt.to(platform.device)
         mark_experts(gpt, transformer)
+        mark_whole_layers(gpt)
         yield half_precision(transformer, gpt) if config.training.bf16 else gpt
 
 
@@ -134,6 +135,45 @@ def whole_parameters(chunks: Sequence[DistributedDataParallel]) -> Iterator[None
     finally:
         for chunk in gathering:
             chunk.enable_forward_pre_hook()
+
+
+def mark_whole_layers(gpt: torch.nn.Module) -> None:
+    """Tell that every tensor-parallel rank has the whole of some layers: latent attention's projections down.
+
+    Transformer Engine marks every linear layer as divided; the gradient norm would count these once a rank.
+    """
+    for module in gpt.modules():
+        if type(module).__name__ == "TELinear" and module.parallel_mode is None:
+            for parameter in module.parameters(recurse=False):
+                parameter.tensor_model_parallel = False
+
+
+@contextlib.contextmanager
+def scales_kept(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Leave what delayed scaling knows of fp8 tensors as it is: what is only measured is not trained on.
+
+    Transformer Engine writes the largest values of every pass into its histories, from which training takes
+    its scales.
+    """
+    kept = [(state, state.amax_history.clone(), state.scale.clone()) for state in _scaling_states(chunks)]
+    try:
+        yield
+    finally:
+        known = {id(state) for state, _, _ in kept}
+        for state, amax_history, scale in kept:
+            state.amax_history.copy_(amax_history)
+            state.scale.copy_(scale)
+        for state in _scaling_states(chunks):
+            if id(state) not in known:  # made inside: as it was made
+                state.amax_history.zero_()
+                state.scale.fill_(1.0)
+
+
+def _scaling_states(chunks: Sequence[torch.nn.Module]) -> list[Any]:
+    """Return what delayed scaling keeps of each layer of Transformer Engine."""
+    metas = [getattr(module, "fp8_meta", {}) for chunk in chunks for module in chunk.modules()]
+    states = [meta.get(name) for meta in metas for name in ("scaling_fwd", "scaling_bwd")]
+    return [state for state in states if hasattr(state, "amax_history")]
 
 
 def half_precision(transformer: TransformerConfig, gpt: torch.nn.Module) -> Float16Module:

@@ -26,7 +26,7 @@ from megatron_dynmix.config import RunConfig
 from megatron_dynmix.data.loader import PADDING, MicroBatch, pinned
 from megatron_dynmix.data.rows import PackedRows
 from megatron_dynmix.data.source_stats import SourceStats
-from megatron_dynmix.model.gpt import whole_parameters
+from megatron_dynmix.model.gpt import scales_kept, whole_parameters
 from megatron_dynmix.moe.balance import aux_losses
 from megatron_dynmix.moe.counter import GateLoadCounter
 from megatron_dynmix.platform import Platform
@@ -83,7 +83,10 @@ class PassRunner:
             self.counter.trained_share = self._trained_share(micro_batches)
         iterators = [iter(micro_batches) for _ in self.chunks]
         interleaved = len(self.chunks) > 1
-        with whole_parameters(self.chunks) if forward_only else contextlib.nullcontext():
+        with contextlib.ExitStack() as only_measured:
+            if forward_only:
+                only_measured.enter_context(whole_parameters(self.chunks))
+                only_measured.enter_context(scales_kept(self.chunks))
             reports = get_forward_backward_func()(
                 forward_step_func=self._forward_step,
                 data_iterator=iterators if interleaved else iterators[0],

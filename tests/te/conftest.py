@@ -10,7 +10,7 @@ from tests.distributed.conftest import SMALL, run_yaml  # noqa: F401
 from tests.distributed.layouts import ep
 
 PLAIN = multiprocessing.get_context("fork")
-FLAGS = [*SMALL, "--lr", "1e-3", "--probe-tokens", "256"]
+FLAGS = [*SMALL, "--num-layers", "4", "--lr", "1e-3", "--probe-tokens", "256"]
 
 
 def pytest_collection_modifyitems(config, items):

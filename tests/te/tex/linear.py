@@ -4,12 +4,13 @@ import itertools
 
 import torch
 
+from tests.te.tex.fp8 import stored
 from tests.te.tex.names import TORCH, NVTE_QKV_Format
 
 
 def plain(tensor):
     """A tensor's values in float32, dequantized if need be."""
-    return (tensor.dequantize() if hasattr(tensor, "_fp8_dtype") else tensor).float()
+    return stored(tensor) if hasattr(tensor, "_fp8_dtype") else tensor.float()
 
 
 def _product(A, transa, B, transb):
