@@ -172,6 +172,12 @@ def _check_packed_rows(config: RunConfig, host: Host) -> None:
             "apply_rope_fusion and rotary_interleaved are true: Megatron-Core tells the fused kernel for "
             "packed rows only of the first; leave out apply_rope_fusion"
         )
+    heads, groups = given.get("num_attention_heads"), given.get("num_query_groups")
+    if given.get("multi_latent_attention") and groups not in (None, heads):
+        raise InputError(
+            f"num_query_groups is {groups}, but latent attention has keys and values for each of the {heads} "
+            f"heads, and Transformer Engine counts them; give num_query_groups {heads}"
+        )
     if "seq_aux_loss" in str(given.get("moe_router_load_balancing_type")):
         raise InputError(
             "moe_router_load_balancing_type seq_aux_loss would balance over a whole micro-batch: with "

@@ -133,6 +133,11 @@ def test_an_interleaved_pipeline_without_overlap_needs_nccl(tmp_path):
             {"moe_router_load_balancing_type": "seq_aux_loss"},
             "use aux_loss or global_aux_loss",
         ),
+        (
+            {"bf16": True},
+            {"multi_latent_attention": True, "num_query_groups": 2, "num_attention_heads": 4},
+            "num_query_groups is 2, .* each of the 4 heads, .* give num_query_groups 4",
+        ),
     ],
 )
 def test_rows_joined_for_transformer_engine_have_limits_that_a_mask_has_not(training, model, parts, tmp_path):
