@@ -109,6 +109,11 @@ def check_host(config: RunConfig, host: Host) -> None:
             "an interleaved pipeline without overlap_p2p_comm needs NCCL: over gloo its messages mix and "
             "results are wrong; leave out overlap_p2p_comm and batch_p2p_comm"
         )
+    if config.parallel.overlap_p2p_comm and given.get("deallocate_pipeline_outputs") and not host.cuda:
+        raise InputError(
+            "deallocate_pipeline_outputs is true with overlap_p2p_comm, which needs NCCL: gloo may still be "
+            "sending what is let go; leave it out"
+        )
     _check_packed_rows(config, host)
     if config.logging.wandb_project is not None and not host.wandb:
         raise InputError(

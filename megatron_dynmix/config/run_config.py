@@ -389,6 +389,9 @@ class TrainingConfig(Section):
     """Parameters and activations in bfloat16, master weights and gradients in float32."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """At a loss or gradient that is not finite: stop at the last good state, or skip the batch."""
+    manual_gc_interval: Positive[int | None] = None
+    """Iterations between two collections of garbage, by all ranks at once, with Python's own off in between;
+    Python collects when it likes if not given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -111,6 +111,9 @@ def build_model(
         no_sync = [chunk.no_sync for chunk in chunks]
         interleaved = transformer.virtual_pipeline_model_parallel_size
         transformer.no_sync_func = no_sync if interleaved else no_sync[0]
+        # as Megatron-LM: all stages reduce at the end, together, and no stage waits for another's reduction
+        grad_sync = [chunk.start_grad_sync for chunk in chunks]
+        transformer.grad_sync_func = grad_sync if interleaved else grad_sync[0]
     if ddp.align_param_gather:
         transformer.param_sync_func = [chunk.start_param_sync for chunk in chunks]
     transformer.finalize_model_grads_func = (

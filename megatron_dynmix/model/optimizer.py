@@ -17,30 +17,49 @@ from megatron.core.utils import get_model_config
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.megatron import optimizer_config
-from megatron_dynmix.platform.megatron_patches import load_states_without_step, measure_huge_gradients
+from megatron_dynmix.platform.megatron_patches import (
+    load_states_without_step,
+    measure_gradients_together,
+    measure_huge_gradients,
+)
 
 SHARDING_TYPE = "fully_reshardable"
 """The default cannot be saved from these optimizers, and another one not be loaded into another layout."""
+TORCH_ADAM = torch.optim.Adam | torch.optim.AdamW
+"""What Megatron-Core steps with where neither Transformer Engine nor apex is installed."""
 
 
 def build_optimizer(config: RunConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     """Build the optimizer, which can load the states that checkpoints hold."""
     measure_huge_gradients()
+    cuda = next(chunks[0].parameters()).is_cuda  # sums are in another order: what a CPU computes stays
+    if cuda:
+        measure_gradients_together()
     optimizer = get_megatron_optimizer(optimizer_config(config), chunks)
     get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
     for part in _parts(optimizer):
         if isinstance(part, DistributedOptimizer):
             load_states_without_step(part)
+        if cuda:
+            fuse(part.optimizer)
     return optimizer
+
+
+def fuse(adam: torch.optim.Optimizer) -> None:
+    """Have torch's own Adam, if it is what steps, do so in one kernel, and count its steps on the device."""
+    if isinstance(adam, TORCH_ADAM):
+        for group in (adam.defaults, *adam.param_groups):
+            group.update(fused=True, foreach=False)
 
 
 def materialize_state(optimizer: MegatronOptimizer) -> None:
     """Give parameters that were never stepped their (zero) state, so that every checkpoint has all of it."""
     for part in _parts(optimizer):
         part.init_state_fn(part.optimizer, part.config)
-        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
-            for state in part.optimizer.state.values():
-                state.setdefault("step", torch.tensor(0.0))
+        if isinstance(part.optimizer, TORCH_ADAM):
+            fused = part.optimizer.defaults["fused"]
+            for parameter, state in part.optimizer.state.items():
+                state.setdefault("step", torch.zeros((), device=parameter.device if fused else "cpu"))
 
 
 def sharding_metadata() -> dict[str, Any]:

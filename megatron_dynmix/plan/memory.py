@@ -259,8 +259,12 @@ class Layer:
         head = int(self.transformer.kv_channels or 0)
         queries = self.transformer.num_attention_heads * head
         keys = int(self.transformer.num_query_groups or 0) * head
-        elements = 3 * queries + 3 * keys
-        elements += 2 * keys * self._copies_of_keys
+        if (
+            self._keeps_scores
+        ):  # queries, and keys and values repeated for each of them, in copies of their own
+            elements = (2 + 2 * self.layout.cp) * queries
+        else:
+            elements = 3 * queries + 3 * keys + 2 * keys * self._copies_of_keys
         if self.transformer.qk_layernorm:
             elements += (self.norm_copies - 2) * (queries + keys)
         return elements
@@ -308,9 +312,20 @@ class Layer:
         return tables + heads * self.tokens * self.config.data.seq_length
 
     @property
+    def _groups_queries(self) -> bool:
+        heads = self.transformer.num_attention_heads
+        latent = isinstance(self.transformer, MLATransformerConfig)
+        return not latent and self.transformer.num_query_groups not in (None, heads)
+
+    @property
     def _keeps_scores(self) -> bool:
-        """Whether attention is multiplied out: torch's on a CPU, where values are not as wide as keys."""
-        if self.host.cuda or not isinstance(self.transformer, MLATransformerConfig):
+        """Whether attention is multiplied out, so that scores are kept: no kernel of torch's takes it.
+
+        On a CPU that is where values are not as wide as keys, on CUDA float32 with fewer keys than queries.
+        """
+        if self.host.cuda:
+            return not self.config.training.bf16 and self._groups_queries
+        if not isinstance(self.transformer, MLATransformerConfig):
             return False
         keys = self.transformer.qk_head_dim + self.transformer.qk_pos_emb_head_dim
         return keys != self.transformer.v_head_dim

@@ -140,10 +140,13 @@ def init_process_group(timeout_minutes: float, store: torch.distributed.Store | 
     if torch.distributed.is_initialized():
         return
     platform = start()
+    device: dict[str, torch.device] = {}
     if platform.device.type == "cuda":
         torch.cuda.set_device(platform.device)
+        device["device_id"] = platform.device  # NCCL connects at once, and does not guess a rank's device
     torch.distributed.init_process_group(
         platform.backend,
+        **device,
         timeout=timedelta(minutes=timeout_minutes),
         store=store or rendezvous(timeout_minutes),
         rank=int(os.environ.get("RANK", "0")),

@@ -17,12 +17,13 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.common.embeddings import rope_utils
-from megatron.core.optimizer import distrib_optimizer, optimizer
+from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.utils import local_multi_tensor_l2_norm
 
 
 def complete_without_transformer_engine() -> None:
@@ -104,6 +105,23 @@ def _norm(measured: Callable[..., float], grads: list[torch.Tensor], **kwargs: A
         square += torch.linalg.vector_norm(grad, dtype=torch.float64).square()
     torch.distributed.all_reduce(square, group=kwargs["grad_stats_parallel_group"])
     return math.sqrt(square.item())
+
+
+def measure_gradients_together() -> None:
+    """Have the norm of gradients stay on the device where neither Transformer Engine nor apex measures it.
+
+    Megatron-Core's own way reads the norm of every tensor back, one after another.
+    """
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _norm_of_all
+
+
+def _norm_of_all(
+    chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[torch.Tensor]], *unused: Any
+) -> tuple[torch.Tensor, None]:
+    """Return the norm of all tensors together, as a tensor of one number."""
+    norms = torch._foreach_norm([tensor for tensors in tensor_lists for tensor in tensors])
+    return torch.linalg.vector_norm(torch.stack(norms))[None], None
 
 
 def use_results_queue(queue: Any) -> None:

@@ -262,7 +262,8 @@ def build_runner(
     config: RunConfig, num_sources: int, here: platform.Platform, *, trains: bool = True
 ) -> PassRunner:
     """Build the model, and the counter that its routers write into; without gradients if it is only run."""
-    transformer = transformer_config(with_defaults(config, this_host()))
+    on_cuda = here.device.type == "cuda"
+    transformer = transformer_config(with_defaults(config, this_host()), cuda=on_cuda)
     build = build_model if trains else build_modules
     chunks = list(build(config, transformer, here))
     layers = moe_layers(transformer)

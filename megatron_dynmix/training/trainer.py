@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import random
 import time
@@ -91,6 +92,7 @@ class Trainer:
         self._close()
 
     def _close(self) -> None:
+        gc.enable()
         self.live.close()
         if self.writer is not None:
             self.writer.close()
@@ -98,6 +100,9 @@ class Trainer:
     def _train_until(self, total: int, stop: StopRequest, heartbeat: Heartbeat) -> None:
         if self.progress.iteration < total and any_rank(stop.asked, self.run.platform.device):
             self._stop_on_request()
+        by_hand = self.config.training.manual_gc_interval
+        if by_hand is not None:
+            gc.disable()
         while self.progress.iteration < total:
             heartbeat.iteration = self.progress.iteration + 1
             stopping = self.train_step(stop)
@@ -106,6 +111,8 @@ class Trainer:
             if iteration % self.config.logging.log_interval == 0 or iteration == total:
                 self._log(total)
             self.reweight()
+            if by_hand is not None and iteration % by_hand == 0:
+                gc.collect()
             if iteration == total or iteration % (self.config.checkpoint.save_interval or total) == 0:
                 self.save(last=iteration == total)
             if stopping and iteration < total:

@@ -198,3 +198,26 @@ def test_a_fused_kernel_that_would_rotate_otherwise_is_refused(tmp_path):
     config = load(tmp_path, settings(tmp_path, "apply_rope_fusion", model={"rotary_interleaved": True}))
     with pytest.raises(InputError, match="leave out apply_rope_fusion"):
         check_host(config, GPU)
+
+
+def test_outputs_of_a_pipeline_are_let_go_but_where_gloo_may_still_send_them(tmp_path):
+    content = good_settings(tmp_path)
+    stages = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    for parallel, on_cpu in (({"pipeline_model_parallel_size": 2}, True), (stages, False)):
+        content["parallel"] = parallel
+        config = load(tmp_path, content)
+        assert transformer_config(config).deallocate_pipeline_outputs is on_cpu
+        assert transformer_config(config, cuda=True).deallocate_pipeline_outputs
+        check_host(config, CPU)
+    content["parallel"] = {**stages, "deallocate_pipeline_outputs": True}
+    with pytest.raises(InputError, match="deallocate_pipeline_outputs is true with overlap_p2p_comm"):
+        check_host(load(tmp_path, content), CPU)
+
+
+@pytest.mark.parametrize("given", [{}, {"bias_dropout_fusion": False}])
+def test_dropout_is_fused_on_cuda_unless_it_is_told_not_to(given, tmp_path):
+    content = good_settings(tmp_path)
+    content["model"] |= given
+    config = load(tmp_path, content)
+    assert not transformer_config(config).bias_dropout_fusion
+    assert transformer_config(config, cuda=True).bias_dropout_fusion is not bool(given)

@@ -4,7 +4,10 @@ import dataclasses
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
+import torch
 from config_fixtures import good_settings, load
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_dynmix import platform
 from tests.distributed.ranks import CONTEXT, run_ranks
@@ -245,3 +248,29 @@ def test_a_dense_layer_keeps_what_the_paper_says(tmp_path):
     config = settings_of(tmp_path, model, TP2)
     kept = Layer(config, transformer_config(config), Layout.of(config, 2), GPU).bytes_kept(is_moe=False)
     assert kept - 2 * 4 * 4096 * 64 == (34 - 2 + 4) * 4096 * 1024 // 2
+
+
+def test_without_transformer_engine_float32_keeps_the_scores_of_grouped_queries(tmp_path):
+    """On CUDA no other kernel of torch's takes them; what that one keeps is looked up in torch itself."""
+    host, layers = Host(cuda=True, transformer_engine=False), {}
+    for groups in (2, 4):
+        model = {"preset": "tiny", "num_attention_heads": 4, "num_query_groups": groups, "kv_channels": 16}
+        config = settings_of(tmp_path, model, {}, bf16=False)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=64))
+        layer = Layer(config, transformer_config(config), Layout.of(config, 1), host)
+        layers[groups] = layer.bytes_kept(is_moe=True)
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    query, key, value = (torch.randn(1, heads, 64, 16).requires_grad_() * 1 for heads in (4, 2, 2))
+    allowed = torch.ones(64, 64, dtype=torch.bool).tril()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), sdpa_kernel(SDPBackend.MATH):
+        output = scaled_dot_product_attention(query, key, value, attn_mask=allowed, enable_gqa=True)
+    grouped = sum(kept.values()) + output.nbytes
+    each = 6 * output.nbytes + 4 * 64 * 64  # as many keys as queries: three of each, and the mask in numbers
+    assert layers[2] - layers[4] == grouped - each
+    half = dataclasses.replace(config, training=dataclasses.replace(config.training, bf16=True))
+    assert not Layer(half, transformer_config(half), Layout.of(half, 1), host)._keeps_scores

@@ -142,3 +142,18 @@ def test_a_machine_has_a_rank_for_each_gpu(kind, visible, ranks, monkeypatch):
     monkeypatch.setattr(platform, "start", lambda: here)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     assert platform.most_ranks(2) == ranks
+
+
+@pytest.mark.parametrize(
+    ("device", "given"), [("cuda:1", {"device_id": torch.device("cuda:1")}), ("cpu", {})]
+)
+def test_a_rank_tells_nccl_its_device(device, given, monkeypatch):
+    here = platform.Platform(device=torch.device(device), backend="nccl", transformer_engine=False)
+    calls = []
+    monkeypatch.setattr(platform, "start", lambda: here)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: calls.append(kwargs))
+    platform.init_process_group(1.0, object())
+    told = [{name: value for name, value in call.items() if name == "device_id"} for call in calls]
+    assert told == [given]
