@@ -28,7 +28,7 @@ from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.host import joins_rows
 from megatron_dynmix.moe.mlp_router import MlpRouter
 from megatron_dynmix.moe.router import GateLoadRouter
-from megatron_dynmix.platform.versions import moe_parts
+from megatron_dynmix.platform.versions import keep_query_projection, moe_parts
 
 LATENT_NORMS = {
     "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
@@ -53,6 +53,8 @@ def decoder_spec(
         vp_stage=vp_stage,
     )
     block = copy.deepcopy(block)  # Megatron-Core shares parts between specs
+    if transformer.multi_latent_attention:
+        keep_query_projection()
     mlp_router = functools.partial(MlpRouter, noise=model.router_noise)
     if not transformer_engine:
         block.layer_norm = LocalNorm

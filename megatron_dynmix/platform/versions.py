@@ -45,6 +45,26 @@ def _copy_storage(place: torch.Tensor, recomputed: torch.Tensor) -> None:
     place.untyped_storage().copy_(storage)
 
 
+def keep_query_projection() -> None:
+    """Have queries without a latent projected as the spec says; 0.19 puts a norm before that projection.
+
+    No model has a norm there, and 0.16 to 0.18 build none.
+    """
+    try:
+        from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver as Resolver
+    except ImportError:
+        return
+    choose = Resolver._mla_fused_linear_or_default
+    if hasattr(choose, "__wrapped__"):
+        return
+
+    @functools.wraps(choose)
+    def chosen(self: Any, given: Any, name: str) -> Any:
+        return given if name == "linear_q_proj" else choose(self, given, name)
+
+    Resolver._mla_fused_linear_or_default = chosen
+
+
 def moe_parts(mlp: Any) -> Any | None:
     """Return the submodules of a layer's MLP spec if that is an MoE; None for a dense one.
 
