@@ -4,10 +4,9 @@ import subprocess
 
 import pytest
 import torch
-from config_fixtures import good_settings, write
 
-from megatron_dynmix.cli import main
-from megatron_dynmix.commands.tracing import traced_stages
+from megatron_dynmix.commands.tracing import trace_stages, traced_stages
+from megatron_dynmix.config.host import Host
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.platform.fake import process
 from megatron_dynmix.training.trace import trace
@@ -45,10 +44,9 @@ def test_what_is_missing_is_said_with_its_remedy(owner, name, value, said, compl
     assert (without is None) == (name == "engine_folder")
 
 
-def test_ranks_on_cpus_are_not_traced(tmp_path, capsys):
-    path = write(tmp_path, good_settings(tmp_path))
-    assert main(["plan", str(path), "--world-size", "2", "--host", "cpu", "--trace"]) == 2
-    assert "the ranks are planned on CPUs" in capsys.readouterr().err
+def test_ranks_on_cpus_are_not_traced(tmp_path):
+    with pytest.raises(InputError, match="the ranks are planned on CPUs"):
+        trace_stages(None, tmp_path / "RUN.yaml", [], Host(cuda=False, transformer_engine=False))
 
 
 def test_the_first_a_middle_and_the_last_stage_are_traced():
