@@ -40,19 +40,6 @@ def test_a_step_that_overflows_is_drawn_and_not_counted(stock, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_pass_that_is_run_again_counts_once(stock, tmp_path):
-    """Stock can run each step twice, to see whether the same comes back."""
-    plain, again = tmp_path / "plain", tmp_path / "again"
-    once = stock(1, *GATE_LOAD, "--dynmix-run-dir", str(plain))
-    twice = stock(1, *GATE_LOAD, "--rerun-mode", "report_determinism_stats", "--dynmix-run-dir", str(again))
-    assert twice.losses == once.losses
-    assert [line["new_weights"] for line in records(again)] == [
-        line["new_weights"] for line in records(plain)
-    ]
-    assert [line["tokens"] for line in records(again)] == [line["tokens"] for line in records(plain)]
-
-
-@pytest.mark.slow
 def test_growing_batches_change_the_mix_at_the_same_iterations(stock, tmp_path):
     run_dir = tmp_path / "run"
     run = stock(1, *GATE_LOAD, *ramp(), "--dynmix-run-dir", str(run_dir))
