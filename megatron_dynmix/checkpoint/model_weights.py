@@ -18,7 +18,6 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_dynmix.checkpoint.tensors import Tensors, fill
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.model.gpt import unwrap
-from megatron_dynmix.model.optimizer import sharding_metadata
 
 EXTRA_STATE = "._extra_state"
 """End of the names under which modules of Transformer Engine keep what is no tensor."""
@@ -34,8 +33,8 @@ def named_chunks(chunks: Chunks) -> list[tuple[str, GPTModel]]:
 
 def model_state(chunks: Chunks) -> dict[str, Any]:
     """Return the chunks' sharded state, whose tensors are the parameters themselves."""
-    metadata = sharding_metadata()
-    return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in named_chunks(chunks)}
+    # a new mapping each time: Megatron-Core keeps a layout's process groups in it
+    return {key: chunk.sharded_state_dict(metadata={}) for key, chunk in named_chunks(chunks)}
 
 
 def set_state(chunks: Chunks, loaded: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_dynmix.job.agreement import together
-from megatron_dynmix.model.optimizer import sharding_metadata
 
 
 class Tensors(Protocol):
@@ -33,7 +32,7 @@ class Tensors(Protocol):
 def own_slices(chunks: Iterable[GPTModel]) -> Iterator[ShardedTensor]:
     """Yield what this rank's chunks hold of each tensor: `data` is a view of the parameter."""
     for chunk in chunks:
-        state = chunk.sharded_state_dict(metadata=sharding_metadata())
+        state = chunk.sharded_state_dict(metadata={})  # Megatron-Core writes into it
         apply_factories(state)
         yield from (item for item in nested_values(state) if isinstance(item, ShardedTensor))
 

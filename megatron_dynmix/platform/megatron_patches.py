@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.common.embeddings import rope_utils
-from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer import clip_grads, optimizer
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import multi_latent_attention
@@ -130,26 +128,3 @@ def use_results_queue(queue: Any) -> None:
     Megatron-Core would start a manager process for one, which outlives a rank that is killed.
     """
     filesystem_async._results_queue = queue
-
-
-def load_states_without_step(part: DistributedOptimizer) -> None:
-    """Let an optimizer around torch's AdamW load states that hold no `step` of each parameter.
-
-    Megatron-Core's checkpoint code forgets that `step`, and misses it when it loads. With Transformer
-    Engine or apex the steps are counted by group, and nothing of this applies.
-    """
-    if not distrib_optimizer.HAVE_APEX_OR_TE:
-        part._set_main_param_and_optimizer_states = types.MethodType(_set_states_but_step, part)
-
-
-@torch.no_grad()
-def _set_states_but_step(
-    self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]
-) -> None:
-    group, order = self.model_param_group_index_map[model_param]
-    main = self.optimizer.param_groups[group]["params"][order]
-    state = self.optimizer.state[main]
-    state["step"] = state["step"].clone()  # loading gave all parameters the same tensor
-    main.copy_(tensors["param"])
-    for name in state.keys() - {"step"}:
-        state[name].copy_(tensors[name])

@@ -1,0 +1,87 @@
+"""What each rank saves of the optimizer's state is its part of what Megatron-Core gathers, bit for bit."""
+
+import numpy as np
+import pytest
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+from megatron_dynmix.checkpoint.model_weights import model_state
+from megatron_dynmix.config.load import load_config
+from megatron_dynmix.model import optimizer as optimizers
+from tests.distributed import programs
+from tests.distributed.conftest import SMALL, quick_or_slow
+from tests.distributed.layouts import CP2, ETP1, GATHER, PP2, TP2, VPP2, ep
+from tests.distributed.ranks import run_ranks
+
+LAYOUTS = {
+    "EP2": (2, ep(2)),
+    "DP2, bf16": (2, [*ep(1), "--bf16"]),
+    "DP4, many buckets": (4, [*ep(1), *GATHER, "--bucket-size", "3000"]),
+    "EP2 x DP2, shared experts": (4, [*ep(2), "--moe-shared-expert-intermediate-size", "24"]),
+    "TP2 x EP2, ETP1": (4, [*TP2, *ETP1, *ep(2)]),
+    "TP2, ETP1": (2, [*TP2, *ETP1, *ep(1)]),
+    "CP2, ETP2": (2, [*CP2, "--expert-tensor-parallel-size", "2", *ep(1)]),
+    "PP2 x DP2, tied embeddings": (4, [*PP2, *ep(2), "--no-untie-embeddings-and-output-weights"]),
+    "PP2 VPP2": (2, [*VPP2, *ep(1)]),
+}
+
+
+def own_and_gathered(run_yaml, flags, run_dir):
+    """This rank's boxes, and the slices of its stage as Megatron-Core gathers them."""
+    trainer = programs.train_from(load_config(run_yaml, flags), run_dir)
+    own, gathered = [], []
+    for part in optimizers._parts(trainer.optimizer):
+        model = model_state(trainer.run.chunks)
+        own += _found(optimizers._own_state(part, model, loading=False))
+        gathered += _found(part.sharded_param_state_fully_reshardable(model, metadata={}))
+    return own, gathered
+
+
+def _found(state):
+    apply_factories(state)
+    return [
+        (
+            *(item.key, item.global_shape, item.global_offset, is_main(item)),
+            item.data.reshape((1,) * item.prepend_axis_num + item.local_shape).numpy().copy(),
+        )
+        for item in nested_values(state)
+        if isinstance(item, ShardedTensor)
+    ]
+
+
+def is_main(item):
+    return not any(item.replica_id) if isinstance(item.replica_id, tuple) else item.replica_id == 0
+
+
+@pytest.mark.parametrize("layout", quick_or_slow(LAYOUTS, {"EP2"}))
+def test_boxes_are_parts_of_what_would_be_gathered(layout, run_yaml, tmp_path):
+    world_size, flags = LAYOUTS[layout]
+    flags = [*SMALL, "--num-layers", "4", "--train-iters", "2", "--strategy", "fixed", *flags]
+    answers = run_ranks(world_size, own_and_gathered, run_yaml, flags, tmp_path)
+    seen, whole = {}, {}
+    for own, gathered in answers:
+        slices = {}
+        for name, _, offset, main, values in gathered:
+            slices.setdefault(name, []).append((np.array(offset), values))
+            if main:
+                whole[name] = whole.get(name, 0) + values.size
+        for name, shape, offset, main, values in own:
+            assert values.dtype == np.float32
+            _assert_within(slices[name], np.array(offset), values, name)
+            if main:
+                places = seen.setdefault(name, np.zeros(shape, np.int8))
+                places[
+                    tuple(slice(low, low + size) for low, size in zip(offset, values.shape, strict=True))
+                ] += 1
+    assert seen.keys() == whole.keys() and any("exp_avg_sq" in name for name in seen)
+    for name, places in seen.items():
+        assert places.max() == 1 and places.sum() == whole[name], name
+
+
+def _assert_within(slices, offset, values, name):
+    for start, whole in slices:
+        low, high = offset - start, offset - start + values.shape
+        if (low >= 0).all() and (high <= whole.shape).all():
+            np.testing.assert_array_equal(values, whole[tuple(map(slice, low, high))], err_msg=name)
+            return
+    raise AssertionError(f"{name} has nothing at {offset}")
