@@ -153,6 +153,7 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
             )
     _check_stages(config, pp)
     _check_gathering(config)
+    _check_instances(config, world_size // (tp * pp), world_size // (etp * ep * pp))
     _check_batch(config, pp, world_size // (tp * pp * cp))
 
 
@@ -204,6 +205,25 @@ def _check_gathering(config: RunConfig) -> None:
     }.items():
         if has.get(name) and (missing := [need for need in needed if not has.get(need)]):
             raise InputError(f"{name} needs {' and '.join(missing)}; set that too, or leave out {name}")
+
+
+def _check_instances(config: RunConfig, replicas: int, expert_replicas: int) -> None:
+    """Refuse instances of the distributed optimizer that the ranks with the same parameters cannot share."""
+    instances = config.parallel.size("num_distributed_optimizer_instances")
+    said = f"num_distributed_optimizer_instances is {instances}"
+    if instances > 1 and not config.parallel.use_distributed_optimizer:
+        raise InputError(f"{said} without use_distributed_optimizer, whose state they share; leave it out")
+    for ranks, what in ((replicas, "parameters"), (expert_replicas, "experts")):
+        if ranks % instances:
+            divisors = (
+                str(number)
+                for number in range(1, ranks + 1)
+                if math.gcd(replicas, expert_replicas) % number == 0
+            )
+            raise InputError(
+                f"{said}, which does not divide the {ranks} ranks that hold the same {what}; use "
+                f"{', '.join(divisors)}"
+            )
 
 
 def _check_divides(said: str, number: int, name: str, size: int) -> None:

@@ -49,10 +49,9 @@ _WHY = {
         "num_microbatches_with_partial_activation_checkpoints",
     ),
     "with sequence parallelism each rank keeps its slice as it is": ("distribute_saved_activations",),
-    "keys and values are gathered over all context-parallel ranks": (
+    "keys and values are gathered over all context-parallel ranks, or go around them": (
         *("hierarchical_context_parallel_sizes", "cp_comm_type"),
     ),
-    "optimizer state is sharded over all data-parallel ranks": ("num_distributed_optimizer_instances",),
     "give num_layers_in_first_pipeline_stage or ..._in_last_pipeline_stage": (
         "pipeline_model_parallel_layout",
     ),

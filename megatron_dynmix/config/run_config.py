@@ -147,7 +147,7 @@ class ParallelConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, value in self.megatron.items():
-            if name.endswith("_parallel_size") and value is not None:
+            if name.endswith(("_parallel_size", "_optimizer_instances")) and value is not None:
                 require(value >= 1, f"parallel.{name}", value, "1 or more")
 
     @property

@@ -117,12 +117,13 @@ def memory_by_stage(config: RunConfig, layout: Layout, host: Host) -> list[Stage
 
 
 def _optimizer_bytes(config: RunConfig, layout: Layout, parameters: Parameters) -> int:
-    """Return the bytes of one rank; a distributed optimizer shards over data- and context-parallel ranks."""
-    each, replicas = _bytes_per_parameter(config), layout.dp * layout.cp
+    """Return the bytes of one rank; each instance shards over its data- and context-parallel ranks."""
+    instances = config.parallel.size("num_distributed_optimizer_instances")
+    each, replicas = _bytes_per_parameter(config), layout.dp * layout.cp // instances
     if not config.parallel.use_distributed_optimizer:
         return each * parameters.total
     # Without expert parallelism Megatron-Core keeps experts in the same buffers as everything else.
-    of_experts = layout.expert_dp if layout.ep > 1 else replicas
+    of_experts = layout.expert_dp // instances if layout.ep > 1 else replicas
     return -(-each * parameters.dense // replicas) + -(-each * parameters.expert // of_experts)
 
 

@@ -160,6 +160,7 @@ def join_job(config: RunConfig, store: torch.distributed.Store | None = None) ->
             context_parallel_size=size("context_parallel_size"),
             expert_model_parallel_size=size("expert_model_parallel_size"),
             expert_tensor_parallel_size=parallel.get("expert_tensor_parallel_size"),
+            num_distributed_optimizer_instances=size("num_distributed_optimizer_instances"),
             distributed_timeout_minutes=config.parallel.distributed_timeout_minutes,
         )
     set_batch_size(config, BatchSchedule.of(config).batch_size(0))

@@ -16,6 +16,7 @@ TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 ETP1 = ["--expert-tensor-parallel-size", "1"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 VPP2 = [*PP2, "--virtual-pipeline-model-parallel-size", "2"]
+INSTANCES = ["--num-distributed-optimizer-instances", "2"]
 GATHER = ["--overlap-grad-reduce", "--overlap-param-gather"]
 CP2 = ["--context-parallel-size", "2"]
 
@@ -80,6 +81,9 @@ LAYOUTS = {
         [*VPP2, *ep(2), *GATHER, "--overlap-param-gather-with-optimizer-step"],
         "base",
     ),
+    "DP4, two optimizer instances": (4, [*ep(1), *INSTANCES], "base"),
+    "EP2 x DP2, two optimizer instances": (4, [*ep(2), *INSTANCES, *GATHER], "base"),
+    "CP2 x TP2, ETP1, two optimizer instances": (4, [*CP2, *TP2, *ETP1, *ep(1), *INSTANCES], "base"),
     "TP2 x EP2, shared experts": (2, [*TP2, *ETP1, *ep(2)], "shared experts"),
     "EP2, overlapped shared experts": (2, [*ep(2), "--moe-shared-expert-overlap"], "shared experts"),
     "CP2 x TP2, ETP1, strong balance": (4, [*CP2, *TP2, *ETP1, *ep(1)], "strong balance"),

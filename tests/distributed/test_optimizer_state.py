@@ -10,7 +10,7 @@ from megatron_dynmix.config.load import load_config
 from megatron_dynmix.model import optimizer as optimizers
 from tests.distributed import programs
 from tests.distributed.conftest import SMALL, quick_or_slow
-from tests.distributed.layouts import CP2, ETP1, GATHER, PP2, TP2, VPP2, ep
+from tests.distributed.layouts import CP2, ETP1, GATHER, INSTANCES, PP2, TP2, VPP2, ep
 from tests.distributed.ranks import run_ranks
 
 LAYOUTS = {
@@ -22,6 +22,8 @@ LAYOUTS = {
     "TP2, ETP1": (2, [*TP2, *ETP1, *ep(1)]),
     "CP2, ETP2": (2, [*CP2, "--expert-tensor-parallel-size", "2", *ep(1)]),
     "PP2 x DP2, tied embeddings": (4, [*PP2, *ep(2), "--no-untie-embeddings-and-output-weights"]),
+    "DP4, two instances": (4, [*ep(1), *INSTANCES]),
+    "EP2 x DP2, two instances": (4, [*ep(2), *INSTANCES]),
     "PP2 VPP2": (2, [*VPP2, *ep(1)]),
 }
 

@@ -158,6 +158,19 @@ def test_a_prepared_prefix_stands_for_its_source(tmp_path):
             ["overlap_param_gather needs use_distributed_optimizer"],
         ),
         (
+            {"parallel.num_distributed_optimizer_instances": 2},
+            ["num_distributed_optimizer_instances is 2", "the 1 ranks that hold the same experts; use 1"],
+        ),
+        ({"parallel.num_distributed_optimizer_instances": 0}, ["num_distributed_optimizer_instances is 0"]),
+        (
+            {
+                "parallel.expert_model_parallel_size": 1,
+                "parallel.use_distributed_optimizer": False,
+                "parallel.num_distributed_optimizer_instances": 2,
+            },
+            ["num_distributed_optimizer_instances is 2 without use_distributed_optimizer"],
+        ),
+        (
             {"parallel.align_param_gather": True},
             ["align_param_gather needs overlap_param_gather and virtual_pipeline_model_parallel_size"],
         ),

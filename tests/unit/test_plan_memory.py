@@ -195,6 +195,9 @@ def test_states_of_a_parameter_are_18_bytes_of_which_12_are_shared_by_its_replic
     assert expert * 8 + dense == 46_702_792_704
     assert (stage.weights, stage.gradients) == (2 * (dense + expert), 4 * (dense + expert))
     assert stage.optimizer == 12 * dense // 16 + 12 * expert // 2
+    parallel = {"expert_model_parallel_size": 8, "num_distributed_optimizer_instances": 2}
+    config = settings_of(tmp_path, {"preset": "mixtral-8x7b"}, parallel)
+    assert memory_by_stage(config, Layout.of(config, 16), GPU)[0].optimizer == 12 * dense // 8 + 12 * expert
     parallel = {"expert_model_parallel_size": 8, "use_distributed_optimizer": False}
     config = settings_of(tmp_path, {"preset": "mixtral-8x7b"}, parallel)
     (stage,) = memory_by_stage(config, Layout.of(config, 16), GPU)
