@@ -143,6 +143,11 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
         raise InputError(
             "qk_layernorm_full_width normalises over all heads: tensor_model_parallel_size must be 1"
         )
+    if config.model.megatron.get("moe_token_dispatcher_type") == "flex" and etp * ep == 1:
+        raise InputError(
+            "moe_token_dispatcher_type is flex without expert or expert-tensor parallelism: there is nobody "
+            "to send tokens to; use alltoall"
+        )
     experts = config.model.megatron.get("num_moe_experts")
     _check_divides(f"num_moe_experts is {experts}", experts or 1, "expert_model_parallel_size", ep)
     for product, what in ((tp * pp * cp, "TP x PP x CP"), (etp * ep * pp, "expert TP x EP x PP")):

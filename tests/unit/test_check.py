@@ -146,6 +146,18 @@ def test_a_prepared_prefix_stands_for_its_source(tmp_path):
         ),
         ({"data.segment_multiple": 24}, ["seq_length is 64", "segment_multiple 24", "use 1, 2, 4, 8, 16"]),
         (
+            {"model.moe_token_dispatcher_type": "flex", "parallel": {}},
+            ["moe_token_dispatcher_type is flex", "nobody to send tokens to; use alltoall"],
+        ),
+        (
+            {
+                "model.moe_token_dispatcher_type": "flex",
+                "model.moe_expert_capacity_factor": 1.0,
+                "model.moe_pad_expert_input_to_capacity": True,
+            },
+            ["Megatron-Core refuses the model or its layout: ", "pad_expert_input_to_capacity"],
+        ),
+        (
             {"parallel.overlap_param_gather": True},
             ["overlap_param_gather needs overlap_grad_reduce; set that too, or leave out"],
         ),
