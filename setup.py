@@ -39,6 +39,8 @@ setup(
         "pyarrow",
         # megatron.core.dist_checkpointing.save needs it, does not declare it, and without it hangs for ever
         "psutil",
+        # nor this one, without which it cannot make several instances of the optimizer
+        "einops",
         "packaging",
         "pydantic>=2.8",
         "pyyaml",

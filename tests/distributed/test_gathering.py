@@ -21,6 +21,7 @@ BF16 = ["--bf16"]
 SHARED = ["--moe-shared-expert-intermediate-size", "24"]
 CASES = {
     "DP2": (2, [*ep(1), "--async-save"]),
+    "DP2, many buckets that end in padding": (2, [*ep(1), "--bucket-size", "3000"]),
     "DP2, bf16, frozen router": (2, [*ep(1), *BF16, "--freeze-router"]),
     "DP2, router of two layers": (2, [*ep(1), "--router-network", "mlp", "--router-noise", "training"]),
     "DP2, tied embeddings": (2, [*ep(1), "--no-untie-embeddings-and-output-weights"]),
