@@ -29,7 +29,7 @@ from megatron_dynmix.config.host import Host
 from megatron_dynmix.platform import Platform, cpu
 
 HERE = Platform(device=torch.device("cpu"), backend="gloo", transformer_engine=True)
-PARTS = ("names", "linear", "attention", "router", "optimizer", "fp8")
+PARTS = ("names", "linear", "attention", "context", "router", "optimizer", "fp8")
 REPLACED = {
     "transformer_engine.pytorch.triton.permutation": "tests.te.tex.permutation",
     "transformer_engine.pytorch.triton.cross_entropy": "tests.te.tex.cross_entropy",
