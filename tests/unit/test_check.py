@@ -173,7 +173,6 @@ def test_a_prepared_prefix_stands_for_its_source(tmp_path):
             {"parallel.num_distributed_optimizer_instances": 2},
             ["num_distributed_optimizer_instances is 2", "the 1 ranks that hold the same experts; use 1"],
         ),
-        ({"parallel.num_distributed_optimizer_instances": 0}, ["num_distributed_optimizer_instances is 0"]),
         (
             {
                 "parallel.expert_model_parallel_size": 1,
@@ -326,6 +325,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
         ("data", "seq_length", 0, "a positive number"),
         ("data", "num_workers", -1, "0 or more"),
         ("data", "overlong", "keep", "one of drop, truncate, split, error"),
+        ("parallel", "num_distributed_optimizer_instances", 0, "1 or more"),
         ("data", "template", "llama", "one of tokenizer, vicuna, chatml, plain"),
         ("mixing", "strategy", "doremi", "one of gate-load, "),
         ("mixing", "signal", "loss", "one of probe, train"),
