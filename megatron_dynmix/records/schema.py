@@ -300,7 +300,7 @@ def _read(kind: Any, value: Any) -> Any:
         return origin(_read(parts[0], item) for item in value)
     if origin in (dict, Mapping) and isinstance(value, Mapping):
         return {str(name): _read(parts[1], item) for name, item in value.items()}
-    if origin is np.ndarray:
+    if origin in (np.ndarray, NDArray):  # from NumPy 2.5 on it is a type of its own
         return np.array(value, np.float64)
     if hasattr(kind, "__dataclass_fields__") and isinstance(value, Mapping):
         absent = getattr(kind, "MAY_LACK", None)

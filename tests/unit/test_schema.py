@@ -2,14 +2,16 @@
 
 import json
 import math
-from dataclasses import replace
-from typing import get_args
+from dataclasses import make_dataclass, replace
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import pytest
 from run_fixtures import fake_run, training_record
+from typing_extensions import TypeAliasType
 
 from megatron_dynmix.mixing.strategy import Remark, RemarkKind
+from megatron_dynmix.records import schema
 from megatron_dynmix.records.schema import Event, MixingUpdate, SamplesLine, StageLine, TrainingRecord
 
 
@@ -83,3 +85,12 @@ def test_loads_of_several_layers_are_not_in_the_line(run):
     assert several.to_json()["load"] is None and several.arrays["load"] is several.load
     back = MixingUpdate.from_json(several.to_json()).with_arrays(several.arrays)
     assert np.array_equal(back.load, several.load) and back.counts.keys() == {"half_counts"}
+
+
+def test_arrays_are_read_where_numpy_has_a_type_of_its_own_for_them(monkeypatch):
+    """As NumPy 2.5 does, with the alias of Python 3.12."""
+    item = TypeVar("item")
+    alias = TypeAliasType("NDArray", np.ndarray[Any, np.dtype[item]], type_params=(item,))
+    monkeypatch.setattr(schema, "NDArray", alias)
+    line = make_dataclass("Line", [("load", alias[np.float64])], bases=(schema.Line,), frozen=True)
+    assert np.array_equal(line.from_json({"load": [[1, 2.5]]}).load, [[1.0, 2.5]])
