@@ -30,10 +30,12 @@ from megatron_dynmix.checkpoint.folder import (
     set_aside,
 )
 from megatron_dynmix.checkpoint.model_weights import (
+    as_held,
     fill_weights,
     load_sharded,
     load_weights,
     model_state,
+    named_chunks,
     set_state,
 )
 from megatron_dynmix.checkpoint.run_state import RunState, read_run_state
@@ -194,7 +196,9 @@ class Checkpointer:
     def load(self, source: Path) -> RunState:
         """Restore model, optimizer and schedule from a checkpoint that fits them; return its run state."""
         state = read_run_state(source)
-        loaded = load_sharded(self._state(loading=True), source)
+        expected = self._state(loading=True)
+        expected |= as_held({name: expected[name] for name, _ in named_chunks(self.chunks)}, source)
+        loaded = load_sharded(expected, source)
         set_state(self.chunks, loaded)
         optimizers.load_optimizer_state(self.optimizer, loaded["optimizer"])
         self.scheduler.load_state_dict(loaded["opt_param_scheduler"])

@@ -46,17 +46,22 @@ def set_state(chunks: Chunks, loaded: dict[str, Any]) -> None:
 
 
 def load_weights(chunks: Chunks, source: Path) -> None:
-    """Read the weights of a checkpoint.
+    """Read the weights of a checkpoint."""
+    set_state(chunks, load_sharded(as_held(model_state(chunks), source), source))
 
-    What Transformer Engine keeps beside the weights need not be in it: a converted one has none.
+
+def as_held(model: dict[str, Any], source: Path) -> dict[str, Any]:
+    """Return a model's sharded state as a checkpoint can have it.
+
+    What Transformer Engine keeps beside the weights need not be there: one that is converted, or was saved
+    without it, has none.
     """
     held = load_sharded_metadata(str(source))
 
     def is_absent(item: Any) -> bool:
         return isinstance(item, ShardedObject) and item.unique_key not in held
 
-    _, present = extract_matching_values(model_state(chunks), is_absent)
-    set_state(chunks, load_sharded(present, source))
+    return dict(extract_matching_values(model, is_absent)[1])
 
 
 def fill_weights(chunks: Chunks, tensors: Tensors) -> None:
