@@ -32,11 +32,8 @@ EXAMPLES = {
     "study": (1, CUDA, []),
 }
 """Example -> ranks, what they have, and flags."""
-QUICK = [
-    ("mixtral_8x7b", 3, ["--num-layers", "8", "--virtual-pipeline-model-parallel-size", "2"]),
-    ("four_sources", 0, []),
-]
-"""What is traced by default; fewer layers, all alike."""
+QUICK = [("mixtral_8x7b", 3, ["--global-batch-size", "64"]), ("four_sources", 0, [])]
+"""What is traced by default: with half the micro-batches as many are in flight."""
 BUDGET = {
     "iteration": {
         "megatron_dynmix/training/step.py (train)": 1,
@@ -53,7 +50,6 @@ BUDGET = {
 """Most waits for the device by place, whatever the number of layers and micro-batches."""
 DISPATCHER = "megatron/core/transformer/moe/token_dispatcher.py (_maybe_dtoh_and_synchronize)"
 PERMUTE = "megatron/core/transformer/moe/moe_utils.py (permute)"
-NORM = "megatron/core/utils.py (local_multi_tensor_l2_norm)"
 
 
 def per_layer(config, passes):
