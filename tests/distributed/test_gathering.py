@@ -40,7 +40,7 @@ CASES = {
 
 def gather_late():
     """Gather a bucket only where a module waits for it; until then, what others have stepped is NaN."""
-    plain, step = _ParamAndGradBucketGroup.start_param_sync, Trainer._step
+    plain, train_step = _ParamAndGradBucketGroup.start_param_sync, Trainer.train_step
 
     class Late:
         def __init__(self, group):
@@ -57,7 +57,7 @@ def gather_late():
             group.param_gather_handle, group.param_gather_dispatched = Late(group), True
 
     def stepped(trainer, *args):
-        step(trainer, *args)
+        stopping = train_step(trainer, *args)
         for chunk in trainer.run.chunks:
             for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
                 for bucket in group.buckets:
@@ -65,8 +65,9 @@ def gather_late():
                     for rank, part in enumerate(parts):
                         if rank != group.intra_distributed_optimizer_instance_rank:
                             part.fill_(torch.nan)
+        return stopping
 
-    _ParamAndGradBucketGroup.start_param_sync, Trainer._step = start, stepped
+    _ParamAndGradBucketGroup.start_param_sync, Trainer.train_step = start, stepped
 
 
 def on_and_off(run_yaml, flags, run_dir):
