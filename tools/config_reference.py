@@ -24,6 +24,7 @@ from megatron_dynmix.config import leaves
 from megatron_dynmix.config import megatron_fields as known
 from megatron_dynmix.config import run_config as tree
 from megatron_dynmix.config.decided import DECIDED
+from megatron_dynmix.config.idle import MASTERS
 from megatron_dynmix.mixing.strategies import STRATEGIES
 
 HEAD = """# Configuration reference
@@ -34,6 +35,9 @@ nearest known one. Relative paths in the file start at its own folder, in flags 
 is an environment variable.
 
 This page is written by `python tools/config_reference.py docs/configuration.md`.
+"""
+
+IDLE = """These are refused, other values than Megatron-Core's own or those of the preset.
 """
 
 
@@ -48,6 +52,8 @@ def reference() -> str:
         if section == "mixing":
             parts += list(strategies())
     parts += list(megatron_fields())
+    needing = [(", ".join(f"`{name}`" for name in one.settings), f"unless {one.words}") for one in MASTERS]
+    parts += ["## What does nothing alone\n", IDLE, table(needing)]
     parts += ["## What cannot be set\n", table([(f"`{name}`", why) for name, why in DECIDED.items()])]
     return "\n".join(parts)
 

@@ -12,6 +12,7 @@ from megatron_dynmix.commands.tracing import trace_stages, trace_text
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.check import check_files, check_settings, check_tokenizer
 from megatron_dynmix.config.host import Host, check_host, without_unmet
+from megatron_dynmix.config.idle import check_idle
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.config.megatron import check_with_megatron, moe_layers
 from megatron_dynmix.config.run_config import HUB, require
@@ -98,6 +99,7 @@ def _check(host: Host, config: RunConfig, world_size: int) -> None:
     check_host(config, host)
     runnable = without_unmet(config, this_host())
     check_settings(runnable, world_size)
+    check_idle(config)
     check_with_megatron(runnable)
 
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 from megatron_dynmix.config import rotary
 from megatron_dynmix.config.batch_schedule import BatchSchedule
+from megatron_dynmix.config.idle import check_idle
 from megatron_dynmix.config.megatron_fields import megatron_fields, model_settings, moe_layers
 from megatron_dynmix.config.run_config import HUB, MixingConfig, ModelConfig, RunConfig, require
 from megatron_dynmix.config.strategies import Chosen, resolved_options
@@ -75,6 +76,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     """Refuse a run that cannot work on so many ranks: the first thing found, and what would work."""
     check_data(config)
     check_settings(config, world_size)
+    check_idle(config)
 
 
 def check_settings(config: RunConfig, world_size: int) -> None:
