@@ -59,6 +59,11 @@ def records(run_dir, name="mixing"):
     return [json.loads(line) for line in (Path(run_dir) / f"{name}.jsonl").read_text().splitlines()]
 
 
+def updates_of(run_dir):
+    """What was counted and decided, without wall times."""
+    return [{key: line[key] for key in line if key != "seconds"} for line in records(run_dir)]
+
+
 def find_stock():
     """Put the folder of a checked-out Megatron-LM on the path, if there is one."""
     folder = os.environ.get(FOLDER)

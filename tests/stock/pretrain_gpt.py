@@ -61,9 +61,12 @@ def loss_func(loss_mask, token_loss):
     loss_mask = loss_mask.reshape(-1).float()
     loss = (token_loss.reshape(-1).float() * loss_mask).sum()
     tokens = loss_mask.sum().to(torch.int)
-    get_rerun_state_machine().validate_result(
-        result=loss, rejection_func=torch.isnan, message="the loss is NaN", tolerance=0.0, fatal=True
-    )
+    args, check = get_args(), get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        check.validate_result(loss, torch.isnan, "the loss is NaN", fatal=True)
+    if args.check_for_spiky_loss:
+        is_spiky = partial(check.is_unexpectedly_large, threshold=10, context="loss")
+        check.validate_result(loss, is_spiky, "the loss is spiky", fatal=False)
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}
 
 

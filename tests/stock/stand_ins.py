@@ -1,6 +1,7 @@
 """What `megatron.training` needs on a CPU, beside the stand-ins of `platform/cpu.py`: for tests only."""
 
 import functools
+import multiprocessing
 import types
 
 import torch
@@ -8,6 +9,7 @@ import torch
 
 def install():
     """Let stock's own start-up pass without CUDA; called once in each rank."""
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as writing
     import megatron.core.transformer.torch_norm as torch_norm
     import megatron.training.initialize as initialize
     import megatron.training.training as training
@@ -23,6 +25,8 @@ def install():
     training.set_jit_fusion_options = lambda *_, **__: None
     training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
     torch_norm.WrappedTorchNorm.__new__ = _norm
+    # at the first save its process would be spawned, and import everything again
+    writing._results_queue = multiprocessing.get_context("fork").Manager().Queue()
 
 
 def _norm(cls, config, hidden_size, eps=1e-5, **_):

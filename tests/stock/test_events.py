@@ -5,7 +5,8 @@ import re
 import pytest
 
 from megatron_dynmix.cli import main
-from tests.stock.engine import records
+from tests.stock.engine import records, updates_of
+from tests.stock.states import assert_equal_states, state_of
 
 GATE_LOAD = ("--dynmix-strategy", "gate-load", "--dynmix-interval", "2", "--dynmix-eta", "50")
 
@@ -37,6 +38,52 @@ def test_a_step_that_overflows_is_drawn_and_not_counted(stock, tmp_path):
     assert rows_of(run_dir) == [16, 32, 48]
     assert sum(records(run_dir)[-1]["tokens"]) == (6 - skipped) * 8 * 64
     assert main(["verify", str(run_dir)]) == 0
+
+
+REPEATED = {
+    "one rank": (1, ()),
+    "virtual stages": (
+        2,
+        ("--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=[pytest.mark.slow] if name != "one rank" else []) for name in REPEATED],
+)
+def test_a_pass_that_is_run_again_counts_once(stock, tmp_path, layout):
+    """The rerun machine doubts every pass but the first, repeats it and goes on."""
+    ranks, flags = REPEATED[layout]
+    flags = (*GATE_LOAD, *flags, "--num-layers", "4", "--no-check-for-nan-in-loss-and-grad")
+    once = stock(ranks, *flags, "--dynmix-run-dir", str(tmp_path / "once"))
+    doubts = ("--check-for-spiky-loss", "--error-injection-rate", "1")
+    twice = stock(ranks, *flags, *doubts, "--dynmix-run-dir", str(tmp_path / "twice"))
+    assert twice.texts[-1].count("Injecting error") == 5
+    assert twice.losses == once.losses
+    assert updates_of(tmp_path / "twice") == updates_of(tmp_path / "once")
+    first, again = (
+        [line["source_loss"] for line in records(tmp_path / name, "metrics")] for name in ("once", "twice")
+    )
+    assert first == again
+    assert main(["verify", str(tmp_path / "twice")]) == 0
+
+
+@pytest.mark.slow
+def test_a_step_that_a_persistent_error_leaves_undone_is_trained_after_the_restart(stock, tmp_path):
+    """The rerun machine ends the job in a step with a checkpoint from before it, and exit code 16."""
+    save = ("--save", str(tmp_path / "ck"))
+    stock(1, *GATE_LOAD, *save, "--dynmix-run-dir", str(tmp_path / "whole"))
+    expected = state_of(tmp_path / "ck", 6)
+    flags = (*GATE_LOAD, "--save", str(tmp_path / "ck2"), "--dynmix-run-dir", str(tmp_path / "run"))
+    error = ("--error-injection-rate", "1", "--error-injection-type", "persistent_error")
+    stopped = stock(1, *flags, *error, "--save-interval", "1", code=16)
+    assert len(stopped.losses) == 1
+    stock(1, *flags, "--load", str(tmp_path / "ck2"), "--rerun-mode", "disabled")
+    assert_equal_states(state_of(tmp_path / "ck2", 6), expected)
+    assert updates_of(tmp_path / "run") == updates_of(tmp_path / "whole")
+    assert main(["verify", str(tmp_path / "run")]) == 0
 
 
 @pytest.mark.slow

@@ -11,21 +11,21 @@ from tests.stock.engine import records
 from tests.unit.data_fixtures import TEXTS, prepare_files, varied_rows, write_jsonl
 
 GATE_LOAD = ("--dynmix-strategy", "gate-load", "--dynmix-interval", "2", "--dynmix-eta", "50")
-FOUR = ("--num-layers", "4")
 
 
 @pytest.fixture(scope="session")
 def conversations(tmp_path_factory):
     """Flags that name two prepared sources."""
     folder = tmp_path_factory.mktemp("conversations")
-    train_bpe(TEXTS, 256, folder)
+    train_bpe(TEXTS, 400, folder)
     tokenizer = load_tokenizer(folder)
     words = []
     for seed, name in enumerate(("chat", "math", "code")):
         rows = write_jsonl(folder / f"{name}.jsonl", varied_rows(150, seed))
         prepare_files(tokenizer=tokenizer, name=name, inputs=[rows], prefix=folder / name)
         words += ["1", str(folder / name)]
-    return ("--data-path", *words, "--vocab-size", "512", "--dynmix-packed-rows")
+    longer = ("--seq-length", "128", "--max-position-embeddings", "128")
+    return ("--data-path", *words, *longer, "--vocab-size", "512", "--dynmix-packed-rows")
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +42,7 @@ def test_conversations_are_whole_and_padding_is_counted_nowhere(stock, conversat
     assert run.losses[-1] < run.losses[0]
     updates = records(run_dir)
     assert len(updates) == 3 and [sum(line["rows"]) for line in updates] == [16, 32, 48]
-    assert 0 < sum(updates[0]["tokens"]) < 16 * 64, "only answers are trained on"
+    assert 0 < sum(updates[0]["tokens"]) < 16 * 128, "only answers are trained on"
     assert main(["verify", str(run_dir)]) == 0
 
 

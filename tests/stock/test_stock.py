@@ -4,16 +4,11 @@ import numpy as np
 import pytest
 
 from megatron_dynmix.cli import main
-from tests.stock.engine import records, run_stock
+from tests.stock.engine import records, run_stock, updates_of
 from tests.stock.states import assert_equal_states, state_of
 
 GATE_LOAD = ("--dynmix-strategy", "gate-load", "--dynmix-interval", "2", "--dynmix-eta", "50")
 EP2 = ("--expert-model-parallel-size", "2")
-
-
-def updates_of(run_dir):
-    """What was counted and decided, without wall times."""
-    return [{key: line[key] for key in line if key != "seconds"} for line in records(run_dir)]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
