@@ -68,7 +68,7 @@ class PackedInputs:
         """Add a padding mask, and for middle stages what stock's code gives to the first and the last."""
         args = self._args
         if args.dynmix_padding_mask and model.training:
-            named["padding_mask"] = self._segment_BS < 0
+            named["padding_mask"] = self._padding(model)
         if self._needs_attention(model):
             if args.transformer_impl == "local":
                 mask = mask_of(self._segment_BS)
@@ -76,6 +76,16 @@ class PackedInputs:
             else:
                 named["packed_seq_params"] = joined_params(self._segment_BS.cpu().numpy(), self._device)
         return given, named
+
+    def _padding(self, model: Any) -> torch.Tensor:
+        """Return `[B, S]`, or where sequence parallelism has cut up the hidden states already, this part."""
+        from megatron.core import parallel_state
+
+        padding_BS = self._segment_BS < 0
+        if model.pre_process or not self._args.sequence_parallel:  # GPTModel cuts it on the first stage only
+            return padding_BS
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        return padding_BS.chunk(ranks, dim=1)[parallel_state.get_tensor_model_parallel_rank()]
 
 
 def _with_mask(given: tuple[Any, ...], named: dict[str, Any], mask: torch.Tensor) -> Any:

@@ -97,6 +97,11 @@ def _check_packed(args: Namespace) -> None:
             f"--micro-batch-size is {args.micro_batch_size}; with packed rows Megatron-LM's own code for "
             "several sequences in a row takes 1"
         )
+    if not joined and args.tensor_model_parallel_size > 1 and not args.create_attention_mask_in_dataloader:
+        raise InputError(
+            "with --no-create-attention-mask-in-dataloader only the first tensor-parallel rank would get the "
+            "mask of packed rows, and the others would attend across conversations; leave it out"
+        )
     if value_of(args, "context_parallel_size") > 1:
         raise InputError(
             f"--context-parallel-size is {args.context_parallel_size}; Megatron-LM would cut packed rows up "

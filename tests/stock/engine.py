@@ -86,6 +86,8 @@ def run_stock(world_size, argv, log, *, env=None, mixed=True, **kwargs):
     if "--step-batch-size-schedule" in argv:  # it says the batch size, which must not be said twice
         at = flags.index("--global-batch-size")
         del flags[at : at + 2]
+    if "--dynmix-packed-rows" in argv:  # their mask says where conversations begin
+        flags.remove("--no-create-attention-mask-in-dataloader")
     return run_ranks(world_size, _rank, [*flags, *argv], log, env=env or {}, mixed=mixed, **kwargs)
 
 

@@ -8,6 +8,7 @@ from megatron_dynmix.cli import main
 from megatron_dynmix.data.tokenizer.fast import train_bpe
 from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from tests.stock.engine import records
+from tests.stock.test_stock import LAYOUTS, save_initial
 from tests.unit.data_fixtures import TEXTS, prepare_files, varied_rows, write_jsonl
 
 GATE_LOAD = ("--dynmix-strategy", "gate-load", "--dynmix-interval", "2", "--dynmix-eta", "50")
@@ -31,8 +32,6 @@ def conversations(tmp_path_factory):
 @pytest.fixture(scope="session")
 def begin(prefixes, cache, tmp_path_factory):
     """Weights that every layout begins from."""
-    from tests.stock.test_stock import save_initial
-
     return save_initial(tmp_path_factory.mktemp("packed_initial"), prefixes, cache, "--vocab-size", "512")
 
 
@@ -63,14 +62,30 @@ def validation(run):
     return [float(number) for number in re.findall(r"lm loss value: (\S+)", "\n".join(run.texts))]
 
 
+def balance(run):
+    return [float(number) for number in re.findall(r"load_balancing_loss: (\S+)", "\n".join(run.texts))]
+
+
 def test_padding_is_left_out_of_the_balance_loss_where_that_is_asked_for(stock, conversations, begin):
     flags = (*begin, *conversations, *GATE_LOAD, "--train-iters", "2", "--moe-aux-loss-coeff", "1")
     counted, left_out = stock(1, *flags), stock(1, *flags, "--dynmix-padding-mask")
-    balance = [
-        float(re.findall(r"load_balancing_loss: (\S+)", run.texts[0])[0]) for run in (counted, left_out)
-    ]
-    assert balance[0] != balance[1]
+    assert balance(counted)[0] != balance(left_out)[0]
     assert counted.losses[0] == left_out.losses[0]
+
+
+PADDED = {name: LAYOUTS[name] for name in ("ep2 full recompute", "pp2 vpp2")}
+PADDED["tp2 sp pp2"] = (4, (*LAYOUTS["tp2 sp"][1], *LAYOUTS["pp2"][1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", PADDED)
+def test_every_layout_leaves_out_the_same_padding(stock, conversations, begin, layout):
+    ranks, more = PADDED[layout]
+    asked = ("--train-iters", "2", "--moe-aux-loss-coeff", "1", "--dynmix-padding-mask")
+    flags = (*begin, *conversations, *GATE_LOAD, *asked, "--dynmix-packed-attention")
+    one, run = stock(1, *flags), stock(ranks, *flags, *more)
+    assert run.losses == pytest.approx(one.losses, abs=2e-5)
+    assert balance(run) == pytest.approx(balance(one), rel=1e-4)
 
 
 def test_losses_by_source_add_up_to_stocks_own(stock, tmp_path):

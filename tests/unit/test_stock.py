@@ -25,6 +25,8 @@ def stock_args(text="", **others):
         "transformer_impl": "local",
         "micro_batch_size": 2,
         "context_parallel_size": 1,
+        "tensor_model_parallel_size": 1,
+        "create_attention_mask_in_dataloader": True,
         "pipeline_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None,
     }
@@ -101,6 +103,7 @@ def test_what_cannot_work_is_refused_by_name(flag):
 
 
 PACKED = "--dynmix-packed-rows"
+MASKLESS = {"create_attention_mask_in_dataloader": False}
 STAGES = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 
 
@@ -118,6 +121,7 @@ STAGES = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_si
         (PACKED, {"sft": True}, "--sft must be left out"),
         (PACKED, {"transformer_impl": "transformer_engine"}, "needs --sft"),
         (PACKED, {"transformer_impl": "transformer_engine", "sft": True}, "micro-batch-size is 2"),
+        (PACKED, {**MASKLESS, "tensor_model_parallel_size": 2}, "--no-create-attention-mask-in-dataloader"),
         (PACKED, {"context_parallel_size": 2}, "context-parallel-size is 2"),
         (PACKED, STAGES, "add --dynmix-packed-attention"),
         (PACKED, {"pipeline_model_parallel_size": 3}, "add --dynmix-packed-attention"),
@@ -131,6 +135,8 @@ def test_combinations_that_cannot_work_are_refused(flags, others, words):
 
 def test_packed_rows_that_can_work_are_not_refused():
     check_flags(stock_args(PACKED, pipeline_model_parallel_size=2))
+    check_flags(stock_args(PACKED, tensor_model_parallel_size=2))
+    check_flags(stock_args(PACKED, **MASKLESS))
     check_flags(stock_args(f"{PACKED} --dynmix-packed-attention --dynmix-padding-mask", **STAGES))
     joined = {"transformer_impl": "transformer_engine", "sft": True, "micro_batch_size": 1}
     check_flags(stock_args(PACKED, **joined))
