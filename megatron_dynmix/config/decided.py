@@ -76,7 +76,7 @@ _WHY = {
     "attention is one kernel, whose softmax is in float32": (
         *("attention_softmax_in_fp32", "masked_softmax_fusion"),
     ),
-    "it does not take rows of several segments": ("fused_single_qkv_rope",),
+    "it does not take rows of several segments": ("fused_single_qkv_rope", "softmax_type"),
     "nothing here clips attention": ("qk_clip", "qk_clip_alpha", "qk_clip_threshold"),
     "no record has it": ("log_max_attention_logit", "log_num_zeros_in_grad", "moe_per_layer_logging"),
     "norms are Transformer Engine's or torch's, which have no such choice": (
@@ -84,12 +84,16 @@ _WHY = {
     ),
     "norms of queries and keys have weights: give qk_layernorm": ("qk_l2_norm",),
     "the activation is SiLU": ("use_fused_weighted_squared_relu",),
+    "Megatron-Core cannot save an MLP with it": ("use_te_activation_func",),
     "expert-parallel ranks would begin with the same experts": ("use_cpu_initialization",),
     "gradients are checked before every step: see nonfinite": (
         *("check_for_nan_in_grad", "check_for_large_grads"),
     ),
     "there are no timers": ("barrier_with_L1_time",),
     "a run keeps its configuration in config.yaml": ("config_logger_dir",),
+    "checkpoints hold master weights whole, for every layout": (
+        *("use_precision_aware_optimizer", "store_param_remainders"),
+    ),
     "the optimizer is Adam": (
         *("sgd_momentum", "muon_momentum", "muon_split_qkv", "muon_use_nesterov", "muon_scale_mode"),
         *("muon_fp32_matmul_prec", "muon_num_ns_steps", "muon_tp_mode", "muon_extra_scale_factor"),

@@ -61,14 +61,13 @@ NEEDS = (
     *(
         Need(setting, bool, _TE, _OUT)
         for setting in (
-            *("moe_permute_fusion", "moe_router_fusion", "moe_latent_size", "use_precision_aware_optimizer"),
-            *("apply_rope_fusion", "cpu_offloading", "use_te_activation_func"),
+            *("moe_permute_fusion", "moe_router_fusion", "moe_latent_size", "apply_rope_fusion"),
+            "cpu_offloading",
         )
     ),
     Need("gradient_accumulation_fusion", bool, _TE_AND_APEX, _OUT),
     Need("moe_use_legacy_grouped_gemm", bool, _TE_AND_GROUPED, "use moe_grouped_gemm"),
     Need("layernorm_zero_centered_gamma", bool, _TE_NORMS, _OUT),
-    Need("softmax_type", lambda kind: kind != "vanilla", _TE_ATTENTION, "use vanilla"),
     Need("attention_backend", lambda kind: kind != "auto", _TE_ATTENTION, "use auto"),
     *(
         Need(setting, bool, _TE_ATTENTION, _OUT)
@@ -172,6 +171,10 @@ def _check_packed_rows(config: RunConfig, host: Host) -> None:
     if not config.training.bf16:
         raise InputError("Transformer Engine attends to packed rows in bf16 only; add --bf16")
     given = config.model.megatron
+    if given.get("attention_backend") == "local":
+        raise InputError(
+            "attention_backend is local, which turns off every kernel that Transformer Engine has; use auto"
+        )
     if given.get("apply_rope_fusion") and given.get("rotary_interleaved"):
         raise InputError(
             "apply_rope_fusion and rotary_interleaved are true: Megatron-Core tells the fused kernel for "

@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_dynmix.config import RunConfig
@@ -38,8 +37,7 @@ from megatron_dynmix.plan.parameters import Parameters, stage_layers, stage_para
 
 FP32 = 4
 MASTER, MOMENTS = 4, 8
-"""Bytes of the optimizer for each parameter, unless it is told other types."""
-PRECISION_AWARE = ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+"""Bytes of the optimizer for each parameter."""
 OVERHEAD_BYTES = 2 * 2**30
 """What no formula has on a GPU: the CUDA context, NCCL's buffers, workspaces of the libraries."""
 FRAGMENTATION = 1.05
@@ -129,10 +127,6 @@ def _optimizer_bytes(config: RunConfig, layout: Layout, parameters: Parameters) 
 
 def _bytes_per_parameter(config: RunConfig) -> int:
     """Return the bytes of optimizer state for a parameter that is not sharded."""
-    if config.optimizer.megatron.get("use_precision_aware_optimizer"):
-        given = {**dict.fromkeys(PRECISION_AWARE, torch.float32), **config.optimizer.megatron}
-        kinds = [str(given[name]).removeprefix("torch.") for name in PRECISION_AWARE]
-        return sum(getattr(torch, kind).itemsize for kind in kinds)
     return MOMENTS + (MASTER if config.training.bf16 else 0)
 
 

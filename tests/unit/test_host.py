@@ -24,7 +24,6 @@ VALUES = {
     "fp8": "hybrid",
     "fp4": "e2m1",
     "window_size": [8, 0],
-    "softmax_type": "learnable",
     "attention_backend": "fused",
     "window_attn_skip_freq": 2,
 }
@@ -68,10 +67,16 @@ def test_what_needs_another_package_too_is_refused_without_it(name, tmp_path):
         check_host(load(tmp_path, settings(tmp_path, name)), Host(cuda=True, transformer_engine=True))
 
 
-@pytest.mark.parametrize("name", ["window_size", "softmax_type", "window_attn_skip_freq"])
+@pytest.mark.parametrize("name", ["window_size", "window_attn_skip_freq"])
 def test_our_own_attention_under_context_parallelism_refuses_what_only_transformer_engine_has(name, tmp_path):
     config = load(tmp_path, settings(tmp_path, name, parallel={"context_parallel_size": 2}))
     with pytest.raises(InputError, match=f"{name} is .* and context_parallel_size 1"):
+        check_host(config, GPU)
+
+
+def test_an_attention_that_turns_off_all_kernels_is_refused(tmp_path):
+    config = load(tmp_path, settings(tmp_path, "attention_backend", model={"attention_backend": "local"}))
+    with pytest.raises(InputError, match=r"attention_backend is local, .*; use auto"):
         check_host(config, GPU)
 
 
