@@ -135,28 +135,35 @@ def start_anew():
 
 def prove(run_yaml, flags, run_dir, signal):
     """Everything that the invariants speak of, seen by this rank, in one job."""
-    writer.MetricsWriter = Recorder
-
-    def train(name, *more, resume="no"):
-        start_anew()
-        config = load_config(run_yaml, [*flags, *more])
-        trainer = programs.train_from(config, run_dir / name, resume=resume)
-        torch.distributed.barrier()
-        return _seen(trainer)
-
-    long = ["--interval", str(INTERVAL), "--signal", signal, "--lr-decay-iters", str(ITERATIONS)]
-    short = ["--train-iters", str(SHORT), "--interval", "1"]
+    short = [*flags, "--train-iters", str(SHORT), "--interval", "1"]
     still = [*short, "--eta", "0"]
     answers = {
-        "whole": train("whole", *long, "--train-iters", str(ITERATIONS)),
-        "first": train("parts", *long, "--train-iters", str(STOP)),
-        "resumed": train("parts", *long, "--train-iters", str(ITERATIONS), resume="must"),
-        "off": train("off", *short, "--strategy", "uniform"),
-        "probe": train("probe", *still, "--signal", "probe"),
-        "train": train("train", *still, "--signal", "train"),
+        **whole_and_resumed(run_yaml, flags, run_dir, signal),
+        "off": _train(run_yaml, [*short, "--strategy", "uniform"], run_dir / "off"),
+        "probe": _train(run_yaml, [*still, "--signal", "probe"], run_dir / "probe"),
+        "train": _train(run_yaml, [*still, "--signal", "train"], run_dir / "train"),
     }
     start_anew()
     return answers, programs.count_one_step(run_yaml, flags, run_dir / "counts")
+
+
+def whole_and_resumed(run_yaml, flags, run_dir, signal):
+    """A run, and the same run in two parts, seen by this rank."""
+    flags = [*flags, "--interval", str(INTERVAL), "--signal", signal, "--lr-decay-iters", str(ITERATIONS)]
+    whole, first = ([*flags, "--train-iters", str(iterations)] for iterations in (ITERATIONS, STOP))
+    return {
+        "whole": _train(run_yaml, whole, run_dir / "whole"),
+        "first": _train(run_yaml, first, run_dir / "parts"),
+        "resumed": _train(run_yaml, whole, run_dir / "parts", resume="must"),
+    }
+
+
+def _train(run_yaml, flags, run_dir, resume="no"):
+    writer.MetricsWriter = Recorder
+    start_anew()
+    trainer = programs.train_from(load_config(run_yaml, flags), run_dir, resume=resume)
+    torch.distributed.barrier()
+    return _seen(trainer)
 
 
 def assert_same_gradients(ranks, one):

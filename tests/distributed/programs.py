@@ -118,7 +118,12 @@ def gradients_of(chunks):
         (
             own.key,
             own.global_offset,
-            own.data.detach().reshape((1,) * own.prepend_axis_num + own.local_shape).cpu().numpy().copy(),
+            own.data.detach()
+            .float()
+            .reshape((1,) * own.prepend_axis_num + own.local_shape)
+            .cpu()
+            .numpy()
+            .copy(),
         )
         for own in own_slices(map(unwrap, chunks))
     ]

@@ -1,7 +1,8 @@
 """What ranks with Transformer Engine run."""
 
 import functools
-import re
+
+import numpy as np
 
 from megatron_dynmix import platform
 from megatron_dynmix.errors import InputError
@@ -52,24 +53,20 @@ def train(run_yaml, flags, run_dir, **options):
     return plain.train(run_yaml, flags, run_dir, **options)
 
 
-def prove(run_yaml, flags, run_dir):
-    """See `layouts.prove`, in the precision that the kernels have."""
+def whole_and_resumed(run_yaml, flags, run_dir):
+    """See `layouts.whole_and_resumed`, in the precision that the kernels have."""
     assert platform.start() is stand_in.HERE
-    return layouts.prove(run_yaml, flags, run_dir, "train")
+    return layouts.whole_and_resumed(run_yaml, flags, run_dir, "train")
 
 
-def build_each(run_yaml, flags, run_dir, asked):
-    """What becomes of each setting: `built`, or why it is refused."""
-    answers = {}
-    for name, more in asked.items():
-        layouts.start_anew()
-        try:
-            plain.count_one_step(run_yaml, [*flags, *more], run_dir / re.sub(r"\W", "_", name))
-        except InputError as error:
-            answers[name] = str(error)
-        else:
-            answers[name] = "built"
-    return answers
+def refusal(run_yaml, flags, run_dir):
+    """Why a step, with all that a checkpoint has of it, is refused, if it is."""
+    try:
+        step = plain.count_one_step(run_yaml, flags, run_dir)
+    except InputError as error:
+        return str(error)
+    assert np.isfinite(step["grad_norm"]) and step["grad_norm"] > 0
+    return None
 
 
 def scales_around_a_probe(run_yaml, flags, run_dir):

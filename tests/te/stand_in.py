@@ -9,6 +9,7 @@ themselves, their speed and memory, what needs two streams or a graph, user buff
 than delayed and current scaling.
 """
 
+import contextlib
 import dataclasses
 import enum
 import importlib
@@ -111,6 +112,7 @@ def _say_cuda() -> None:
     )
     torch.cuda.get_device_properties = lambda device_=None: device
     torch.cuda.get_device_capability = lambda device_=None: (device.major, device.minor)
+    torch.cuda.device = contextlib.nullcontext
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *args: None
 

@@ -25,6 +25,7 @@ MODELS = {
     ],
     "shared experts": ["--moe-shared-expert-intermediate-size", "24"],
     "expert bias": ["--moe-router-enable-expert-bias", "--moe-router-score-function", "sigmoid"],
+    "frozen gates": ["--freeze-expert-gate", "--weight-decay", "0"],
     "group limits": ["--moe-router-num-groups", "4", "--moe-router-group-topk", "2"],
 }
 GROUPED = ["--moe-grouped-gemm"]
@@ -73,6 +74,8 @@ CASES = {
     "overlapped shared experts": (2, [*FUSED, *ep(2), "--moe-shared-expert-overlap"], "shared experts"),
     "expert bias": (2, [*FUSED, *ep(2)], "expert bias"),
     "group limits": (1, [*FUSED, *ep(1)], "group limits"),
+    "frozen gates": (1, ep(1), "frozen gates"),
+    "frozen gates, grouped, TP2": (2, [*FUSED, *TP2, *ETP1, *ep(2)], "frozen gates"),
 }
 """Name -> ranks, flags, model."""
 QUICK = {"all fused, TP2 x EP2, norms again"}

@@ -195,5 +195,6 @@ def fused_rope_forward(t, freqs, start_positions, qkv_format, interleaved, cu_se
     return _rotate(t, freqs, start_positions, qkv_format, interleaved, cu_seqlens, cp_size, cp_rank, 1.0)
 
 
-def fused_rope_backward(t, freqs, start_positions, qkv_format, interleaved, cu_seqlens, cp_size, cp_rank):
-    return _rotate(t, freqs, start_positions, qkv_format, interleaved, cu_seqlens, cp_size, cp_rank, -1.0)
+def fused_rope_backward(t, freqs, *given):
+    """Transformer Engine 2.9 gives no start positions here."""
+    return _rotate(t, freqs, None, *given[-5:], -1.0)

@@ -29,26 +29,6 @@ def multi_tensor_adam(
         parameter.copy_(stepped)
 
 
-def multi_tensor_adam_param_remainder(
-    chunk_size, noop_flag, tensor_lists, lr, beta1, beta2, epsilon, step, mode, bias_correction, weight_decay
-):
-    """Master weights are a bfloat16 parameter and the sixteen bits that it lacks of float32."""
-    for grad, parameter, first, second, remainder in zip(*tensor_lists, strict=True):
-        assert parameter.dtype == torch.bfloat16 and remainder.dtype == torch.int16
-        high, low = parameter.view(torch.int16).to(torch.int32), remainder.to(torch.int32)
-        high = high - (low < 0).int()  # the parameter was rounded up
-        master = ((high << 16) | (low & 0xFFFF)).view(torch.float32)
-        stepped = _step(
-            *(grad.float(), master, first, second, lr, beta1, beta2, epsilon, int(step)),
-            *(mode, bias_correction, weight_decay),
-        )
-        bits = stepped.view(torch.int32)
-        low = (bits & 0xFFFF).to(torch.int16)
-        high = (bits >> 16) + (low < 0).int()
-        parameter.view(torch.int16).copy_(high.to(torch.int16))
-        remainder.copy_(low)
-
-
 def _step(grad, master, first, second, lr, beta1, beta2, epsilon, step, mode, bias_correction, weight_decay):
     if not mode:
         grad = grad + weight_decay * master
