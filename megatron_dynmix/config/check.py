@@ -59,6 +59,8 @@ def check_files(config: RunConfig) -> None:
                 )
 
 
+BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none")
+"""Kinds of load balancing; Megatron-Core takes any other word for none."""
 BY_DISTANCE, MIN_SOURCES = ("gate-load", "inverse"), 3
 """Strategies whose scores are equal where there are two sources, and the sources that they need."""
 RESOLVED_FROM = {
@@ -365,6 +367,9 @@ def _check_router(config: RunConfig) -> None:
             f"router_noise is {model.router_noise} with router_network {model.router_network}, which has no "
             "weights for it; leave out router_noise, or set router_network to mlp"
         )
+    kinds = megatron.get("moe_router_load_balancing_type", "aux_loss")
+    known = all(kind in BALANCING for kind in (kinds if isinstance(kinds, list) else [kinds]))
+    require(known, "model.moe_router_load_balancing_type", kinds, f"one of {', '.join(BALANCING)}")
     rate = megatron.get("moe_router_bias_update_rate")
     if model.freeze_router and megatron.get("moe_router_enable_expert_bias") and rate:
         raise InputError(

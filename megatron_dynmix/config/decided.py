@@ -98,6 +98,7 @@ _WHY = {
         *("sgd_momentum", "muon_momentum", "muon_split_qkv", "muon_use_nesterov", "muon_scale_mode"),
         *("muon_fp32_matmul_prec", "muon_num_ns_steps", "muon_tp_mode", "muon_extra_scale_factor"),
     ),
+    "Transformer Engine, from 1.8 on, leaves it aside": ("fp8_interval",),
     "the state of an optimizer on the CPU is in no checkpoint": (
         *("optimizer_cpu_offload", "optimizer_offload_fraction", "use_torch_optimizer_for_cpu_offload"),
         *("overlap_cpu_optimizer_d2h_h2d", "pin_cpu_grads", "pin_cpu_params"),

@@ -42,7 +42,7 @@ _AUX_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 _GROUPS = ("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_limited_devices")
 _LAYERS_IN_BF16 = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
 _OF_DELAYED = (
-    *("fp8_margin", "fp8_interval", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad"),
+    *("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad"),
     "fp8_multi_head_attention",
 )
 
@@ -54,7 +54,7 @@ _MOE = (
     ),
     Master(
         f"moe_router_load_balancing_type is {', '.join(_AUX_LOSSES[:-1])} or {_AUX_LOSSES[-1]}",
-        lambda run: any(kind in run.moe_router_load_balancing_type for kind in _AUX_LOSSES),
+        lambda run: any(kind in run.moe_router_load_balancing_type for kind in _AUX_LOSSES),  # one, or a list
         ("moe_aux_loss_coeff",),
     ),
     Master(

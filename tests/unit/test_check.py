@@ -243,6 +243,11 @@ def test_a_prepared_prefix_stands_for_its_source(tmp_path):
         ({"training.global_batch_size": 2}, ["global_batch_size 2 is not a multiple", "use 4"]),
         ({"model.num_attention_heads": 3}, ["num_attention_heads is 3, which num_query_groups 2 does not"]),
         ({"model.moe_router_topk": 9}, ["moe_router_topk is 9, but there are 8 experts; use 1 to 8"]),
+        (
+            {"model.moe_router_load_balancing_type": ["aux_loss", "auxloss"]},
+            ["moe_router_load_balancing_type is ['aux_loss', 'auxloss']; it must be one of aux_loss"],
+        ),
+        ({"model.moe_router_load_balancing_type": "aux"}, ["moe_router_load_balancing_type is 'aux'"]),
         ({"model.moe_layer_freq": 0}, ["moe_layer_freq is 0; give 1 or more"]),
         ({"model.moe_layer_freq": [1]}, ["moe_layer_freq is [1]", "each of the 2 layers"]),
         ({"model.num_layers": 0}, ["model.num_layers is 0", "1 or more"]),
