@@ -75,8 +75,12 @@ def find_stock():
 def import_stock():
     """Import its loop; 0.16.1 needs triton for kernels that are never called, and CPU builds lack it."""
     if util.find_spec("triton") is None:
-        with mock.patch.dict(sys.modules, {"triton": mock.MagicMock(), "triton.language": mock.MagicMock()}):
-            from megatron.core.transformer.custom_layers import batch_invariant_kernels  # noqa: F401
+        absent = ("triton", "triton.language")
+        sys.modules.update((name, mock.MagicMock()) for name in absent)
+        from megatron.core.transformer.custom_layers import batch_invariant_kernels  # noqa: F401
+
+        for name in absent:
+            del sys.modules[name]
     import megatron.training.training  # noqa: F401
 
 
