@@ -33,7 +33,8 @@ def quantize(tensor, quantizer, output=None, noop=None):
     if output._data is not None:
         output._data.copy_(data)
     if output._transpose is not None:
-        output._transpose.copy_(data.movedim(-1, 0))
+        # of two axes in 2.9 with current scaling
+        output._transpose.copy_(data.movedim(-1, 0).reshape(output._transpose.shape))
     output._transpose_invalid = output._transpose is None
     output._scale_inv.copy_(1.0 / quantizer.scale)
     return output
