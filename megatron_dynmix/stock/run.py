@@ -197,7 +197,9 @@ class StockRun:
 
     def _batches(self, args: Namespace, train: Sources) -> Iterator[dict[str, torch.Tensor]]:
         """Yield this rank's micro-batches, with the keys that stock knows."""
-        pin = torch.cuda.is_available()
+        from megatron_dynmix import platform
+
+        pin = platform.start().pin_memory
         for batch in self.run.batches(train.datasets, num_workers=args.num_workers, pin_memory=pin):
             yield {name: value for name, value in batch.items() if name not in MARKS}
 

@@ -24,7 +24,7 @@ DOORS = {
 }
 """What a module imports only in functions that a run of own weights and prepared sources never calls."""
 NOT_IN_TRAINING = ("convert.families", "commands.planning", "data.prepare.encode", "data.prepare.workers")
-MOST_FILES, MOST_LINES = 110, 19_000
+MOST_FILES, MOST_LINES = 112, 19_500
 """Of the project, reached by `train`."""
 ALARM_FILE_LINES = 400
 ALARM_FUNCTION_LINES = 60

@@ -29,7 +29,8 @@ def test_packed_rows_are_rotated_as_megatron_core_does_without_reading_values_ba
     stock = rope_utils._apply_rotary_pos_emb_thd
     monkeypatch.setattr(rope_utils, "_apply_rotary_pos_emb_thd", stock)
     arguments = {"rotary_interleaved": interleaved, "multi_latent_attention": latent, "mscale": 1.3}
-    expected = stock(t, cu_seqlens, freqs, cp_group=ALONE, **arguments)
+    # of segments without a position stock 0.19 cannot rotate pairs
+    expected = stock(t, cu_seqlens.unique(), freqs, cp_group=ALONE, **arguments)
     rotate_packed_rows_on_the_device()
     with monkeypatch.context() as patched:
         for reader in ("tolist", "item", "__bool__"):

@@ -110,6 +110,8 @@ from megatron.core.tensor_parallel import random
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 assert not multi_latent_attention.HAVE_TE and moe_utils.te_general_gemm is None
+from megatron_dynmix.platform import versions
+versions.recompute_without_compiler()  # which later versions need there, and a host of tests may lack
 random._get_all_rng_states = lambda: ()
 random._set_all_rng_states = lambda: None
 random._fork_rng = __import__("contextlib").nullcontext
