@@ -187,8 +187,6 @@ _OPTIMIZER = (
         lambda run: run.weight_decay,
         ("apply_wd_to_qk_layernorm", "decoupled_weight_decay"),
     ),
-    _on("use_precision_aware_optimizer", "store_param_remainders"),
-    _on("bf16", "store_param_remainders"),
 )
 
 MASTERS = (*_MOE, *_PRECISION, *_LAYER, *_MEMORY, *_LAYOUT, *_OPTIMIZER)

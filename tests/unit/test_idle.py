@@ -42,7 +42,6 @@ OFF = {
     "batch_p2p_comm is true": {"pipeline_model_parallel_size": 2, "batch_p2p_comm": False},
     "use_distributed_optimizer is true": {"use_distributed_optimizer": False},
     "weight_decay is above 0": {"qk_layernorm": True},
-    "bf16 is true": {"use_precision_aware_optimizer": True},
 }
 """What has a master off that is on in a plain run, and the outer masters on."""
 CASES = [(master.words, name) for master in MASTERS for name in master.settings if name not in refused()]
