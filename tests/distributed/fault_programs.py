@@ -16,7 +16,7 @@ from megatron_dynmix.training.trainer import Trainer
 from tests.distributed import programs
 
 PLACES = {
-    "iteration": (PassRunner, "__call__"),
+    "iteration": (PassRunner, "_pass"),
     "update": (Reweighting, "update"),
     "save": (Checkpointer, "save"),
 }
@@ -122,7 +122,7 @@ def files_of(run_dir):
 
 def train_with_nan(run_yaml, flags, run_dir, iterations, rank, resume="no"):
     """A run in which one rank finds NaN among its gradients in some iterations."""
-    original = PassRunner.__call__
+    original = PassRunner._pass
     step = Trainer.train_step
     now = {}
 
@@ -136,7 +136,7 @@ def train_with_nan(run_yaml, flags, run_dir, iterations, rank, resume="no"):
             runner.chunks[0].buffers[0].grad_data[0] = float("nan")
         return stats
 
-    Trainer.train_step, PassRunner.__call__ = counting_step, spoiled
+    Trainer.train_step, PassRunner._pass = counting_step, spoiled
     return train(run_yaml, flags, run_dir, resume)
 
 
@@ -144,13 +144,13 @@ def train_with_wild_clock(run_yaml, flags, run_dir):
     """A run whose clock jumps to and fro, and whose ranks sleep now and then."""
     generator, clock = random.Random(os.environ["RANK"]), time.time
     time.time = lambda: clock() + generator.uniform(-1e6, 1e6)
-    original = PassRunner.__call__
+    original = PassRunner._pass
 
     def slow(*args, **kwargs):
         time.sleep(generator.choice([0, 0, 0.3]))
         return original(*args, **kwargs)
 
-    PassRunner.__call__ = slow
+    PassRunner._pass = slow
     return train(run_yaml, flags, run_dir)
 
 

@@ -45,7 +45,7 @@ def test_I2_a_loss_strategy_resumes_inside_an_interval_bit_for_bit(run_yaml, sta
     for record in whole["mixing"]:
         assert record["kl_step"] <= 0.05 + 1e-12
         assert list(record["shadow"]) == ["ado", "gate-load:layers=all"]
-        assert len(record["signal"]["layers"]) == 3
+        assert record["signal"]["num_layers"] == 3
     assert proven(tmp_path / "parts").updates == 2
 
 

@@ -54,6 +54,8 @@ def test_a_benchmark_prints_its_table(name):
     ):
         pytest.skip("there is no Chromium")
     (said,) = run_ranks(1, run_script, FOLDER / name, SMALLEST[name].split())
+    if said.startswith("skipped: "):
+        pytest.skip(said.removeprefix("skipped: ").strip())
     assert re.search(r"\d\.\d", said), said
 
 
