@@ -60,14 +60,16 @@ class PassRunner:
         """
         return SourceStats(*self._pass(micro_batches, forward_only=forward_only).cpu())
 
-    def train(self, micro_batches: Sequence[MicroBatch], *, stop: bool) -> tuple[SourceStats, bool, bool]:
+    def train(
+        self, micro_batches: Sequence[MicroBatch], *, stop: Callable[[], bool]
+    ) -> tuple[SourceStats, bool, bool]:
         """Run a pass that leaves gradients, and ask what is to be done with them: all in one transfer.
 
         Return the sums, whether losses and gradients are finite on every rank, and whether any rank is to
-        `stop`; the same answers everywhere.
+        `stop`, asked after the pass; the same answers everywhere.
         """
         sums_3D = self._pass(micro_batches, forward_only=False)
-        asked = bad_and_stopping(self.chunks, stop=stop)
+        asked = bad_and_stopping(self.chunks, stop=stop())
         answers = torch.cat([sums_3D.flatten(), asked.double()]).cpu()
         stats = SourceStats(*answers[:-2].view_as(sums_3D))
         bad, stopping = answers[-2:].bool().tolist()

@@ -148,7 +148,7 @@ def _traced(config: RunConfig, *, rank: int) -> Trace:
             optimizer.zero_grad()
             before = BeforePass(run)
             with run.counter.recording():
-                run.train(micro_batches, stop=False)
+                run.train(micro_batches, stop=lambda: False)
             optimizer.step()
             del before
         peak, places = memory.peak()

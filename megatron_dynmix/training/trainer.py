@@ -133,7 +133,7 @@ class Trainer:
         self.optimizer.zero_grad()
         before = BeforePass(self.run)
         self.mixed.begin_step()
-        stats, finite, stopping = self.run.train(micro_batches, stop=stop.asked)
+        stats, finite, stopping = self.run.train(micro_batches, stop=lambda: stop.asked)
         if finite:
             self.saving.trained()
             stepped, grad_norm, _ = self.optimizer.step()
