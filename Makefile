@@ -56,7 +56,7 @@ test-slow: $(INSTALLED)  ## run the tests that `make test` leaves out: more layo
 
 ifneq ($(NEWEST_PYTHON),)
 test-newest: .venv-newest/.installed  ## run tests with the newest Megatron-Core, where there is a Python 3.12
-	$(NEWEST)/python -m pytest -n 2 --dist loadfile tests/unit
+	$(NEWEST)/python -m pytest -n 2 --dist loadfile $$(grep -lE 'megatron\.core|megatron import' tests/unit/*.py)
 	$(NEWEST)/python -m pytest -n 2 --dist loadfile tests/distributed -m 'newest and not slow'
 	if [ -d tests/stock ]; then $(NEWEST)/python -m pytest -n 2 --dist loadfile tests/stock -m 'not slow'; fi
 else

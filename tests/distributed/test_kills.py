@@ -10,7 +10,7 @@ pytestmark = pytest.mark.alone
 @pytest.mark.parametrize(
     "extra",
     [
-        pytest.param([], id="save"),
+        pytest.param([], id="save", marks=pytest.mark.slow),
         pytest.param(["--async-save"], id="async save", marks=pytest.mark.slow),
     ],
 )

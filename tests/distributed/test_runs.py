@@ -54,6 +54,7 @@ def test_I10_loss_is_the_mean_over_trained_tokens_of_the_global_batch(
     np.testing.assert_allclose(other["grad_norm"], one["grad_norm"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_I2_a_run_with_dropout_and_workers_resumed_inside_an_interval(run_yaml, start_from, tmp_path):
     """As the layouts' I2, and with what draws random numbers and logs every other step; parts read ahead."""
     extra, workers = ["--hidden-dropout", "0.1", "--log-interval", "2"], ["--num-workers", "1"]

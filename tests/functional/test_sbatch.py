@@ -131,6 +131,7 @@ def iterations(run_dir):
     return [record["iteration"] for record in read_records(run_dir / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 def test_a_preempted_job_saves_is_queued_again_and_goes_on(cluster, places, tmp_path):
     log, run_dir = tmp_path / "log", tmp_path / "runs/mixtral_8x7b"
     command = ["bash", SBATCH, *TINY, "--train-iters"]

@@ -40,7 +40,7 @@ def one_step(run_yaml, flags, run_dir):
     return programs.one_step(run_yaml, flags, run_dir)
 
 
-@pytest.mark.parametrize("layout", quick_or_slow(LAYOUTS, {"CP2"}))
+@pytest.mark.parametrize("layout", quick_or_slow(LAYOUTS, set()))
 def test_one_step_is_that_of_one_rank(layout, run_yaml, plain_start, tmp_path):
     """Of the local layers, with the same padding of segments."""
     world_size, flags = LAYOUTS[layout]
