@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.job.rendezvous import is_rank, world_size_of_job
+from megatron_dynmix.job.rendezvous import is_rank, world_size_for
 
 TOKENS = 65536
 
@@ -32,15 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Tell which sources are redundant, by how the experts of a model are loaded."""
-    nproc = arguments.nproc_per_node
-    for name in ("tokens", "nproc_per_node"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
-    if nproc is not None and is_rank():
-        raise InputError(
-            f"--nproc-per-node {nproc} is given, but this is a rank of a started job; leave it out"
-        )
-    world_size = nproc or world_size_of_job()
+    if arguments.tokens < 1:
+        raise InputError(f"--tokens is {arguments.tokens}; it must be 1 or more")
+    world_size = world_size_for(arguments.nproc_per_node)
     from megatron_dynmix import platform
 
     platform.start()

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dynmix.errors import InputError
 from megatron_dynmix.job.launch import end_with_launcher
-from megatron_dynmix.job.rendezvous import is_rank, join_srun, world_size_of_job
+from megatron_dynmix.job.rendezvous import is_rank, join_srun, world_size_for
 from megatron_dynmix.job.signals import stopping_at_once
 
 if TYPE_CHECKING:
@@ -44,15 +43,9 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     nproc = arguments.nproc_per_node
     if nproc is None:
         join_srun()
-    if nproc is not None and is_rank():
-        raise InputError(
-            f"--nproc-per-node {nproc} is given, but this is a rank of a started job; leave it out"
-        )
-    if nproc is not None and nproc < 1:
-        raise InputError(f"--nproc-per-node is {nproc}; it must be 1 or more")
     return train(
         *(arguments.run_yaml, rest, arguments.run_dir),
-        world_size=nproc or world_size_of_job(),
+        world_size=world_size_for(nproc),
         resume=arguments.resume,
         allow_source_change=arguments.allow_source_change,
     )

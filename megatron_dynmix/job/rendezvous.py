@@ -36,6 +36,20 @@ def is_rank() -> bool:
     return "RANK" in os.environ
 
 
+def world_size_for(nproc: int | None) -> int:
+    """Return the ranks of a command: as many as it is to start here, or those of the job that it is in.
+
+    `InputError`: it is a rank of a started job and is to start others, or fewer than one.
+    """
+    if nproc is not None and is_rank():
+        raise InputError(
+            f"--nproc-per-node {nproc} is given, but this is a rank of a started job; leave it out"
+        )
+    if nproc is not None and nproc < 1:
+        raise InputError(f"--nproc-per-node is {nproc}; it must be 1 or more")
+    return nproc or world_size_of_job()
+
+
 def world_size_of_job() -> int:
     """Return the number of ranks of the job that this process is a rank of; 1 if it is of none.
 
