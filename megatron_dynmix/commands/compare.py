@@ -14,6 +14,15 @@ from megatron_dynmix.errors import EXIT_FAILED, InputError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `compare` takes beside the flags of `train`."""
     parser.add_argument("run_yaml", type=Path, metavar="RUN.yaml")
+    add_variants(parser, "variants")
+    parser.add_argument("--seeds", required=True, help="each variant is run with each: 1,2,3")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--nproc-per-node", type=int, default=1, help="ranks of each run")
+
+
+def add_variants(parser: argparse.ArgumentParser, called: str) -> None:
+    """Declare what `variants_of` reads; `called` is what the command calls them."""
     parser.add_argument("--strategies", help="a,b:option=value,option=value")
     parser.add_argument(
         "--grid",
@@ -21,12 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE.yaml",
-        help="named variants, {name: {setting: value}}; may be given several times",
+        help=f"named {called}, {{name: {{setting: value}}}}; may be given several times",
     )
-    parser.add_argument("--seeds", required=True, help="each variant is run with each: 1,2,3")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--nproc-per-node", type=int, default=1, help="ranks of each run")
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_dynmix.commands.compare import add_variants
 from megatron_dynmix.errors import InputError
 
 PAGE = "whatif.html"
@@ -18,15 +19,7 @@ MOST = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the run, the rules and the page."""
     parser.add_argument("run_dir", type=Path, metavar="RUN")
-    parser.add_argument("--strategies", help="a,b:option=value,option=value")
-    parser.add_argument(
-        "--grid",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE.yaml",
-        help="named rules, {name: {setting: value}}; may be given several times",
-    )
+    add_variants(parser, "rules")
     parser.add_argument("--output", type=Path, metavar="FILE.html", help=f"default RUN/{PAGE}")
 
 
