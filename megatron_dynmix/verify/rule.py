@@ -42,7 +42,7 @@ class RuleReplay:
         try:
             controller = self._controller(start, start.begin["weights"])
             ahead: dict[str, Any] = {name: int(start.begin[name]) for name in TOLD if name in start.begin}
-            decision = controller.start(Signal(**_told(start), **ahead))
+            decision = controller.start(Signal(**told_by(start), **ahead))
         except (KeyError, TypeError, ValueError) as error:
             raise NotProven(f"{where}: the first weights cannot be chosen again: {error}") from None
         if not np.abs(decision.weights_D - np.array(start.weights)).max() <= TOLERANCE:
@@ -73,7 +73,7 @@ class RuleReplay:
             controller = self._controller(line, last.weights)
             state = for_strategy(self._state, self._line.settings.strategy, line.settings.strategy)
             controller.resume(state.at(last.weights))
-            decision = controller.update(signal_of(update, **_told(line)), update.override)
+            decision = controller.update(signal_of(update, **told_by(line)), update.override)
         except (IndexError, TypeError, ValueError) as error:
             raise NotProven(f"{where}: the update cannot be made again: {error}") from None
         _compare(update, decision, controller, line, where)
@@ -130,8 +130,8 @@ def _compare(
         raise NotProven(f"{where}: events are {recorded}; guardrails and override do {replayed}")
 
 
-def _told(line: StageLine) -> dict[str, Any]:
-    """Return what the ledger tells of a signal."""
+def told_by(line: StageLine) -> dict[str, Any]:
+    """Return what a line of the ledger tells of a signal."""
     return {
         "iteration": line.iteration,
         "size_D": np.array(line.sizes, np.int64),

@@ -36,6 +36,15 @@ class RunRecords:
     checkpoint: str
     """What to call it."""
 
+    def update(self, iteration: int) -> MixingUpdate | None:
+        """Return the update after an iteration, without its arrays; `InputError` if its line is none."""
+        try:
+            record = self.mixing.get(iteration)
+            return None if record is None else MixingUpdate.from_json(record)
+        except ValueError as error:
+            where = f"mixing.jsonl, iteration {iteration}"
+            raise InputError(f"{where} is no record of an update: {error}") from None
+
 
 def read_run(run_dir: Path) -> RunRecords:
     """Read a run directory; a last line that a kill cut short is left out, other damage an `InputError`."""

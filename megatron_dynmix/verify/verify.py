@@ -193,11 +193,9 @@ class _Proof:
 
     def _update(self, iteration: int) -> MixingUpdate | None:
         try:
-            record = self.records.mixing.get(iteration)
-            return None if record is None else MixingUpdate.from_json(record)
-        except ValueError as error:
-            where = f"mixing.jsonl, iteration {iteration}"
-            raise NotProven(f"{where} is no record of an update: {error}") from None
+            return self.records.update(iteration)
+        except InputError as error:
+            raise NotProven(str(error)) from None
 
     def _change_sources(self, line: StageLine, last: StageLine, where: str) -> None:
         assert self.replay is not None

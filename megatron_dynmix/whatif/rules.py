@@ -24,7 +24,7 @@ from megatron_dynmix.mixing.controller import ControllerState, Decision, MixingC
 from megatron_dynmix.mixing.strategy import Signal
 from megatron_dynmix.mixing.trajectory import Motion, motion
 from megatron_dynmix.records.mixing_update import TOLD, signal_of
-from megatron_dynmix.records.schema import MixingUpdate, StageLine
+from megatron_dynmix.records.schema import StageLine
 from megatron_dynmix.training.mix_setup import (
     Resolved,
     controller_of,
@@ -33,6 +33,7 @@ from megatron_dynmix.training.mix_setup import (
     resolve_files,
 )
 from megatron_dynmix.training.source_change import SourceChange
+from megatron_dynmix.verify.rule import told_by
 from megatron_dynmix.verify.run_records import RunRecords, stage_line
 from megatron_dynmix.verify.verdict import TOLERANCE
 
@@ -191,7 +192,8 @@ class _Replay:
         self._cursor = Cursor.start(len(line.sources))
         controller = _controller(line, settings, resolved, np.array(line.begin["weights"]))
         told = self._told(line)
-        first = next((update.signal for update in self._updates() if update.signal is not None), None)
+        updates = map(self._records.update, sorted(self._records.mixing))
+        first = next((update.signal for update in updates if update and update.signal), None)
         if first is not None:
             told |= {name: getattr(first, name) for name in TOLD}
         told |= {name: int(line.begin[name]) for name in TOLD if name in line.begin}
@@ -203,7 +205,9 @@ class _Replay:
         last = self._line
         assert last is not None, "a ledger begins with a start"
         self._cursor = advance(self._cursor, self._weights_D, last.chunk_size, line.start_sample)
-        update = self._records.with_arrays(_update(self._records, line.iteration))
+        found = self._records.update(line.iteration)
+        assert found is not None, "stages without one are left out"
+        update = self._records.with_arrays(found)
         if update.signal is None:
             return None
         controller = _controller(line, settings, resolved, self._weights_D)
@@ -224,15 +228,7 @@ class _Replay:
         self._state = self._state.with_sources(line.sources, change.kept_D, weights_D)
 
     def _told(self, line: StageLine) -> dict[str, Any]:
-        return {
-            "iteration": line.iteration,
-            "size_D": np.array(line.sizes, np.int64),
-            "drawn_D": self._cursor.drawn_D,
-            "seed": line.seed,
-        }
-
-    def _updates(self) -> list[MixingUpdate]:
-        return [_update(self._records, iteration) for iteration in sorted(self._records.mixing)]
+        return told_by(line) | {"drawn_D": self._cursor.drawn_D}  # of its own weights, not the run's
 
 
 def _controller(
@@ -251,14 +247,6 @@ def _lines(records: RunRecords) -> list[StageLine]:
     if not lines or lines[0].why != "start":
         raise InputError("ledger.jsonl does not begin with the start of a run: a line is missing")
     return [line for line in lines if line.why != "update" or line.iteration in records.mixing]
-
-
-def _update(records: RunRecords, iteration: int) -> MixingUpdate:
-    try:
-        return MixingUpdate.from_json(records.mixing[iteration])
-    except ValueError as error:
-        where = f"mixing.jsonl, iteration {iteration}"
-        raise InputError(f"{where} is no record of an update: {error}") from None
 
 
 def _point(iteration: int, sources: list[str], weights: Any) -> Point:
