@@ -29,9 +29,9 @@ import torch  # noqa: E402  the platform comes before Megatron-Core
 
 from megatron_dynmix.convert.conversion import hf_to_megatron, megatron_to_hf  # noqa: E402
 from megatron_dynmix.convert.export_hf import write_weights  # noqa: E402
-from megatron_dynmix.convert.families import weight_map  # noqa: E402
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder  # noqa: E402
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint  # noqa: E402
+from megatron_dynmix.convert.model_map import weight_map  # noqa: E402
 from megatron_dynmix.convert.tensors import as_hugging_face  # noqa: E402
 from megatron_dynmix.convert.verdict import compare_values  # noqa: E402
 from megatron_dynmix.records.text_table import table  # noqa: E402

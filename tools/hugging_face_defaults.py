@@ -16,7 +16,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
+from megatron_dynmix.families import FAMILIES
+
 LEFT_OUT = {
     *("self", "kwargs", "rope_parameters", "rope_scaling", "num_mtp_layers", "num_nextn_predict_layers"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "output_router_logits"),
@@ -27,7 +28,8 @@ LEFT_OUT = {
 
 def defaults_table() -> dict[str, dict[str, dict[str, Any]]]:
     """Return family -> `defaults` (setting -> value) and `names` (another name -> the setting)."""
-    return {family: _row(CONFIG_MAPPING[family]) for family in FAMILIES}
+    own = {name for name, family in FAMILIES.items() if family.dialect.alias or family.dialect.defaults}
+    return {name: _row(CONFIG_MAPPING[name]) for name in FAMILIES if name not in own}
 
 
 def _row(kind: type[PretrainedConfig]) -> dict[str, dict[str, Any]]:

@@ -118,7 +118,7 @@ def verdict_text(verdict: Verdict) -> str:
             lines += ["", f"values differ in {', '.join(differing[:SHOWN])}{more}"]
         lines += ["", *([verdict.logits.describe()] if verdict.logits is not None else [])]
     if verdict.predicting:
-        from megatron_dynmix.convert.families import prediction_text
+        from megatron_dynmix.convert.prediction import prediction_text
 
         lines.append(f"not converted: {prediction_text(verdict.predicting)}")
     lines += [f"note: {note}" for note in verdict.notes]

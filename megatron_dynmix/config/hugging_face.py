@@ -1,37 +1,24 @@
-"""How config.json of each family of Hugging Face models says what our settings say.
+"""config.json of a Hugging Face model <-> our `model` section, by the dialect of its family.
 
-config.json of a Hugging Face model <-> our `model` section; what we cannot run as written is refused, and
-what is not said is what `transformers` makes of that.
+What we cannot run as written is refused, and what is not said is what `transformers` makes of that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmix.config import deepseek, llama_moe, rotary
+from megatron_dynmix.config import rotary
 from megatron_dynmix.config.hugging_face_defaults import completed, defaults_of, unsaid
-from megatron_dynmix.config.megatron_fields import megatron_fields
-from megatron_dynmix.config.run_config import ModelConfig
+from megatron_dynmix.config.model_defaults import model_defaults
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.families import FAMILIES
+from megatron_dynmix.families.dialect import NAMES, Dialect, Only, Values
 from megatron_dynmix.files import read_object
 
-Values = Mapping[str, Any]
-
-NAMES = {
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_position_embeddings",
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size",
-    "num_attention_heads": "num_attention_heads",
-    "moe_router_topk": "num_experts_per_tok",
-    "layernorm_epsilon": "rms_norm_eps",
-}
-"""Our name -> that in config.json, for what every family has."""
+SILU = Only("silu", "experts are gated by SiLU")
+TIED = ("tie_word_embeddings", True)
 USUAL: dict[str, Any] = {
     "normalization": "RMSNorm",
     "gated_linear_unit": True,
@@ -55,106 +42,13 @@ PLAIN = (
 """Settings that change what a model computes, and that config.json means the default of without a word."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dialect:
-    """How config.json of one family says what our settings say."""
-
-    architecture: str
-    names: Mapping[str, str]
-    """Our name -> theirs, beside `NAMES`."""
-    switches: Mapping[str, tuple[str, bool]] = field(default_factory=dict)
-    """Our switch -> (theirs, whether ours is the opposite)."""
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that all models of the family have."""
-    must: Mapping[str, Any] = field(default_factory=dict)
-    """Their settings that we can run with one value only; that is meant too if neither config.json nor its
-    defaults say anything."""
-    mixed: bool = False
-    """Whether layers can be dense: `decoder_sparse_step` and `mlp_only_layers`."""
-    plain: Callable[[Values], dict[str, Any]] = dict
-    """Their config.json in the words of the other families."""
-    own: Callable[[Values], dict[str, Any]] = lambda config: {}
-    """Settings that only this family has words for."""
-    published: Callable[[Values, Values], dict[str, Any]] = lambda config, settings: dict(config)
-    """Their own words again, from config.json and the settings it was made from."""
-
-
-PRE_SOFTMAX = {"moe_router_pre_softmax": ("norm_topk_prob", True)}
-"""Weights of the chosen experts that sum to 1 are a softmax over these alone, taken after the choice."""
-TIED = ("tie_word_embeddings", True)
-QWEN_EXPERTS = {"num_moe_experts": "num_experts", "moe_ffn_hidden_size": "moe_intermediate_size"}
-DEEPSEEK_V2 = Dialect(
-    architecture="DeepseekV2ForCausalLM",
-    names={"num_moe_experts": "n_routed_experts", "moe_ffn_hidden_size": "moe_intermediate_size"},
-    fixed={"multi_latent_attention": True, "qk_layernorm": True, "moe_router_pre_softmax": True},
-    must=deepseek.V2_ONLY,
-    plain=deepseek.in_common_words,
-    own=deepseek.own_settings,
-    published=deepseek.in_own_words,
-)
-DIALECTS: dict[str, Dialect] = {
-    "mixtral": Dialect(
-        architecture="MixtralForCausalLM",
-        names={"num_moe_experts": "num_local_experts"},
-        fixed={"moe_router_pre_softmax": False},
-        must={"router_jitter_noise": 0.0, "attention_bias": False},
-    ),
-    "qwen3_moe": Dialect(
-        architecture="Qwen3MoeForCausalLM",
-        names=QWEN_EXPERTS,
-        switches=PRE_SOFTMAX,
-        fixed={"qk_layernorm": True},
-        must={"attention_bias": False},
-        mixed=True,
-    ),
-    "olmoe": Dialect(
-        architecture="OlmoeForCausalLM",
-        names={"num_moe_experts": "num_experts"},
-        switches=PRE_SOFTMAX,
-        fixed={"qk_layernorm": True, "qk_layernorm_full_width": True},
-        must={"attention_bias": False, "clip_qkv": None},
-    ),
-    "qwen2_moe": Dialect(
-        architecture="Qwen2MoeForCausalLM",
-        names={
-            **QWEN_EXPERTS,
-            "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size",
-        },
-        switches={**PRE_SOFTMAX, "add_qkv_bias": ("qkv_bias", False)},
-        fixed={"moe_shared_expert_gate": True},
-        mixed=True,
-    ),
-    "llama_moe": Dialect(
-        architecture="LlamaMoEForCausalLM",
-        names={"num_moe_experts": "num_experts"},
-        fixed={"moe_router_pre_softmax": False, "router_network": "mlp"},
-        must=llama_moe.ONLY,
-        plain=llama_moe.in_common_words,
-        own=llama_moe.router_settings,
-        published=llama_moe.in_own_words,
-    ),
-    "deepseek_v2": DEEPSEEK_V2,
-    "deepseek_v3": replace(
-        DEEPSEEK_V2,
-        architecture="DeepseekV3ForCausalLM",
-        fixed={
-            **DEEPSEEK_V2.fixed,
-            "moe_router_score_function": "sigmoid",
-            "moe_router_enable_expert_bias": True,
-        },
-        must=deepseek.V3_ONLY,
-    ),
-}
-"""The `model_type` of config.json -> how that family says it."""
-
-
 def read_config(path: Path, remedy: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what a config.json holds, and the `model` section that it means."""
     config = read_object(path, remedy)
     try:
         return config, model_settings(config)
     except InputError as error:
-        known = config.get("model_type") in DIALECTS
+        known = config.get("model_type") in FAMILIES
         raise InputError(f"{path}: {error}{unsaid(config) if known else ''}") from None
 
 
@@ -208,7 +102,8 @@ def hugging_face_config(settings: Values) -> dict[str, Any]:
     """
     defaults, given = model_defaults(), _completed(settings)
     wrong: dict[str, list[str]] = {}
-    for model_type, dialect in DIALECTS.items():
+    for model_type, family in FAMILIES.items():
+        dialect = family.dialect
         means = {**{name: defaults[name] for name in PLAIN}, **USUAL, **dialect.fixed}
         usual = dialect.plain(defaults_of(model_type))
         said = {*dialect.names, *dialect.switches, *dialect.own(usual)}
@@ -223,15 +118,9 @@ def hugging_face_config(settings: Values) -> dict[str, Any]:
     closest = min(wrong, key=lambda name: len(wrong[name]))
     shown = ", ".join(f"{name} {given.get(name)!r}" for name in wrong[closest])
     raise InputError(
-        f"no family of Hugging Face models that is known ({', '.join(DIALECTS)}) computes what this model "
+        f"no family of Hugging Face models that is known ({', '.join(FAMILIES)}) computes what this model "
         f"does; {closest} has no {shown}; it can be trained, but not be written for transformers"
     )
-
-
-def model_defaults() -> dict[str, Any]:
-    """Return what settings of the model are where nothing is said: Megatron-Core's, and ours."""
-    megatron = {name: field.default for name, field in megatron_fields()["TransformerConfig"].items()}
-    return {**megatron, **ModelConfig(preset=None).flat()}
 
 
 def _completed(settings: Values) -> dict[str, Any]:
@@ -277,21 +166,21 @@ def _written(model_type: str, dialect: Dialect, given: Values) -> dict[str, Any]
         **rope,
         "tie_word_embeddings": not given["untie_embeddings_and_output_weights"],
         "sliding_window": None,
-        **dialect.must,
+        **{name: only.value for name, only in dialect.must.items()},
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
     return dialect.published(written, given)
 
 
 def _dialect(config: Values) -> Dialect:
-    dialect = DIALECTS.get(str(config.get("model_type")))
-    known = ", ".join(f"{name} ({item.architecture})" for name, item in DIALECTS.items())
-    if dialect is None:
+    family = FAMILIES.get(str(config.get("model_type")))
+    known = ", ".join(f"{name} ({item.dialect.architecture})" for name, item in FAMILIES.items())
+    if family is None:
         raise InputError(f"model_type is {config.get('model_type')!r}, which is not known; known are {known}")
     given = config.get("architectures")
-    if given and given != [dialect.architecture]:
+    if given and given != [family.dialect.architecture]:
         raise InputError(f"architectures is {given}; only language models are known: {known}")
-    return dialect
+    return family.dialect
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -345,9 +234,9 @@ def _refuse_what_we_cannot_run(config: Values, dialect: Dialect) -> None:
             "the model in bfloat16, and a config.json without this (of DeepSeek's own, which are fp8, its "
             "inference/fp8_cast_bf16.py makes bfloat16)"
         )
-    for name, value in {"hidden_act": "silu", **dialect.must}.items():
+    for name, (value, why) in {"hidden_act": SILU, **dialect.must}.items():
         if config.get(name, value) != value:
-            raise InputError(f"{name} is {config[name]!r}, and only {value!r} can be run here")
+            raise InputError(f"{name} is {config[name]!r}, and only {value!r} can be run here: {why}")
     _refuse_windows(config)
 
 

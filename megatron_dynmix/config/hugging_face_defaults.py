@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_dynmix.config import llama_moe
 from megatron_dynmix.errors import InputError
-
-Values = Mapping[str, Any]
+from megatron_dynmix.families import FAMILIES
+from megatron_dynmix.families.dialect import Values
 
 
 @functools.cache
 def _table() -> dict[str, dict[str, dict[str, Any]]]:
     path = Path(__file__).with_suffix(".json")
-    published: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return {**published, "llama_moe": {"defaults": llama_moe.DEFAULTS, "names": {}}}
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for model_type, family in FAMILIES.items():
+        if family.dialect.defaults is not None:
+            known[model_type] = {"defaults": family.dialect.defaults, "names": {}}
+        elif family.dialect.alias is not None:
+            known[model_type] = known[family.dialect.alias]
+    return known
 
 
 def defaults_of(model_type: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from megatron_dynmix.config.hugging_face import model_defaults, read_config
+from megatron_dynmix.config.model_defaults import model_defaults
 from megatron_dynmix.config.run_config import ModelConfig
 from megatron_dynmix.errors import InputError
 
@@ -97,6 +97,8 @@ def _published(preset: Any) -> Mapping[str, Any]:
 
 def read_shape(folder: Path) -> dict[str, Any]:
     """Return our model section for the model that a folder's config.json describes."""
+    from megatron_dynmix.config.hugging_face import read_config  # with all families; named sizes need none
+
     path = next((folder / name for name in CONFIG_FILES if (folder / name).is_file()), None)
     if path is None:
         what = "holds no config.json" if folder.is_dir() else "is no folder"

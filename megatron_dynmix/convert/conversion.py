@@ -30,9 +30,10 @@ from megatron_dynmix.convert.staging import Staging, fingerprint
 from megatron_dynmix.convert.tensors import Box, Cast, as_hugging_face, as_megatron, main_type, total_size
 from megatron_dynmix.convert.to_megatron import write_checkpoint
 from megatron_dynmix.convert.verdict import Verdict, compare_values
-from megatron_dynmix.convert.weight_map import EMBEDDING, WeightMap
+from megatron_dynmix.convert.weight_map import WeightMap
 from megatron_dynmix.data.prepare.progress import ProgressBar
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.families.names import EMBEDDING
 from megatron_dynmix.files import write_atomically
 
 MODEL_YAML = "model.yaml"

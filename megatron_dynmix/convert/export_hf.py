@@ -27,9 +27,9 @@ from megatron_dynmix.checkpoint.run_state import read_saved
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict
-from megatron_dynmix.convert.families import weight_map
 from megatron_dynmix.convert.hf_folder import DTYPES, INDEX, SINGLE, HuggingFaceFolder, copy_files, some
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
+from megatron_dynmix.convert.model_map import weight_map
 from megatron_dynmix.convert.origin import CONFIG, CONVERSION, CONVERTED, Origin, keep_origin_of, origin_of
 from megatron_dynmix.convert.staging import partial_of
 from megatron_dynmix.convert.tensors import (
@@ -43,8 +43,9 @@ from megatron_dynmix.convert.tensors import (
     size_of,
     total_size,
 )
-from megatron_dynmix.convert.weight_map import EMBEDDING, WeightMap
+from megatron_dynmix.convert.weight_map import WeightMap
 from megatron_dynmix.errors import InputError, TrainingStopped
+from megatron_dynmix.families.names import EMBEDDING
 from megatron_dynmix.files import name_folder, sync
 from megatron_dynmix.job.agreement import RankFailure, together
 from megatron_dynmix.lease import Lease

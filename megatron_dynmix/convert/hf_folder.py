@@ -12,10 +12,12 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_dynmix.config.hugging_face import read_config
 from megatron_dynmix.config.hugging_face_defaults import unsaid
-from megatron_dynmix.convert.families import COMPUTED, PREDICTION, prediction_layers, weight_map
+from megatron_dynmix.convert.model_map import weight_map
+from megatron_dynmix.convert.prediction import PREDICTION, prediction_layers
 from megatron_dynmix.convert.tensors import box
-from megatron_dynmix.convert.weight_map import Shape, WeightMap
+from megatron_dynmix.convert.weight_map import WeightMap
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.families.names import Shape
 from megatron_dynmix.files import read_object
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -27,6 +29,8 @@ TEMPLATES = "additional_chat_templates"
 """Folder in which transformers keeps chat templates beside the first."""
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 NO_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
+COMPUTED = (".rotary_emb.inv_freq",)
+"""Ends of the names of tensors that old folders hold though nothing in them was learned."""
 LFS = b"version https://git-lfs"
 SHOWN = 3
 """Names that a message gives of many."""

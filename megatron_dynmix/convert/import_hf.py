@@ -9,8 +9,8 @@ from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.megatron import padded_vocab_size
 from megatron_dynmix.config.presets import other_shape
-from megatron_dynmix.convert.families import prediction_text
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
+from megatron_dynmix.convert.prediction import prediction_text
 from megatron_dynmix.convert.tensors import Seen, as_megatron
 from megatron_dynmix.errors import InputError, TrainingStopped
 from megatron_dynmix.job.agreement import RankFailure, on_rank_0, together

@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_dynmix.convert.tensors import box
-from megatron_dynmix.convert.weight_map import Shape
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.families.names import Shape
 
 OPTIMIZER = "optimizer."
 """What the names of the optimizer's tensors begin with."""

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmix.config import rotary
-from megatron_dynmix.config.hugging_face import PLAIN, hugging_face_config, model_defaults, read_config
+from megatron_dynmix.config.hugging_face import PLAIN, hugging_face_config, read_config
+from megatron_dynmix.config.model_defaults import model_defaults
 from megatron_dynmix.config.presets import has_tokenizer, other_shape
 from megatron_dynmix.config.run_config import ModelConfig
-from megatron_dynmix.convert.families import PREDICTION, prediction_layers
 from megatron_dynmix.convert.hf_folder import TEMPLATES, HuggingFaceFolder, carried_files, copy_files
+from megatron_dynmix.convert.prediction import PREDICTION, prediction_layers
 from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.errors import InputError
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from megatron_dynmix.checkpoint.tensors import Tensors
-from megatron_dynmix.convert.weight_map import Shape, Side, WeightMap
+from megatron_dynmix.convert.weight_map import Side, WeightMap
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.families.names import Shape
 
 T = TypeVar("T")
 BOX_BYTES = 16 << 20

@@ -1,8 +1,7 @@
 """Which numbers of a Hugging Face model are which numbers of a Megatron checkpoint: boxes that both hold.
 
 Every tensor of either world is laid out with boxes that are copied as they are, so one description serves
-both directions and any slice. Rules name the tensors of a layer; `lay_out` makes a model's blocks of them.
-Axes: L layers, E experts, H hidden, F the experts' inner width.
+both directions and any slice. Axes: L layers, E experts, H hidden, F the experts' inner width.
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from operator import add, lt, sub
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-Shape = tuple[int, ...]
+from megatron_dynmix.families.names import Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,167 +155,3 @@ class WeightMap:
     def parameters(self) -> int:
         """Numbers of the model, padding left out."""
         return sum(math.prod(shape) for shape in self.hf_shapes.values())
-
-
-Sizes = Mapping[str, int]
-
-EMBEDDING = "embedding.word_embeddings.weight"
-VOCABULARY = (EMBEDDING, "output_layer.weight")
-"""Megatron tensors with a row for each token."""
-
-
-class Piece(NamedTuple):
-    """A block within one layer, and one expert if the rule is for each of them."""
-
-    hf: str
-    hf_shape: Shape
-    hf_offset: Shape
-    megatron_offset: Shape
-    shape: Shape
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Hugging Face tensors of equal shape that lie under one another in a Megatron tensor; one may be alone.
-
-    `{e}` in a name stands for the number of an expert: the rule then holds for each of them.
-    """
-
-    hf: str | tuple[str, ...]
-    megatron: str
-    axes: str
-    """Axes of each Hugging Face tensor as letters of `sizes_of`, such as `I H`."""
-    group: str
-    """Kind of the Megatron tensor in a verdict."""
-    _: KW_ONLY
-    when: str | None = None
-    """Setting of the model without which neither side has the tensor."""
-    unless: str | None = None
-    """Setting with which neither side has it."""
-    float32: bool = False
-    """Whether it stays float32 where a model is in another type: `_keep_in_fp32_modules_strict` there."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The Hugging Face tensors, in the order of their rows."""
-        return (self.hf,) if isinstance(self.hf, str) else self.hf
-
-    def pieces(self, sizes: Sizes) -> list[Piece]:
-        """Return the blocks, in the order of their rows in the Megatron tensor."""
-        shape = _shape(self.axes, sizes)
-        first, *rest = (0,) * len(shape)
-        return [
-            Piece(name, shape, (first, *rest), (number * shape[0], *rest), shape)
-            for number, name in enumerate(self.names)
-        ]
-
-
-class QueryKeyValue(Rule):
-    """Queries, keys and values in one tensor: for each KV group its query heads, its key, its value.
-
-    `axes` is what follows the rows: `H` for weights, nothing for biases.
-    """
-
-    def pieces(self, sizes: Sizes) -> list[Piece]:
-        """Return three blocks for each KV group."""
-        rest = _shape(self.axes, sizes)
-        zeros = (0,) * len(rest)
-        rows = (sizes["Q"] // sizes["G"], sizes["D"], sizes["D"])
-        found = []
-        for group in range(sizes["G"]):
-            start = group * sum(rows)
-            for name, count in zip(self.names, rows, strict=True):
-                whole = (count * sizes["G"], *rest)
-                found.append(Piece(name, whole, (group * count, *zeros), (start, *zeros), (count, *rest)))
-                start += count
-        return found
-
-
-def _shape(axes: str, sizes: Sizes) -> Shape:
-    return tuple(sizes[letter] for letter in axes.split())
-
-
-def sizes_of(settings: Mapping[str, Any]) -> dict[str, int]:
-    """Letter -> size, from the settings of the `model` section.
-
-    V vocabulary, L layers, H hidden, E experts, N heads, G KV groups, D width of a head, Q = N D, K = G D,
-    F inner width of a dense layer, I of an expert, J = 2 I (gate and up in one), S of the shared experts.
-    Latent attention: A width of the queries' latent, C of that of keys and values, M the same with the
-    rotary part of the keys, T queries of all heads, P keys and values of all heads, O values of all heads.
-    """
-    heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
-    groups = settings.get("num_query_groups") or heads
-    width = settings.get("kv_channels") or hidden // heads
-    inner = settings.get("ffn_hidden_size") or 4 * hidden
-    expert = settings.get("moe_ffn_hidden_size") or inner
-    latent, plain, rotary, value = (
-        settings.get(name) or 0
-        for name in ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
-    )
-    return {
-        "1": 1,
-        "V": settings["vocab_size"],
-        "L": settings["num_layers"],
-        "H": hidden,
-        "E": settings["num_moe_experts"],
-        "N": heads,
-        "G": groups,
-        "D": width,
-        "Q": heads * width,
-        "K": groups * width,
-        "F": inner,
-        "I": expert,
-        "J": 2 * expert,
-        "S": settings.get("moe_shared_expert_intermediate_size") or 0,
-        "A": settings.get("q_lora_rank") or 0,
-        "C": latent,
-        "M": latent + rotary,
-        "T": heads * (plain + rotary),
-        "P": heads * (plain + value),
-        "O": heads * value,
-    }
-
-
-def lay_out(
-    settings: Mapping[str, Any], rules: Iterable[tuple[int | None, Rule]], padded_vocab: int | None
-) -> WeightMap:
-    """Make the map of a model from rules, each with the layer it is for, or None outside of all layers.
-
-    In the checkpoint, tensors of `VOCABULARY` have `padded_vocab` rows; one for each token if None.
-    """
-    sizes = sizes_of(settings)
-    stacked = (settings.get("moe_layer_freq") or 1) == 1  # as Megatron-Core does if layers are of one kind
-    hf_shapes: dict[str, Shape] = {}
-    megatron_shapes: dict[str, Shape] = {}
-    groups: dict[str, str] = {}
-    float32: set[str] = set()
-    blocks: list[Block] = []
-    for layer, rule in rules:
-        if (rule.when and not settings.get(rule.when)) or (rule.unless and settings.get(rule.unless)):
-            continue
-        prefix, megatron = "", rule.megatron
-        place: Shape = ()
-        axes: Shape = ()
-        if layer is not None:
-            prefix = f"model.layers.{layer}."
-            megatron = "decoder.layers." + ("" if stacked else f"{layer}.") + megatron
-            place, axes = ((layer,), (sizes["L"],)) if stacked else ((), ())
-        experts: list[Shape] = [()]
-        if "{e}" in rule.names[0]:
-            experts, axes = [(e,) for e in range(sizes["E"])], (*axes, sizes["E"])
-        pieces = rule.pieces(sizes)
-        last = pieces[-1]
-        megatron_shapes[megatron] = (*axes, last.megatron_offset[0] + last.shape[0], *last.shape[1:])
-        groups[megatron] = rule.group
-        for expert, piece in itertools.product(experts, pieces):
-            name = prefix + piece.hf.format(e=expert[0] if expert else None)
-            hf_shapes[name] = piece.hf_shape
-            offset = (*place, *expert, *piece.megatron_offset)
-            blocks.append(Block(name, piece.hf_offset, megatron, offset, piece.shape))
-            float32 |= {name, megatron} if rule.float32 else set()
-    vocab = sizes["V"]
-    assert padded_vocab is None or padded_vocab >= vocab, f"{padded_vocab} rows for {vocab} tokens"
-    padded = {name: vocab for name in VOCABULARY if name in groups}
-    for name in padded:
-        megatron_shapes[name] = (padded_vocab or vocab, *megatron_shapes[name][1:])
-    return WeightMap(hf_shapes, megatron_shapes, tuple(blocks), groups, padded, frozenset(float32))

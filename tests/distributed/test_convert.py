@@ -15,7 +15,7 @@ import yaml
 from megatron_dynmix.cli import main
 from megatron_dynmix.config.presets import read_shape
 from megatron_dynmix.convert.conversion import hf_to_megatron
-from megatron_dynmix.convert.families import weight_map
+from megatron_dynmix.convert.model_map import weight_map
 from megatron_dynmix.convert.tensors import as_megatron
 from tests.distributed import convert_programs
 from tests.distributed.layouts import ETP1, PP2, TP2, ep

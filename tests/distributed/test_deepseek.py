@@ -10,9 +10,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from megatron_dynmix.config.presets import read_shape
-from megatron_dynmix.convert.families import weight_map
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
+from megatron_dynmix.convert.model_map import weight_map
 from megatron_dynmix.convert.tensors import as_megatron
 from tests.deepseek_models import COMMON, MODELS, tiny_model
 from tests.distributed import convert_programs, programs

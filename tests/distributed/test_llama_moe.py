@@ -7,8 +7,8 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_dynmix.config.hugging_face import model_settings
-from megatron_dynmix.convert.families import weight_map
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
+from megatron_dynmix.convert.model_map import weight_map
 from megatron_dynmix.convert.tensors import as_hugging_face, as_megatron
 from tests.distributed import convert_programs, programs
 from tests.distributed.layouts import PP2, TP2, ep, full

@@ -9,16 +9,11 @@ import transformers
 from config_fixtures import load
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dynmix.config.hugging_face import (
-    DIALECTS,
-    PLAIN,
-    hugging_face_config,
-    model_settings,
-)
+from megatron_dynmix.config.hugging_face import PLAIN, hugging_face_config, model_settings
 from megatron_dynmix.config.megatron import transformer_config
 from megatron_dynmix.config.presets import COMMON, PRESETS
 from megatron_dynmix.config.run_config import ModelConfig
-from megatron_dynmix.convert.families import FAMILIES, weight_map
+from megatron_dynmix.convert.model_map import weight_map
 from megatron_dynmix.errors import InputError
 from tests.deepseek_models import DEEPSEEK_V2_LITE, DEEPSEEK_V3
 
@@ -278,10 +273,6 @@ def test_what_is_plain_is_what_megatron_core_does_by_itself():
     }
     for name in PLAIN:
         assert known[name] == named[name] if name in named else known[name] in (None, False), name
-
-
-def test_every_family_has_names_and_a_dialect():
-    assert FAMILIES.keys() == DIALECTS.keys()
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from megatron_dynmix.config.hugging_face import model_settings
-from megatron_dynmix.convert import families
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
+from megatron_dynmix.convert.model_map import weight_map as map_of
 from megatron_dynmix.convert.tensors import as_hugging_face, as_megatron, box
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.families import FAMILIES
 from tests import deepseek_models
 
 PADDED = 256
@@ -125,7 +126,7 @@ def model_sections(draw):
 @given(drawn=model_sections(), padding=st.integers(0, 3), fused=st.booleans())
 def test_any_sizes_there_and_back(drawn, padding, fused):
     section, family = drawn
-    weight_map = families.weight_map(
+    weight_map = map_of(
         section,
         {"model_type": family},
         fused_experts=fused,
@@ -199,19 +200,17 @@ def test_groups_of_the_verdict():
 def test_what_no_family_has_is_refused():
     section = folder_of("mixtral", {}).settings
     with pytest.raises(InputError, match=r"model_type is 'gpt2'.*mixtral"):
-        families.weight_map(section, {"model_type": "gpt2"})
+        map_of(section, {"model_type": "gpt2"})
     with pytest.raises(InputError, match="a tensor for each"):
-        families.weight_map(section, {"model_type": "llama_moe"}, fused_experts=True)
+        map_of(section, {"model_type": "llama_moe"}, fused_experts=True)
 
 
-@pytest.mark.parametrize("family", sorted(families.FAMILIES.keys() - {"llama_moe"}))
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"llama_moe"}))
 def test_what_stays_float32_is_what_transformers_keeps(family):
     """Of every family that it has; of LLaMA-MoE the published code keeps nothing."""
     name = {"deepseek_v2": "V2-Lite", "deepseek_v3": "V3"}.get(family)
     config = deepseek_models.tiny_config(name) if name else tiny.tiny_config(family)
-    names = families.weight_map(
-        model_settings(json.loads(config.to_json_string(use_diff=False))), config.to_dict()
-    )
+    names = map_of(model_settings(json.loads(config.to_json_string(use_diff=False))), config.to_dict())
     kept = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_keep_in_fp32_modules_strict", None) or ()
     assert {name.rpartition(".")[2] for name in names.float32 & names.hf_shapes.keys()} == set(kept)
     assert len(names.float32 & names.megatron_shapes.keys()) == len(names.float32 & names.hf_shapes.keys())

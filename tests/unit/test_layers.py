@@ -19,11 +19,18 @@ FROM_ANYWHERE = {"errors", "files", "lease", "__version__"}
 DOORS = {
     "data.sources": {f"data.prepare.{name}" for name in ("prepare", "readers", "inputs")},
     "data.prepare.template": {f"data.prepare.{name}" for name in ("answers", "page")},
+    "config.presets": {"config.hugging_face"},
     **{f"training.{name}": {"convert.import_hf", "convert.export_hf"} for name in ("saving", "setup")},
     "training.run": {"convert.import_hf", "convert.export_hf", "training.source_change"},
 }
 """What a module imports only in functions that a run of own weights and prepared sources never calls."""
-NOT_IN_TRAINING = ("convert.families", "commands.planning", "data.prepare.encode", "data.prepare.workers")
+NOT_IN_TRAINING = (
+    "families",
+    "convert.model_map",
+    "commands.planning",
+    "data.prepare.encode",
+    "data.prepare.workers",
+)
 MOST_FILES, MOST_LINES = 112, 19_500
 """Of the project, reached by `train`."""
 ALARM_FILE_LINES = 400

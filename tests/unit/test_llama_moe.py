@@ -14,7 +14,7 @@ from megatron_dynmix.config.hugging_face import hugging_face_config, model_setti
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.config.megatron import optimizer_config
 from megatron_dynmix.config.presets import COMMON, PRESETS
-from megatron_dynmix.convert.families import weight_map
+from megatron_dynmix.convert.model_map import weight_map
 from megatron_dynmix.convert.tensors import as_hugging_face, as_megatron
 from megatron_dynmix.data.prepare.jinja import compiled
 from megatron_dynmix.errors import InputError

@@ -1,16 +1,16 @@
-"""What config.json of LLaMA-MoE v1 says in words of its own.
+"""LLaMA-MoE v1: LLaMA-2 7B with its feed-forward layers split into experts.
 
 Source: the configuration and modelling code published with the model (pjlab-sys4nlp/llama-moe).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from megatron_dynmix.errors import InputError
-
-Values = Mapping[str, Any]
+from megatron_dynmix.families.dialect import Dialect, Only, Values
+from megatron_dynmix.families.family import Family
+from megatron_dynmix.families.names import ATTENTION_RULES, EXPERTS, MOE_NORM, NameMap, Rule, gated
 
 ONLY: dict[str, Any] = {
     "gate_type": "TopKBalancedNoisyGate",
@@ -22,7 +22,7 @@ ONLY: dict[str, Any] = {
     "add_weight_norm": False,
     "attention_bias": False,
 }
-"""Settings that `moe/mlp_router.py` computes with one value only, which is also their default."""
+"""Settings that are computed with one value only, in `moe/mlp_router.py` and elsewhere; their default too."""
 
 DEFAULTS: dict[str, Any] = {
     **ONLY,
@@ -94,3 +94,45 @@ def in_own_words(config: Values, settings: Values) -> dict[str, Any]:
         "score_scale_factor": settings["moe_router_topk_scaling_factor"] or 1.0,
         "gate_add_noise": settings["router_noise"] is not None,
     }
+
+
+LLAMA_MOE = Family(
+    title="LLaMA-MoE v1",
+    since="0.1.0",
+    dialect=Dialect(
+        architecture="LlamaMoEForCausalLM",
+        names={"num_moe_experts": "num_experts"},
+        fixed={"moe_router_pre_softmax": False, "router_network": "mlp"},
+        must={
+            name: Only(value, "no published model has another, and none is built here")
+            for name, value in ONLY.items()
+        },
+        defaults=DEFAULTS,
+        plain=in_common_words,
+        own=router_settings,
+        published=in_own_words,
+    ),
+    names=NameMap(
+        layer=ATTENTION_RULES,
+        moe=(
+            MOE_NORM,
+            Rule("mlp.gate.gate_network.0.weight", "mlp.router.weight", "E H", "router"),
+            Rule("mlp.gate.gate_network.2.weight", "mlp.router.output_weight", "E E", "router"),
+            Rule(
+                "mlp.gate.weight_noise.weight",
+                "mlp.router.noise_weight",
+                "E H",
+                "router",
+                when="router_noise",
+            ),
+        ),
+        separate=gated(
+            "mlp.calculator.experts.weight_*.{e}", EXPERTS, "I", "experts", parts=("gate", "up", "down")
+        ),
+        fused=(),
+    ),
+    refused={
+        "`size_experts` of several sizes": "Megatron-Core's experts are all of one width",
+        "`score_scale_factor` of several values": "there is one factor for all layers",
+    },
+)
