@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_dynmix.convert.aside import aside_text
 from megatron_dynmix.convert.staging import partial_of
 from megatron_dynmix.errors import EXIT_FAILED, InputError
 from megatron_dynmix.records.text_table import table
@@ -105,8 +106,8 @@ def verdict_text(verdict: Verdict) -> str:
         ["missing", 0],
         ["computed, left out", len(verdict.computed)],
     ]
-    if verdict.predicting:
-        counts.append(["not converted: multi-token prediction", len(verdict.predicting)])
+    if verdict.aside:
+        counts.append(["kept aside", len(verdict.aside)])
     lines = [table(["tensors", "count"], counts), "", f"vocabulary padding: {verdict.padding}", ""]
     if verdict.groups is None:
         lines.append("values and logits: not compared (--no-verify)")
@@ -117,10 +118,8 @@ def verdict_text(verdict: Verdict) -> str:
             more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
             lines += ["", f"values differ in {', '.join(differing[:SHOWN])}{more}"]
         lines += ["", *([verdict.logits.describe()] if verdict.logits is not None else [])]
-    if verdict.predicting:
-        from megatron_dynmix.convert.prediction import prediction_text
-
-        lines.append(f"not converted: {prediction_text(verdict.predicting)}")
+    if verdict.aside:
+        lines.append(f"kept aside: {aside_text(verdict.aside)}")
     lines += [f"note: {note}" for note in verdict.notes]
     if not verdict.passed:
         lines.append(f"NOT CONVERTED: the comparison failed; what was written is left in {verdict.folder}")

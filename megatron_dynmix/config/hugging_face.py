@@ -12,6 +12,7 @@ from typing import Any
 from megatron_dynmix.config import rotary
 from megatron_dynmix.config.hugging_face_defaults import completed, defaults_of, unsaid
 from megatron_dynmix.config.model_defaults import model_defaults
+from megatron_dynmix.config.quantization import WORD, quantization_of
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.families import FAMILIES
 from megatron_dynmix.families.dialect import NAMES, Dialect, Only, Values
@@ -19,6 +20,8 @@ from megatron_dynmix.files import read_object
 
 SILU = Only("silu", "experts are gated by SiLU")
 TIED = ("tie_word_embeddings", True)
+TEXT = "text_config"
+"""Where config.json of a multimodal model speaks of its language model."""
 USUAL: dict[str, Any] = {
     "normalization": "RMSNorm",
     "gated_linear_unit": True,
@@ -45,11 +48,21 @@ PLAIN = (
 def read_config(path: Path, remedy: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what a config.json holds, and the `model` section that it means."""
     config = read_object(path, remedy)
+    text = text_of(config)
     try:
-        return config, model_settings(config)
+        return config, model_settings(text)
     except InputError as error:
-        known = config.get("model_type") in FAMILIES
-        raise InputError(f"{path}: {error}{unsaid(config) if known else ''}") from None
+        known = text.get("model_type") in FAMILIES
+        raise InputError(f"{path}: {error}{unsaid(text) if known else ''}") from None
+
+
+def text_of(config: Values) -> Values:
+    """Return what a config.json says of the language model in a multimodal one; of any other, all of it."""
+    text = config.get(TEXT)
+    if not isinstance(text, dict) or config.get("model_type") in FAMILIES:
+        return config
+    # what is said of the whole model holds for its language model too
+    return {**text, **{name: config[name] for name in (TIED[0], WORD) if name in config}}
 
 
 def model_settings(config: Values) -> dict[str, Any]:
@@ -227,13 +240,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _refuse_what_we_cannot_run(config: Values, dialect: Dialect) -> None:
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", quantization) if isinstance(quantization, dict) else "?"
-        raise InputError(
-            f"quantization_config says {method}: the weights are no plain floats and cannot be trained; take "
-            "the model in bfloat16, and a config.json without this (of DeepSeek's own, which are fp8, its "
-            "inference/fp8_cast_bf16.py makes bfloat16)"
-        )
+    quantization_of(config)
     for name, (value, why) in {"hidden_act": SILU, **dialect.must}.items():
         if config.get(name, value) != value:
             raise InputError(f"{name} is {config[name]!r}, and only {value!r} can be run here: {why}")

@@ -5,6 +5,7 @@ DST/latest_checkpointed_iteration.txt  iter_0000000/    `checkpoint.pretrained_c
 DST/model.yaml                                          the `model` section of such a run
 DST/hugging_face/                                       all of the source but its weights
 DST/conversion.json                                     what it was made from
+DST/aside.safetensors                                   what the source holds beside the model, if it does
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ from megatron_dynmix.checkpoint import folder as checkpoints
 from megatron_dynmix.checkpoint.run_state import Damaged, SavedModel
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.config.presets import complete_model
+from megatron_dynmix.convert import aside
 from megatron_dynmix.convert.export_hf import open_export, size_in_bytes, write_weights
-from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, carried_files, some
+from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, carried_files
 from megatron_dynmix.convert.logits import compare_logits
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.origin import keep_origin_of, model_of
 from megatron_dynmix.convert.staging import Staging, fingerprint
 from megatron_dynmix.convert.tensors import Box, Cast, as_hugging_face, as_megatron, main_type, total_size
 from megatron_dynmix.convert.to_megatron import write_checkpoint
-from megatron_dynmix.convert.verdict import Verdict, compare_values
+from megatron_dynmix.convert.verdict import Verdict, compare_kept, compare_values
+from megatron_dynmix.convert.weight_files import WeightFiles, some
 from megatron_dynmix.convert.weight_map import WeightMap
 from megatron_dynmix.data.prepare.progress import ProgressBar
 from megatron_dynmix.errors import InputError
@@ -66,7 +69,10 @@ def hf_to_megatron(
     settings = complete_model({"preset": None, **folder.settings})
     plan = {"source": {str(source.resolve()): fingerprint(source)}, "dtype": dtype, "padding": padded}
     with Staging(destination, plan, say) as staging:
-        staging.check_space(total + sum(path.stat().st_size for path in carried_files(source).values()))
+        beside = total_size(folder.aside) + sum(
+            path.stat().st_size for path in carried_files(source).values()
+        )
+        staging.check_space(total + beside)
         target = checkpoints.folder_of(staging.folder, 0)
         with ProgressBar("writing", total) as progress:
             order = _reading_order(folder, names)
@@ -76,6 +82,8 @@ def hf_to_megatron(
         if verify:
             written = MegatronCheckpoint(target)
             groups = compare_values(folder, as_hugging_face(written, names), names, cast_to)
+            if folder.aside.shapes:
+                groups += [compare_kept(folder.aside, WeightFiles({staging.folder / aside.FILE: None}))]
             logits = compare_logits(source, folder, written, model_of(settings), cast_to, names.float32)
         verdict = Verdict(
             folder=staging.folder,
@@ -83,8 +91,8 @@ def hf_to_megatron(
             written=len(wanted.shapes),
             dtype=main_type(wanted),
             computed=folder.computed,
-            predicting=folder.predicting,
-            notes=_kept(names, cast_to),
+            aside=(*folder.aside.shapes,),
+            notes=(*_kept(names, cast_to), *_dequantized(folder)),
             padding=f"{padded - vocab} rows of zeros added to {vocab}" if padded > vocab else "none",
             groups=groups,
             logits=logits,
@@ -114,7 +122,7 @@ def megatron_to_hf(
         _check_contents(checkpoint)
     cast_to = None if dtype is None else getattr(torch, dtype)
     export = open_export(checkpoint, dtype=cast_to, fused_experts=fused_experts, hf_config=hf_config)
-    wanted, names, origin = export.weights, export.names, export.origin
+    wanted, names, origin = export.tensors, export.names, export.origin
     total = total_size(wanted)
     plan = {
         "source": {str(checkpoint.resolve()): fingerprint(checkpoint)},
@@ -137,13 +145,15 @@ def megatron_to_hf(
         if verify:
             written = HuggingFaceFolder(staging.folder)
             groups = compare_values(as_hugging_face(export.held, names), written, names, cast_to)
+            if origin.aside.shapes:
+                groups += [compare_kept(origin.aside, written.aside)]
             logits = compare_logits(staging.folder, written, export.cast, model_of(export.settings))
         rows, vocab = names.megatron_shapes[EMBEDDING][0], export.settings["vocab_size"]
         verdict = Verdict(
             folder=staging.folder,
             read=len(names.megatron_shapes),
-            written=len(wanted.shapes),
-            dtype=main_type(wanted),
+            written=len(export.weights.shapes),
+            dtype=main_type(export.weights),
             padding=f"{rows - vocab} rows taken off {rows}" if rows > vocab else "none",
             notes=(*_kept(names, cast_to), *origin.notes),
             groups=groups,
@@ -158,6 +168,13 @@ def _kept(names: WeightMap, dtype: torch.dtype | None) -> tuple[str, ...]:
     if not kept or dtype in (None, torch.float32):
         return ()
     return (f"float32 as in transformers, and not cast: {some(kept)}",)
+
+
+def _dequantized(folder: HuggingFaceFolder) -> tuple[str, ...]:
+    """Say that weights were quantized."""
+    if folder.quantization is None:
+        return ()
+    return (f"the weights were {folder.quantization.describe()}, and are {folder.quantization.dtype} now",)
 
 
 def _completed(staging: Staging, verdict: Verdict) -> Verdict:

@@ -2,11 +2,8 @@
 
 RUN/checkpoints/hugging_face/       all of the folder that the run began with but its weights
 RUN/checkpoints/conversion.json     how that folder was laid out
+RUN/checkpoints/aside.safetensors   tensors of it that are no part of the model, if there were any
 RUN/hugging_face/iter_0000100/      a model that transformers opens
-
-A file of weights (safetensors) is the length of its header (8 bytes, little-endian), the header (JSON: each
-tensor's type, shape and place), then the tensors without gaps. It is written box by box: memory does not grow
-with a file.
 """
 
 from __future__ import annotations
@@ -27,22 +24,24 @@ from megatron_dynmix.checkpoint.run_state import read_saved
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict
-from megatron_dynmix.convert.hf_folder import DTYPES, INDEX, SINGLE, HuggingFaceFolder, copy_files, some
+from megatron_dynmix.convert import aside
+from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, copy_files
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.model_map import weight_map
 from megatron_dynmix.convert.origin import CONFIG, CONVERSION, CONVERTED, Origin, keep_origin_of, origin_of
 from megatron_dynmix.convert.staging import partial_of
 from megatron_dynmix.convert.tensors import (
     Cast,
+    Named,
     Seen,
+    Together,
     as_hugging_face,
-    boxes_of,
     grouped,
     main_type,
-    read_bytes,
     size_of,
     total_size,
 )
+from megatron_dynmix.convert.weight_files import INDEX, SINGLE, some, write_shard
 from megatron_dynmix.convert.weight_map import WeightMap
 from megatron_dynmix.errors import InputError, TrainingStopped
 from megatron_dynmix.families.names import EMBEDDING
@@ -51,9 +50,6 @@ from megatron_dynmix.job.agreement import RankFailure, together
 from megatron_dynmix.lease import Lease
 
 SHARD_BYTES = 5_000_000_000
-HEADER_ALIGNMENT = 8
-TYPE_NAMES = {torch.float64: "F64", **{dtype: name for name, dtype in DTYPES.items()}}
-"""What safetensors calls the types."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +72,15 @@ class Export:
 
     @property
     def weights(self) -> Seen:
-        """The weights under their Hugging Face names, in the types that are written."""
+        """The model's weights under their Hugging Face names, in the types that are written."""
         return as_hugging_face(self.cast, self.names)
+
+    @property
+    def tensors(self) -> Tensors:
+        """All that is written, by its names in the folder."""
+        prefix = self.origin.prefix
+        named = Named(self.weights, {aside.in_folder(name, prefix): name for name in self.weights.shapes})
+        return Together(named, self.origin.aside)
 
     def write_beside(self, folder: Path) -> None:
         """Write all of the folder but the weights."""
@@ -113,7 +116,7 @@ def open_export(
 def _names_of(held: MegatronCheckpoint, settings: Mapping[str, Any], origin: Origin) -> WeightMap:
     """Return the map between the two worlds, once the checkpoint is known to be of that model."""
     rows = max(settings["vocab_size"], *held.shapes.get(EMBEDDING, (0,))[:1])
-    names = weight_map(settings, origin.config, fused_experts=origin.fused_experts, padded_vocab=rows)
+    names = weight_map(settings, origin.text, fused_experts=origin.fused_experts, padded_vocab=rows)
     wanted = names.megatron_shapes
     for kind, absent in (
         ("has no", wanted.keys() - held.shapes.keys()),
@@ -122,7 +125,7 @@ def _names_of(held: MegatronCheckpoint, settings: Mapping[str, Any], origin: Ori
         if absent:
             raise InputError(
                 f"{held.folder} {kind} {some(absent)}; it is not a checkpoint of the "
-                f"{origin.config['model_type']} model that its settings describe"
+                f"{origin.text['model_type']} model that its settings describe"
             )
     for name, shape in wanted.items():
         if held.shapes[name] != shape:
@@ -183,26 +186,6 @@ def write_weights(
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_shard(tensors: Tensors, names: list[str], path: Path, advance: Callable[[int], object]) -> None:
-    """Write one file of weights; `advance` is told of bytes that were written."""
-    # the larger types first: then every number lies at a multiple of its size
-    ordered = sorted(names, key=lambda name: -tensors.dtypes[name].itemsize)
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in ordered:
-        begin, end = end, end + size_of(tensors, name)
-        kind, shape = TYPE_NAMES[tensors.dtypes[name]], list(tensors.shapes[name])
-        entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % HEADER_ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for name in ordered:
-            for box in boxes_of(tensors, name):
-                file.write(read_bytes(tensors, box).data)
-                advance(box.nbytes)
-
-
 def export(checkpoint: Path, destination: Path, lease: Lease | None = None) -> None:
     """Write a whole checkpoint as a Hugging Face folder, each rank its share of the files.
 
@@ -219,7 +202,7 @@ def export(checkpoint: Path, destination: Path, lease: Lease | None = None) -> N
                 staging.mkdir(parents=True)
         with together():
             write_weights(
-                opened.weights,
+                opened.tensors,
                 staging,
                 max_shard_bytes=SHARD_BYTES,
                 rank=rank,
@@ -256,7 +239,9 @@ def keep_origin(config: RunConfig, checkpoints: Path) -> None:
         with together():
             if first and pretrained is not None and (Path(pretrained) / CONVERTED).is_dir():
                 shutil.copytree(Path(pretrained) / CONVERTED, checkpoints / CONVERTED, dirs_exist_ok=True)
-                shutil.copyfile(Path(pretrained) / CONVERSION, checkpoints / CONVERSION)
+                for name in (CONVERSION, aside.FILE):
+                    if (Path(pretrained) / name).is_file():
+                        shutil.copyfile(Path(pretrained) / name, checkpoints / name)
             elif first and load_hf is not None:
                 keep_origin_of(HuggingFaceFolder(Path(load_hf)), checkpoints, dtype=None)
     except RankFailure as failure:

@@ -9,8 +9,8 @@ from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.megatron import padded_vocab_size
 from megatron_dynmix.config.presets import other_shape
+from megatron_dynmix.convert.aside import aside_text
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
-from megatron_dynmix.convert.prediction import prediction_text
 from megatron_dynmix.convert.tensors import Seen, as_megatron
 from megatron_dynmix.errors import InputError, TrainingStopped
 from megatron_dynmix.job.agreement import RankFailure, on_rank_0, together
@@ -54,8 +54,8 @@ def load_hugging_face(config: RunConfig, load: Callable[[Tensors], None], say: C
     try:
         with together():
             source = folder_for(folder, config)
-        if source.predicting:
-            say(f" not loaded: {prediction_text(source.predicting)}")
+        if source.aside.shapes:
+            say(f" not loaded: {aside_text(source.aside.shapes)}")
         load(weights_of(source, config))
     except RankFailure as failure:
         text = f"the weights of {folder} could not be read: {failure}"

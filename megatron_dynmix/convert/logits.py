@@ -1,14 +1,13 @@
 """Whether a converted model answers as the one it was made from: logits on fixed tokens, in float32.
 
-The reference is `transformers`, which reads the Hugging Face folder by itself where it runs the whole model
-and weights were not rounded; the other side is our GPT with the weights of the checkpoint. Of a model too
-large for that, both run the same few layers, renumbered. Axes: B rows, S positions, V vocabulary, L layers.
+The reference is `transformers` (`reference.py`), the other side our GPT with the weights of the checkpoint.
+Of a model too large to be run whole, both run the same few layers, renumbered. Axes: B rows, S positions, V
+vocabulary, L layers.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import gc
 import math
@@ -31,6 +30,15 @@ from megatron_dynmix.checkpoint.tensors import Tensors, own_slices
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.megatron import STAGE_SETTINGS, moe_layers, transformer_config
 from megatron_dynmix.config.run_config import ModelConfig
+from megatron_dynmix.convert.reference import (
+    HF_LAYER,
+    Different,
+    NotCompared,
+    cut_weights,
+    reads_itself,
+    reference_config,
+    reference_logits,
+)
 from megatron_dynmix.model.gpt import build_gpt
 
 WHOLE_UP_TO = 2_000_000_000
@@ -43,7 +51,6 @@ FLOAT_BYTES = 4
 HEADROOM = 2.25
 """Memory that a model takes while it is loaded and run, of its weights in float32; measured: 1.9 to 2.2."""
 TIMEOUT_MINUTES = 10.0
-HF_LAYER = re.compile(r"(?P<before>(?:.*\.)?layers\.)(?P<layer>\d+)(?P<after>\..*)")
 STACKED, APART = "decoder.layers.", re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<name>.*)")
 NOT_LEARNED: Mapping[str, Any] = {
     # nothing of what a model answers follows from these but whether tokens are dropped or noise is added
@@ -61,14 +68,6 @@ NOT_LEARNED: Mapping[str, Any] = {
     "fp4": None,
 }
 """Settings that say how a model is trained, not what it is, and what they are for a comparison."""
-
-
-class NotCompared(Exception):
-    """There is nothing to compare with, or no room for it; the message says why."""
-
-
-class Different(Exception):
-    """The two models cannot be the same; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +127,7 @@ def compare_logits(
     """
     found: dict[str, Any] = {}
     try:
-        config = _reference_config(hf_folder)
+        config = reference_config(hf_folder)
         for what, there, here in (
             ("tokens", config.vocab_size, model.vocab_size),
             ("layers", config.num_hidden_layers, model.megatron["num_layers"]),
@@ -151,9 +150,10 @@ def compare_logits(
         rounded = dtype is not None and any(torch.promote_types(dtype, kind) != dtype for kind in held)
         found = {"layers": layers, "num_layers": config.num_hidden_layers, "rounded": rounded}
         tokens_BS = fixed_tokens(config.vocab_size, int(config.max_position_embeddings)).to(device)
-        given = None if len(layers) == config.num_hidden_layers else _cut_weights(weights, layers)
+        whole = len(layers) == config.num_hidden_layers
+        given = None if whole and reads_itself(hf_folder) else cut_weights(weights, layers)
         rounding = (dtype, {name.rpartition(".")[2] for name in float32}) if rounded else None
-        reference_BSV = _reference_logits(hf_folder, config, given, layers, tokens_BS, rounding)
+        reference_BSV = reference_logits(hf_folder, config, given, layers, tokens_BS, rounding)
         del given
         ours_BSV, reached = _our_logits(checkpoint, model, layers, tokens_BS)
         return _verdict(reference_BSV, ours_BSV, {**found, "experts_reached": reached})
@@ -211,115 +211,6 @@ def _verdict(reference_BSV: torch.Tensor, ours_BSV: torch.Tensor, found: dict[st
         top1_agreement=float(agreement),
         **found,
     )
-
-
-def _reference_config(hf_folder: Path) -> Any:
-    """Return the `PretrainedConfig` of a folder whose language model `transformers` has."""
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
-    from transformers import __version__ as version
-
-    kind = PretrainedConfig.get_config_dict(hf_folder, local_files_only=True)[0].get("model_type")
-    if kind not in CONFIG_MAPPING:
-        raise NotCompared(
-            f"transformers {version} has no model of type {kind}, and code of the folder is not run"
-        )
-    try:
-        config = AutoConfig.from_pretrained(hf_folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # other people's code reads a file: whatever it says is a reason
-        raise Different(f"transformers {version} cannot read config.json: {_first_line(error)}") from None
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise NotCompared(f"transformers {version} has no language model of type {kind}")
-    if getattr(config, "head_dim", 0) is None:  # which transformers 5 takes for a number if YaRN stretches it
-        config.head_dim = config.hidden_size // config.num_attention_heads
-    return config
-
-
-def _reference_logits(
-    hf_folder: Path,
-    config: Any,
-    given: dict[str, torch.Tensor] | None,
-    layers: tuple[int, ...],
-    tokens_BS: torch.Tensor,
-    rounding: tuple[torch.dtype, set[str]] | None,
-) -> torch.Tensor:
-    """Return `[B, S, V]` of `transformers`, on the CPU, with the weights given or else those it reads.
-
-    `rounding` is the type that they are rounded to, and names of tensors that are not.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-    from transformers.utils import logging as hf_logging
-
-    config.dtype = torch.float32  # or it would compute in the type that the folder is in
-    options = {"config": config, "local_files_only": True, "use_safetensors": True}
-    if given is not None:
-        options = {"config": _cut_config(config, layers), "state_dict": given}
-    weights_bar = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        model, said = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-            hf_folder if given is None else None, output_loading_info=True, **options
-        )
-        if missing := sorted(said["missing_keys"])[:3]:
-            raise Different(f"transformers misses {', '.join(missing)} in {hf_folder}")
-        if hasattr(model, "set_experts_implementation"):
-            model.set_experts_implementation("eager")  # its default asks for widths that divide by 16 bytes
-        if rounding is not None:
-            _round(model, *rounding)
-        with torch.no_grad():
-            logits_BSV = model.float().eval().to(tokens_BS.device)(tokens_BS, use_cache=False).logits
-    except Different:
-        raise
-    except Exception as error:  # as above
-        raise Different(f"transformers cannot run {hf_folder}: {_first_line(error)}") from None
-    finally:
-        if weights_bar:
-            hf_logging.enable_progress_bar()
-    return logits_BSV.float().cpu()
-
-
-@torch.no_grad()
-def _round(model: Any, dtype: torch.dtype, float32: set[str]) -> None:
-    """Round a model of `transformers` as if it were loaded in that type."""
-    kept = float32 | set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and kept.isdisjoint(name.split(".")):
-            tensor.copy_(tensor.to(dtype))
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def _cut_config(config: Any, layers: Sequence[int]) -> Any:
-    """Return the `PretrainedConfig` of a model that has some of another's layers."""
-    cut, total = copy.deepcopy(config), config.num_hidden_layers
-    for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == total and name.endswith("layer_types"):
-            setattr(cut, name, [value[layer] for layer in layers])
-    step = getattr(config, "decoder_sparse_step", None)
-    if step is not None:
-        without = set(getattr(config, "mlp_only_layers", None) or ())
-        dense = [layer in without or (layer + 1) % step != 0 for layer in layers]
-        cut.mlp_only_layers = [number for number, is_dense in enumerate(dense) if is_dense]
-        cut.decoder_sparse_step = 1
-    if getattr(config, "first_k_dense_replace", None) is not None:
-        cut.first_k_dense_replace = sum(layer < config.first_k_dense_replace for layer in layers)
-    cut.num_hidden_layers = len(layers)
-    return cut
-
-
-def _cut_weights(folder: Tensors, layers: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Read the weights of those layers, renumbered, and of what is outside all layers."""
-    weights = {}
-    for name, shape in folder.shapes.items():
-        new_name = name
-        if match := HF_LAYER.fullmatch(name):
-            layer = int(match["layer"])
-            if layer not in layers:
-                continue
-            new_name = f"{match['before']}{layers.index(layer)}{match['after']}"
-        weights[new_name] = folder.read(name, (0,) * len(shape), shape)
-    return weights
 
 
 def _our_logits(

@@ -8,13 +8,24 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.config import rotary
-from megatron_dynmix.config.hugging_face import PLAIN, hugging_face_config, read_config
+from megatron_dynmix.config.hugging_face import (
+    PLAIN,
+    TEXT,
+    hugging_face_config,
+    read_config,
+    text_of,
+)
 from megatron_dynmix.config.model_defaults import model_defaults
 from megatron_dynmix.config.presets import has_tokenizer, other_shape
+from megatron_dynmix.config.quantization import WORD, quantization_of
 from megatron_dynmix.config.run_config import ModelConfig
+from megatron_dynmix.convert import aside
 from megatron_dynmix.convert.hf_folder import TEMPLATES, HuggingFaceFolder, carried_files, copy_files
 from megatron_dynmix.convert.prediction import PREDICTION, prediction_layers
+from megatron_dynmix.convert.tensors import Named
+from megatron_dynmix.convert.weight_files import WeightFiles, write_shard
 from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.errors import InputError
 
@@ -27,9 +38,10 @@ TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "chat_template", 
 """What the names of a tokenizer's files begin with."""
 NO_TOKENIZER = "no tokenizer came with the model: put its files into the folder"
 NO_PREDICTION = (
-    "config.json of the model that it came from counts {count} layers for multi-token prediction: the export "
-    f"has none, and {PREDICTION} is 0 in its config.json"
+    "config.json of the model that it came from counts {count} layers for multi-token prediction, which are "
+    f"not there: the export has none, and {PREDICTION} is 0 in its config.json"
 )
+NOTHING = Named(WeightFiles({}), {})
 
 
 @dataclass(frozen=True)
@@ -42,8 +54,17 @@ class Origin:
     """Name -> file that goes with the weights: tokenizer, generation settings, chat template."""
     fused_experts: bool
     """Whether the origin has a layer's experts in one tensor."""
+    prefix: str = ""
+    """What names of the language model begin with in a multimodal one: one of `aside.PREFIXES`."""
+    aside: Tensors = NOTHING
+    """Tensors that are no part of the model here, by their names in the folder."""
     notes: tuple[str, ...] = ()
     """What a reader must know."""
+
+    @property
+    def text(self) -> Mapping[str, Any]:
+        """What config.json says of the language model."""
+        return text_of(self.config)
 
 
 def origin_of(config: Mapping[str, Any], checkpoint: Path, given: Path | None) -> Origin:
@@ -76,19 +97,54 @@ def origin_of(config: Mapping[str, Any], checkpoint: Path, given: Path | None) -
     if tokenizer:
         files = {name: path for name, path in files.items() if not _is_tokenizer(name)} | tokenizer
     notes = [] if any(map(_is_tokenizer, files)) else [NO_TOKENIZER]
-    if prediction_layers(written):
-        notes.append(NO_PREDICTION.format(count=written[PREDICTION]))
-        written[PREDICTION] = 0
-    return Origin(_with_changes(written, theirs, settings), files, _fused(folder), tuple(notes))
+    fused, prefix, kept = _laid_out(folder)
+    text = dict(text_of(written))
+    predicting = prediction_layers(text)
+    if predicting and not any(name.startswith(predicting) for name in _in_model(kept, prefix)):
+        notes.append(NO_PREDICTION.format(count=text[PREDICTION]))
+        text[PREDICTION] = 0
+    if kept.shapes:
+        notes.append(f"written as they came: {aside.aside_text(kept.shapes)}")
+    elif text_of(written) is not written:
+        raise InputError(
+            f"{folder} is of a multimodal model, and all but its language model is not there; give the "
+            "folder with all of its weights with --hf-config"
+        )
+    if quantization := quantization_of(text):
+        notes.append(
+            f"the weights came as {quantization.describe()}: those of the export are not quantized, and its "
+            f"config.json has no {WORD}"
+        )
+        del text[WORD]
+    text = _with_changes(text, theirs, settings)
+    whole = text
+    if text_of(written) is not written:
+        whole = {name: value for name, value in written.items() if name != WORD}
+        elsewhere = written.keys() - written[TEXT].keys()  # what `text_of` has added
+        whole[TEXT] = {name: value for name, value in text.items() if name not in elsewhere}
+    return Origin(whole, files, fused, prefix, kept, tuple(notes))
+
+
+def _in_model(tensors: Tensors, prefix: str) -> list[str]:
+    """Return what those tensors of a folder that are the language model's are called there."""
+    names = (aside.in_model(name, prefix) for name in tensors.shapes)
+    return [name for name in names if name is not None]
 
 
 def keep_origin_of(folder: HuggingFaceFolder, root: Path, *, dtype: str | None) -> None:
-    """Keep in `root`, the parent of `iter_*`, what a folder holds beside weights, and how it was laid out.
+    """Keep in `root`, the parent of `iter_*`, what a folder holds beside the model, and how it was laid out.
 
     `dtype` is the type that the weights were cast to, by its name in torch; None if they were not.
     """
     copy_files(carried_files(folder.path), root / CONVERTED)
-    origin = {"source": str(folder.path.resolve()), "fused_experts": folder.fused_experts, "dtype": dtype}
+    origin = {
+        "source": str(folder.path.resolve()),
+        "fused_experts": folder.fused_experts,
+        "prefix": folder.prefix,
+        "dtype": dtype,
+    }
+    if folder.aside.shapes:
+        write_shard(folder.aside, folder.aside.shapes, root / aside.FILE)
     (root / CONVERSION).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 
 
@@ -136,18 +192,24 @@ def _with_changes(
     return kept | changed
 
 
-def _fused(folder: Path) -> bool:
-    """Whether a layer's experts are one tensor, by the weights or by the conversion that read them."""
+def _laid_out(folder: Path) -> tuple[bool, str, Tensors]:
+    """Return what `Origin` says of the tensors, by the weights or by the conversion that read them."""
     path = folder.parent / CONVERSION
     if path.is_file():
         try:
-            return bool(json.loads(path.read_text(encoding="utf-8"))["fused_experts"])
+            said = json.loads(path.read_text(encoding="utf-8"))
+            fused, prefix = bool(said["fused_experts"]), str(said.get("prefix", ""))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} does not say how the experts were laid out ({error!r}); put it back from a copy, or "
                 "take it out: there will be a tensor for each expert"
             ) from None
-    return any(folder.glob("*.safetensors")) and HuggingFaceFolder(folder).fused_experts
+        kept = folder.parent / aside.FILE
+        return fused, prefix, WeightFiles({kept: None}) if kept.is_file() else NOTHING
+    if not any(folder.glob("*.safetensors")):
+        return False, "", NOTHING
+    opened = HuggingFaceFolder(folder)
+    return opened.fused_experts, opened.prefix, opened.aside
 
 
 def _is_tokenizer(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 PREDICTION = "num_nextn_predict_layers"
@@ -17,12 +17,3 @@ def prediction_layers(hf_config: Mapping[str, Any]) -> tuple[str, ...]:
     count = hf_config.get(PREDICTION) or 0 if hf_config.get("model_type") == "deepseek_v3" else 0
     first = hf_config.get("num_hidden_layers", 0)
     return tuple(f"model.layers.{layer}." for layer in range(first, first + count))
-
-
-def prediction_text(names: Sequence[str]) -> str:
-    """Say which tensors of multi-token prediction stay behind, and what follows."""
-    layers = sorted({".".join(name.split(".")[:3]) for name in names})
-    return (
-        f"{len(names)} tensors of multi-token prediction ({', '.join(f'{layer}.*' for layer in layers)}): "
-        "they are not trained, and what is exported is without them"
-    )

@@ -85,6 +85,34 @@ def as_hugging_face(megatron: Tensors, weight_map: WeightMap) -> Seen:
     return Seen(megatron, weight_map.hf, weight_map.megatron)
 
 
+class Named:
+    """Some of the tensors that are held, each by a name of its own."""
+
+    def __init__(self, held: Tensors, names: Mapping[str, str]) -> None:
+        """Take `names`, name -> what it is held as."""
+        self._held, self._names = held, names
+        self.shapes = {name: held.shapes[there] for name, there in names.items()}
+        self.dtypes = {name: held.dtypes[there] for name, there in names.items()}
+
+    def read(self, name: str, offset: Shape, shape: Shape) -> torch.Tensor:
+        """Read a box of a tensor."""
+        return self._held.read(self._names[name], offset, shape)
+
+
+class Together:
+    """The tensors of two that have no name in common."""
+
+    def __init__(self, one: Tensors, other: Tensors) -> None:
+        self._one, self._other = one, other
+        self.shapes = {**one.shapes, **other.shapes}
+        self.dtypes = {**one.dtypes, **other.dtypes}
+
+    def read(self, name: str, offset: Shape, shape: Shape) -> torch.Tensor:
+        """Read a box of a tensor."""
+        holds = self._one if name in self._one.shapes else self._other
+        return holds.read(name, offset, shape)
+
+
 class Box(NamedTuple):
     """A box of a tensor."""
 
@@ -100,6 +128,9 @@ def boxes_of(tensors: Tensors, name: str) -> Iterator[Box]:
     All axes but the last two are taken one by one, the last but one in runs of rows.
     """
     shape, itemsize = tensors.shapes[name], tensors.dtypes[name].itemsize
+    if not math.prod(shape) or not shape:  # of what is kept aside some are empty, or one number
+        yield from [Box(name, (), (), itemsize)] if not shape else []
+        return
     leading, rows = shape[:-2], shape[-2:-1] or shape
     last = shape[-1:] if len(shape) > 1 else ()
     row_bytes = itemsize * math.prod(last)

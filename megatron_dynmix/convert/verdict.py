@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.convert.logits import LogitsVerdict
-from megatron_dynmix.convert.tensors import as_bytes, boxes_of, size_of, total_size
+from megatron_dynmix.convert.tensors import as_bytes, boxes_of, size_of
 from megatron_dynmix.convert.weight_map import WeightMap
 from megatron_dynmix.data.prepare.progress import ProgressBar
 from megatron_dynmix.files import sha256
@@ -44,7 +45,7 @@ class GroupVerdict:
 class Verdict:
     """What became of a model's tensors in a conversion: so many were read, and so many were written.
 
-    Those left out are the `computed` and `predicting` ones of `HuggingFaceFolder`.
+    Beside them are the `computed` ones of `HuggingFaceFolder`, which are left out, and those kept `aside`.
     """
 
     folder: Path
@@ -54,7 +55,7 @@ class Verdict:
     dtype: str
     """Type of most of the numbers that were written."""
     computed: tuple[str, ...] = ()
-    predicting: tuple[str, ...] = ()
+    aside: tuple[str, ...] = ()
     padding: str = "none"
     """What became of the rows that pad the vocabulary."""
     groups: list[GroupVerdict] | None = None
@@ -94,10 +95,29 @@ def compare_values(
         return torch.float32 if name in weight_map.float32 else dtype
 
     groups: dict[str, list[str]] = {}
+    for name in weight_map.hf_shapes:
+        groups.setdefault(weight_map.group_of(name), []).append(name)
+    return _compare_groups(read, written, groups, wanted)
+
+
+def compare_kept(read: Tensors, written: Tensors) -> GroupVerdict:
+    """Compare what is kept aside bit for bit, by its names in a Hugging Face folder."""
+    assert dict(read.shapes) == dict(written.shapes), "what is kept aside has the same names and shapes"
+    return _compare_groups(read, written, {"kept aside": [*read.shapes]}, read.dtypes.__getitem__)[0]
+
+
+def _compare_groups(
+    read: Tensors,
+    written: Tensors,
+    groups: Mapping[str, list[str]],
+    wanted: Callable[[str], torch.dtype],
+) -> list[GroupVerdict]:
+    """Compare tensors by group, each with what was read of it in the type that is `wanted`."""
     found: dict[str, _Compared] = {}
-    with ThreadPoolExecutor(1) as pool, ProgressBar("comparing", total_size(written)) as progress:
-        for name in weight_map.hf_shapes:
-            groups.setdefault(weight_map.group_of(name), []).append(name)
+    every = [name for names in groups.values() for name in names]
+    size = sum(size_of(written, name) for name in every)
+    with ThreadPoolExecutor(1) as pool, ProgressBar("comparing", size) as progress:
+        for name in every:
             found[name] = _compare(pool, read, written, name, wanted(name))
             progress.advance(size_of(written, name))
 

@@ -112,6 +112,7 @@ def test_a_run_from_the_folder_leaves_a_checkpoint_of_the_same_tensors(folders, 
     checkpoint = MegatronCheckpoint(tmp_path / "run/checkpoints/iter_0000004")
     assert {key: tuple(shape) for key, shape in checkpoint.shapes.items()} == dict(names.megatron_shapes)
     exported = load_file(tmp_path / "run/hugging_face/iter_0000004/model.safetensors")
+    assert torch.equal(exported.pop("model.layers.3.enorm.weight"), torch.ones(30)), "as it came"
     for key, values in exported.items():
         kept = key.endswith(CORRECTION)
         assert values.dtype == (torch.float32 if kept else torch.bfloat16), key

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from megatron_dynmix.checkpoint.folder import check_contents
 from megatron_dynmix.convert import staging, tensors, to_megatron
 from megatron_dynmix.convert.export_hf import shards_of, size_in_bytes, write_weights
-from megatron_dynmix.convert.hf_folder import INDEX
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.model_map import weight_map
 from megatron_dynmix.convert.staging import Staging, partial_of
 from megatron_dynmix.convert.tensors import Box, Cast, as_hugging_face, as_megatron, boxes_of
 from megatron_dynmix.convert.to_megatron import write_checkpoint
 from megatron_dynmix.convert.verdict import compare_values
+from megatron_dynmix.convert.weight_files import INDEX
 from megatron_dynmix.errors import InputError
 
 SETTINGS = {

@@ -67,27 +67,37 @@ def predicting_fixture(tmp_path):
     folder = tmp_path / "predicting"
     tiny_model("V3", num_nextn_predict_layers=1).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors |= {name: torch.zeros(shape) for name, shape in LEFT_OUT.items()}
+    tensors |= {name: torch.full(shape, 0.3) for name, shape in LEFT_OUT.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
 @pytest.mark.parametrize("dtype", ["keep", "bf16"])
-def test_layers_for_multi_token_prediction_stay_behind_and_are_named(dtype, predicting, tmp_path, capsys):
+def test_layers_for_multi_token_prediction_are_kept_aside_and_come_back(dtype, predicting, tmp_path, capsys):
     """Rounded weights are given to the reference, corrections of the router's scores among them."""
     way_in = ["convert", "hf-to-megatron", str(predicting), str(tmp_path / "in"), "--dtype", dtype]
     assert main(way_in) == 0
     said = capsys.readouterr().out
-    assert "not converted: multi-token prediction" in said
-    assert "not converted: 2 tensors of multi-token prediction (model.layers.3.*)" in said
+    assert "kept aside: 2 tensors (model.layers.3.*)" in said
     assert "equal: logits of 256 tokens through all 3 layers" in said
     assert ("both with the rounded weights" in said) == (dtype == "bf16")
     way_out = ["convert", "megatron-to-hf", str(tmp_path / "in"), str(tmp_path / "out"), "--no-verify"]
     assert main(way_out) == 0
-    assert "counts 1 layers for multi-token prediction: the export has none" in capsys.readouterr().out
+    assert "written as they came: 2 tensors (model.layers.3.*)" in capsys.readouterr().out
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["num_nextn_predict_layers"] == 0
-    assert HuggingFaceFolder(tmp_path / "out").predicting == ()
+    assert config["num_nextn_predict_layers"] == 1
+    exported = weights_in(tmp_path / "out")
+    assert all(torch.equal(exported[name], torch.full(shape, 0.3)) for name, shape in LEFT_OUT.items())
+    assert exported.keys() == weights_in(predicting).keys()
+
+
+def test_without_the_layers_that_config_counts_the_export_counts_none(predicting, tmp_path, capsys):
+    assert main(["convert", "hf-to-megatron", str(predicting), str(tmp_path / "in"), "--no-verify"]) == 0
+    (tmp_path / "in/aside.safetensors").unlink()
+    way_out = ["convert", "megatron-to-hf", str(tmp_path / "in"), str(tmp_path / "out"), "--no-verify"]
+    assert main(way_out) == 0
+    assert "counts 1 layers for multi-token prediction, which are not there" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/config.json").read_text())["num_nextn_predict_layers"] == 0
 
 
 @pytest.mark.parametrize("said", [0, None, "absent"])
@@ -141,7 +151,7 @@ def test_what_a_run_resolves_is_read_back_though_a_width_is_null(tmp_path):
         ("V3", {"rope_parameters": {**YARN, "factor": 1, "attention_factor": 1.2}}, "it must be 1 then"),
         ("V3", {"first_k_dense_replace": 3}, "leaves none of 3 layers with experts"),
         ("V3", {"routed_scaling_factor": "2.5"}, "routed_scaling_factor is '2.5'; it must be a number"),
-        ("V3", {"quantization_config": {"quant_method": "fp8"}}, "says fp8.*fp8_cast_bf16.py makes bfloat16"),
+        ("V3", {"quantization_config": {"quant_method": "awq"}}, "says awq.*take the model in bfloat16"),
     ],
 )
 def test_what_is_not_computed_the_same_is_refused(name, changes, message):

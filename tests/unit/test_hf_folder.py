@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dynmix.cli import main
-from megatron_dynmix.convert.hf_folder import INDEX, HuggingFaceFolder, carried_files, copy_files
+from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, carried_files, copy_files
+from megatron_dynmix.convert.weight_files import INDEX
 from megatron_dynmix.errors import EXIT_REFUSED, InputError
 
 MAPS = Path("/proc/self/maps")
@@ -196,7 +197,7 @@ BAD = {
     ),
     "tied, with an output layer": (
         tied_with_an_output_layer,
-        "holds lm_head.weight.*does not have.*tie_word_embeddings",
+        "holds lm_head.weight, which is not model.embed_tokens.weight once more.*tie_word_embeddings",
     ),
     "outside of the folder": (outside_of_the_folder, "not a file of this folder"),
     "one file beside an index": (
