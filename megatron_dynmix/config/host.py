@@ -126,12 +126,19 @@ def with_defaults(config: RunConfig, host: Host) -> RunConfig:
 
     They are the host's and not the run's, which may go on elsewhere: nothing of it is recorded.
     """
-    given = config.model.megatron
+    given, layout = config.model.megatron, config.parallel.megatron
     other_rotary = given.get("multi_latent_attention") or given.get("rotary_interleaved") or yarn_of(given)
-    if not _offered(host, config)[_TE] or other_rotary or "apply_rope_fusion" in given:
-        return config
-    model = dataclasses.replace(config.model, megatron={**given, "apply_rope_fusion": True})
-    return dataclasses.replace(config, model=model)
+    usual = {"bias_dropout_fusion": host.cuda}  # as Megatron-LM
+    if _offered(host, config)[_TE] and not other_rotary:
+        usual["apply_rope_fusion"] = True
+    # as Megatron-LM; but gloo may still be sending what an overlapped pipeline lets go
+    overlap = config.parallel.virtual_stages and config.parallel.overlap_p2p_comm
+    let_go = {"deallocate_pipeline_outputs": host.cuda or not overlap}
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, megatron={**usual, **given}),
+        parallel=dataclasses.replace(config.parallel, megatron={**let_go, **layout}),
+    )
 
 
 def without_unmet(config: RunConfig, host: Host) -> RunConfig:

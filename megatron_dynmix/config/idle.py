@@ -106,15 +106,11 @@ _PRECISION = (
 )
 
 _LAYER = (
-    Master(
-        "bias_activation_fusion or use_te_activation_func is true",
-        lambda run: run.bias_activation_fusion or run.use_te_activation_func,
-        ("activation_func_fp8_input_store",),
-    ),
+    _on("bias_activation_fusion", "activation_func_fp8_input_store"),
     _on("gated_linear_unit", "glu_linear_offset", "activation_func_clamp_value"),
     Master(
-        "bias_activation_fusion and use_te_activation_func are false",
-        lambda run: not (run.bias_activation_fusion or run.use_te_activation_func),
+        "bias_activation_fusion is false",
+        lambda run: not run.bias_activation_fusion,
         ("glu_linear_offset", "activation_func_clamp_value"),
     ),
     _on("window_size", "window_attn_skip_freq"),

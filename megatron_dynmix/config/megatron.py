@@ -42,8 +42,8 @@ def params_dtype(config: RunConfig) -> torch.dtype:
     return torch.bfloat16 if config.training.bf16 else torch.float32
 
 
-def transformer_config(config: RunConfig, *, cuda: bool = False) -> TransformerConfig:
-    """Return Megatron-Core's model configuration, layout included, with what CUDA or a CPU computes best."""
+def transformer_config(config: RunConfig) -> TransformerConfig:
+    """Return Megatron-Core's model configuration, layout included."""
     layout = _part(config.parallel.megatron, ModelParallelConfig)
     residual_in_fp32 = bool(config.model.megatron.get("fp32_residual_connection"))
     derived: dict[str, Any] = {
@@ -56,12 +56,6 @@ def transformer_config(config: RunConfig, *, cuda: bool = False) -> TransformerC
     }
     if config.model.qk_layernorm_full_width:
         derived["qk_layernorm"] = True  # from 0.18 on, Megatron-Core refuses a spec that has norms otherwise
-    overlap = config.parallel.virtual_stages and config.parallel.overlap_p2p_comm
-    usual = {  # as Megatron-LM
-        "bias_dropout_fusion": cuda,
-        # gloo may still be sending what an overlapped pipeline lets go
-        "deallocate_pipeline_outputs": cuda or not overlap,
-    }
     if config.model.freeze_router:
         derived["moe_router_bias_update_rate"] = 0.0  # an expert bias is a router's too
     if config.parallel.virtual_stages:
@@ -76,7 +70,7 @@ def transformer_config(config: RunConfig, *, cuda: bool = False) -> TransformerC
         yarn = yarn_of(given)
         given = {name: value for name, value in given.items() if name not in SETTINGS}
     try:
-        transformer = kind(**{**usual, **layout, **given, **derived})
+        transformer = kind(**{**layout, **given, **derived})
     except (ValueError, AssertionError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"Megatron-Core refuses the model or its layout: {error}") from error
     if yarn is not None:  # Megatron-Core's GPT looks for them there, and its attention for the first

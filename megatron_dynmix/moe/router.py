@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, save_to_aux_losses_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 
@@ -98,16 +97,6 @@ class GateLoadRouter(TopKRouter):
             rank = parallel_state.get_tensor_model_parallel_rank()
             return padding_mask.split(logits.shape[0], dim=0)[rank]
         return padding_mask
-
-    def gating(self, input: torch.Tensor) -> torch.Tensor:
-        """Return router logits, without Transformer Engine by a plain product."""
-        if not moe_utils.HAVE_TE:  # the parent names a function of it that is undefined then
-            dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(
-                self.config.moe_router_dtype, input.dtype
-            )
-            bias = None if self.bias is None else self.bias.to(dtype)
-            return torch.nn.functional.linear(input.to(dtype), self.weight.to(dtype), bias)
-        return super().gating(input)
 
     def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
         """Count the real tokens that chose each expert, also those that were then dropped, for its bias."""

@@ -217,8 +217,8 @@ class Layer:
 
     @property
     def norm_copies(self) -> int:
-        """Count input and output of a norm; torch's on a CPU keeps the normalised input too."""
-        return 2 if self.host.cuda else 3
+        """Count input and output of a norm; torch's on a CPU keeps the normalised input too, all in float32."""
+        return 2 if self.host.cuda else 1 + 2 * FP32 // self.element
 
     def bytes_kept(self, *, is_moe: bool) -> int:
         """Return the bytes in all, selective recomputation taken into account."""
@@ -350,7 +350,11 @@ class Layer:
         return elements + transformer.moe_router_topk * (transformer.hidden_size * self.layout.etp + inside)
 
     def _router_bytes(self) -> int:
-        """Count bytes a token: a copy for a router of another precision, its scores and its choice."""
+        """Count bytes a token: the router's scores and its choice, and what noise that is learned multiplies.
+
+        Else Megatron-Core makes a copy of its input in another precision again, and keeps none.
+        """
         own = {"fp32": 4, "fp64": 8}.get(str(self.transformer.moe_router_dtype), self.element)
-        copy = self.transformer.hidden_size * own if own != self.element else 0
+        noisy = self.config.model.router_noise == "training"
+        copy = self.transformer.hidden_size * own if noisy and own != self.element else 0
         return copy + 3 * own * int(self.transformer.num_moe_experts or 0)

@@ -263,8 +263,7 @@ def build_runner(
     config: RunConfig, num_sources: int, here: platform.Platform, *, trains: bool = True
 ) -> PassRunner:
     """Build the model, and the counter that its routers write into; without gradients if it is only run."""
-    on_cuda = here.device.type == "cuda"
-    transformer = transformer_config(with_defaults(config, this_host()), cuda=on_cuda)
+    transformer = transformer_config(with_defaults(config, this_host()))
     build = build_model if trains else build_modules
     chunks = list(build(config, transformer, here))
     layers = moe_layers(transformer)

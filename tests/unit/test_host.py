@@ -16,6 +16,7 @@ from megatron_dynmix.errors import InputError
 CPU = Host(cuda=False, transformer_engine=False)
 PACKAGES = {"deep_ep": True, "fused_weight_gradient_mlp_cuda": True, "grouped_gemm": True}
 GPU = Host(cuda=True, transformer_engine=True, **PACKAGES)
+CUDA = Host(cuda=True, transformer_engine=False)
 VALUES = {
     "moe_token_dispatcher_type": "flex",
     "recompute_modules": ["moe_act"],
@@ -183,7 +184,7 @@ YARN = {"rope_type": "yarn", "rotary_scaling_factor": 4, "original_max_position_
     [
         (GPU, {}, True),
         (CPU, {}, None),
-        (Host(cuda=True, transformer_engine=False), {}, None),
+        (CUDA, {}, None),
         (GPU, {"apply_rope_fusion": False}, False),
         (GPU, {"rotary_interleaved": True}, None),
         (GPU, YARN, None),
@@ -198,7 +199,7 @@ def test_rotary_fusion_is_on_where_it_is_there_and_right(host, model, fused, tmp
     completed = with_defaults(config, host)
     assert completed.model.megatron.get("apply_rope_fusion") is fused
     assert config.model.megatron.get("apply_rope_fusion") == model.get("apply_rope_fusion"), "not on record"
-    assert dataclasses.replace(completed, model=config.model) == config
+    assert dataclasses.replace(completed, model=config.model, parallel=config.parallel) == config
 
 
 def test_a_fused_kernel_that_would_rotate_otherwise_is_refused(tmp_path):
@@ -213,8 +214,8 @@ def test_outputs_of_a_pipeline_are_let_go_but_where_gloo_may_still_send_them(tmp
     for parallel, on_cpu in (({"pipeline_model_parallel_size": 2}, True), (stages, False)):
         content["parallel"] = parallel
         config = load(tmp_path, content)
-        assert transformer_config(config).deallocate_pipeline_outputs is on_cpu
-        assert transformer_config(config, cuda=True).deallocate_pipeline_outputs
+        assert transformer_config(with_defaults(config, CPU)).deallocate_pipeline_outputs is on_cpu
+        assert transformer_config(with_defaults(config, CUDA)).deallocate_pipeline_outputs
         check_host(config, CPU)
     content["parallel"] = {**stages, "deallocate_pipeline_outputs": True}
     with pytest.raises(InputError, match="deallocate_pipeline_outputs is true with overlap_p2p_comm"):
@@ -226,5 +227,5 @@ def test_dropout_is_fused_on_cuda_unless_it_is_told_not_to(given, tmp_path):
     content = good_settings(tmp_path)
     content["model"] |= given
     config = load(tmp_path, content)
-    assert not transformer_config(config).bias_dropout_fusion
-    assert transformer_config(config, cuda=True).bias_dropout_fusion is not bool(given)
+    assert not transformer_config(with_defaults(config, CPU)).bias_dropout_fusion
+    assert transformer_config(with_defaults(config, CUDA)).bias_dropout_fusion is not bool(given)

@@ -34,7 +34,7 @@ OFF = {
     "fp4_recipe is custom": {"fp4": "e2m1"},
     "first_last_layers_bf16 is true": FP8,
     "gated_linear_unit is true": {"gated_linear_unit": False},
-    "bias_activation_fusion and use_te_activation_func are false": {"bias_activation_fusion": True},
+    "bias_activation_fusion is false": {"bias_activation_fusion": True},
     "multi_latent_attention is false": LATENT,
     "rope_type is yarn": {**LATENT, "rope_type": "rope"},
     "rope_type is rope": LATENT,

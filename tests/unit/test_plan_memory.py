@@ -57,11 +57,8 @@ KEPT = {
     "moe again": ({"recompute_granularity": "selective", "recompute_modules": ["moe"]}, {}, {}),
 }
 CPU = Host(cuda=False, transformer_engine=False)
-TOLERANCE = {"bf16": 0.1, "full recomputation": 0.05}
-"""Not counted: float32 copies that norms of bf16 keep on a CPU, masks that recomputation keeps.
-
-All others: 2%.
-"""
+TOLERANCE = {"full recomputation": 0.05}
+"""Not counted: masks that recomputation keeps. All others: 2%."""
 
 
 def config_of(folder, name):
