@@ -23,7 +23,7 @@ from typing import Any
 from megatron_dynmix.config import leaves
 from megatron_dynmix.config import megatron_fields as known
 from megatron_dynmix.config import run_config as tree
-from megatron_dynmix.config.decided import DECIDED
+from megatron_dynmix.config.decided import DECIDED, OVERRULED
 from megatron_dynmix.config.idle import MASTERS
 from megatron_dynmix.mixing.strategies import STRATEGIES
 
@@ -41,6 +41,11 @@ IDLE = """These are refused, other values than Megatron-Core's own or those of t
 """
 
 
+DECIDED_WHY = """Megatron-Core's own value may be given and changes nothing; another one is refused.
+Not even that may be given of {overruled}: a run has another one.
+"""
+
+
 def reference() -> str:
     """Return the whole page as Markdown."""
     parts = [HEAD]
@@ -54,7 +59,12 @@ def reference() -> str:
     parts += list(megatron_fields())
     needing = [(", ".join(f"`{name}`" for name in one.settings), f"unless {one.words}") for one in MASTERS]
     parts += ["## What does nothing alone\n", IDLE, table(needing)]
-    parts += ["## What cannot be set\n", table([(f"`{name}`", why) for name, why in DECIDED.items()])]
+    overruled = ", ".join(f"`{name}`" for name in OVERRULED)
+    parts += [
+        "## What cannot be set\n",
+        DECIDED_WHY.format(overruled=overruled),
+        table([(f"`{name}`", why) for name, why in DECIDED.items()]),
+    ]
     return "\n".join(parts)
 
 

@@ -57,7 +57,7 @@ def _rows(kind: Any) -> typing.Iterator[tuple[str, tuple[str, Any]]]:
         made = field.default_factory is not dataclasses.MISSING
         value = field.default_factory() if made else field.default  # type: ignore[misc]
         text = f"{text} | None" if field.name in MAY_BE_NULL else text
-        plain = None if decided else value.name if isinstance(value, Enum) else value
+        plain = value.name if isinstance(value, Enum) else value if text else None
         yield field.name, (text or "Any", plain)
 
 

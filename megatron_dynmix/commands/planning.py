@@ -30,8 +30,8 @@ from megatron_dynmix.training.mix_setup import Mix, Resolved, check_mix, initial
 from megatron_dynmix.training.resume import check_pretrained
 
 HOSTS = {
-    "te": Host(cuda=True, transformer_engine=True, deep_ep=True),
-    "cuda": Host(cuda=True, transformer_engine=False, deep_ep=True),
+    "te": Host(cuda=True, transformer_engine=True, deep_ep=True, hybrid_ep=True),
+    "cuda": Host(cuda=True, transformer_engine=False, deep_ep=True, hybrid_ep=True),
     "cpu": Host(cuda=False, transformer_engine=False),
 }
 

@@ -1,4 +1,4 @@
-"""Settings of Megatron-Core that cannot be given here, and why: each is refused by name.
+"""Settings of Megatron-Core that cannot be given here, and why: all but its own values are refused by name.
 
 A setting that nothing of a run reads would be taken and do nothing, so it stands here too;
 `tests/unit/test_megatron_reads.py` looks for those in the installed version.
@@ -113,3 +113,8 @@ _WHY = {
 
 DECIDED = {name: why for why, names in _WHY.items() for name in names}
 """Setting -> why it cannot be given."""
+OVERRULED = (
+    *("calculate_per_token_loss", "check_for_nan_in_grad", "params_dtype", "pipeline_dtype"),
+    *("autocast_dtype", "transformer_impl"),
+)
+"""Those of which a run has another value than Megatron-Core by default, so that this one is refused too."""

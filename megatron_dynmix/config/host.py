@@ -25,6 +25,8 @@ class Host:
     transformer_engine_error: str = ""
     """Why it cannot be used though it is installed, and the remedy."""
     deep_ep: bool = False
+    hybrid_ep: bool = False
+    """The part of some builds of DeepEP that has a buffer of its own."""
     fused_weight_gradient_mlp_cuda: bool = False
     """The part of apex that adds up weights' gradients."""
     grouped_gemm: bool = False
@@ -43,6 +45,7 @@ class Need(NamedTuple):
 
 
 _CUDA, _NCCL, _DEEP_EP = "CUDA", "NCCL", "CUDA and DeepEP"
+_HYBRID_EP = "CUDA and a DeepEP that has HybridEP"
 _TE = "Transformer Engine on a CUDA device"
 _TE_AND_APEX = "Transformer Engine on a CUDA device, and apex built with --cuda_ext"
 _TE_AND_GROUPED = "Transformer Engine on a CUDA device, and the package grouped_gemm"
@@ -53,6 +56,7 @@ _OUT = "leave it out"
 
 NEEDS = (
     Need("moe_token_dispatcher_type", lambda kind: kind == "flex", _DEEP_EP, "use alltoall or allgather"),
+    Need("moe_flex_dispatcher_backend", lambda kind: kind == "hybridep", _HYBRID_EP, "use deepep"),
     Need("moe_grouped_gemm", bool, _TE, "leave it out: experts then run one after another"),
     Need("recompute_modules", lambda modules: "moe_act" in (modules or []), _TE, "use [moe] instead"),
     Need("cross_entropy_fusion_impl", lambda kind: kind == "te", _TE, "use native"),
@@ -85,6 +89,7 @@ def _offered(host: Host, config: RunConfig) -> dict[str, bool]:
         _CUDA: host.cuda,
         _NCCL: host.cuda,
         _DEEP_EP: host.cuda and host.deep_ep,
+        _HYBRID_EP: host.cuda and host.hybrid_ep,
         _TE: engine,
         _TE_AND_APEX: engine and host.fused_weight_gradient_mlp_cuda,
         _TE_AND_GROUPED: engine and host.grouped_gemm,

@@ -1,7 +1,7 @@
 """Every leaf of the configuration: its name, section, type and where it comes from.
 
 Leaf names are unique over all sections, so each is also a flag. Ours come from `run_config.py`, the others
-are fields of Megatron-Core's dataclasses; those that `decided.py` names cannot be set.
+are fields of Megatron-Core's dataclasses; those that `decided.py` names cannot be set to another value.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from megatron_dynmix.config import run_config as tree
-from megatron_dynmix.config.decided import DECIDED
+from megatron_dynmix.config.decided import DECIDED, OVERRULED
 from megatron_dynmix.config.strategies import option_hints
 from megatron_dynmix.errors import InputError
 
@@ -91,9 +91,25 @@ def _own_leaves(section: str, owner: type) -> dict[str, Leaf]:
     }
 
 
-def find(name: str) -> Leaf:
-    """Return the leaf of that name; refuse an unknown one, and one that cannot be set, with the reason."""
-    if name in refused():
+def is_usual(name: str, value: Any) -> bool:
+    """Whether a setting that cannot be given is given the value that every run has, Megatron-Core's own."""
+    from megatron_dynmix.config.megatron_fields import megatron_fields, unavailable_fields
+
+    if name not in DECIDED or name in (*OVERRULED, *unavailable_fields()):
+        return False
+    field = next(fields[name] for fields in megatron_fields().values() if name in fields)
+    try:
+        return bool(coerce(value, field.hint, name) == field.default)
+    except InputError:
+        return False
+
+
+def find(name: str, value: Any = ...) -> Leaf:
+    """Return the leaf of that name; refuse an unknown one, and one that cannot be set, with the reason.
+
+    `value` is what it is given: one that `is_usual` is not refused.
+    """
+    if name in refused() and not is_usual(name, value):
         raise InputError(f"{name} cannot be set: {refused()[name]}")
     if name not in all_leaves():
         raise InputError(f"{name} is no setting{nearest(name, all_leaves())}")

@@ -47,7 +47,10 @@ def load_config(path: Path, flags: Sequence[str] = ()) -> tree.RunConfig:
     if "strategy" in given:
         _leave_options(path, values["mixing"], given["strategy"])
     for name, value in given.items():
-        values[leaves.find(name).section][name] = value
+        values[leaves.find(name, value).section][name] = value
+    for settings in values.values():  # what is as usual goes without saying
+        for name in settings.keys() & leaves.refused().keys():
+            del settings[name]
     values["data"].setdefault("prepared_dir", _absolute("prepared", path.parent, "data.prepared_dir"))
     values["model"] = complete_model(values["model"])
     load_hf = values["model"].get("load_hf")
@@ -115,7 +118,7 @@ def _yaml_value(path: Path, section: str, name: Any, value: Any) -> Any:
     if (section, name) == ("data", "sources"):
         return _sources(where, value, path.parent)
     try:
-        leaf = leaves.find(str(name))
+        leaf = leaves.find(str(name), value)
     except InputError as error:
         raise InputError(f"{path}: in section {section}: {error}") from None
     if leaf.section != section:
@@ -264,8 +267,11 @@ def read_flags(
         if isinstance(value, list):
             value = value[0] if len(value) == 1 else f"[{', '.join(value)}]"
         if not isinstance(value, bool):
-            leaf = leaves.find(name) if name in leaves.refused() else known[name]
-            value = leaves.from_text(value, leaf, flag)
+            try:
+                value = leaves.from_text(value, known[name], flag)
+            except InputError:
+                leaves.find(name)  # no value would do
+                raise
         parsed[name] = _meant(name, value, Path.cwd(), flag)
     return parsed
 

@@ -415,6 +415,7 @@ def run_settings(facts: Facts) -> Finding | None:
         cuda=facts.cuda_available,
         transformer_engine=TE in facts.versions and "transformer_engine" not in facts.import_errors,
         deep_ep="deep-ep" in facts.versions and "deep_ep" not in facts.import_errors,
+        hybrid_ep=facts.hybrid_ep,
         wandb="wandb" in facts.versions,
     )
     try:

@@ -71,6 +71,8 @@ class Facts:
     """Installed distributions by the name that indexes compare: `Flash_Attn` is `flash-attn`."""
     import_errors: Mapping[str, str] = field(default_factory=dict)
     """Why a compiled module that is installed fails to import, by module."""
+    hybrid_ep: bool = False
+    """Whether the DeepEP that is installed has HybridEP."""
     apex: Literal["none", "NVIDIA", "namesake"] = "none"
     flash_attention_range: tuple[str, str] | None = None
     """Versions that Transformer Engine accepts, least and greatest; None if it cannot be asked."""
@@ -123,6 +125,7 @@ def look() -> Facts:
         requirements=_requirements(),
         versions={canonicalize_name(each.metadata["Name"] or ""): each.version for each in installed},
         import_errors={name: error for name in packages.COMPILED if (error := packages.import_error(name))},
+        hybrid_ep=packages.has_hybrid_ep(),
         apex=_apex(),
         flash_attention_range=_flash_attention_range(),
         torch_cuda=torch.version.cuda,

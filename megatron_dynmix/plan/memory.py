@@ -217,7 +217,7 @@ class Layer:
 
     @property
     def norm_copies(self) -> int:
-        """Count input and output of a norm; torch's on a CPU keeps the normalised input too, all in float32."""
+        """Count input and output of a norm; torch's on a CPU has float32 copies: input and normalised."""
         return 2 if self.host.cuda else 1 + 2 * FP32 // self.element
 
     def bytes_kept(self, *, is_moe: bool) -> int:

@@ -55,6 +55,11 @@ def is_usable(package: str) -> bool:
     return is_installed(package) and not import_error(package)
 
 
+def has_hybrid_ep() -> bool:
+    """Whether the DeepEP that can be used is built from the branch that has HybridEP."""
+    return is_usable("deep_ep") and hasattr(importlib.import_module("deep_ep"), "HybridEPBuffer")
+
+
 def hide(package: str) -> None:
     """Have every later import of a package fail as if it were not installed."""
     for name in list(sys.modules):

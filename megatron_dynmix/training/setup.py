@@ -64,6 +64,7 @@ def check_before_start(config: RunConfig, *, fresh: bool = True) -> CheckedRun:
     host = replace(
         this_host(),
         deep_ep=packages.is_usable("deep_ep"),
+        hybrid_ep=packages.has_hybrid_ep(),
         fused_weight_gradient_mlp_cuda=packages.is_usable("fused_weight_gradient_mlp_cuda"),
         grouped_gemm=packages.is_usable("grouped_gemm"),
         wandb=wandb,

@@ -9,10 +9,11 @@ from config_fixtures import good_settings, load, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_dynmix.config.decided import DECIDED
-from megatron_dynmix.config.leaves import FLAG_ALIASES, all_leaves, find
+from megatron_dynmix.config.decided import DECIDED, OVERRULED
+from megatron_dynmix.config.leaves import FLAG_ALIASES, all_leaves, find, is_usual
 from megatron_dynmix.config.load import load_config, to_dict, to_yaml
 from megatron_dynmix.config.megatron import ddp_config, moe_layers, optimizer_config, transformer_config
+from megatron_dynmix.config.megatron_fields import megatron_fields
 from megatron_dynmix.config.presets import PRESETS
 from megatron_dynmix.errors import InputError
 
@@ -220,6 +221,39 @@ def test_what_is_decided_is_refused_in_the_file_and_as_a_flag(tmp_path, name):
     flag = [f"--{name.replace('_', '-')}"] + ([] if leaf.hint is bool else ["1"])
     with pytest.raises(InputError, match=re.escape(f"{name} cannot be set: {DECIDED[name]}")):
         load(tmp_path, "", flag)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(
+            ("softmax_type", "vanilla"),
+            ("fp16", False),
+            ("cuda_graph_impl", "none"),
+            ("mtp_num_layers", None),
+        ),
+        *(("tp_comm_overlap", False), ("initial_loss_scale", 2**32), ("barrier_with_L1_time", True)),
+    ],
+)
+def test_what_is_decided_may_be_given_as_megatron_core_has_it_and_is_no_part_of_the_run(
+    tmp_path, name, value
+):
+    leaf, plain = all_leaves()[name], load(tmp_path, "")
+    text = "null" if value is None else str(value).lower()
+    assert load(tmp_path, f"{leaf.section}: {{{name}: {text}}}") == plain
+    flag = name.replace("_", "-")
+    given = [f"--{flag}", text] if leaf.hint is not bool else [f"--{flag}" if value else f"--no-{flag}"]
+    assert load(tmp_path, "", given) == plain
+    with pytest.raises(InputError, match="is in the wrong section"):
+        load(tmp_path, f"data: {{{name}: {text}}}")
+
+
+@pytest.mark.parametrize("name", OVERRULED)
+def test_a_default_that_no_run_has_is_refused_too(tmp_path, name):
+    default = next(fields[name] for fields in megatron_fields().values() if name in fields).default
+    assert not is_usual(name, default)
+    with pytest.raises(InputError, match=f"{name} cannot be set"):
+        load(tmp_path, {all_leaves()[name].section: {name: default}})
 
 
 def test_round_trip_of_a_whole_configuration(tmp_path):

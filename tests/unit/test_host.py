@@ -14,11 +14,12 @@ from megatron_dynmix.config.run_config import DataConfig, ParallelConfig, RunCon
 from megatron_dynmix.errors import InputError
 
 CPU = Host(cuda=False, transformer_engine=False)
-PACKAGES = {"deep_ep": True, "fused_weight_gradient_mlp_cuda": True, "grouped_gemm": True}
+PACKAGES = dict.fromkeys(("deep_ep", "hybrid_ep", "fused_weight_gradient_mlp_cuda", "grouped_gemm"), True)
 GPU = Host(cuda=True, transformer_engine=True, **PACKAGES)
 CUDA = Host(cuda=True, transformer_engine=False)
 VALUES = {
     "moe_token_dispatcher_type": "flex",
+    "moe_flex_dispatcher_backend": "hybridep",
     "recompute_modules": ["moe_act"],
     "moe_latent_size": 16,
     "cross_entropy_fusion_impl": "te",
@@ -68,6 +69,20 @@ def test_what_needs_another_package_too_is_refused_without_it(name, tmp_path):
         pytest.skip(f"{name} is gone in this version of Megatron-Core")
     with pytest.raises(InputError, match=f"{name} is true, which needs .*, and "):
         check_host(load(tmp_path, settings(tmp_path, name)), Host(cuda=True, transformer_engine=True))
+
+
+def test_flex_is_refused_without_deep_ep_and_hybridep_without_that_part_of_it(tmp_path):
+    flex = settings(tmp_path, "moe_token_dispatcher_type", parallel={"expert_model_parallel_size": 2})
+    message = "^moe_token_dispatcher_type is flex, which needs CUDA and DeepEP; use alltoall or allgather$"
+    with pytest.raises(InputError, match=message):
+        check_host(load(tmp_path, flex), CUDA)
+    with_it = dataclasses.replace(CUDA, deep_ep=True)
+    check_host(load(tmp_path, flex), with_it)
+    flex["model"]["moe_flex_dispatcher_backend"] = "hybridep"
+    with pytest.raises(
+        InputError, match=r"^moe_flex_dispatcher_backend is hybridep, .* HybridEP; use deepep$"
+    ):
+        check_host(load(tmp_path, flex), with_it)
 
 
 @pytest.mark.parametrize("name", ["window_size", "window_attn_skip_freq"])
