@@ -93,9 +93,9 @@ def _own_leaves(section: str, owner: type) -> dict[str, Leaf]:
 
 def is_usual(name: str, value: Any) -> bool:
     """Whether a setting that cannot be given is given the value that every run has, Megatron-Core's own."""
-    from megatron_dynmix.config.megatron_fields import megatron_fields, unavailable_fields
+    from megatron_dynmix.config.megatron_fields import changed_fields, megatron_fields, unavailable_fields
 
-    if name not in DECIDED or name in (*OVERRULED, *unavailable_fields()):
+    if name not in DECIDED or name in (*OVERRULED, *unavailable_fields(), *changed_fields()):
         return False
     field = next(fields[name] for fields in megatron_fields().values() if name in fields)
     try:

@@ -63,10 +63,23 @@ def installed() -> tuple[str, str]:
     return ".".join(version.split(".")[:2]), version
 
 
+def _differences() -> dict[str, dict[str, list[str]]]:
+    """Return release -> kind of difference from the oldest one -> fields."""
+    path = Path(__file__).with_name("megatron_versions.json")
+    found: dict[str, dict[str, list[str]]] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+@functools.cache
+def changed_fields() -> frozenset[str]:
+    """Return the fields whose type or default is another one in the installed release than in the oldest."""
+    return frozenset(_differences().get(installed()[0], {}).get("changed", ()))
+
+
 @functools.cache
 def unavailable_fields() -> dict[str, str]:
     """Return the fields that cannot be set since another release than the installed one has them, and why."""
-    differences = json.loads(Path(__file__).with_name("megatron_versions.json").read_text(encoding="utf-8"))
+    differences = _differences()
     release, version = installed()
     if release not in (OLDEST, *differences):
         raise InputError(

@@ -229,7 +229,7 @@ def test_what_is_decided_is_refused_in_the_file_and_as_a_flag(tmp_path, name):
         *(
             ("softmax_type", "vanilla"),
             ("fp16", False),
-            ("cuda_graph_impl", "none"),
+            ("qk_clip_alpha", 0.5),
             ("mtp_num_layers", None),
         ),
         *(("tp_comm_overlap", False), ("initial_loss_scale", 2**32), ("barrier_with_L1_time", True)),
