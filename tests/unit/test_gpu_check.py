@@ -4,16 +4,20 @@ One of them runs here; all, at a tiny size, in `make test-slow`.
 """
 
 import json
+import re
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
+import torch
 
+from megatron_dynmix.files import parse_json
 from tests.distributed.ranks import run_ranks
 from tools.gpu_check import __main__ as gpu_check
-from tools.gpu_check import figures, supervise
+from tools.gpu_check import figures, supervise, synchronizations
 
 PARTS = "tests.unit.gpu_check_parts"
 
@@ -137,6 +141,21 @@ def test_largest_difference_is_relative_and_never_hides_what_is_not_finite():
     assert figures.largest_difference([1.0, float("nan")], [1.0, 1.0]) == float("inf")
     with pytest.raises(ValueError, match="1 values seen, 2 recorded"):
         figures.largest_difference([1.0], [1.0, 1.0])
+
+
+def test_waits_on_a_gpu_are_counted_by_line_and_held_against_the_trace(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with synchronizations.synchronizations(torch.device("cuda")) as seen:
+        for _ in range(3):
+            parse_json(b"1.5", lambda _: warnings.warn("called a synchronizing CUDA operation", stacklevel=1))
+        warnings.warn("something else", stacklevel=1)
+    assert modes == ["warn", "default"]
+    ((line, times),) = seen.items()
+    assert times == 3 and re.fullmatch(r"megatron_dynmix/files\.py:\d+ \(parse_json\)", line)
+    beyond = synchronizations.beyond
+    assert beyond(seen, {line: 3, "elsewhere": 9}) == {} and beyond(seen, {line: 1}) == {line: 2}
+    assert beyond(seen, {"megatron_dynmix/files.py:1 (parse_json)": 3}) == {line: 3}
 
 
 def real_parts(names, job):

@@ -25,7 +25,7 @@ from megatron_dynmix.plan.parameters import (
 from megatron_dynmix.plan.plan import Plan
 from megatron_dynmix.training.trainer import Trainer
 from tools.gpu_check import figures as figured
-from tools.gpu_check.small import HERE, activities, attention_of, build
+from tools.gpu_check.small import HERE, activities, attention_of, build, traced_here
 from tools.gpu_check.supervise import Figures, Job
 
 FULL = (
@@ -53,7 +53,7 @@ FULL = (
 )
 TINY = ("--num-layers", "2", "--seq-length", "128", "--probe-tokens", "256")
 SETTINGS = ("--bf16", "--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters", "1000")
-PLAN_TOLERANCE = 0.05
+TOLERANCE = 0.05
 PAIRS, WARM_UP = 30, 4
 """Pairs of iterations; there are fewer at a tiny size."""
 
@@ -61,10 +61,15 @@ PAIRS, WARM_UP = 30, 4
 @functools.cache
 def trainer_of(job: Job) -> Trainer:
     """Build the run, once in a process, and train two iterations: the first ones compile."""
-    trainer = build(job, f"large-{time.time_ns()}", [*SETTINGS, *(TINY if job.tiny else FULL)])
+    trainer = build(job, f"large-{time.time_ns()}", flags_of(job))
     for _ in range(2):
         trainer.train_step(StopRequest())
     return trainer
+
+
+def flags_of(job: Job) -> list[str]:
+    """Return the flags of the run."""
+    return [*SETTINGS, *(TINY if job.tiny else FULL)]
 
 
 def pairs_of(job: Job) -> tuple[int, int]:
@@ -142,7 +147,7 @@ def probe(job: Job, figures: Figures) -> None:
 
 
 def peak_memory(job: Job, figures: Figures) -> None:
-    """Hold the most memory that was in use during an iteration against that of `plan`."""
+    """Hold the most memory that was in use during an iteration against that of `plan` and of the trace."""
     trainer = trainer_of(job)
     planned = Plan(config=trainer.config, world_size=1, host=this_host(), sources={}).largest
     figures.update(planned=planned.total, planned_with_reserve=planned.needed)
@@ -153,7 +158,12 @@ def peak_memory(job: Job, figures: Figures) -> None:
     trainer.train_step(StopRequest())
     peak, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     figures.update(peak=peak, held=held, peak_of_planned=peak / planned.total)
-    assert abs(peak / planned.total - 1) <= PLAN_TOLERANCE, f"plan is off by more than {PLAN_TOLERANCE:.0%}"
+    said = {"plan": planned.total}
+    if traced := traced_here(job, figures, flags_of(job)):
+        figures.update(traced=traced.peak, peak_of_traced=peak / traced.peak)
+        said["the trace"] = traced.peak
+    for who, expected in said.items():
+        assert abs(peak / expected - 1) <= TOLERANCE, f"{who} is off by more than {TOLERANCE:.0%}"
     assert held <= planned.needed, "the allocator holds more than plan says a GPU should have"
 
 

@@ -28,14 +28,16 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from megatron_dynmix.checkpoint.tensors import own_slices  # noqa: E402
 from megatron_dynmix.config.load import load_config  # noqa: E402
+from megatron_dynmix.errors import InputError  # noqa: E402
 from megatron_dynmix.job.signals import StopRequest  # noqa: E402
 from megatron_dynmix.model.gpt import unwrap  # noqa: E402
 from megatron_dynmix.moe.counter import reduce_counts  # noqa: E402
 from megatron_dynmix.records.jsonl import read_records  # noqa: E402
 from megatron_dynmix.training import run  # noqa: E402
 from megatron_dynmix.training.setup import check_before_start, prepare_run, set_up  # noqa: E402
+from megatron_dynmix.training.trace import Trace, trace  # noqa: E402
 from megatron_dynmix.training.trainer import Trainer  # noqa: E402
-from tools.gpu_check.synchronizations import synchronizations  # noqa: E402
+from tools.gpu_check.synchronizations import beyond, synchronizations  # noqa: E402
 
 RECORD = Path(__file__).with_name("cpu.json")
 SETTINGS = [
@@ -186,13 +188,27 @@ def _drawn(job: Job, name: str, seed: int) -> dict[str, torch.Tensor]:
 
 
 def waits(job: Job, figures: Figures) -> None:
-    """Name the lines at which an iteration makes the host wait for the device."""
+    """Hold the lines at which an iteration makes the host wait against those of the trace."""
     trainer = build(job, "waits", first_weights(job))
     trainer.train_step(StopRequest())
     with synchronizations(HERE.device) as seen:
         trainer.train_step(StopRequest())
-    figures["lines"] = dict(seen.most_common())
     trainer.writer.close()
+    figures["lines"] = dict(seen.most_common())
+    if traced := traced_here(job, figures, []):
+        expected = traced.waits["iteration"]
+        figures["traced"] = expected
+        assert not (more := beyond(seen, expected)), f"waits that the trace does not have: {more}"
+
+
+def traced_here(job: Job, figures: Figures, flags: list[str]) -> Trace | None:
+    """Trace on fake tensors the run that ran here; None, with the reason on record, if that cannot be."""
+    here = {"rank": 0, "world_size": 1, "transformer_engine": HERE.transformer_engine}
+    try:
+        return trace(data_of(job), [*SETTINGS, *flags], **here)
+    except InputError as error:
+        figures["not_compared"] = str(error)
+        return None
 
 
 def attention_fp32(job: Job, figures: Figures) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_dynmix.platform.fake.observe import place
+
 
 @contextlib.contextmanager
 def synchronizations(device: torch.device) -> Iterator[Counter[str]]:
-    """Count the waits inside the block, as `{"megatron_dynmix/training/step.py:95": 1, ...}`.
+    """Count the waits inside the block by place, as `Trace.waits` has them: `file:line (function)`.
 
     On a GPU torch says where it waits. On a CPU, where nothing waits, values that are read count.
     """
@@ -36,7 +37,7 @@ def synchronizations(device: torch.device) -> Iterator[Counter[str]]:
 
 def _count(seen: Counter[str], message: str) -> None:
     if "synchroniz" in message:
-        seen[_where()] += 1
+        seen[place()] += 1
 
 
 class _ReadValues(TorchDispatchMode):
@@ -46,17 +47,14 @@ class _ReadValues(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            self.seen[_where()] += 1
+            self.seen[place()] += 1
         return func(*args, **(kwargs or {}))
 
 
-def _where() -> str:
-    """Return the line of Megatron-Core or of this project that has called."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        path = frame.f_code.co_filename
-        for package in ("megatron_dynmix/", "megatron/core/"):
-            if package in path:
-                return f"{package}{path.rpartition(package)[2]}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "elsewhere"
+def beyond(seen: Mapping[str, int], traced: Mapping[str, int]) -> dict[str, int]:
+    """Return the waits that a trace has not, or fewer times, by place.
+
+    Not the other way round: torch does not tell of every wait on a GPU, of an event for instance, and some
+    come in the first iteration only.
+    """
+    return {line: times - traced.get(line, 0) for line, times in seen.items() if times > traced.get(line, 0)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import weakref
 from collections import Counter
@@ -15,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-PACKAGES = ("megatron_dynmix", "megatron", "transformer_engine")
-HERE = str(Path(__file__).parent)
+OURS = Path(__file__).parents[2]
+OTHERS = ("/megatron/core/", "/transformer_engine/")
 BACKWARD = "autograd's backward pass"
 """The place of what no line of Python asks for."""
 
@@ -25,19 +26,22 @@ waits: Counter[str] = Counter()
 
 
 def place() -> str:
-    """Return the innermost line of the packages that is being run."""
+    """Return the innermost line of ours, Megatron-Core's or Transformer Engine's that is being run."""
     frame = sys._getframe(1)
     while frame is not None:
-        path = frame.f_code.co_filename
-        if not path.startswith(HERE):
-            parts = Path(path).parts
-            for package in PACKAGES:
-                if package in parts:
-                    # the last one: a folder above the project may have its name
-                    start = len(parts) - 1 - parts[::-1].index(package)
-                    return f"{'/'.join(parts[start:])}:{frame.f_lineno} ({frame.f_code.co_name})"
+        if path := _in_package(frame.f_code.co_filename):
+            return f"{path}:{frame.f_lineno} ({frame.f_code.co_name})"
         frame = frame.f_back  # type: ignore[assignment]
     return BACKWARD
+
+
+@functools.cache
+def _in_package(path: str) -> str:
+    """Return the path of a file of those packages from the package on; empty for others, and this part."""
+    if path.startswith(f"{OURS}{os.sep}"):
+        return "" if path.startswith(str(Path(__file__).parent)) else str(Path(path).relative_to(OURS.parent))
+    starts = [start for package in OTHERS if (start := path.rfind(package)) >= 0]
+    return path[max(starts) + 1 :] if starts else ""
 
 
 def waited(times: int = 1) -> None:
