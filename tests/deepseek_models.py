@@ -150,7 +150,11 @@ def tiny_config(name, **changes):
 
 def tiny_model(name, **changes):
     """A model with random weights, the correction of its router's scores among them."""
-    config = tiny_config(name, **changes)
+    return randomized(tiny_config(name, **changes))
+
+
+def randomized(config):
+    """A model of that configuration with random weights, buffers of its routers among them."""
     with torch.random.fork_rng():
         torch.manual_seed(2)
         model = transformers.AutoModelForCausalLM.from_config(

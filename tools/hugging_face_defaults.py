@@ -42,7 +42,9 @@ def _row(kind: type[PretrainedConfig]) -> dict[str, dict[str, Any]]:
     pairs = {pair for one, other in kind.attribute_map.items() for pair in ((one, other), (other, one))}
     names = {one: other for one, other in sorted(pairs) if other in parameters and one not in parameters}
     base = parameters.pop("rope_theta", None) or kind.default_theta  # transformers 4, 5
-    return {"defaults": {**parameters, "rope_theta": base}, "names": names}
+    share = kind().rope_parameters.get("partial_rotary_factor", 1.0)
+    rotary = {"rope_theta": base, **({"partial_rotary_factor": share} if share != 1 else {})}
+    return {"defaults": {**parameters, **rotary}, "names": names}
 
 
 def main() -> None:

@@ -143,9 +143,12 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
             f"tensor_model_parallel_size is {tp} without sequence_parallel, which MoE training needs: "
             "add --sequence-parallel"
         )
-    if config.model.qk_layernorm_full_width and tp > 1:
+    normalization = model_settings(config).normalization
+    if config.model.qk_layernorm_full_width and tp > 1 and normalization != "RMSNorm":
         raise InputError(
-            "qk_layernorm_full_width normalises over all heads: tensor_model_parallel_size must be 1"
+            f"qk_layernorm_full_width is true and normalization {normalization}: tensor-parallel "
+            "ranks sum the squares of their heads, which RMSNorm asks for; tensor_model_parallel_size must "
+            "be 1"
         )
     if config.model.megatron.get("moe_token_dispatcher_type") == "flex" and etp * ep == 1:
         raise InputError(
@@ -308,7 +311,9 @@ def _check_model(config: RunConfig) -> None:
     model = model_settings(config)
     require(model.num_layers >= 1, "model.num_layers", model.num_layers, "1 or more")
     latent = megatron_fields()["MLATransformerConfig"].keys() - {*rotary.SETTINGS}
-    if not model.multi_latent_attention and (given := sorted(latent & config.model.megatron.keys())):
+    given = sorted(latent & config.model.megatron.keys())
+    given += ["latent_layernorm_epsilon"] if config.model.latent_layernorm_epsilon is not None else []
+    if not model.multi_latent_attention and given:
         raise InputError(
             f"{', '.join(given)}: only multi-latent attention has that; set multi_latent_attention, or leave "
             "it out"

@@ -40,7 +40,14 @@ PLAIN = (
     *("moe_router_enable_expert_bias", "moe_apply_probs_on_input", "moe_router_topk_limited_devices"),
     *("moe_latent_size", "softmax_type", "no_rope_freq", "linear_attention_freq"),
     *("experimental_attention_variant", "activation_func_clamp_value", "glu_linear_offset"),
-    *("mtp_num_layers", "heterogeneous_block_specs", "router_network", "router_noise"),
+    *(
+        rotary.SHARE,
+        "latent_layernorm_epsilon",
+        "mtp_num_layers",
+        "heterogeneous_block_specs",
+        "router_network",
+        "router_noise",
+    ),
 )
 """Settings that change what a model computes, and that config.json means the default of without a word."""
 
@@ -93,7 +100,7 @@ def model_settings(config: Values) -> dict[str, Any]:
     for ours, (theirs, opposite) in switches.items():
         settings[ours] = _truth(config, theirs) is not opposite
     latent = bool(dialect.fixed.get("multi_latent_attention"))
-    settings |= rotary.rotary_settings(config, latent=latent)
+    settings |= rotary.rotary_settings(config, latent=latent, partial=dialect.partial_rotary)
     settings["attention_dropout"] = config.get("attention_dropout", 0.0)
     _check_numbers(settings)
     settings["moe_layer_freq"] = _moe_layer_freq(config, settings["num_layers"]) if dialect.mixed else 1
@@ -120,6 +127,7 @@ def hugging_face_config(settings: Values) -> dict[str, Any]:
         means = {**{name: defaults[name] for name in PLAIN}, **USUAL, **dialect.fixed}
         usual = dialect.plain(defaults_of(model_type))
         said = {*dialect.names, *dialect.switches, *dialect.own(usual)}
+        said |= {rotary.SHARE} if dialect.partial_rotary else set()
         wrong[model_type] = [name for name in means if name not in said and given[name] != means[name]]
         wrong[model_type] += ["num_moe_experts"] if given["num_moe_experts"] is None else []
         if not wrong[model_type]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.families import FAMILIES
+from megatron_dynmix.families import FAMILIES, known_as
 from megatron_dynmix.families.dialect import Values
 
 
@@ -19,12 +19,11 @@ from megatron_dynmix.families.dialect import Values
 def _table() -> dict[str, dict[str, dict[str, Any]]]:
     path = Path(__file__).with_suffix(".json")
     known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    for model_type, family in FAMILIES.items():
-        if family.dialect.defaults is not None:
-            known[model_type] = {"defaults": family.dialect.defaults, "names": {}}
-        elif family.dialect.alias is not None:
-            known[model_type] = known[family.dialect.alias]
-    return known
+    own = {name: family.dialect.defaults for name, family in FAMILIES.items() if name not in known}
+    return known | {
+        name: known[str(known_as(name))] if defaults is None else {"defaults": defaults, "names": {}}
+        for name, defaults in own.items()
+    }
 
 
 def defaults_of(model_type: str) -> dict[str, Any]:

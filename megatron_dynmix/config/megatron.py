@@ -65,7 +65,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         derived["attention_backend"] = AttnBackend[config.model.megatron["attention_backend"]]
     kind, given, yarn = TransformerConfig, dict(config.model.megatron), None
     if given.get("multi_latent_attention"):
-        kind, derived["rotary_base"] = MLATransformerConfig, config.model.rotary_base
+        kind = MLATransformerConfig
+        derived |= {name: getattr(config.model, name) for name in ("rotary_base", "rotary_percent")}
     else:
         yarn = yarn_of(given)
         given = {name: value for name, value in given.items() if name not in SETTINGS}

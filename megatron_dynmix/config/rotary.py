@@ -25,22 +25,31 @@ YARN = {
 """Our name, which is that of `MLATransformerConfig` -> theirs, of an embedding stretched by YaRN."""
 TRUNCATED = "yarn_correction_range_round_to_int"
 INTERPOLATED = "rotary_seq_len_interpolation_factor"
-SETTINGS = ("rotary_base", "rope_type", *YARN, TRUNCATED, INTERPOLATED)
+SHARE, PARTIAL = "rotary_percent", "partial_rotary_factor"
+"""Our name and theirs of the share of each head that is rotated."""
+SETTINGS = ("rotary_base", SHARE, "rope_type", *YARN, TRUNCATED, INTERPOLATED)
 """All our settings of the embedding."""
-WORDS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
+WORDS = (
+    *("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"),
+    *(PARTIAL, "rotary_dim"),
+)
 """All that config.json says of it."""
-OTHERS = ("type", "rope_type", "rope_theta", "partial_rotary_factor", "attention_factor", "truncate")
+OTHERS = ("type", "rope_type", "rope_theta", PARTIAL, "attention_factor", "truncate")
 """What `rope_scaling` may say of YaRN beside `YARN`."""
 
 
-def rotary_settings(config: Values, *, latent: bool) -> dict[str, Any]:
-    """Return our settings for a config.json that says `rope_theta`; `latent` is for multi-latent attention.
+def rotary_settings(config: Values, *, latent: bool, partial: bool = False) -> dict[str, Any]:
+    """Return our settings for a config.json that says `rope_theta`.
 
-    As transformers 5 has it, `rope_scaling` is taken for `rope_parameters` where both are given.
+    `latent` is for multi-latent attention, `partial` for a family that may rotate a part of each head. As
+    transformers 5 has it, `rope_scaling` is taken for `rope_parameters` where both are given.
     """
     rope = _parameters(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    settings: dict[str, Any] = {"rotary_base": float(_positive("rope_theta", rope["rope_theta"]))}
+    settings: dict[str, Any] = {
+        "rotary_base": float(_positive("rope_theta", rope["rope_theta"])),
+        SHARE: _share(rope, config, partial),
+    }
     if kind == "yarn":
         return settings | {"rope_type": "yarn", **_yarn(rope, config, latent)}
     if kind == "linear" and not latent:
@@ -88,10 +97,17 @@ def _parameters(config: Values) -> dict[str, Any]:
             f"the rotary embedding is told of {', '.join(nested)} apart; only one for all layers can be run "
             "here"
         )
-    for part in (config.get("partial_rotary_factor"), given.get("partial_rotary_factor")):
-        if part not in (None, 1):
-            raise InputError(f"partial_rotary_factor is {part!r}, and only 1.0 can be run here")
     return {"rope_theta": config["rope_theta"], **given}
+
+
+def _share(rope: Values, config: Values, partial: bool) -> float:
+    """Return the share of each head that is rotated; what `rope_parameters` says of it holds."""
+    share = rope[PARTIAL] if PARTIAL in rope else config.get(PARTIAL)
+    share = 1.0 if share is None and PARTIAL not in rope else _positive(PARTIAL, share)
+    if share > 1 or (share < 1 and not partial):
+        only = "at most 1.0 means something" if partial else "only 1.0 can be run here"
+        raise InputError(f"{PARTIAL} is {share!r}, and {only}")
+    return float(share)
 
 
 def _yarn(rope: Values, config: Values, latent: bool) -> dict[str, Any]:

@@ -112,6 +112,8 @@ class ModelConfig(Section):
     """Longest sequence the model allows; the preset's if not given."""
     rotary_base: Positive[float | None] = None
     """Base of the rotary embedding; the preset's if not given."""
+    rotary_percent: Annotated[float, Need("above 0 and at most 1", lambda value: 0 < value <= 1)] = 1.0
+    """Share of each head that is rotated: its first numbers, in pairs."""
     rotary_seq_len_interpolation_factor: Positive[float | None] = None
     """Positions are divided by this before they are rotated: linear scaling to longer sequences."""
     yarn_correction_range_round_to_int: bool = True
@@ -120,6 +122,8 @@ class ModelConfig(Section):
     """Whether the output layer has weights of its own."""
     qk_layernorm_full_width: bool = False
     """Normalise queries and keys over all heads together, as OLMoE does, not head by head."""
+    latent_layernorm_epsilon: Positive[float | None] = None
+    """Epsilon of the norms of latent attention's latents, if it is not `layernorm_epsilon`."""
     router_network: Literal["linear", "mlp"] = "linear"
     """How routers make their logits: by one matrix, or by two with a tanh between (LLaMA-MoE)."""
     router_noise: RouterNoise | None = None

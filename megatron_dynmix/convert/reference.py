@@ -17,6 +17,7 @@ import torch
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.config.hugging_face import text_of
 from megatron_dynmix.config.quantization import WORD
+from megatron_dynmix.families import known_as
 from megatron_dynmix.files import read_object
 
 HF_LAYER = re.compile(r"(?P<before>(?:.*\.)?layers\.)(?P<layer>\d+)(?P<after>\..*)")
@@ -37,13 +38,13 @@ def reference_config(hf_folder: Path) -> Any:
 
     whole = PretrainedConfig.get_config_dict(hf_folder, local_files_only=True)[0]
     text = {name: value for name, value in text_of(whole).items() if name != WORD}
-    kind = text.get("model_type")
+    kind = known_as(text.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise NotCompared(
             f"transformers {version} has no model of type {kind}, and code of the folder is not run"
         )
     try:
-        config = CONFIG_MAPPING[kind].from_dict(text)
+        config = CONFIG_MAPPING[kind].from_dict({**text, "model_type": kind})
     except Exception as error:  # other people's code reads a file: whatever it says is a reason
         raise Different(f"transformers {version} cannot read config.json: {_first_line(error)}") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -56,7 +57,8 @@ def reference_config(hf_folder: Path) -> Any:
 def reads_itself(hf_folder: Path) -> bool:
     """Whether `transformers` reads a folder's weights as those of a language model, as they are trained."""
     config = read_object(hf_folder / "config.json", "fetch it again")
-    return text_of(config) is config and WORD not in config
+    itself = text_of(config) is config and WORD not in config
+    return itself and known_as(config.get("model_type")) == config.get("model_type")
 
 
 def reference_logits(

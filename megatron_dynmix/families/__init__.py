@@ -1,6 +1,6 @@
 """The families of Hugging Face models that are known: one file each, or one for those that share most."""
 
-from megatron_dynmix.families import deepseek, llama_moe, mixtral, olmoe, qwen
+from megatron_dynmix.families import deepseek, dots1, glm, llama_moe, minimax, mixtral, olmoe, qwen
 from megatron_dynmix.families.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -11,5 +11,16 @@ FAMILIES: dict[str, Family] = {
     "llama_moe": llama_moe.LLAMA_MOE,
     "deepseek_v2": deepseek.V2,
     "deepseek_v3": deepseek.V3,
+    "kimi_k2": deepseek.KIMI_K2,
+    "dots1": dots1.DOTS1,
+    "glm4_moe": glm.GLM4_MOE,
+    "glm4_moe_lite": glm.GLM4_MOE_LITE,
+    "minimax_m2": minimax.MINIMAX_M2,
 }
 """The `model_type` of config.json -> its family. A model of our own is written as the first that can."""
+
+
+def known_as(model_type: str | None) -> str | None:
+    """Return the `model_type` under which `transformers` has the models of another."""
+    family = FAMILIES.get(str(model_type))
+    return family.dialect.alias or model_type if family is not None else model_type

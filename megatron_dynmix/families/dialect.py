@@ -25,7 +25,6 @@ NAMES = {
 }
 """Our name -> that in config.json, for what every family has."""
 QWEN_EXPERTS = {"num_moe_experts": "num_experts", "moe_ffn_hidden_size": "moe_intermediate_size"}
-DEEPSEEK_EXPERTS = {"num_moe_experts": "n_routed_experts", "moe_ffn_hidden_size": "moe_intermediate_size"}
 PRE_SOFTMAX = {"moe_router_pre_softmax": ("norm_topk_prob", True)}
 """Weights of the chosen experts that sum to 1 are a softmax over these alone, taken after the choice."""
 
@@ -61,6 +60,8 @@ class Dialect:
     """The `model_type` under which `transformers` has such models, if that is another."""
     defaults: Values | None = None
     """What they mean by not saying it, if `transformers` has no such models."""
+    partial_rotary: bool = False
+    """Whether `partial_rotary_factor` is followed: `transformers` reads past it in the other families."""
     plain: Callable[[Values], dict[str, Any]] = dict
     """Their config.json in the words of the other families."""
     own: Callable[[Values], dict[str, Any]] = lambda config: {}

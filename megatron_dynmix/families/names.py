@@ -130,8 +130,8 @@ ATTENTION_RULES: Rules = (
     Rule("self_attn.o_proj.weight", ATTENTION + "proj.weight", "H Q", "attention"),
 )
 HEAD_NORMS: Rules = (
-    Rule("self_attn.q_norm.weight", "self_attention.q_layernorm.weight", "D", "norms"),
-    Rule("self_attn.k_norm.weight", "self_attention.k_layernorm.weight", "D", "norms"),
+    Rule("self_attn.q_norm.weight", "self_attention.q_layernorm.weight", "D", "norms", when="qk_layernorm"),
+    Rule("self_attn.k_norm.weight", "self_attention.k_layernorm.weight", "D", "norms", when="qk_layernorm"),
 )
 FULL_WIDTH_NORMS: Rules = (
     Rule("self_attn.q_norm.weight", "self_attention.q_layernorm.norm.weight", "Q", "norms"),
@@ -169,11 +169,11 @@ FUSED: Rules = (
 )
 
 
-def corrected_router(correction: str, gate: str = "mlp.gate.weight") -> Rules:
-    """Return the rules of a router whose choice, not its weights, is moved by a bias of each expert."""
+def corrected_router(correction: str, gate: str = "mlp.gate.weight", *, float32: bool = True) -> Rules:
+    """Return the rules of a router whose choice, not its scores, is moved by a bias of each expert."""
     return (
         Rule(gate, "mlp.router.weight", "E H", "router"),
-        Rule(correction, "mlp.router.expert_bias", "E", "router", when=BIASED, float32=True),
+        Rule(correction, "mlp.router.expert_bias", "E", "router", when=BIASED, float32=float32),
     )
 
 
@@ -193,3 +193,5 @@ class NameMap:
     separate: Rules = SEPARATE
     fused: Rules = FUSED
     dense: Rules = ()
+    predicting: bool = False
+    """Whether layers for multi-token prediction may follow: `num_nextn_predict_layers` of config.json."""

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.megatron import ddp_config, padded_vocab_size
 from megatron_dynmix.config.rotary import TRUNCATED
-from megatron_dynmix.model.layers import decoder_spec
+from megatron_dynmix.model.layers import decoder_spec, set_latent_epsilon
 from megatron_dynmix.moe.router import GateLoadRouter
 from megatron_dynmix.platform import Platform
 from megatron_dynmix.platform.megatron_patches import (
@@ -59,7 +59,7 @@ def build_gpt(
     """Build one (virtual) pipeline stage's part of the model, in the parameters' own precision."""
     spec = decoder_spec(config, transformer, transformer_engine, vp_stage)
     assert config.model.vocab_size is not None, "the preset gives one"
-    return RealVocabularyGPT(
+    gpt = RealVocabularyGPT(
         transformer,
         spec,
         real_vocab_size=config.model.vocab_size,
@@ -70,9 +70,13 @@ def build_gpt(
         share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
         position_embedding_type="yarn" if hasattr(transformer, TRUNCATED) else "rope",
         rotary_base=config.model.rotary_base,
+        rotary_percent=config.model.rotary_percent,
         seq_len_interpolation_factor=config.model.rotary_seq_len_interpolation_factor,
         vp_stage=vp_stage,
     )
+    if config.model.latent_layernorm_epsilon is not None:
+        set_latent_epsilon(gpt, config.model.latent_layernorm_epsilon)
+    return gpt
 
 
 def build_modules(

@@ -16,7 +16,12 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.post_training.modelopt.layers import Linear
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -198,15 +203,38 @@ class LocalNorm:
 class FullWidthNorm(torch.nn.Module):
     """RMSNorm of queries or keys over all heads together, as OLMoE has it (its `q_norm` and `k_norm`).
 
-    `heads` is the setting that says how many there are.
+    `heads` is the setting that says how many there are. Every tensor-parallel rank holds the weight of all:
+    Megatron-Core sums its gradient over them, as that of a norm of each head.
     """
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, *, heads: str, eps: float = 1e-5, **unused: Any
     ) -> None:
         super().__init__()
-        self.norm = LocalNorm(config, getattr(config, heads) * hidden_size, eps)
+        self.heads, self.ranks = getattr(config, heads), config.tensor_model_parallel_size
+        self.norm = LocalNorm(config, self.heads * hidden_size, eps)
 
     def forward(self, heads: torch.Tensor) -> torch.Tensor:
-        """Normalize over the last two axes of `[S, B, N, H]`."""
-        return self.norm(heads.flatten(start_dim=-2)).view_as(heads)
+        """Normalize over the last two axes of `[S, B, N, H]`; N may be a rank's part of the heads."""
+        if self.ranks == 1:
+            return self.norm(heads.flatten(start_dim=-2)).view_as(heads)
+        # As many numbers on each rank, and each head on as many ranks, even if they are more than KV groups:
+        # so the mean over the ranks is that over the heads. Its gradient is what it does to all ranks' heads.
+        wide = heads.float()
+        square = wide.square().mean(dim=(-2, -1), keepdim=True) / self.ranks
+        square = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(square))
+        first = parallel_state.get_tensor_model_parallel_rank() * self.heads // self.ranks
+        weight = self.norm.weight.view(self.heads, -1)[first : first + heads.shape[-2]]
+        return (wide * torch.rsqrt(square + self.norm.eps)).to(heads.dtype) * weight
+
+
+def set_latent_epsilon(gpt: torch.nn.Module, epsilon: float) -> None:
+    """Give the norms of latent attention's latents an epsilon of their own; Megatron-Core has one for all.
+
+    With Transformer Engine they are parts of the projections that follow.
+    """
+    holders = ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj")
+    for attention in gpt.modules():
+        for part in (getattr(attention, name, None) for name in holders):
+            if part is not None and hasattr(part, "eps"):
+                part.eps = epsilon

@@ -117,9 +117,10 @@ def test_a_prepared_prefix_stands_for_its_source(tmp_path):
         (
             {
                 "model.qk_layernorm_full_width": True,
+                "model.normalization": "LayerNorm",
                 "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
             },
-            ["qk_layernorm_full_width", "tensor_model_parallel_size must be 1"],
+            ["normalization LayerNorm", "tensor_model_parallel_size must be 1"],
         ),
         (
             {"parallel.virtual_pipeline_model_parallel_size": 2},

@@ -270,6 +270,7 @@ def test_what_is_plain_is_what_megatron_core_does_by_itself():
         "softmax_type": "vanilla",
         "router_network": "linear",
         "glu_linear_offset": 0.0,
+        "rotary_percent": 1.0,
     }
     for name in PLAIN:
         assert known[name] == named[name] if name in named else known[name] in (None, False), name

@@ -10,17 +10,18 @@ import torch
 from convert_fixtures import InMemory
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from megatron_dynmix.config.hugging_face import model_settings
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
 from megatron_dynmix.convert.model_map import weight_map as map_of
 from megatron_dynmix.convert.tensors import as_hugging_face, as_megatron, box
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.families import FAMILIES
-from tests import deepseek_models
+from megatron_dynmix.families import FAMILIES, known_as
+from tests import deepseek_models, family_models
 
 PADDED = 256
+MODULES = (deepseek_models, family_models)
 CASES = [
     *((family, {}) for family in tiny.FAMILIES),
     ("mixtral", {"tie_word_embeddings": True}),
@@ -205,11 +206,14 @@ def test_what_no_family_has_is_refused():
         map_of(section, {"model_type": "llama_moe"}, fused_experts=True)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"llama_moe"}))
+TINY = {family: (models, name) for models in MODULES for name, (family, _) in models.MODELS.items()}
+"""Family -> the module that makes a tiny model of it, and the name it has there."""
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if known_as(name) in CONFIG_MAPPING])
 def test_what_stays_float32_is_what_transformers_keeps(family):
-    """Of every family that it has; of LLaMA-MoE the published code keeps nothing."""
-    name = {"deepseek_v2": "V2-Lite", "deepseek_v3": "V3"}.get(family)
-    config = deepseek_models.tiny_config(name) if name else tiny.tiny_config(family)
+    models, name = TINY.get(known_as(family), (tiny, family))
+    config = models.tiny_config(name)
     names = map_of(model_settings(json.loads(config.to_json_string(use_diff=False))), config.to_dict())
     kept = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_keep_in_fp32_modules_strict", None) or ()
     assert {name.rpartition(".")[2] for name in names.float32 & names.hf_shapes.keys()} == set(kept)
