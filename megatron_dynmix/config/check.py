@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from megatron_dynmix.config import rotary
+from megatron_dynmix.config.attention_experts import check_attention_experts
 from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.idle import check_idle
 from megatron_dynmix.config.megatron_fields import megatron_fields, model_settings, moe_layers
@@ -88,6 +89,7 @@ def check_settings(config: RunConfig, world_size: int) -> None:
     _check_layout(config, world_size)
     _check_wsd(config)
     _check_model(config)
+    check_attention_experts(config)
     _check_router(config)
     _check_capacity(config)
     _check_mixing(config)
@@ -365,8 +367,16 @@ def _check_rotary(given: ModelConfig, model: SimpleNamespace) -> None:
 def _check_router(config: RunConfig) -> None:
     """Refuse routers and frozen weights that the rest of the model does not fit."""
     model, megatron = config.model, config.model.megatron
-    if model.router_network == "mlp" and not megatron.get("num_moe_experts"):
-        raise InputError("router_network is mlp, but the model is dense: it has no routers; leave it out")
+    if model.router_network != "linear" and not megatron.get("num_moe_experts"):
+        raise InputError(
+            f"router_network is {model.router_network}, but the model is dense: it has no routers; leave it "
+            "out"
+        )
+    if (model.router_network == "gelu") is (model.router_width is None):
+        raise InputError(
+            f"router_width is {model.router_width} with router_network {model.router_network}; a router of "
+            "gelu has a width between its matrices, and no other has"
+        )
     if model.router_noise is not None and model.router_network != "mlp":
         raise InputError(
             f"router_noise is {model.router_noise} with router_network {model.router_network}, which has no "

@@ -170,8 +170,11 @@ def joins_rows(config: RunConfig, transformer_engine: bool) -> bool:
     """Whether attention takes all rows of a micro-batch as one sequence, with the borders of the segments.
 
     Otherwise it takes a block-diagonal mask. Under context parallelism Transformer Engine wants every
-    segment to be as long as a multiple of 2 x ranks, of which each rank has two equal parts.
+    segment to be as long as a multiple of 2 x ranks, of which each rank has two equal parts. Attention with
+    experts is done without it, row by row.
     """
+    if config.model.attention_experts is not None:
+        return False
     cp = config.parallel.size("context_parallel_size")
     return transformer_engine and (cp == 1 or config.data.segment_multiple % (2 * cp) == 0)
 

@@ -48,6 +48,7 @@ PLAIN = (
         "router_network",
         "router_noise",
     ),
+    *("router_width", "attention_experts", "activation"),
 )
 """Settings that change what a model computes, and that config.json means the default of without a word."""
 
@@ -100,7 +101,8 @@ def model_settings(config: Values) -> dict[str, Any]:
     for ours, (theirs, opposite) in switches.items():
         settings[ours] = _truth(config, theirs) is not opposite
     latent = bool(dialect.fixed.get("multi_latent_attention"))
-    settings |= rotary.rotary_settings(config, latent=latent, partial=dialect.partial_rotary)
+    if dialect.rotary:
+        settings |= rotary.rotary_settings(config, latent=latent, partial=dialect.partial_rotary)
     settings["attention_dropout"] = config.get("attention_dropout", 0.0)
     _check_numbers(settings)
     settings["moe_layer_freq"] = _moe_layer_freq(config, settings["num_layers"]) if dialect.mixed else 1
@@ -174,7 +176,7 @@ def _written(model_type: str, dialect: Dialect, given: Values) -> dict[str, Any]
         frequency = given["moe_layer_freq"]
         dense = [] if frequency == 1 else [index for index, is_moe in enumerate(frequency) if not is_moe]
         config |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
-    rope = rotary.in_config(given)
+    rope = rotary.in_config(given) if dialect.rotary else {}
     if given["kv_channels"] * given["num_attention_heads"] != given["hidden_size"] or "rope_scaling" in rope:
         config["head_dim"] = given["kv_channels"]  # which transformers 5 wants to scale Mixtral's embedding
     written = {

@@ -19,6 +19,13 @@ from megatron_dynmix.config.rotary import SETTINGS, TRUNCATED, yarn_of
 from megatron_dynmix.config.run_config import RunConfig
 from megatron_dynmix.errors import InputError
 
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """Return the GELU by way of tanh, `gelu_new` of `transformers` (Hendrycks and Gimpel 2016)."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"silu": torch.nn.functional.silu, "gelu-tanh": gelu_tanh}
 STAGE_SETTINGS = (
     *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"),
     *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
@@ -47,7 +54,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     layout = _part(config.parallel.megatron, ModelParallelConfig)
     residual_in_fp32 = bool(config.model.megatron.get("fp32_residual_connection"))
     derived: dict[str, Any] = {
-        "activation_func": torch.nn.functional.silu,
+        "activation_func": ACTIVATIONS[config.model.activation],
         "calculate_per_token_loss": True,
         "bf16": config.training.bf16,
         "params_dtype": params_dtype(config),

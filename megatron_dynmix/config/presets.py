@@ -37,6 +37,7 @@ SHAPE = (
     *("gated_linear_unit", "add_bias_linear", "add_qkv_bias", "moe_shared_expert_gate"),
     *("moe_router_enable_expert_bias", "layernorm_zero_centered_gamma"),
     *("untie_embeddings_and_output_weights", "router_network", "router_noise"),
+    *("router_width", "attention_experts", "activation"),
     *("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim"),
     "v_head_dim",
 )
@@ -64,7 +65,8 @@ def complete_model(given: Mapping[str, Any]) -> dict[str, Any]:
     load_hf = given.get("load_hf")
     preset = given.get("preset", ModelConfig.preset if load_hf is None else None)
     if "preset" in given and preset is None:
-        if missing := [name for name in NEEDED if given.get(name) is None]:
+        no_rotary = ("rotary_base",) if given.get("attention_experts") else ()
+        if missing := [name for name in NEEDED if given.get(name) is None and name not in no_rotary]:
             raise InputError(
                 f"model.preset is null, so the model is what its section says, but {', '.join(missing)} "
                 f"{'is' if len(missing) == 1 else 'are'} missing; set them, or name a preset"

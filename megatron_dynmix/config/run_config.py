@@ -124,8 +124,16 @@ class ModelConfig(Section):
     """Normalise queries and keys over all heads together, as OLMoE does, not head by head."""
     latent_layernorm_epsilon: Positive[float | None] = None
     """Epsilon of the norms of latent attention's latents, if it is not `layernorm_epsilon`."""
-    router_network: Literal["linear", "mlp"] = "linear"
-    """How routers make their logits: by one matrix, or by two with a tanh between (LLaMA-MoE)."""
+    activation: Literal["silu", "gelu-tanh"] = "silu"
+    """Between the linear layers of MLPs and experts; gelu-tanh is `gelu_new` of transformers."""
+    attention_experts: Positive[int | None] = None
+    """Experts that project queries and outputs, as ModuleFormer (MoLM) has them: each token attends once with
+    each of num_attention_heads of them, by breaking sticks; its keys and values are the layer's input."""
+    router_network: Literal["linear", "mlp", "gelu"] = "linear"
+    """How routers make their logits: by one matrix, by two with a tanh between (LLaMA-MoE), or by two with a
+    bias and a GELU between (ModuleFormer)."""
+    router_width: Positive[int | None] = None
+    """Width between the two matrices of `router_network: gelu`."""
     router_noise: RouterNoise | None = None
     """Noise of a learnt size on the logits of `router_network: mlp`, while `training`; if `idle`, its weights
     are kept and not used; if not given, there are none."""

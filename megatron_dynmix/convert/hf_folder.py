@@ -22,7 +22,7 @@ from megatron_dynmix.convert.weight_map import WeightMap
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.families.names import UNTIED
 
-COMPUTED = (".rotary_emb.inv_freq",)
+COMPUTED = (".rotary_emb.inv_freq", ".attn.mask", ".attn.cum_weight")
 """Ends of the names of tensors that old folders hold though nothing in them was learned."""
 EMBEDDED = "model.embed_tokens.weight"
 

@@ -37,9 +37,7 @@ def weight_map(
         )
     names = family.names
     if fused_experts and not names.fused:
-        raise InputError(
-            f"{hf_config['model_type']} has no layout with all experts in one tensor; write a tensor for each"
-        )
+        raise InputError(f"{hf_config['model_type']} has one layout of its experts only; leave out --experts")
     settings = {UNTIED: True, **settings}
     moe = (*names.moe, *(names.fused if fused_experts else names.separate))
     rules: list[tuple[int | None, Rule]] = [(None, rule) for rule in names.outside]
@@ -57,6 +55,7 @@ def sizes_of(settings: Mapping[str, Any]) -> dict[str, int]:
     F inner width of a dense layer, I of an expert, J = 2 I (gate and up in one), S of the shared experts.
     Latent attention: A width of the queries' latent, C of that of keys and values, M the same with the
     rotary part of the keys, T queries of all heads, P keys and values of all heads, O values of all heads.
+    ModuleFormer: X attention experts, W inner width of a router.
     """
     heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
     groups = settings.get("num_query_groups") or heads
@@ -88,6 +87,8 @@ def sizes_of(settings: Mapping[str, Any]) -> dict[str, int]:
         "T": heads * (plain + rotary),
         "P": heads * (plain + value),
         "O": heads * value,
+        "X": settings.get("attention_experts") or 0,
+        "W": settings.get("router_width") or 0,
     }
 
 
@@ -130,7 +131,7 @@ def _lay_out(
             name = prefix + piece.hf.format(e=expert[0] if expert else None)
             hf_shapes[name] = piece.hf_shape
             offset = (*place, *expert, *piece.megatron_offset)
-            blocks.append(Block(name, piece.hf_offset, megatron, offset, piece.shape))
+            blocks.append(Block(name, piece.hf_offset, megatron, offset, piece.shape, piece.transposed))
             float32 |= {name, megatron} if rule.float32 else set()
     vocab = sizes["V"]
     assert padded_vocab is None or padded_vocab >= vocab, f"{padded_vocab} rows for {vocab} tokens"

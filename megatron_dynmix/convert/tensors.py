@@ -66,7 +66,8 @@ class Seen:
         result = torch.zeros(shape, dtype=dtype) if padded else None
         for part in self._wanted.parts_in(name, offset, shape):
             _, start, size = self._wanted.box_of(part)
-            tensor = self._held.read(*self._holding.box_of(part)).reshape(size)
+            tensor = self._held.read(*self._holding.box_of(part))
+            tensor = (tensor.mT.contiguous() if part.block.transposed else tensor).reshape(size)
             if size == shape:
                 return tensor.to(dtype)
             result = torch.empty(shape, dtype=dtype) if result is None else result

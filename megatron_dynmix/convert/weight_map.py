@@ -14,7 +14,7 @@ from functools import cached_property
 from operator import add, lt, sub
 from typing import NamedTuple
 
-from megatron_dynmix.families.names import Shape
+from megatron_dynmix.families.names import Shape, swapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,8 @@ class Block:
     """A box of numbers that a Hugging Face tensor and a Megatron tensor both hold.
 
     `shape` is its size in the last axes of either tensor; in the axes before (fused experts `[E, 2F, H]`,
-    stacked layers `[L, ...]`) its size is 1.
+    stacked layers `[L, ...]`) its size is 1. In the Hugging Face tensor the last two axes are the other way
+    round if it is `transposed`.
     """
 
     hf: str
@@ -30,6 +31,7 @@ class Block:
     megatron: str
     megatron_offset: Shape
     shape: Shape
+    transposed: bool = False
 
 
 class Part(NamedTuple):
@@ -62,6 +64,10 @@ class Side:
         """Return the tensor of this side that holds the block, and where in it the block begins."""
         return (block.hf, block.hf_offset) if self.is_hf else (block.megatron, block.megatron_offset)
 
+    def turned(self, block: Block, axes: Shape) -> Shape:
+        """Return axes of a block in the order of this side's tensor, or back again."""
+        return swapped(axes) if self.is_hf and block.transposed else axes
+
     def leading(self, name: str) -> int:
         """Return how many of a tensor's first axes only number its blocks; 0 for most."""
         return len(next(iter(self.index[name])))
@@ -75,16 +81,18 @@ class Side:
         for place in itertools.product(*ranges):
             for block in self.index[name].get(place, ()):
                 start = self.place(block)[1][count:]
-                low, high = _common(start, block.shape, offset[count:], shape[count:])
+                size = self.turned(block, block.shape)
+                low, high = _common(start, size, offset[count:], shape[count:])
                 if all(map(lt, low, high)):
-                    yield Part(block, tuple(map(sub, low, start)), tuple(map(sub, high, low)))
+                    inside, part = tuple(map(sub, low, start)), tuple(map(sub, high, low))
+                    yield Part(block, self.turned(block, inside), self.turned(block, part))
 
     def box_of(self, part: Part) -> tuple[str, Shape, Shape]:
         """Return the tensor of this side that holds a part of a block, and the box that it is there."""
         name, start = self.place(part.block)
         leading = len(start) - len(part.shape)
-        offset = (*start[:leading], *map(add, start[leading:], part.offset))
-        return name, offset, (1,) * leading + part.shape
+        inside, size = (self.turned(part.block, axes) for axes in (part.offset, part.shape))
+        return name, (*start[:leading], *map(add, start[leading:], inside)), (1,) * leading + size
 
     def assert_covered(self) -> None:
         """See that blocks fill each tensor, without overlap: a number left out would be random later."""
@@ -97,7 +105,7 @@ class Side:
             every = set(itertools.product(*map(range, shape[:count])))
             assert places.keys() == every, f"{name} {shape}: no block at {sorted(every ^ places.keys())[:3]}"
             for blocks in places.values():
-                boxes = [(self.place(block)[1][count:], block.shape) for block in blocks]
+                boxes = [(self.place(block)[1][count:], self.turned(block, block.shape)) for block in blocks]
                 _assert_filled(name, shape[count:], boxes)
 
 

@@ -1,6 +1,16 @@
 """The families of Hugging Face models that are known: one file each, or one for those that share most."""
 
-from megatron_dynmix.families import deepseek, dots1, glm, llama_moe, minimax, mixtral, olmoe, qwen
+from megatron_dynmix.families import (
+    deepseek,
+    dots1,
+    glm,
+    llama_moe,
+    minimax,
+    mixtral,
+    moduleformer,
+    olmoe,
+    qwen,
+)
 from megatron_dynmix.families.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -9,6 +19,7 @@ FAMILIES: dict[str, Family] = {
     "olmoe": olmoe.OLMOE,
     "qwen2_moe": qwen.QWEN2_MOE,
     "llama_moe": llama_moe.LLAMA_MOE,
+    "moduleformer": moduleformer.MODULEFORMER,
     "deepseek_v2": deepseek.V2,
     "deepseek_v3": deepseek.V3,
     "kimi_k2": deepseek.KIMI_K2,

@@ -54,6 +54,8 @@ class Dialect:
     must: Mapping[str, Only] = field(default_factory=dict)
     """Their settings that we can run with one value only; that is meant too if neither config.json nor its
     defaults say anything."""
+    rotary: bool = True
+    """Whether positions are told by a rotary embedding."""
     mixed: bool = False
     """Whether layers can be dense: `decoder_sparse_step` and `mlp_only_layers`."""
     alias: str | None = None

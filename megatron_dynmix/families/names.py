@@ -29,6 +29,7 @@ class Piece(NamedTuple):
     hf_offset: Shape
     megatron_offset: Shape
     shape: Shape
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,21 @@ class QueryKeyValue(Rule):
                 found.append(Piece(name, whole, (group * count, *zeros), (start, *zeros), (count, *rest)))
                 start += count
         return found
+
+
+class Transposed(Rule):
+    """A tensor whose last two axes are the other way round in the Megatron tensor."""
+
+    def pieces(self, sizes: Sizes) -> list[Piece]:
+        """Return one block, the whole tensor."""
+        shape = shape_of(self.axes, sizes)
+        start = (0,) * len(shape)
+        return [Piece(self.names[0], shape, start, start, swapped(shape), transposed=True)]
+
+
+def swapped(axes: Shape) -> Shape:
+    """Return the last two the other way round."""
+    return (*axes[:-2], axes[-1], axes[-2])
 
 
 def shape_of(axes: str, sizes: Sizes) -> Shape:

@@ -68,7 +68,7 @@ def build_gpt(
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
-        position_embedding_type="yarn" if hasattr(transformer, TRUNCATED) else "rope",
+        position_embedding_type=_positions(config, transformer),
         rotary_base=config.model.rotary_base,
         rotary_percent=config.model.rotary_percent,
         seq_len_interpolation_factor=config.model.rotary_seq_len_interpolation_factor,
@@ -77,6 +77,13 @@ def build_gpt(
     if config.model.latent_layernorm_epsilon is not None:
         set_latent_epsilon(gpt, config.model.latent_layernorm_epsilon)
     return gpt
+
+
+def _positions(config: RunConfig, transformer: TransformerConfig) -> str:
+    """Return where positions come from, in Megatron-Core's words; attention by breaking sticks needs none."""
+    if config.model.attention_experts is not None:
+        return "none"
+    return "yarn" if hasattr(transformer, TRUNCATED) else "rope"
 
 
 def build_modules(

@@ -31,6 +31,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_dynmix import platform
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.host import joins_rows
+from megatron_dynmix.config.run_config import ModelConfig
+from megatron_dynmix.model.expert_attention import ExpertAttention
+from megatron_dynmix.moe.gelu_router import GeluRouter
 from megatron_dynmix.moe.mlp_router import MlpRouter
 from megatron_dynmix.moe.router import GateLoadRouter
 from megatron_dynmix.platform.versions import keep_query_projection, moe_parts
@@ -60,14 +63,18 @@ def decoder_spec(
     block = copy.deepcopy(block)  # Megatron-Core shares parts between specs
     if transformer.multi_latent_attention:
         keep_query_projection()
-    mlp_router = functools.partial(MlpRouter, noise=model.router_noise)
+    router = _router(model)
     if not transformer_engine:
         block.layer_norm = LocalNorm
     for layer in block.layer_specs:
         parts = layer.submodules
         if (moe := moe_parts(parts.mlp)) is not None:
-            moe.router = mlp_router if model.router_network == "mlp" else GateLoadRouter
-        if not transformer_engine:
+            moe.router = router
+        if model.attention_experts is not None:
+            _use_expert_attention(
+                parts, {"experts": model.attention_experts, "router": router}, transformer_engine
+            )
+        elif not transformer_engine:
             _use_local_layers(parts, transformer)
         elif not joins_rows(config, transformer_engine):
             parts.self_attention.submodules.core_attention = SegmentAttention
@@ -76,6 +83,25 @@ def decoder_spec(
             attention.q_layernorm = ModuleSpec(FullWidthNorm, {"heads": "num_attention_heads"})
             attention.k_layernorm = ModuleSpec(FullWidthNorm, {"heads": "num_query_groups"})
     return block
+
+
+def _router(model: ModelConfig) -> Any:
+    """Return what builds the routers of a model, from a configuration of Megatron-Core's."""
+    if model.router_network == "mlp":
+        return functools.partial(MlpRouter, noise=model.router_noise)
+    if model.router_network == "gelu":
+        assert model.router_width is not None, "check.py has seen to it"
+        return functools.partial(GeluRouter, width=model.router_width)
+    return GateLoadRouter
+
+
+def _use_expert_attention(parts: Any, params: dict[str, Any], transformer_engine: bool) -> None:
+    """Attend with experts; no projection is there whose kernel could hold the norm before it."""
+    if not transformer_engine:
+        parts.pre_mlp_layernorm = LocalNorm
+    parts.input_layernorm = parts.pre_mlp_layernorm
+    parts.self_attention = ModuleSpec(module=ExpertAttention, params=params)
+    parts.sharded_state_dict_keys_map = {}
 
 
 def _use_local_layers(parts: Any, transformer: TransformerConfig) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import linear, softplus
 
 from megatron_dynmix.config.run_config import RouterNoise
-from megatron_dynmix.moe.router import GateLoadRouter
+from megatron_dynmix.moe.router import GateLoadRouter, replicated
 
 NOISE_EPSILON = 1e-2
 """Least standard deviation of the noise: `gate_noise_epsilon` of every published LLaMA-MoE v1."""
@@ -37,19 +37,13 @@ class MlpRouter(GateLoadRouter):
         super().__init__(config=config, pg_collection=pg_collection, **kwargs)
         self.noise = noise
         experts = self.config.num_moe_experts
-        self.output_weight = self._parameter(torch.empty(experts, experts))
+        self.output_weight = replicated(torch.empty(experts, experts), self.config)
         if self.config.perform_initialization:
             self.config.init_method(self.output_weight)
         self.noise_weight: torch.nn.Parameter | None = None
         if noise is not None:
-            self.noise_weight = self._parameter(torch.zeros(experts, self.config.hidden_size))
+            self.noise_weight = replicated(torch.zeros(experts, self.config.hidden_size), self.config)
             self.noise_weight.requires_grad_(noise == "training")
-
-    def _parameter(self, values: torch.Tensor) -> torch.nn.Parameter:
-        parameter = torch.nn.Parameter(values.to(dtype=self.config.params_dtype))
-        # Each rank has seen its slice of the sequence only: `finalize_model_grads` is to sum the gradients.
-        parameter.sequence_parallel = self.config.sequence_parallel
-        return parameter
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Return router logits `[S, B, E]` in `moe_router_dtype`, with noise while training."""

@@ -209,6 +209,17 @@ class GateLoadRouter(TopKRouter):
         return MoEAuxLossAutoScaler.apply(carrier, loss_sum * (coefficient * share))
 
 
+def replicated(values: torch.Tensor, config: Any) -> torch.nn.Parameter:
+    """Return a parameter that every tensor-parallel rank has whole, in the model's precision.
+
+    With sequence parallelism each rank has seen its slice of the sequence only: `finalize_model_grads` is to
+    sum the gradients.
+    """
+    parameter = torch.nn.Parameter(values.to(dtype=config.params_dtype))
+    parameter.sequence_parallel = config.sequence_parallel
+    return parameter
+
+
 def chosen_by(router: TopKRouter, routing_map_TE: torch.Tensor) -> torch.Tensor:
     """Return what the router chose last, though some of it may have been dropped from the map."""
     if isinstance(router.router_replay, ChoiceBeforeDropping):
@@ -225,11 +236,12 @@ def attach_counter(
     """Let `counter` count what every router of this rank chooses, each token once; ours or Megatron-Core's.
 
     `moe_layers` are the decoder's of the whole model, counted from 0. Layers of multi-token prediction route
-    tokens that were counted already, and are left out.
+    tokens that were counted already, routers of attention experts route them to other experts: both are left
+    out.
     """
     for chunk in model_chunks:
         for name, router in chunk.named_modules():
-            if not isinstance(router, TopKRouter) or "mtp" in name.split("."):
+            if not isinstance(router, TopKRouter) or {"mtp", "self_attention"} & {*name.split(".")}:
                 continue
             if isinstance(router, GateLoadRouter):
                 router.counter, router.joined_row_length = counter, joined_row_length

@@ -44,6 +44,10 @@ FRAGMENTATION = 1.05
 """What the allocator holds over what is in use, with room for rows of experts that get more than others."""
 
 
+INDEX_BYTES = 32
+"""Of a pair of a token and an attention expert: the token, its expert, its place and its weight."""
+
+
 @dataclass(frozen=True)
 class Activations:
     """Bytes on one rank of a pipeline stage."""
@@ -217,8 +221,10 @@ class Layer:
 
     @property
     def norm_copies(self) -> int:
-        """Count input and output of a norm; torch's on a CPU has float32 copies: input and normalised."""
-        return 2 if self.host.cuda else 1 + 2 * FP32 // self.element
+        """Count input and output of a norm; torch's RMSNorm on a CPU has float32 copies: input, normalised."""
+        if self.host.cuda or self.transformer.normalization == "LayerNorm":
+            return 2
+        return 1 + 2 * FP32 // self.element
 
     def bytes_kept(self, *, is_moe: bool) -> int:
         """Return the bytes in all, selective recomputation taken into account."""
@@ -227,9 +233,11 @@ class Layer:
         elements, extra_bytes = norms * hidden + self._attention(again), 0  # for each token
         if is_moe and "moe" not in again:
             elements += self._moe(again)
-            extra_bytes = self._router_bytes()
+            extra_bytes = self._router_bytes(int(self.transformer.num_moe_experts or 0))
         elif not is_moe and "mlp" not in again:
             elements += self._mlp(self.transformer.ffn_hidden_size, weighted=False)
+        if (experts := self.config.model.attention_experts) is not None:
+            extra_bytes += self._router_bytes(experts) + INDEX_BYTES * self.transformer.num_attention_heads
         if self.transformer.hidden_dropout:
             extra_bytes += 2 * hidden  # two masks, a byte each
         here = self.tokens // self.layout.tp
@@ -251,6 +259,8 @@ class Layer:
         """
         if isinstance(self.transformer, MLATransformerConfig):
             return self._latent_attention(self.transformer, again)
+        if self.config.model.attention_experts is not None:
+            return self._expert_attention()
         head = int(self.transformer.kv_channels or 0)
         queries = self.transformer.num_attention_heads * head
         keys = int(self.transformer.num_query_groups or 0) * head
@@ -291,8 +301,19 @@ class Layer:
             elements += 2 * keys + values
         return elements + (keys + values) * self._copies_of_keys
 
+    def _expert_attention(self) -> int:
+        """Count elements a token: of each of its experts input, query, context and output, and gathered keys.
+
+        These are the values too; without other ranks, they are what the norm put out.
+        """
+        ranks = self.layout.tp * self.layout.cp
+        gathered = ranks if ranks > 1 else 0
+        return (4 * self.transformer.num_attention_heads + gathered) * self.transformer.hidden_size
+
     def _attention_extras(self, again: set[str]) -> int:
         """Count elements a micro-batch: rotary tables, and the mask where attention takes one."""
+        if self.config.model.attention_experts is not None:
+            return 0
         tables = 0
         if not self.config.model.megatron.get("apply_rope_fusion"):
             positions = self.config.data.seq_length // (1 if self._joins_rows else self.layout.cp)
@@ -349,7 +370,7 @@ class Layer:
         # ETP ranks gather each other's tokens, and divide the width: only the inputs are multiplied.
         return elements + transformer.moe_router_topk * (transformer.hidden_size * self.layout.etp + inside)
 
-    def _router_bytes(self) -> int:
+    def _router_bytes(self, experts: int) -> int:
         """Count bytes a token: the router's scores and its choice, and what noise that is learned multiplies.
 
         Else Megatron-Core makes a copy of its input in another precision again, and keeps none.
@@ -357,4 +378,4 @@ class Layer:
         own = {"fp32": 4, "fp64": 8}.get(str(self.transformer.moe_router_dtype), self.element)
         noisy = self.config.model.router_noise == "training"
         copy = self.transformer.hidden_size * own if noisy and own != self.element else 0
-        return copy + 3 * own * int(self.transformer.num_moe_experts or 0)
+        return copy + own * (3 * experts + 2 * int(self.config.model.router_width or 0))

@@ -121,6 +121,9 @@ def model_parameters(config: RunConfig, *, active: bool = False) -> int:
         total += part.dense + (
             part.expert // experts * transformer.moe_router_topk if active else part.expert
         )
+        if active and config.model.attention_experts is not None:
+            idle = config.model.attention_experts - transformer.num_attention_heads
+            total -= idle * _attention_expert(transformer)
     return total
 
 
@@ -154,6 +157,8 @@ def _norm(transformer: TransformerConfig, width: int) -> int:
 def _attention(config: RunConfig, transformer: TransformerConfig, tp: int) -> int:
     if isinstance(transformer, MLATransformerConfig):
         return _latent_attention(transformer, tp)
+    if (experts := config.model.attention_experts) is not None:  # whole on every rank
+        return experts * _attention_expert(transformer) + _router(config, transformer, experts)
     hidden, head = transformer.hidden_size, int(transformer.kv_channels or 0)
     queries = transformer.num_attention_heads * head
     keys = int(transformer.num_query_groups or 0) * head
@@ -168,6 +173,11 @@ def _attention(config: RunConfig, transformer: TransformerConfig, tp: int) -> in
     elif transformer.qk_layernorm:
         total += 2 * _norm(transformer, head)
     return total
+
+
+def _attention_expert(transformer: TransformerConfig) -> int:
+    """Count an expert that projects queries and outputs, of one head."""
+    return 2 * transformer.hidden_size * int(transformer.kv_channels or 0)
 
 
 def _latent_attention(transformer: MLATransformerConfig, tp: int) -> int:
@@ -186,6 +196,8 @@ def _latent_attention(transformer: MLATransformerConfig, tp: int) -> int:
 
 
 def _router(config: RunConfig, transformer: TransformerConfig, experts: int) -> int:
+    if (width := config.model.router_width) is not None:  # two matrices, and a bias between
+        return width * (transformer.hidden_size + 1 + experts)
     total = experts * (transformer.hidden_size + transformer.add_bias_linear)
     if config.model.router_network == "mlp":
         total += experts * experts

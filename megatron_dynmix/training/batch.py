@@ -13,6 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_dynmix.data.loader import MicroBatch
 from megatron_dynmix.model.layers import segment_mask
+from megatron_dynmix.model.positions import context_parallel_positions, joined_positions
 from megatron_dynmix.moe.router import router_token_slice
 
 
@@ -87,36 +88,6 @@ def to_batch(micro_batch: MicroBatch, device: torch.device, *, join_rows: bool) 
         attention_mask=attention_mask,
         packed_seq_params=packed,
     )
-
-
-def context_parallel_positions(length: int, ranks: int, device: torch.device) -> torch.Tensor:
-    """Return `[R, C]`: which positions of a row each context-parallel rank holds.
-
-    As `megatron.core.utils.get_batch_on_this_cp_rank` has it, and the rotary embedding expects: of 2 x R
-    equal parts, rank r has part r and part 2 R - 1 - r, so that causal attention is as much work on each.
-    """
-    positions = torch.arange(length, device=device)
-    if ranks == 1:
-        return positions[None]
-    parts = positions.view(2 * ranks, -1)
-    return torch.cat([parts[:ranks], parts[ranks:].flip(0)], dim=1)
-
-
-def joined_positions(cu_seqlens: torch.Tensor, length: int, ranks: int, rank: int) -> torch.Tensor | slice:
-    """Return `[T]`: which positions of joined rows a context-parallel rank holds, segment after segment.
-
-    Of 2 x R equal parts of each segment, rank r has part r and part 2 R - 1 - r, as Transformer Engine wants.
-    """
-    if ranks == 1:
-        return slice(None)
-    own = torch.arange(length // ranks, device=cu_seqlens.device)
-    starts = cu_seqlens.long()
-    segment_T = torch.bucketize(own, starts[1:] // ranks, right=True)
-    first_T, part_T = starts[segment_T], starts.diff()[segment_T] // (2 * ranks)
-    offset_T = own - first_T // ranks
-    # the second of the two parts begins 2 R - 1 - 2 r parts after the first
-    skipped_T = torch.where(offset_T < part_T, rank, 2 * (ranks - 1) - rank) * part_T
-    return first_T + offset_T + skipped_T
 
 
 def _packed_seq_params(cu_seqlens: torch.Tensor, row_length: int) -> PackedSeqParams:

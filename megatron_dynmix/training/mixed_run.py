@@ -30,11 +30,11 @@ from megatron_dynmix.data.source_set import Prints
 from megatron_dynmix.data.source_stats import SourceStats
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.job.agreement import RankFailure, together
+from megatron_dynmix.model.positions import context_parallel_positions
 from megatron_dynmix.moe.counter import GateLoadCounter
 from megatron_dynmix.moe.router import attach_counter, in_backward, router_token_slice
 from megatron_dynmix.records.schema import MixingUpdate, TrainingRecord, plain
 from megatron_dynmix.records.writer import MetricsWriter, recorded
-from megatron_dynmix.training.batch import context_parallel_positions
 from megatron_dynmix.training.loop_settings import BySource, check_layers, check_step, mix_of
 from megatron_dynmix.training.mix_setup import Mix
 from megatron_dynmix.training.mixed_steps import MixedSteps

@@ -22,7 +22,7 @@ from tests.distributed import programs
 from tests.distributed.layouts import start_anew
 
 
-def logits_and_gradients(run_yaml, folders, flags, tokens_BS):
+def logits_and_gradients(run_yaml, folders, flags, tokens_BS, segment_BS=None):
     """Of each model, in one job: this rank's part of the logits and of the gradients.
 
     Args:
@@ -30,6 +30,7 @@ def logits_and_gradients(run_yaml, folders, flags, tokens_BS):
         folders: name -> folder of a Hugging Face model, or of one that was converted from it.
         flags: the layout.
         tokens_BS: rows of one position more than are trained on.
+        segment_BS: their segments, one in each row if not given.
 
     """
     answers = {}
@@ -48,7 +49,8 @@ def logits_and_gradients(run_yaml, folders, flags, tokens_BS):
             checkpointer.load_weights(folder_of(folder, 0))
         else:
             checkpointer.load_tensors(weights_of(folder_for(folder, config), config))
-        batches = [_batch(row_S[None]) for row_S in _own_rows(tokens_BS)]
+        segments = [None] * len(tokens_BS) if segment_BS is None else segment_BS.unsqueeze(1)
+        batches = [_batch(row_S[None], segments[number]) for number, row_S in _own_rows(tokens_BS)]
         logits = _logits(runner, batches)
         for chunk in runner.chunks:
             chunk.zero_grad_buffer()
@@ -111,11 +113,11 @@ def _disk_full(*args):
 
 def _own_rows(tokens_BS):
     rank, count = parallel_state.get_data_parallel_rank(), get_num_microbatches()
-    return tokens_BS[rank * count : (rank + 1) * count]
+    return list(enumerate(tokens_BS))[rank * count : (rank + 1) * count]
 
 
-def _batch(tokens_BS):
-    """Rows of one segment without padding, one after the other from source 0."""
+def _batch(tokens_BS, segment_BS=None):
+    """Rows without padding, of one segment if not given, one after the other from source 0."""
     inputs_BS = tokens_BS[:, :-1]
     rows, length = inputs_BS.shape
     return {
@@ -123,7 +125,7 @@ def _batch(tokens_BS):
         "labels": tokens_BS[:, 1:],
         "position_ids": torch.arange(length).expand(rows, -1),
         "loss_mask": torch.ones(rows, length),
-        "segment_ids": torch.zeros(rows, length, dtype=torch.long),
+        "segment_ids": torch.zeros(rows, length, dtype=torch.long) if segment_BS is None else segment_BS,
         "padding_mask": torch.zeros(rows, length, dtype=torch.bool),
         "dataset_id": torch.zeros(rows, dtype=torch.long),
         "half": torch.zeros(rows, dtype=torch.long),

@@ -12,7 +12,7 @@ from megatron_dynmix import platform
 
 platform.start()
 from megatron_dynmix.model.layers import segment_mask  # noqa: E402
-from megatron_dynmix.training.batch import context_parallel_positions, joined_positions  # noqa: E402
+from megatron_dynmix.model.positions import context_parallel_positions, joined_positions  # noqa: E402
 
 CPU = torch.device("cpu")
 

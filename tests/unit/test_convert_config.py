@@ -269,6 +269,7 @@ def test_what_is_plain_is_what_megatron_core_does_by_itself():
         "moe_router_score_function": "softmax",
         "softmax_type": "vanilla",
         "router_network": "linear",
+        "activation": "silu",
         "glu_linear_offset": 0.0,
         "rotary_percent": 1.0,
     }

@@ -202,7 +202,7 @@ def test_what_no_family_has_is_refused():
     section = folder_of("mixtral", {}).settings
     with pytest.raises(InputError, match=r"model_type is 'gpt2'.*mixtral"):
         map_of(section, {"model_type": "gpt2"})
-    with pytest.raises(InputError, match="a tensor for each"):
+    with pytest.raises(InputError, match="one layout of its experts"):
         map_of(section, {"model_type": "llama_moe"}, fused_experts=True)
 
 

@@ -35,6 +35,17 @@ LATENT = {
     "rope_type": "rope",
 }
 """As DeepSeek has it, but for values as wide as keys."""
+MOLM = {
+    **{
+        "preset": "molm-700m-4b",
+        "num_layers": 2,
+        "hidden_size": 128,
+        "kv_channels": 128,
+        "ffn_hidden_size": 192,
+    },
+    **{"attention_experts": 6, "num_moe_experts": 8, "router_width": 24},
+}
+"""Attention experts, of which a token attends with four."""
 KEPT = {
     "tiny": ({}, {}, {}),
     "dense": ({"num_moe_experts": None}, {}, {}),
@@ -54,6 +65,8 @@ KEPT = {
     ),
     "latent attention, narrow values": ({**LATENT, "v_head_dim": 24}, {}, {}),
     "latent attention, dense, TP2": ({**LATENT, "q_lora_rank": None, "num_moe_experts": None}, TP2, {}),
+    "attention experts": (MOLM, {}, {}),
+    "attention experts, TP2": (MOLM, {**TP2, "expert_tensor_parallel_size": 1}, {}),
     "moe again": ({"recompute_granularity": "selective", "recompute_modules": ["moe"]}, {}, {}),
 }
 CPU = Host(cuda=False, transformer_engine=False)

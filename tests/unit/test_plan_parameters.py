@@ -25,6 +25,16 @@ LATENT = {
     **{"q_lora_rank": 40, "qk_head_dim": 12, "qk_pos_emb_head_dim": 8, "v_head_dim": 16, "rope_type": "rope"},
 }
 """As DeepSeek has it."""
+MOLM = {
+    **{
+        "preset": "molm-350m-4b",
+        "num_layers": 2,
+        "hidden_size": 96,
+        "kv_channels": 96,
+        "ffn_hidden_size": 40,
+    },
+    **{"vocab_size": 1000, "attention_experts": 5, "num_moe_experts": 6, "router_width": 12},
+}
 CASES = {
     "one rank": (1, {}, {}),
     "tied": (1, {}, {"untie_embeddings_and_output_weights": False}),
@@ -46,6 +56,9 @@ CASES = {
         {"gated_linear_unit": False, "num_query_groups": 4, "qk_layernorm_full_width": True},
     ),
     "router with two layers and noise": (1, {}, {"router_network": "mlp", "router_noise": "idle"}),
+    "attention experts": (1, {}, MOLM),
+    "attention experts, TP2 ETP1": (2, {**TP2, "expert_tensor_parallel_size": 1}, MOLM),
+    "attention experts, EP2 PP2": (4, {"expert_model_parallel_size": 2, **PP2}, MOLM),
     "dense": (1, {}, {"num_moe_experts": None}),
     "latent attention, a dense layer": (
         1,
@@ -130,6 +143,9 @@ def test_each_rank_has_the_parameters_of_a_model_that_was_built(name, built, tmp
         ("mixtral-8x22b", 140_620_634_112, 39e9),
         ("qwen3-30b-a3b", 30_532_122_624, 3.3e9),
         ("olmoe-1b-7b", 6_919_161_856, 1.3e9),
+        ("molm-350m-4b", 4_142_526_464, 418.0e6),
+        ("molm-700m-4b", 4_142_526_464, 720.0e6),
+        ("molm-700m-8b", 8_182_046_720, 733.0e6),
         (DEEPSEEK_V2_LITE, 15_706_484_224, 2.66e9),
         # its file has 58 x 256 numbers more, which correct the router's scores and get no gradient
         (DEEPSEEK_V3, 671_026_404_352, 37.5e9),

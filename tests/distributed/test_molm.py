@@ -1,0 +1,120 @@
+"""MoLM as our model and as a plain torch reference, in any layout. Axes: B rows, S positions."""
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from megatron_dynmix.config.hugging_face import model_settings
+from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
+from megatron_dynmix.convert.model_map import weight_map
+from megatron_dynmix.convert.tensors import as_hugging_face, as_megatron
+from tests.distributed import convert_programs, programs
+from tests.distributed.conftest import quick_or_slow
+from tests.distributed.layouts import CP2, ETP1, PP2, TP2, ep, full
+from tests.distributed.ranks import run_ranks
+from tests.molm_reference import ModuleFormer, save_folder, small_config
+from tests.unit.convert_fixtures import InMemory
+
+CONFIG = small_config()
+ROWS, LENGTH = 2, 16
+LAYOUTS = {
+    "one rank": (1, ep(1)),
+    "EP2": (2, ep(2)),
+    "TP2, ETP2": (2, [*TP2, *ep(1)]),
+    "TP2, ETP1": (2, [*TP2, *ETP1, *ep(1)]),
+    "PP2": (2, [*PP2, *ep(1)]),
+    "CP2": (2, [*CP2, *ep(2)]),
+    "TP2 x CP2 x EP2, recomputed": (4, [*TP2, *CP2, *ETP1, *ep(2), *full("uniform", 1)]),
+    "TP2 x PP2 x EP2": (4, [*TP2, *PP2, *ETP1, *ep(2)]),
+    "EP2, norms and experts recomputed": (
+        2,
+        [*ep(2), "--recompute-granularity", "selective", "--recompute-modules", "[moe, layernorm]"],
+    ),
+}
+
+
+def reference():
+    torch.manual_seed(3)
+    return ModuleFormer(CONFIG)
+
+
+def padded_vocab(flags):
+    """Rows of the embedding: a multiple of 128 times the tensor-parallel size."""
+    return 1280 if "--tensor-model-parallel-size" in flags else 1152
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_folder(reference(), CONFIG, tmp_path_factory.mktemp("molm"))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Tokens [B, S + 1], and where segments begin: inside of a row, and otherwise in each."""
+    torch.manual_seed(5)
+    tokens_BS = torch.randint(CONFIG["vocab_size"], (ROWS, LENGTH + 1))
+    return tokens_BS, torch.tensor([[0] * 5 + [1] * 7 + [2] * 4, [0] * 9 + [1] * 7])
+
+
+@pytest.fixture(scope="module")
+def expected(rows):
+    """Loss, and gradients under the names of a checkpoint, by its rows of the embedding."""
+    tokens_BS, segment_BS = rows
+    model = reference()
+    logits_BSV = model(tokens_BS[:, :-1], segment_BS)
+    loss = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), tokens_BS[:, 1:].flatten())
+    loss.backward()
+    gradients = InMemory({name: parameter.grad for name, parameter in model.named_parameters()})
+    settings = model_settings(CONFIG)
+    maps = {padded: weight_map(settings, CONFIG, padded_vocab=padded) for padded in (1152, 1280)}
+    return loss.item(), {padded: as_megatron(gradients, names) for padded, names in maps.items()}
+
+
+@pytest.mark.parametrize("layout", quick_or_slow(LAYOUTS, {"EP2"}))
+def test_loss_and_gradients_from_the_folder_are_those_of_the_reference(
+    layout, folder, rows, expected, tmp_path
+):
+    ranks, flags = LAYOUTS[layout]
+    settings = {
+        "model": {"moe_router_load_balancing_type": "none"},
+        "parallel": {"use_distributed_optimizer": False},
+        "data": {"seq_length": LENGTH},
+        "training": {"micro_batch_size": 1, "global_batch_size": ROWS, "train_iters": 1},
+    }
+    (tmp_path / "RUN.yaml").write_text(yaml.safe_dump(settings))
+    program = convert_programs.logits_and_gradients
+    answers = run_ranks(ranks, program, tmp_path / "RUN.yaml", {"": folder}, flags, *rows)
+    loss, gradients = expected
+    seen, wanted = [answer[""] for answer in answers], gradients[padded_vocab(flags)]
+    for rank in seen:
+        assert rank["loss"] == pytest.approx(loss, abs=1e-5)
+        for key, offset, gradient in rank["gradients"]:
+            its = wanted.read(key, offset, gradient.shape).numpy()
+            np.testing.assert_allclose(gradient, its, atol=1e-6 + 1e-5 * np.abs(its).max(), err_msg=key)
+    assert {key for rank in seen for key, _, _ in rank["gradients"]} == wanted.shapes.keys()
+
+
+PAPER = [
+    *("--seq-length", "128", "--num-workers", "0", "--weight-decay", "0", "--micro-batch-size", "2"),
+    *("--global-batch-size", "8", "--train-iters", "2", "--probe-tokens", "256", "--interval", "1"),
+    *("--log-interval", "1", "--lr", "1e-2", "--lr-warmup-iters", "0", "--smoothing", "0.8"),
+    *("--moe-router-load-balancing-type", "none"),
+]
+
+
+@pytest.mark.parametrize("layout", quick_or_slow(["EP2", "TP2, ETP1"], set()))
+def test_frozen_routers_stay_bit_equal_while_the_rest_learns(layout, folder, run_yaml, tmp_path):
+    ranks, flags = LAYOUTS[layout]
+    settings = yaml.safe_load(run_yaml.read_text())
+    settings["model"] = {"load_hf": str(folder), "freeze_router": True}
+    frozen_yaml = run_yaml.with_name("frozen-molm.yaml")  # paths in it are those of its folder
+    frozen_yaml.write_text(yaml.safe_dump(settings))
+    run_ranks(ranks, programs.train, frozen_yaml, [*PAPER, *flags], tmp_path)
+    before = load_file(folder / "model.safetensors")
+    names = weight_map(model_settings(CONFIG), CONFIG, padded_vocab=padded_vocab(flags))
+    trained = as_hugging_face(MegatronCheckpoint(tmp_path / "checkpoints/iter_0000002"), names)
+    after = {name: trained.read(name, (0,) * len(shape), shape) for name, shape in trained.shapes.items()}
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in after if ".gate." not in name}, "routers of both kinds, and no other"
