@@ -86,7 +86,6 @@ def test_settings_come_from_the_published_config_and_go_back(config):
         ("attn_pdrop", 0.1),
         ("activation_function", "relu"),
         ("hidden_size", 25),
-        ("quantization_config", {"quant_method": "fp8"}),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(name, value):
