@@ -221,7 +221,7 @@ class Layer:
 
     @property
     def norm_copies(self) -> int:
-        """Count input and output of a norm; torch's RMSNorm on a CPU has float32 copies: input, normalised."""
+        """Count input and output of a norm; RMSNorm on a CPU has float32 copies: input and normalised."""
         if self.host.cuda or self.transformer.normalization == "LayerNorm":
             return 2
         return 1 + 2 * FP32 // self.element
