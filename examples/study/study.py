@@ -1,9 +1,11 @@
-"""The whole study: tokenizer, data, every grid, one page of tables.
+"""The whole study: tokenizer, data, a pretrained model, every grid, one page of tables.
 
     study.py --data DIR --output DIR
 
-DIR holds chat, general, math and code, each with train.jsonl and dev.jsonl (ShareGPT rows). Whatever is
-finished is kept, so the same command resumes after an interruption. Flags of `train` go to every run.
+DIR holds chat, general, math and code, each with train.jsonl and dev.jsonl (ShareGPT rows); health, finance
+and legal too for the parts of domains. Each part is run from random weights and from a pretrained model, its
+routers free and frozen. Whatever is finished is kept, so the same command resumes after an interruption, and
+what was not begun is left out of the page. Flags of `train` go to every run that is compared.
 """
 
 from __future__ import annotations
@@ -13,50 +15,64 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import pieces
 import yaml
+from corpus import write_corpus
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SOURCES = ("chat", "general", "math", "code")
+DOMAINS = ("health", "finance", "legal")
 TWICE = "math"
-"""The source that the redundancy test gives twice."""
+"""The source that the redundancy parts give more than once."""
+LARGE = [
+    *("--num-layers", "8", "--hidden-size", "512", "--ffn-hidden-size", "1024"),
+    *("--num-attention-heads", "8", "--num-query-groups", "4", "--num-moe-experts", "16"),
+    *("--init-method-std", "0.02"),
+]
+"""Flags of the model's shape where there is a GPU."""
 SIZES = {
     "cpu": [],
     "gpu": [
-        *("--num-layers", "8", "--hidden-size", "512", "--ffn-hidden-size", "1024"),
-        *("--num-attention-heads", "8", "--num-query-groups", "4", "--num-moe-experts", "16"),
-        *(
-            "--seq-length",
-            "1024",
-            "--bf16",
-            "--init-method-std",
-            "0.02",
-            "--lr",
-            "1e-3",
-            "--lr-warmup-iters",
-            "100",
-        ),
+        *("--seq-length", "1024", "--bf16", "--lr-warmup-iters", "100"),
         *("--train-iters", "2000", "--interval", "100", "--log-interval", "100", "--probe-tokens", "16384"),
         *("--micro-batch-size", "16", "--global-batch-size", "64"),
     ],
 }
 """Flags of every run, beside RUN.yaml."""
-PHASE = {"cpu": 50, "gpu": 500}
-"""Iterations that `sequential` stays with a source: it goes through all four once."""
+STARTS: dict[str, dict[str, dict[str, Any]]] = {
+    "random": {},
+    "pretrained": {"optimizer": {"lr": 1.0e-3}},
+    "frozen": {"model": {"freeze_router": True}, "optimizer": {"lr": 1.0e-3}},
+}
+"""What the runs begin with, and what that changes in RUN.yaml; all but `random` read the pretrained model."""
+PARTS = {
+    "methods": "GRID.yaml",
+    "twice": "REDUNDANCY.yaml",
+    "thrice": "REDUNDANCY.yaml",
+    "halves": "REDUNDANCY.yaml",
+    "filtered": "REDUNDANCY.yaml",
+    "datasets": "FEW.yaml",
+    "domains": "FEW.yaml",
+    "domains-alone": "FEW.yaml",
+    "sweeps": "SWEEPS.yaml",
+}
+"""What is run, and its grid."""
 
 
 class Study:
-    """Where everything is, and how a grid is run."""
+    """Where everything is, and how a part is run."""
 
     def __init__(self, arguments: argparse.Namespace, flags: list[str]) -> None:
         self.output = arguments.output.resolve()
         self.data = arguments.data.resolve()
         self.seeds = [seed.strip() for seed in arguments.seeds.split(",")]
         self.jobs = arguments.jobs
-        self.phase = PHASE[arguments.size]
+        self.is_large = arguments.size == "gpu"
         self.flags = [*SIZES[arguments.size], *flags]
         self.failed = False
         path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -69,6 +85,11 @@ class Study:
         """Run a command of this Python, with the study's variables."""
         return subprocess.run([sys.executable, *command], env=self.environment, check=False).returncode
 
+    def must(self, *command: str) -> None:
+        """Run a command; its failure ends the study."""
+        if code := self.run(*command):
+            sys.exit(code)
+
     def train_tokenizer(self) -> None:
         """Train the tokenizer of all runs, once."""
         folder = self.output / "tokenizer"
@@ -77,122 +98,134 @@ class Study:
         vocab_size = yaml.safe_load((HERE / "RUN.yaml").read_text())["model"]["vocab_size"]
         files = [str(self.data / source / "train.jsonl") for source in SOURCES]
         arguments = ["--vocab-size", str(vocab_size), "--output", str(folder), "--input", *files]
-        if code := self.run(str(ROOT / "tools/train_tokenizer.py"), *arguments):
-            sys.exit(code)
+        self.must(str(ROOT / "tools/train_tokenizer.py"), *arguments)
 
-    def compare(self, name: str, *grids: Path, run_yaml: Path = HERE / "RUN.yaml") -> Path:
-        """Run grids; return where the comparison is. A run that failed is in its table."""
-        folder = self.output / name
-        print(f"== {name}", flush=True)
+    def pretrain(self) -> None:
+        """Train on plain text and export, once: what is fine-tuned reads `pretrained`."""
+        if (self.output / "pretrained").is_dir():
+            return
+        print("== pretraining", flush=True)
+        write_corpus(self.data, SOURCES, self.output / "corpus")
+        run_dir = str(self.output / "pretrain")
+        size = [*LARGE, *SIZES["gpu"]] if self.is_large else []
+        arguments = (str(HERE / "PRETRAIN.yaml"), "--run-dir", run_dir, "--resume", "auto", *size)
+        self.must("-m", "megatron_dynmix", "train", *arguments)
+        self.must(
+            "-m", "megatron_dynmix", "convert", "megatron-to-hf", run_dir, str(self.output / "pretrained")
+        )
+
+    def sources(self, part: str) -> pieces.Sources:
+        """Return the sources of a part."""
+        plain = {name: pieces.as_it_is(self.data, name) for name in SOURCES}
+        domains = {name: pieces.as_it_is(self.data, name) for name in DOMAINS}
+        others = {name: source for name, source in plain.items() if name != TWICE}
+        folder = self.output / "pieces"
+        if part in ("twice", "thrice"):
+            copies = 2 if part == "twice" else 3
+            return plain | {f"{TWICE}-{copy}": dict(plain[TWICE]) for copy in range(2, copies + 1)}
+        if part == "halves":
+            return others | pieces.halves(self.data, TWICE, folder)
+        if part == "filtered":
+            return plain | pieces.filtered(self.data, TWICE, folder)
+        if part == "datasets":
+            return {k: v for name in SOURCES for k, v in pieces.datasets(self.data, name, folder).items()}
+        if part == "domains":
+            return plain | domains
+        return domains if part == "domains-alone" else plain
+
+    def run_yaml(self, part: str, start: str) -> Path:
+        """Write the RUN.yaml of a part and return where."""
+        settings = yaml.safe_load((HERE / "RUN.yaml").read_text())
+        settings["data"]["sources"] = self.sources(part)
+        if start != "random":
+            settings["model"] = {"load_hf": str(self.output / "pretrained")}
+        for section, changed in STARTS[start].items():
+            settings[section].update(changed)
+        path = self.output / start / f"{part}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(settings, sort_keys=False))
+        return path
+
+    def part(self, part: str, start: str) -> None:
+        """Run a part from one start. A run that failed is in its table."""
+        run_yaml, grid = self.run_yaml(part, start), HERE / PARTS[part]
+        shape = LARGE if self.is_large and start == "random" else []
+        print(f"== {part}, {start}", flush=True)
+        self.compare(run_yaml, grid, shape=shape)
+        if part == "methods":  # what takes something from other runs comes after them
+            self.compare(run_yaml, grid, self.write_second(run_yaml.with_suffix("")), shape=shape)
+
+    def compare(self, run_yaml: Path, *grids: Path, shape: list[str]) -> None:
+        """Run grids; the comparison is beside the RUN.yaml, in a folder of its name."""
         code = self.run(
-            *("-m", "megatron_dynmix", "compare", str(run_yaml), "--output", str(folder)),
+            *("-m", "megatron_dynmix", "compare", str(run_yaml), "--output", str(run_yaml.with_suffix(""))),
             *(text for grid in grids for text in ("--grid", str(grid))),
-            *("--seeds", ",".join(self.seeds), "--jobs", str(self.jobs), *self.flags),
+            *("--seeds", ",".join(self.seeds), "--jobs", str(self.jobs), *shape, *self.flags),
         )
         if code > 1:
             sys.exit(code)
         self.failed |= code == 1
-        return folder
 
-    def methods(self) -> Path:
-        """Run all methods: first those that stand alone, then those that take something from their runs."""
-        sequential = self.output / "SEQUENTIAL.yaml"
-        settings = {"strategy": "sequential", "every": self.phase}
-        sequential.write_text(yaml.safe_dump({"sequential": settings}))
-        folder = self.compare("methods", HERE / "GRID.yaml", sequential)
-        return self.compare("methods", HERE / "GRID.yaml", sequential, self.write_two_phase(folder))
-
-    def write_two_phase(self, methods: Path) -> Path:
-        """Write what the second phase starts from, and its grid; return the grid."""
-        folder = self.output / "two_phase"
-        folder.mkdir(exist_ok=True)
+    def write_second(self, methods: Path) -> Path:
+        """Write what `ref-loss` aims at, the losses that uniform ended with; return its grid."""
         for seed in self.seeds:
             evaluation = json.loads((methods / f"uniform/seed-{seed}/evaluation.json").read_text())
             losses = {name: source["loss"] for name, source in evaluation["sources"].items()}
-            (folder / f"uniform-losses-{seed}.json").write_text(json.dumps(losses))
-        embeddings = {source: token_shares(self.output / "prepared" / source) for source in SOURCES}
-        (folder / "token-shares.json").write_text(json.dumps(embeddings))
-        grid = {
-            "ref-loss": {
-                **{"strategy": "ref-loss", "signal": "probe"},
-                "reference": f"{folder}/uniform-losses-{{seed}}.json",
-            },
-            "final-static": {
-                "strategy": "final-static",
-                "weights_from": f"{methods}/gate-load-probe/seed-{{seed}}",
-            },
-            "token-share-static": {"strategy": "sent-emb", "embeddings": f"{folder}/token-shares.json"},
-        }
-        path = folder / "GRID.yaml"
-        path.write_text(yaml.safe_dump(grid, sort_keys=False))
+            (methods / f"uniform-losses-{seed}.json").write_text(json.dumps(losses))
+        reference = f"{methods}/uniform-losses-{{seed}}.json"
+        path = methods / "SECOND.yaml"
+        grid = {"ref-loss": {"strategy": "ref-loss", "signal": "probe", "reference": reference}}
+        path.write_text(yaml.safe_dump(grid))
         return path
 
-    def redundancy(self) -> Path:
-        """Run the same with one source given twice."""
-        settings = yaml.safe_load((HERE / "RUN.yaml").read_text())
-        settings["data"]["sources"][f"{TWICE}-again"] = dict(settings["data"]["sources"][TWICE])
-        path = self.output / "REDUNDANT.yaml"
-        path.write_text(yaml.safe_dump(settings, sort_keys=False))
-        return self.compare("redundancy", HERE / "REDUNDANCY.yaml", run_yaml=path)
+    def page(self) -> str:
+        """Return the tables of all that was compared, on one page."""
+        import tables  # which needs what `platform` starts
 
-
-def token_shares(prefix: Path) -> list[float]:
-    """Return how often a prepared source uses each token, as a vector of length one.
-
-    Takes the place of sentence embeddings, which need a model of their own: it tells as they do which
-    sources are alike before anything is trained.
-    """
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    indexed = IndexedDataset(str(prefix), multimodal=True)
-    tokens = np.fromfile(f"{prefix}.bin", dtype=indexed.index.dtype)
-    counts = np.bincount(tokens, minlength=int(tokens.max()) + 1).astype(np.float64)
-    vocabulary = yaml.safe_load((HERE / "RUN.yaml").read_text())["model"]["vocab_size"]
-    shares = np.zeros(vocabulary)
-    shares[: len(counts)] = counts / np.linalg.norm(counts)
-    return [float(share) for share in shares]
-
-
-def page(folders: list[Path]) -> str:
-    """Return the tables of all grids on one page, with links to their pages."""
-    parts = ["# Study"]
-    for folder in folders:
-        text = (folder / "comparison.md").read_text().split("\n", 1)[1]
-        text = text.replace("\n## ", "\n### ").replace("](", f"]({folder.name}/")
-        parts.append(f"## {folder.name.capitalize()}\n{text.rstrip()}")
-    return "\n\n".join(parts) + "\n"
+        found: dict[str, Mapping[str, Path]] = {
+            part: {
+                start: path
+                for start in STARTS
+                if (path := self.output / start / part / "comparison.json").is_file()
+            }
+            for part in PARTS
+        }
+        return "\n\n".join(["# Study", *(tables.part(name, at) for name, at in found.items() if at)]) + "\n"
 
 
 def main() -> int:
     """Run the command line; return the exit code: 1 if a run failed."""
-    from megatron_dynmix import platform
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--size", choices=list(SIZES), help="of the model; by default what this machine has")
-    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--seeds", default="1,2,3,4,5")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--parts", default="methods,sweeps,redundancy", help="what to run")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to run")
+    parser.add_argument("--starts", default=",".join(STARTS), help="what to run it from")
     arguments, flags = parser.parse_known_args()
+    chosen = {}
+    for name, known in (("parts", PARTS), ("starts", STARTS)):
+        chosen[name] = getattr(arguments, name).split(",")
+        if unknown := set(chosen[name]) - set(known):
+            parser.error(f"--{name} has no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    needed = (*SOURCES, *(DOMAINS if any(part.startswith("domains") for part in chosen["parts"]) else ()))
+    missing = [name for name in needed if not (arguments.data / name / "train.jsonl").is_file()]
+    if missing:
+        parser.error(f"{arguments.data} has no {missing[0]}/train.jsonl; it needs {', '.join(needed)}")
+    from megatron_dynmix import platform
+
     device = platform.start().device.type
     arguments.size = arguments.size or ("gpu" if device == "cuda" else "cpu")
-    missing = [name for name in SOURCES if not (arguments.data / name / "train.jsonl").is_file()]
-    if missing:
-        parser.error(f"{arguments.data} has no {missing[0]}/train.jsonl; it needs {', '.join(SOURCES)}")
     study = Study(arguments, flags)
     study.output.mkdir(parents=True, exist_ok=True)
     study.train_tokenizer()
-    parts = {
-        "methods": study.methods,
-        "sweeps": lambda: study.compare("sweeps", HERE / "SWEEPS.yaml"),
-        "redundancy": study.redundancy,
-    }
-    wanted = arguments.parts.split(",")
-    if unknown := set(wanted) - parts.keys():
-        parser.error(f"--parts has no {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
-    folders = [parts[name]() for name in wanted]
-    (study.output / "study.md").write_text(page(folders))
+    if set(chosen["starts"]) - {"random"}:
+        study.pretrain()
+    for start in chosen["starts"]:
+        for part in chosen["parts"]:
+            study.part(part, start)
+    (study.output / "study.md").write_text(study.page())
     print(f"written: {study.output / 'study.md'}")
     return int(study.failed)
 
