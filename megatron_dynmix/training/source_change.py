@@ -53,8 +53,8 @@ class SourceChange:
         rest = 1 - initial_D[new_D].sum()
         if not kept_D.any() or rest <= 0:  # nothing has a share to keep, or there is none left for it
             return initial_D.copy()
-        weights_D = np.where(new_D, initial_D, kept_D * (rest / kept_D.sum()))
-        return np.asarray(weights_D / weights_D.sum())
+        # not divided by its sum, 1 to rounding: asked again from what it gave, it must give the same bits
+        return np.where(new_D, initial_D, kept_D * (rest / kept_D.sum()))
 
     def describe(self, old_D: Sequence[float], weights_D: Sequence[float], cursor: Cursor) -> list[str]:
         """Say what becomes of each source, a line each, for the log and the ledger."""
