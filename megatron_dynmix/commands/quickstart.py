@@ -1,7 +1,7 @@
 """The command `quickstart`: four generated sources, a tokenizer, and a `RUN.yaml` that trains a tiny MoE.
 
 The sources hold small instruction examples that can be learned. `math` and `math_again` share one generator:
-they are redundant on purpose, and a strategy that sees redundancy should lower both.
+they are redundant on purpose, and a strategy that sees redundancy gives both together the share of one.
 """
 
 import argparse
@@ -146,7 +146,7 @@ def write_run_yaml(directory: Path, sources: Mapping[str, Source], *, seed: int 
                 for name, source in relative.items()
             },
         },
-        "mixing": {"strategy": "gate-load", "interval": 10, "signal": "probe"},
+        "mixing": {"strategy": "uniqueness", "interval": 10, "signal": "train"},
         "training": {"train_iters": 100, "micro_batch_size": 8, "global_batch_size": 32, "seed": seed},
         "optimizer": {"lr": 3.0e-3, "lr_decay_style": "cosine", "lr_warmup_iters": 5},
         "checkpoint": {"save_interval": 50},

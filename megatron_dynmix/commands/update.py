@@ -45,7 +45,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Print the weights after one update, and the numbers they came from, by source as JSON."""
     load, loss, weights = arguments.load, arguments.loss, arguments.weights
     known = {name: leaf for name, leaf in leaves.mixing_leaves().items() if name not in RUN_ONLY}
-    mixing = MixingConfig.from_flat(parse_flags(rest, known))
+    # the published rule: loads without halves do not tell the noise, which a run's own default wants to know
+    mixing = MixingConfig.from_flat({"strategy": "gate-load", **parse_flags(rest, known)})
     contents = {path: _read_object(path) for path in (load, loss, weights) if path is not None}
     if not contents:
         raise InputError("there is nothing to update from; give --load FILE.json, --loss FILE.json or both")

@@ -287,13 +287,13 @@ class DataConfig(Section):
 class MixingConfig(Section):
     """How the weights change."""
 
-    strategy: str = "gate-load"
+    strategy: str = "uniqueness"
     """A built-in one, or `module:name` of your own."""
     interval: Positive[int] = 100
     """Iterations between two weight updates (the paper's m)."""
     unit: Literal["tokens", "examples"] = "tokens"
     """What a weight is a share of: the tokens drawn (rows, all equally long), or the examples (the paper)."""
-    signal: Literal["probe", "train"] = "probe"
+    signal: Literal["probe", "train"] = "train"
     """Where gate loads are measured: on held-out rows, or while training."""
     probe_tokens: Positive[int] = 16384
     """Positions of each source's held-out rows that a probe reads."""

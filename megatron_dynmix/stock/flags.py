@@ -61,7 +61,7 @@ def mixing_of(args: Namespace) -> MixingConfig:
             "--dynmix-signal probe and its --dynmix-probe-... need held-out rows, which Megatron-LM's loop "
             "does not have; gate loads are measured while training: leave these flags out"
         )
-    return MixingConfig.from_flat({"signal": "train", **given})
+    return MixingConfig.from_flat(given)
 
 
 def caps_of(args: Namespace, names: list[str]) -> dict[str, float]:

@@ -32,7 +32,7 @@ def mix_of(
 ) -> Mix:
     """Make what decides the weights, as `MixedRun.of` says; `InputError` for what cannot be."""
     if not isinstance(mixing, MixingConfig):
-        mixing = MixingConfig.from_flat({"signal": "train", **mixing})
+        mixing = MixingConfig.from_flat(mixing)
     numbers = {"train_iters": train_iters, **{f"the size of source {name}": sizes[name] for name in sizes}}
     for name, number in numbers.items():
         if number < 1:

@@ -24,7 +24,7 @@ def good_settings(folder: Path) -> Settings:
         "model": {"preset": "tiny"},
         "parallel": {"expert_model_parallel_size": 2},
         "data": {"tokenizer": "tokenizer", "seq_length": 64, "sources": sources},
-        "mixing": {"interval": 10},
+        "mixing": {"strategy": "gate-load", "interval": 10, "signal": "probe"},
         "training": {"train_iters": 20, "micro_batch_size": 2, "global_batch_size": 8},
     }
 

@@ -27,7 +27,7 @@ from megatron_dynmix.training.source_change import SourceChange
 from megatron_dynmix.verify.run_records import RunRecords
 
 BATCH, INTERVAL, LOG_INTERVAL = 8, 3, 2
-MIXING = MixingConfig(interval=INTERVAL)
+MIXING = MixingConfig(strategy="gate-load", signal="probe", interval=INTERVAL)
 Prints = dict[str, list[str]]
 
 

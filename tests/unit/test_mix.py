@@ -138,7 +138,7 @@ def test_settings_with_which_no_weight_can_change_are_said(tmp_path):
 )
 def test_a_plan_that_changes_weights_between_two_updates_is_told_when_it_acts(tmp_path, mixing, late):
     settings = good_settings(tmp_path)
-    settings["mixing"] = {"interval": 100, **mixing}
+    settings["mixing"] = {"strategy": "gate-load", "signal": "probe", "interval": 100, **mixing}
     lines = mix_warnings(load(tmp_path, settings))
     assert [f"is to change the weights at {late}, between two updates" in line for line in lines] == (
         [True] if late else []

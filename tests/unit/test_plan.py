@@ -23,7 +23,7 @@ MIXTRAL = {
     "model": {"preset": "mixtral-8x7b"},
     "parallel": {"expert_model_parallel_size": 8, "pipeline_model_parallel_size": 4},
     "training": {"train_iters": 250, "global_batch_size": 128, "bf16": True},
-    "mixing": {"probe_tokens": 5000, "interval": 100},
+    "mixing": {"strategy": "gate-load", "signal": "probe", "probe_tokens": 5000, "interval": 100},
 }
 
 

@@ -111,7 +111,7 @@ def test_run_yaml_names_the_files_relative_to_its_own_folder(tmp_path):
     path = write_run_yaml(tmp_path, sources, seed=7)
     run = yaml.safe_load(path.read_text())
     assert run["model"] == {"preset": "tiny", "vocab_size": 1024}
-    assert run["mixing"] == {"strategy": "gate-load", "interval": 10, "signal": "probe"}
+    assert run["mixing"] == {"strategy": "uniqueness", "interval": 10, "signal": "train"}
     assert run["training"]["seed"] == 7
     assert run["optimizer"]["lr"] == 3.0e-3
     assert run["data"]["sources"]["math_again"] == {

@@ -25,7 +25,7 @@ FROM_FILES = {
 
 
 def settings(**given):
-    return MixingConfig(interval=INTERVAL, **given)
+    return MixingConfig(**{"strategy": "gate-load", "interval": INTERVAL, **given})
 
 
 def resolved_for(strategy):

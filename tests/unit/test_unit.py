@@ -105,7 +105,7 @@ def test_a_strategy_that_starts_sees_sizes_in_examples():
 
 
 def run_in_examples(iterations=12, **settings):
-    mixing = MixingConfig(interval=INTERVAL, unit="examples")
+    mixing = MixingConfig(strategy="gate-load", interval=INTERVAL, unit="examples")
     resolved = {"examples_per_row": [18.0, 6.0, 2.5], **settings}
     return fake_run(iterations, settings=mixing, resolved=resolved)
 

@@ -17,7 +17,7 @@ SETTINGS = {
     "guarded": replace(MIXING, max_kl_step=0.001, weight_floor=0.1),
     "uniqueness": MixingConfig(strategy="uniqueness", interval=3),
     "ado": MixingConfig(strategy="ado", interval=3),
-    "examples": MixingConfig(interval=3, unit="examples"),
+    "examples": MixingConfig(strategy="gate-load", interval=3, unit="examples"),
 }
 
 
@@ -58,7 +58,7 @@ def test_caps_are_held_over_the_rows_that_the_rule_itself_draws():
     resolved = {"max_epochs": [None, 2.0, None]}
     run = fake_run(30, resolved=resolved)
     changes = {"strategy": "gate-load", "smoothing": 0.9}
-    stronger = MixingConfig(interval=3, options={"smoothing": 0.9})
+    stronger = MixingConfig(strategy="gate-load", interval=3, options={"smoothing": 0.9})
     tried = replayed(run.records(), Rule("stronger", changes))
     assert shares(tried) == recorded(fake_run(30, settings=stronger, resolved=resolved))
 
