@@ -59,6 +59,9 @@ def mix(
         seq_length=config.model.seq_length,
         num_workers=getattr(config.dataset, "num_workers", 2),
         pin_memory=getattr(config.dataset, "pin_memory", True),
+        skip_getting_attention_mask_from_dataset=getattr(
+            config.dataset, "skip_getting_attention_mask_from_dataset", True
+        ),
     )
     config.dataset.loop = loop
     register_allowed_target_prefix(__name__)
@@ -73,7 +76,10 @@ def mix(
 def _check(config: Any, validation: Any) -> None:
     """Refuse, by name, what leaves no place for the mix."""
     refused = {
-        "train.train_iters": (not config.train.train_iters, "is not given; give it instead of num_epochs"),
+        "train.train_iters": (
+            not config.train.train_iters,
+            "is not given; give it instead of train_samples and num_epochs",
+        ),
         "train.decrease_batch_size_if_needed": (
             getattr(config.train, "decrease_batch_size_if_needed", False),
             "changes batches as it goes; leave it out",
@@ -86,6 +92,13 @@ def _check(config: Any, validation: Any) -> None:
             getattr(config.checkpoint, "non_persistent_ckpt_type", None),
             "is given, and such checkpoints do not hold the mix; leave it out",
         ),
+        **{
+            f"dataset.{name}": (
+                getattr(config.dataset, name, False),
+                "is set, but rows of the sources are stacked as they are; leave it out, and give whole rows",
+            )
+            for name in ("enable_in_batch_packing", "enable_offline_packing")
+        },
         "dist.use_decentralized_pg": (
             getattr(config.dist, "use_decentralized_pg", False),
             "is set, but loads are summed over Megatron-Core's own groups; leave it out",
@@ -201,9 +214,13 @@ class _Loop:
 
 @dataclass(kw_only=True)
 class MixedProvider:
-    """The mix as Megatron-Bridge's `DatasetProvider`; the fields are those of its `DataloaderConfig`."""
+    """The mix as Megatron-Bridge's `DatasetProvider`; the fields are those of its `DataloaderConfig`.
+
+    Beside them is what its forward step asks of a dataset's settings.
+    """
 
     seq_length: int
+    skip_getting_attention_mask_from_dataset: bool = True
     dataloader_type: str = "external"
     num_workers: int = 2
     data_sharding: bool = True
