@@ -1,18 +1,24 @@
 """Megatron-Bridge's loop in small, with the names and the order of events of 0.6, around `bridge.mix`."""
 
+import importlib.util
+import os
 import sys
 from abc import ABC
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_dynmix.config.load import load_config
 from megatron_dynmix.model.lr_schedule import set_learning_rate
 from megatron_dynmix.training.batch import to_batch
 from megatron_dynmix.training.step import set_batch_size
 from megatron_dynmix.training.trainer import seed_iteration
 from tests.distributed import loop_programs, programs
+
+EXAMPLE = Path(__file__).parents[2] / "examples/megatron_bridge/pretrain.py"
 
 
 class TrainState:
@@ -79,58 +85,20 @@ def stand_in():
     return prefixes
 
 
-def pretrain(run_yaml, flags, run_dir, *, skip=(), resume_at=None, stop_at=None, undone=()):
-    """Train as Megatron-Bridge does; return what was written."""
-    prefixes = stand_in()
-    from megatron_dynmix.bridge import MixedCheckpointManager, mix
+def loop(config, forward_step, callbacks, *, skip=(), stop_at=None, undone=()):
+    """Train as Megatron-Bridge's `pretrain` does; a step that is undone ends the job, which goes on."""
+    from megatron_dynmix.bridge import MixedCheckpointManager
 
-    own = load_config(run_yaml, flags)
-    trainer = programs.build(run_yaml, flags, run_dir.with_name(f"{run_dir.name}-{resume_at}-model"))
-    training, rows = own.training, dict(zip(own.data.sources, trainer.loader.sources, strict=True))
-    config = SimpleNamespace(
-        train=SimpleNamespace(
-            train_iters=training.train_iters,
-            global_batch_size=training.global_batch_size,
-            micro_batch_size=training.micro_batch_size,
-        ),
-        model=SimpleNamespace(seq_length=own.data.seq_length, pre_wrap_hooks=[]),
-        dataset=SimpleNamespace(num_workers=0, pin_memory=False),
-        checkpoint=SimpleNamespace(
-            save=run_dir / "saved",
-            load=None if resume_at is None else run_dir / "saved",
-            step=resume_at,
-            custom_manager_class=None,
-        ),
-        dist=SimpleNamespace(),
-        rng=SimpleNamespace(seed=training.seed),
-        validation=SimpleNamespace(eval_iters=0),
-    )
-
-    def masks(draws):
-        drawn = [list(rows.values())[source][row] for source, row, _ in draws]
-        padding_BS = torch.stack([torch.from_numpy(row["padding_mask"]) for row in drawn])
-        return padding_BS, torch.stack([torch.from_numpy(row["loss_mask"]) for row in drawn]) > 0
-
-    def forward_step(state, data_iterator, model, return_schedule_plan=False):
-        batch = to_batch(next(data_iterator), torch.device("cpu"), join_rows=False)
-        loss = model(
-            *(batch.tokens, batch.position_ids, batch.attention_mask),
-            **{"labels": batch.labels, "loss_mask": batch.loss_mask, "padding_mask": batch.padding_mask},
-        )
-        return loss, lambda loss: trainer.run._loss(loss, batch)
-
-    step, callback = mix(
-        config, forward_step, own.mixing, sources=lambda context: rows, rows=masks, run_dir=run_dir
-    )
-    assert prefixes == ["megatron_dynmix.bridge"]
-    assert config.checkpoint.custom_manager_class == "megatron_dynmix.bridge.MixedCheckpointManager"
+    (callback,), trainer = callbacks, config.model.trainer
+    own = trainer.config
+    training = own.training
     state = SimpleNamespace(cfg=config, train_state=TrainState())
     context = SimpleNamespace(state=state, optimizer=trainer.optimizer, skipped_iter=None, grad_norm=None)
     for hook in config.model.pre_wrap_hooks:
         hook(trainer.run.chunks)
     manager = MixedCheckpointManager(config.checkpoint)
     manager.load(context)
-    batches = config.dataset.build_datasets(None)[0]
+    batches = config.dataset.build_datasets(SimpleNamespace(tokenizer=Tokenizer()))[0]
     while state.train_state.step < (stop_at or training.train_iters):
         size, at = training.global_batch_size, state.train_state.step + 1
         micro_batches = set_batch_size(own, size)
@@ -149,7 +117,7 @@ def pretrain(run_yaml, flags, run_dir, *, skip=(), resume_at=None, stop_at=None,
                 trainer.run.chunks[0].zero_grad_buffer()
                 trainer.optimizer.zero_grad()
                 get_forward_backward_func()(
-                    forward_step_func=lambda batches, model: step(state, batches, model),
+                    forward_step_func=lambda batches, model: forward_step(state, batches, model),
                     data_iterator=batches,
                     model=trainer.run.chunks[0],
                     num_microbatches=micro_batches,
@@ -165,6 +133,61 @@ def pretrain(run_yaml, flags, run_dir, *, skip=(), resume_at=None, stop_at=None,
     manager.save(context)
     callback.on_train_end(context)
     torch.distributed.barrier()
+
+
+def container(trainer, folder, *, resume_at=None, dataset):
+    """A `ConfigContainer` of what `bridge` and this loop read of one."""
+    training = trainer.config.training
+    return SimpleNamespace(
+        train=SimpleNamespace(
+            train_iters=training.train_iters,
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+        ),
+        model=SimpleNamespace(seq_length=trainer.config.data.seq_length, pre_wrap_hooks=[], trainer=trainer),
+        dataset=dataset,
+        checkpoint=SimpleNamespace(
+            save=folder / "saved",
+            load=None if resume_at is None else folder / "saved",
+            step=resume_at,
+            custom_manager_class=None,
+        ),
+        dist=SimpleNamespace(),
+        rng=SimpleNamespace(seed=training.seed),
+        validation=SimpleNamespace(eval_iters=0),
+    )
+
+
+def pretrain(run_yaml, flags, run_dir, *, resume_at=None, **how):
+    """Train as Megatron-Bridge does; return what was written."""
+    prefixes = stand_in()
+    from megatron_dynmix.bridge import mix
+
+    trainer = programs.build(run_yaml, flags, run_dir.with_name(f"{run_dir.name}-{resume_at}-model"))
+    rows = dict(zip(trainer.config.data.sources, trainer.loader.sources, strict=True))
+    dataset = SimpleNamespace(num_workers=0, pin_memory=False)
+    config = container(trainer, run_dir, resume_at=resume_at, dataset=dataset)
+
+    def masks(draws):
+        drawn = [list(rows.values())[source][row] for source, row, _ in draws]
+        padding_BS = torch.stack([torch.from_numpy(row["padding_mask"]) for row in drawn])
+        return padding_BS, torch.stack([torch.from_numpy(row["loss_mask"]) for row in drawn]) > 0
+
+    def forward_step(state, data_iterator, model, return_schedule_plan=False):
+        batch = to_batch(next(data_iterator), torch.device("cpu"), join_rows=False)
+        loss = model(
+            *(batch.tokens, batch.position_ids, batch.attention_mask),
+            **{"labels": batch.labels, "loss_mask": batch.loss_mask, "padding_mask": batch.padding_mask},
+        )
+        return loss, lambda loss: trainer.run._loss(loss, batch)
+
+    mixing = trainer.config.mixing
+    step, callback = mix(
+        config, forward_step, mixing, sources=lambda context: rows, rows=masks, run_dir=run_dir
+    )
+    assert prefixes == ["megatron_dynmix.bridge"]
+    assert config.checkpoint.custom_manager_class == "megatron_dynmix.bridge.MixedCheckpointManager"
+    loop(config, step, [callback], **how)
     return loop_programs.written(run_dir)
 
 
@@ -172,3 +195,73 @@ def pretrain_twice(run_yaml, flags, run_dir, stop_at):
     """A run that is stopped and goes on, with the optimizer's and the model's state left out of it."""
     pretrain(run_yaml, flags, run_dir, stop_at=stop_at)
     return pretrain(run_yaml, flags, run_dir, resume_at=stop_at)
+
+
+class Tokenizer:
+    """What a dataset asks of one."""
+
+    eod, vocab_size, unique_identifiers = 0, 256, {"class": "Tokenizer"}
+
+
+def load_example(interval):
+    """Import the recipe of the examples, with weights that change more often than there."""
+    spec = importlib.util.spec_from_file_location("example", EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    mix = example.mix
+    example.mix = lambda config, step, mixing, **given: mix(
+        config, step, {**mixing, "interval": interval}, **given
+    )
+    return example
+
+
+def run_example(run_yaml, flags, folder, prefixes, interval):
+    """The example in this loop, with a small model; return what was written."""
+    stand_in()
+    os.chdir(folder)
+    trainer = programs.build(run_yaml, flags, folder / "model")
+    length = trainer.config.data.seq_length
+    causal = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+
+    def recipe():
+        blend = Blend(
+            random_seed=1,
+            sequence_length=length,
+            split="100,0,0",
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        return container(trainer, folder, dataset=blend)
+
+    def forward_step(state, data_iterator, model, return_schedule_plan=False):
+        batch = next(data_iterator)
+        losses = model(batch["tokens"], batch["position_ids"], causal, labels=batch["labels"])
+        return losses, lambda losses: (losses.sum(), torch.tensor(losses.numel()), {})
+
+    for name, content in {
+        "recipes.qwen": {"qwen3_30b_a3b_pretrain_config": recipe},
+        "training.gpt_step": {"forward_step": forward_step},
+        "training.pretrain": {"pretrain": loop},
+    }.items():
+        module = ModuleType(f"megatron.bridge.{name}")
+        vars(module).update(content)
+        sys.modules[module.__name__] = module
+    sys.modules["megatron.bridge.recipes"] = ModuleType("megatron.bridge.recipes")
+    load_example(interval).main(prefixes)
+    return loop_programs.written(folder / "runs/bridge")
+
+
+@dataclass
+class Blend(GPTDatasetConfig):
+    """Megatron-Bridge's way with it: checked when it is whole."""
+
+    num_workers: int = 0
+    pin_memory: bool = False
+
+    def __post_init__(self):
+        """Wait for `finalize`."""
+
+    def finalize(self):
+        super().__post_init__()

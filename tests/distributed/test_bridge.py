@@ -11,9 +11,11 @@ from tests.distributed import bridge_programs, loop_programs
 from tests.distributed.layouts import ep
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_mixed_run import FLAGS
+from tests.stock import data
 
 ONE = [*FLAGS, *ep(1)]
 BRIDGE = os.environ.get("DYNMIX_MEGATRON_BRIDGE")
+MASK = "skip_getting_attention_mask_from_dataset"
 
 
 def test_the_run_is_that_of_our_own_trainer_though_a_step_was_undone(run_yaml, tmp_path):
@@ -32,6 +34,14 @@ def test_skipped_iterations_and_a_stop_keep_what_is_drawn(run_yaml, tmp_path):
         assert verify(tmp_path / name).proven
 
 
+def test_the_example_mixes_its_sources(run_yaml, tmp_path):
+    prefixes = data.write_sources(tmp_path)
+    told = run_ranks(1, bridge_programs.run_example, run_yaml, ONE, tmp_path, prefixes, 2)[0]
+    assert [update["iteration"] for update in told["mixing"]] == [2, 4]
+    assert all(update["sources"] == list(data.SOURCES) for update in told["mixing"])
+    assert verify(tmp_path / "runs/bridge").proven
+
+
 @pytest.mark.skipif(not BRIDGE, reason="DYNMIX_MEGATRON_BRIDGE names no unpacked wheel of megatron-bridge")
 def test_what_is_used_of_megatron_bridge_is_there():
     def tree(path):
@@ -46,8 +56,9 @@ def test_what_is_used_of_megatron_bridge_is_there():
     fields = {node.target.id for node in ast.walk(tree("data/base.py")) if isinstance(node, ast.AnnAssign)}
     from megatron_dynmix.bridge import MixedCheckpointManager, MixedProvider
 
-    mine = set(MixedProvider.__dataclass_fields__) - {"seq_length", "done"}
+    mine = set(MixedProvider.__dataclass_fields__) - {"seq_length", "done", MASK}
     assert mine <= fields
+    assert MASK in (Path(BRIDGE) / "megatron/bridge/training/gpt_step.py").read_text()
     assert "register_allowed_target_prefix" in names("utils/instantiate_utils.py", ast.FunctionDef)
     helpers = names("training/utils/checkpoint_utils.py", ast.FunctionDef)
     assert {"get_checkpoint_name", "get_checkpoint_train_state_filename"} <= helpers.keys()
