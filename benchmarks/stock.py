@@ -27,7 +27,7 @@ MODEL = [
     *("--num-layers", "4", "--hidden-size", "128", "--ffn-hidden-size", "256"),
     *("--moe-ffn-hidden-size", "256"),
     *("--seq-length", "256", "--max-position-embeddings", "256", "--micro-batch-size", "4"),
-    *("--eval-iters", "0"),
+    *("--eval-iters", "0", "--split", "100,0,0"),
 ]
 WARM_UP = 3
 """Iterations that are left out."""
