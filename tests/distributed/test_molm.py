@@ -6,6 +6,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from megatron_dynmix.cli import main
 from megatron_dynmix.config.hugging_face import model_settings
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.model_map import weight_map
@@ -118,3 +119,30 @@ def test_frozen_routers_stay_bit_equal_while_the_rest_learns(layout, folder, run
     after = {name: trained.read(name, (0,) * len(shape), shape) for name, shape in trained.shapes.items()}
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in after if ".gate." not in name}, "routers of both kinds, and no other"
+
+
+def test_there_with_twenty_iterations_of_mixing_and_back(folder, run_yaml, tmp_path, capsys):
+    """A folder in the published format, converted, trained, exported and converted again."""
+    start, run_dir, out, again = (tmp_path / name for name in ("start", "run", "out", "again"))
+    assert main(["convert", "hf-to-megatron", str(folder), str(start)]) == 0
+    settings = yaml.safe_load(run_yaml.read_text())
+    settings["model"] = {"preset": str(start)}
+    settings["checkpoint"] = {"pretrained_checkpoint": str(start)}
+    molm_yaml = run_yaml.with_name("molm.yaml")  # paths in it are those of its folder
+    molm_yaml.write_text(yaml.safe_dump(settings))
+    flags = [*PAPER, *ep(2), "--train-iters", "20", "--interval", "5", "--seq-length", "64"]
+    flags += ["--micro-batch-size", "1", "--global-batch-size", "4", "--smoothing", "0.05"]
+    updates = run_ranks(2, programs.train, molm_yaml, flags, run_dir)[0]["mixing"]
+    assert len(updates) == 4 and len({tuple(update["new_weights"]) for update in updates}) == 4
+    assert main(["convert", "megatron-to-hf", str(run_dir), str(out)]) == 0
+    assert main(["convert", "hf-to-megatron", str(out), str(again)]) == 0
+    assert "no model of type moduleformer" in capsys.readouterr().out
+    before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
+    learned = {name for name in before if not name.endswith(("attn.mask", "attn.cum_weight"))}
+    assert after.keys() == learned and all(not torch.equal(after[name], before[name]) for name in learned)
+    trained, returned = (
+        MegatronCheckpoint(path) for path in (run_dir / "checkpoints/iter_0000020", again / "iter_0000000")
+    )
+    for name, shape in returned.shapes.items():
+        whole = name, (0,) * len(shape), shape
+        assert torch.equal(trained.read(*whole), returned.read(*whole)), name

@@ -20,7 +20,9 @@ from megatron_dynmix.platform.fake.process import what_is_missing
 from megatron_dynmix.training.trace import PROBED_ROWS, trace
 
 ROOT = Path(__file__).parents[2]
-ELSEWHERE = {name: "/on/another/machine" for name in ("MIXTRAL", "QWEN3", "LLAMA_MOE", "DATA", "WORK")}
+ELSEWHERE = {
+    name: "/on/another/machine" for name in ("MIXTRAL", "QWEN3", "LLAMA_MOE", "MOLM", "DATA", "WORK")
+}
 TE, CUDA = Host(cuda=True, transformer_engine=True), Host(cuda=True, transformer_engine=False)
 
 EXAMPLES = {

@@ -23,9 +23,10 @@ EXAMPLES = {
     "mixtral_8x22b": ("mixtral-8x22b", 16, 8),
     "qwen3_30b_a3b": ("qwen3-30b-a3b", 4, 8),
     "llama_moe_paper": ("llama-moe-3.5b-2-8", 1, 4),
+    "molm_paper": ("molm-700m-4b", 1, 4),
 }
 """Example -> its model, and the nodes and GPUs on each of them that it is written for."""
-LARGE = [name for name in EXAMPLES if name != "llama_moe_paper"]
+LARGE = [name for name in EXAMPLES if not name.endswith("_paper")]
 """Those whose READMEs say what to change for fewer GPUs."""
 SCRIPTS = sorted(
     path
@@ -55,7 +56,7 @@ def places(tmp_path, tokenizer_dir, monkeypatch):
         folder = shutil.copytree(tokenizer_dir, tmp_path / preset)
         settings = {**COMMON, **PRESETS[preset]}
         (folder / "config.json").write_text(json.dumps(hugging_face_config(settings)))
-        for name in ("MIXTRAL", "QWEN3", "LLAMA_MOE"):
+        for name in ("MIXTRAL", "QWEN3", "LLAMA_MOE", "MOLM"):
             monkeypatch.setenv(name, str(folder))
 
     return model
@@ -235,7 +236,7 @@ def torchrun(tmp_path):
     python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nprintf "%s\\n" "rank $RANK"\n')
     python.chmod(0o755)
     base = {"PATH": os.environ["PATH"], "PYTHON": str(python), "DATA": "/data"}
-    base |= dict.fromkeys(("MIXTRAL", "QWEN3", "LLAMA_MOE"), "/model")
+    base |= dict.fromkeys(("MIXTRAL", "QWEN3", "LLAMA_MOE", "MOLM"), "/model")
 
     def run(*arguments, script="mixtral_8x7b/train.sh", **environment):
         given = {**base, **environment}
