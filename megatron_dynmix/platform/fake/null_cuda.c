@@ -41,9 +41,30 @@ int cudaDeviceGetAttribute(int *value, int attribute, int device) {
   *value = attribute == 75 /* major */ ? 9 : attribute == 76 /* minor */ ? 0 : attribute == 16 /* SMs */ ? 132 : 1;
   return 0;
 }
-/* torch asks for these into memory that it has set to zero */
-int cudaGetDeviceProperties(void *properties, int device) DOES_NOTHING
-int cudaGetDeviceProperties_v2(void *properties, int device) DOES_NOTHING
+/* the beginning of what CUDA 12 and 13 have alike; by the compute capability torch chooses a kernel of attention */
+struct properties {
+  char name[256], uuid[16], luid[8];
+  unsigned luid_mask;
+  size_t memory, shared_memory;
+  int registers, warp;
+  size_t pitch;
+  int threads, block[3], grid[3];
+  size_t constant_memory;
+  int major, minor;
+  size_t alignment, pitch_alignment;
+  int processors;
+};
+int cudaGetDeviceProperties(struct properties *of, int device) {
+  strcpy(of->name, "NVIDIA H100"); /* into memory that torch has set to zero */
+  of->memory = (size_t)80 << 30;
+  of->shared_memory = 48 << 10;
+  of->warp = 32;
+  of->threads = 1024;
+  of->major = 9;
+  of->processors = 132;
+  return 0;
+}
+int cudaGetDeviceProperties_v2(struct properties *of, int device) { return cudaGetDeviceProperties(of, device); }
 
 /* the driver, of which torch asks a few things itself */
 int cuInit(unsigned flags) DOES_NOTHING
