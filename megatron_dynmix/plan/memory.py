@@ -57,7 +57,7 @@ class Activations:
     working: int
     """Bytes of the one layer whose forward pass is done again, with full recomputation."""
     logits: int
-    """Bytes of the last stage: the logits, and what the loss makes of them."""
+    """Bytes of the last stage: the logits in bf16, and what the loss makes of them in float32."""
 
     @property
     def total(self) -> int:
@@ -163,7 +163,8 @@ def stage_activations(
     if stage == layout.pp - 1:
         kept += layer.norm_copies * layer.border  # the last norm, and the output layer's input
         width = layer.tokens * padded_vocab_size(config) // layout.tp
-        logits = width * (layer.element + FP32)  # the softmax, whose gradient is written in its place
+        # the softmax, whose gradient is written in its place; it takes that of logits in float32
+        logits = width * (FP32 if layer.element == FP32 else layer.element + FP32)
     working = max(whole) if transformer.recompute_granularity == "full" else 0
     return Activations(kept, working, logits)
 
