@@ -54,7 +54,15 @@ with observe.device_here(), memory:
     c.sum().backward()
     peak, places = memory.peak()
     del a, b, c
-print(json.dumps([answers, before, peak, memory.now]))
+    after, kept = memory.now, []
+    for kind in (torch.bfloat16, torch.float32):
+        like = {"device": "cuda", "dtype": kind, "requires_grad": True}
+        q, k = (torch.zeros(1, heads, 512, 64, **like) for heads in (4, 2))
+        mask = torch.ones(1, 1, 512, 512, device="cuda", dtype=torch.bool)
+        held = memory.now
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=mask, enable_gqa=True)
+        kept.append(memory.now - held)
+print(json.dumps([answers, before, peak, after, kept]))
 """
 
 
@@ -77,7 +85,14 @@ def test_a_wait_is_what_asks_the_device_for_a_value_or_copies_pageable_memory(se
 
 
 def test_memory_is_that_of_storages_alive_views_counted_once(seen):
-    _, before, peak, after = seen
+    _, before, peak, after, _ = seen
     assert before == after
     # a; the product, which exp does not keep, and c, which it does; the gradients of c and of the product
     assert 3 * 4000 <= peak - before <= 5 * 4000
+
+
+def test_torch_chooses_the_kernels_of_a_hopper_gpu(seen):
+    """Grouped queries with a mask: a fused kernel in bf16, which keeps no scores; none takes float32."""
+    scores = 4 * 512 * 512
+    half, full = seen[-1]
+    assert half < 2 * scores and full >= 4 * scores
