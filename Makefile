@@ -79,6 +79,7 @@ lint: $(INSTALLED)  ## check style, formatting and types
 docs: $(INSTALLED)  ## build the pages under docs/ to build/docs, warnings are errors
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	$(BIN)/python -W ignore tools/config_reference.py docs/configuration.md
+	$(BIN)/python -W ignore tools/family_table.py docs/families.md
 	$(BIN)/sphinx-build -q -W --keep-going docs build/docs
 
 bench: $(INSTALLED)  ## run every benchmark

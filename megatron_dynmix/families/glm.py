@@ -56,8 +56,8 @@ def lite_in_own_words(config: Values, settings: Values) -> dict[str, Any]:
     said = {**latent.in_own_words(config, settings), **deepseek_moe.in_own_words(settings)}
     layers, frequency = settings["num_layers"], settings["moe_layer_freq"]
     pattern = [1] * layers if frequency == 1 else frequency
-    del said["first_k_dense_replace"]
     return said | {
+        "topk_method": "noaux_tc",  # like `first_k_dense_replace` for vLLM and SGLang
         "n_shared_experts": said["n_shared_experts"] or 0,
         "mlp_layer_types": [KINDS[is_moe] for is_moe in pattern],
     }

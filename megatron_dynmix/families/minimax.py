@@ -21,6 +21,14 @@ from megatron_dynmix.families.names import (
     gated,
 )
 
+SERVED = {
+    "scoring_func": "sigmoid",
+    "use_routing_bias": True,
+    "use_qk_norm": True,
+    "qk_norm_type": "per_layer",
+}
+"""What the published config.json says, and vLLM and SGLang read; the model has no other."""
+
 
 def in_common_words(config: Values) -> dict[str, Any]:
     """Say `rotary_dim`, the numbers of a head that are rotated, as the share of them that others say."""
@@ -33,10 +41,11 @@ def in_common_words(config: Values) -> dict[str, Any]:
 
 
 def in_own_words(config: Values, settings: Values) -> dict[str, Any]:
-    """Say the same both ways, and what another value is meant by if it is not said."""
+    """Say the same both ways, what another value is meant by if it is not said, and what servers ask for."""
     width, share = settings["kv_channels"], settings["rotary_percent"]
     return {
         **config,
+        **SERVED,
         "head_dim": width,
         "rotary_dim": int(width * share),
         "partial_rotary_factor": share,

@@ -15,6 +15,8 @@ from megatron_dynmix.config.presets import COMMON, PRESETS
 from megatron_dynmix.config.run_config import ModelConfig
 from megatron_dynmix.convert.model_map import weight_map
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.families import known_as
+from tests import published_models as published
 from tests.deepseek_models import DEEPSEEK_V2_LITE, DEEPSEEK_V3
 
 MIXTRAL_8X7B = {
@@ -136,7 +138,18 @@ PUBLISHED = {
     "qwen3-30b-a3b": (QWEN3_30B_A3B, 30_532_122_624),
     "olmoe-1b-7b": (OLMOE_1B_7B, 6_919_161_856),
     "qwen1.5-moe-a2.7b": (QWEN15_MOE, 14_315_784_192),
+    # of which the corrections of the routers' choices are not learned by gradients
+    "glm-4.5-air": (published.GLM_4_5_AIR, 106_852_251_264),
+    "glm-4.5": (published.GLM_4_5, 352_797_829_024),
+    "glm-4.6": (published.GLM_4_6, 352_797_829_024),
+    "glm-4.7-flash": (published.GLM_4_7_FLASH, 29_943_393_920),
+    "kimi-k2": (published.KIMI_K2, 1_026_408_232_448),
+    "moonlight-16b-a3b": (published.MOONLIGHT, 15_960_110_208),
+    "minimax-m2": (published.MINIMAX_M2, 228_689_764_864),
+    "dots.llm1": (published.DOTS_LLM1, 142_774_381_696),
 }
+WRITTEN = {"glm-4.7-flash": "deepseek_v3"}
+"""A preset that more than one family computes -> the first of them."""
 QWEN2_57B = {
     **QWEN15_MOE,
     "hidden_size": 3584,
@@ -210,10 +223,12 @@ def test_presets_are_the_published_models(preset, tmp_path):
         for values in ({"preset": preset}, {"preset": None, **model_settings(config)})
     )
     assert resolved(ours) == resolved(theirs), "the preset is the published config.json"
-    own = ("vocab_size", "max_position_embeddings", "rotary_base", "qk_layernorm_full_width")
-    for name in (*own, "untie_embeddings_and_output_weights"):
+    own = ("vocab_size", "max_position_embeddings", "rotary_base", "rotary_percent")
+    own += ("qk_layernorm_full_width", "latent_layernorm_epsilon", "untie_embeddings_and_output_weights")
+    for name in own:
         assert getattr(ours.model, name) == getattr(theirs.model, name), name
-    assert hugging_face_config(ours.model.flat())["model_type"] == config["model_type"]
+    written = hugging_face_config(ours.model.flat())["model_type"]
+    assert written == WRITTEN.get(preset, known_as(config["model_type"]))
 
 
 @pytest.mark.parametrize("name", {**PUBLISHED, **OTHERS})

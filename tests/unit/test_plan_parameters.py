@@ -149,13 +149,21 @@ def test_each_rank_has_the_parameters_of_a_model_that_was_built(name, built, tmp
         (DEEPSEEK_V2_LITE, 15_706_484_224, 2.66e9),
         # its file has 58 x 256 numbers more, which correct the router's scores and get no gradient
         (DEEPSEEK_V3, 671_026_404_352, 37.5e9),
+        ("glm-4.5-air", 106_852_245_504, 13.4e9),
+        ("glm-4.5", 352_797_814_784, 33.6e9),
+        ("glm-4.7-flash", 29_943_390_976, 3.9e9),
+        ("kimi-k2", 1_026_408_209_408, 32.9e9),
+        ("moonlight-16b-a3b", 15_960_108_544, 2.91e9),
+        ("minimax-m2", 228_689_748_992, 11.0e9),
+        ("dots.llm1", 142_774_373_888, 14.0e9),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else str(value),
 )
 def test_published_models_have_their_number_of_parameters(preset, total, active, tmp_path):
     """As the models' cards have them: 46.7B of which 12.9B active, 141B/39B, 30.5B/3.3B, 6.9B/1.3B.
 
-    Of DeepSeek's 15.7B and 671B, 2.4B and 36.6B, without the embedding, of which a token meets one row.
+    Of DeepSeek's 15.7B and 671B, 2.4B and 36.6B, without the embedding, of which a token meets one row; so of
+    GLM's 106B, 355B and 30B 12B, 32B and 3B, of Kimi's 1T 32B, of MiniMax's 230B 10B, of dots' 142B 14B.
     """
     settings = good_settings(tmp_path)
     settings["model"] = {"preset": preset}
