@@ -12,8 +12,8 @@ from megatron_dynmix.families import FAMILIES, known_as
 
 HEAD = """# Families of models
 
-What `convert`, `model.load_hf` and `model.preset` take, by the `model_type` of config.json. What is said of all
-of them under [what is converted](convert.md#what-is-converted) is not repeated here.
+What `convert`, `model.load_hf` and `model.preset` take, by the `model_type` of config.json. What is said of
+all under [what is converted](convert.md#what-is-converted) is not repeated here.
 
 This page is written by `python tools/family_table.py docs/families.md`.
 """

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.families import deepseek_moe, latent
-from megatron_dynmix.families.dialect import Dialect, Values
+from megatron_dynmix.families.dialect import Dialect, Values, require_whole
 from megatron_dynmix.families.family import Family
 from megatron_dynmix.families.names import ATTENTION_RULES, DENSE, HEAD_NORMS, LATENT_ATTENTION, NameMap
 
@@ -26,6 +26,12 @@ def in_own_words(config: Values, settings: Values) -> dict[str, Any]:
         "partial_rotary_factor": settings["rotary_percent"],
     }
     return said | {"n_shared_experts": said["n_shared_experts"] or 0}
+
+
+def lite_in_common_words(config: Values) -> dict[str, Any]:
+    """Say what `config` says as the other families do."""
+    require_whole("num_key_value_heads", config["num_key_value_heads"])
+    return latent.in_common_words(config)
 
 
 def lite_settings(config: Values) -> dict[str, Any]:
@@ -89,7 +95,7 @@ GLM4_MOE_LITE = Family(
         names=deepseek_moe.EXPERTS,
         fixed={**latent.FIXED, **deepseek_moe.SIGMOID},
         must={**latent.MUST, **deepseek_moe.SUMS},
-        plain=latent.in_common_words,
+        plain=lite_in_common_words,
         own=lite_settings,
         published=lite_in_own_words,
     ),
