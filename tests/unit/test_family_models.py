@@ -5,11 +5,13 @@ Axes: B rows, S positions, V vocabulary.
 
 import functools
 import json
+from itertools import pairwise
 
 import pytest
 import torch
 import transformers
 from convert_fixtures import InMemory
+from megatron.core.packed_seq_params import PackedSeqParams
 from safetensors.torch import load_file, save_file
 
 from megatron_dynmix import platform
@@ -21,7 +23,8 @@ from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
 from megatron_dynmix.convert.origin import model_of
 from megatron_dynmix.convert.tensors import as_hugging_face, as_megatron
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.families import FAMILIES
+from megatron_dynmix.model.layers import segment_mask
+from megatron_dynmix.platform.megatron_patches import rotate_packed_rows_on_the_device
 from tests.family_models import MODELS, tiny_model
 
 TOLERANCE = 1e-4
@@ -91,6 +94,36 @@ def test_logits_and_gradients_are_those_of_transformers(name, folder_of):
 
 def loss(logits_BSV, tokens_BS):
     return torch.nn.functional.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), tokens_BS[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["masked", "joined"])
+def test_segments_of_a_row_are_as_they_would_be_alone(joined, folder_of):
+    """Of a model that rotates a part of each head: by a mask, and as Transformer Engine takes rows."""
+    _, path = folder_of("GLM-4.5")
+    folder = HuggingFaceFolder(path)
+    section = model_of(complete_model({"preset": None, **folder.settings}))
+    tokens_BS = logits.fixed_tokens(131, 24)[:1]
+    ends = torch.tensor([0, 9, 24])
+    segment_BS = (torch.arange(24) >= 9).long()[None]
+    position_S = torch.arange(24)
+    platform.start()
+    rotate_packed_rows_on_the_device()
+    with logits.one_rank(), torch.no_grad():
+        gpt = logits._build_cut(section, as_megatron(folder, folder.weight_map()), range(3))
+        alone = [gpt(tokens_BS[:, a:b], position_S[None, : b - a], None) for a, b in pairwise(ends.tolist())]
+        inside_BS = position_S[None] - ends[segment_BS]
+        if joined:
+            packed = PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=ends.int(),
+                cu_seqlens_kv=ends.int(),
+                max_seqlen_q=15,
+                max_seqlen_kv=15,
+            )
+            found_BSV = gpt(tokens_BS, inside_BS, None, packed_seq_params=packed)
+        else:
+            found_BSV = gpt(tokens_BS, inside_BS, segment_mask(segment_BS, position_S, position_S))
+    torch.testing.assert_close(found_BSV, torch.cat(alone, dim=1), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -182,9 +215,3 @@ def test_tensors_that_are_not_those_of_the_model_are_refused(name, change, messa
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=message):
         HuggingFaceFolder(tmp_path)
-
-
-def test_every_family_says_what_it_is():
-    for model_type, family in FAMILIES.items():
-        assert family.title and family.since, model_type
-        assert all(only.why for only in family.dialect.must.values()), model_type
