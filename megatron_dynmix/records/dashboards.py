@@ -25,6 +25,8 @@ CHARTS = {
     "share of the tokens so far": r"dynmix/token-share/.*",
     "epochs of each source": r"dynmix/epochs/.*",
     "busiest expert over the mean, by layer": r"dynmix/expert-load/.*",
+    "CV squared of the experts' loads, by layer": r"dynmix/load-cv-squared/.*",
+    "specialization of the experts, by layer": r"dynmix/specialization/.*",
 }
 """Charts that show several tags at once: title -> regular expression of the tags."""
 
@@ -72,13 +74,26 @@ def mixing_scalars(update: MixingUpdate) -> dict[str, float]:
         if values_D is not None
         for source, value in zip(update.sources, values_D, strict=True)
     }
-    loads = enumerate(update.expert_load or [])
+    use = update.expert_use
+    per_layer = (
+        {}
+        if use is None
+        else {
+            "expert-load": use.busiest,
+            "load-cv-squared": use.cv_squared,
+            "specialization": use.specialization or [],
+        }
+    )
     return {
         **_known(scalars),
         "dynmix/entropy": update.entropy,
         "dynmix/kl-step": update.kl_step,
         **{f"dynmix/seconds/{part}": value for part, value in update.seconds.items()},
-        **{f"dynmix/expert-load/layer-{layer}": load for layer, load in loads},
+        **{
+            f"dynmix/{name}/layer-{layer}": value
+            for name, values_L in per_layer.items()
+            for layer, value in enumerate(values_L)
+        },
     }
 
 

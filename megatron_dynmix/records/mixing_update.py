@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dynmix.mixing.controller import Decision, MixingController
+from megatron_dynmix.mixing.expert_use import expert_use
 from megatron_dynmix.mixing.guardrails import Override
 from megatron_dynmix.mixing.strategy import Remark, Signal
 from megatron_dynmix.mixing.weights import entropy, example_shares, kl_divergence
@@ -124,21 +125,5 @@ def _decided(decision: Decision, old_D: NDArray[np.float64]) -> dict[str, Any]:
         "loss": None if signal.loss_D is None else signal.loss_D.tolist(),
         "signal": told,
         "counts": counts,
-        "expert_load": _busiest_expert(signal, old_D),
+        "expert_use": None if signal.counts_DLE is None else expert_use(signal.counts_DLE, old_D),
     }
-
-
-def _busiest_expert(signal: Signal, weights_D: NDArray[np.float64]) -> list[float] | None:
-    """Return the load of the busiest expert over the mean, by MoE layer, of the mix in force.
-
-    1 is an even load, None stands for one that was not measured. Sources are weighted as they are drawn: a
-    probe reads equally much of each.
-    """
-    counts_DLE = signal.counts_DLE
-    if counts_DLE is None or not counts_DLE.any():
-        return None
-    total_DL1 = counts_DLE.sum(axis=2, keepdims=True)
-    load_DLE = counts_DLE / np.maximum(total_DL1, 1)
-    mix_LE = np.einsum("d,dle->le", weights_D, load_DLE)
-    mean_L = mix_LE.mean(axis=1)
-    return (mix_LE.max(axis=1) / np.where(mean_L > 0, mean_L, 1)).tolist()

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.data.source_set import SourceSet
+from megatron_dynmix.mixing.expert_use import ExpertUse
 from megatron_dynmix.mixing.guardrails import Override
 from megatron_dynmix.mixing.strategy import Remark
 
@@ -160,8 +161,8 @@ class MixingUpdate(Line):
     """Where the arrays are that the line does not hold."""
     example_weights: list[float] | None = None
     """With `unit: examples`, the weights as shares of the examples."""
-    expert_load: list[float] | None = None
-    """Busiest expert over the mean one, by MoE layer, of the mix in force."""
+    expert_use: ExpertUse | None = None
+    """How evenly the mix in force uses the experts; None where it was not measured."""
     probe_loss: list[float | None] | None = None
     """Mean losses in nats on held-out rows; None for a source without a trained token."""
     entropy: float

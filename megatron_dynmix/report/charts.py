@@ -36,7 +36,7 @@ MOST_NAMES = 24
 def charts_of(run: Run, palette: Palette) -> tuple[list[Chart], Axes]:
     """Return all charts that a run has the records for, and the axes that their curves share."""
     weights, metrics, updates = drawn_weights(run), drawn(run.metrics), drawn(run.updates)
-    loaded = drawn([update for update in run.updates if update.imbalance])
+    measured = drawn([update for update in run.updates if update.use])
     found = [
         _weights(run, weights, palette),
         _losses(run, metrics, palette),
@@ -46,7 +46,7 @@ def charts_of(run: Run, palette: Palette) -> tuple[list[Chart], Axes]:
         *_totals(run, palette),
         _entropy(run, updates),
         _kl_step(run, updates),
-        _imbalance(run, loaded),
+        *_expert_use(run, measured),
         _throughput(run, metrics),
         _cost(run, updates),
     ]
@@ -54,7 +54,7 @@ def charts_of(run: Run, palette: Palette) -> tuple[list[Chart], Axes]:
         "weights": [point.iteration for point in weights],
         "metrics": [record.iteration for record in metrics],
         "updates": [update.iteration for update in updates],
-        "imbalance": [update.iteration for update in loaded],
+        "use": [update.iteration for update in measured],
     }
     return [chart for chart in found if chart is not None], axes
 
@@ -274,25 +274,44 @@ def _kl_step(run: Run, updates: Sequence[Update]) -> Chart | None:
     )
 
 
-def _imbalance(run: Run, updates: Sequence[Update]) -> Chart | None:
-    curves = {
-        "highest of the layers": [max(update.imbalance) for update in updates],
-        "mean of the layers": [sum(update.imbalance) / len(update.imbalance) for update in updates],
-    }
-    if all(len(update.imbalance) == 1 for update in updates):
-        curves = {"largest over mean": curves["highest of the layers"]}
-    return _course(
-        Chart(
-            id="imbalance",
-            title="Load of the busiest expert",
-            reading="Load of the busiest expert over the mean of all, in the layers that the strategy reads, "
-            "for the mix drawn: 1 is even. Large values slow expert-parallel ranks down.",
-            figure=figure(y="largest / mean load", height=260),
-            thinned=_note(len(updates), len(run.updates), "updates"),
-        ),
-        curves,
-        x="imbalance",
+def _expert_use(run: Run, updates: Sequence[Update]) -> list[Chart | None]:
+    """Return what is known of the use of the experts, by MoE layer, for the mix drawn."""
+    use = [update.use for update in updates if update.use is not None]
+    note = _note(len(updates), len(run.updates), "updates")
+    busiest = Chart(
+        id="imbalance",
+        title="Load of the busiest expert",
+        reading="Load of the busiest expert over the mean of all, in the mix drawn: 1 is even. Large values "
+        "slow expert-parallel ranks down.",
+        figure=figure(y="largest / mean load", height=260),
+        thinned=note,
     )
+    uneven = Chart(
+        id="load-cv-squared",
+        title="Unevenness of the experts' loads",
+        reading="Squared coefficient of variation of the experts' loads in the mix drawn: 0 is even.",
+        figure=figure(y="CV squared", height=260, rangemode="tozero"),
+        thinned=note,
+    )
+    special = Chart(
+        id="specialization",
+        title="Specialization of the experts",
+        reading="Mean distance between the gate loads of any two sources, 0 if all use the experts alike.",
+        figure=figure(y="l2 distance", height=260, rangemode="tozero"),
+        thinned=note,
+    )
+    return [
+        _over_layers(busiest, [each.busiest for each in use]),
+        _over_layers(uneven, [each.cv_squared for each in use]),
+        _over_layers(special, [each.specialization or [math.nan] for each in use]),
+    ]
+
+
+def _over_layers(chart: Chart, by_layer: Sequence[Sequence[float]]) -> Chart | None:
+    curves = {"highest of the layers": [max(values) for values in by_layer]}
+    if any(len(values) > 1 for values in by_layer):
+        curves["mean of the layers"] = [sum(values) / len(values) for values in by_layer]
+    return _course(chart, curves, x="use")
 
 
 def _throughput(run: Run, metrics: Sequence[TrainingRecord]) -> Chart | None:

@@ -22,6 +22,7 @@ import yaml
 from numpy.typing import NDArray
 
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.mixing.expert_use import ExpertUse
 from megatron_dynmix.records.jsonl import count_lines, found_records
 from megatron_dynmix.records.schema import Event, MixingUpdate, StageLine, TrainingRecord, step_seconds
 from megatron_dynmix.records.signals import SIGNALS, with_signal
@@ -156,8 +157,7 @@ class Update:
     seconds: Mapping[str, float]
     entropy: float
     kl_step: float
-    imbalance: tuple[float, ...] = ()
-    """Largest over mean load of the experts, for each layer, of the mix; only of updates that are drawn."""
+    use: ExpertUse | None = None
 
 
 @dataclass(kw_only=True)
@@ -294,10 +294,10 @@ def _read_config(run: Run) -> None:
 
 
 def _read_updates(run: Run) -> None:
-    """Read updates in one pass, of which only those that are drawn keep their heat maps."""
+    """Read updates in one pass, of which only a few keep their heat maps."""
     path = run.path / "mixing.jsonl"
     total = count_lines(path)
-    drawn, frames = set(thinned(total, MOST_POINTS)), set(thinned(total, MOST_FRAMES))
+    frames = set(thinned(total, MOST_FRAMES))
     odd, lost = 0, []
     for place, record in enumerate(found_records(path, run.missing.append)):
         update = MixingUpdate.salvaged(record)
@@ -305,18 +305,18 @@ def _read_updates(run: Run) -> None:
         if not new:
             odd += 1
             continue
-        if place in drawn | frames and update.load is None and update.block is not None:
+        if place in frames and update.load is None and update.block is not None:
             try:
                 update = with_signal(update, run.path / SIGNALS)
             except InputError as error:
                 lost.append(str(error))
-        load = update.load if place in drawn | frames else None
+        load = update.load if place in frames else None
         if load is not None and (load.ndim not in (2, 3) or len(load) != len(new) or not load.size):
             load = None
         if not run.weights:
             run.weights.append(Weights(0, by_name(sources, update.old_weights)))
         run.weights.append(Weights(update.iteration, new))
-        run.updates.append(_update(update, load))
+        run.updates.append(_update(update))
         for event in update.events:
             kind = "override" if event.kind == "override" else "guardrail"
             run.events.append(Entry(update.iteration, kind, event.text))
@@ -336,7 +336,7 @@ def _read_updates(run: Run) -> None:
         )
 
 
-def _update(update: MixingUpdate, load: NDArray[np.float64] | None) -> Update:
+def _update(update: MixingUpdate) -> Update:
     named = {
         name: by_name(update.sources, getattr(update, name))
         for name in ("delta", "delta_error", "epochs", "rows")
@@ -347,18 +347,8 @@ def _update(update: MixingUpdate, load: NDArray[np.float64] | None) -> Update:
         seconds=update.seconds,
         entropy=update.entropy,
         kl_step=update.kl_step,
-        imbalance=() if load is None else _imbalance(load, update.old_weights),
+        use=update.expert_use,
     )
-
-
-def _imbalance(load: NDArray[np.float64], weights_D: Sequence[float]) -> tuple[float, ...]:
-    """Largest over mean load of the experts in the mix that was drawn, for each layer."""
-    if len(weights_D) != len(load):
-        return ()
-    load_DLE = load if load.ndim == 3 else load[:, None]
-    mixed_LE = np.tensordot(np.array(weights_D), load_DLE, axes=1)
-    mean_L = mixed_LE.mean(axis=-1)
-    return tuple((mixed_LE.max(axis=-1) / mean_L).tolist()) if (mean_L > 0).all() else ()
 
 
 def _add_frames(

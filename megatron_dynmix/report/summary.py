@@ -165,9 +165,9 @@ def warnings(run: Run) -> list[str]:
             )
         if noisy := _noisy(run):
             found.append(noisy)
-        imbalance = [max(update.imbalance) for update in run.updates if update.imbalance]
-        if imbalance and imbalance[-1] > UNEVEN:
-            found.append(f"The busiest expert takes {imbalance[-1]:.1f} times the mean load.")
+        busiest = [max(update.use.busiest) for update in run.updates if update.use]
+        if busiest and busiest[-1] > UNEVEN:
+            found.append(f"The busiest expert takes {busiest[-1]:.1f} times the mean load.")
     share = run.step_seconds and run.mixing_seconds / (run.mixing_seconds + run.step_seconds)
     if share > COSTLY:
         found.append(

@@ -10,6 +10,7 @@ import numpy as np
 import orjson
 import yaml
 
+from megatron_dynmix.mixing.expert_use import expert_use
 from megatron_dynmix.records.schema import Line, Measured, MixingUpdate, TrainingRecord
 from megatron_dynmix.records.signals import SIGNALS, SignalWriter
 
@@ -89,6 +90,7 @@ def update_of(rng, sources, base_DE, old_D, number, iteration) -> MixingUpdate:
         seconds=PHASES,
         signal=Measured(train_iters=100, interval_rows=320, run_rows=3200, num_layers=1),
         counts={"half_counts": half_counts_HDLE},
+        expert_use=expert_use(half_counts_HDLE.sum(axis=0), np.array(old_D)),
     )
 
 

@@ -15,6 +15,7 @@ from run_fixtures import training_record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_dynmix.errors import InputError, TrainingStopped
+from megatron_dynmix.mixing.expert_use import ExpertUse
 from megatron_dynmix.mixing.strategy import Remark
 from megatron_dynmix.records import logline
 from megatron_dynmix.records.heatmap import MOST_NAMES, distance_image, gate_load_image
@@ -458,7 +459,8 @@ def test_charts_with_several_tags_and_the_settings_are_told(tmp_path):
 
     writer = MetricsWriter(tmp_path, resume_iteration=None)
     writer.settings({"optimizer.lr": 1e-3, "training.bf16": True, "mixing.strategy": "gate-load"})
-    writer.mixing(mixing_update(10, expert_load=[1.5, 2.25]))
+    use = ExpertUse(busiest=[1.5, 2.25], cv_squared=[0.25, 0.5], specialization=[0.125, 0.0])
+    writer.mixing(mixing_update(10, expert_use=use))
     writer.close()
     found = events(tmp_path)
     told = Layout.FromString(found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
@@ -466,6 +468,8 @@ def test_charts_with_several_tags_and_the_settings_are_told(tmp_path):
     assert charts["weights"] == ["dynmix/weight/.*"] and "loss of each source" in charts
     assert "_hparams_/session_start_info" in found.summary_metadata
     assert scalars(tmp_path, "dynmix/expert-load/layer-1") == [(10, 2.25)]
+    assert scalars(tmp_path, "dynmix/load-cv-squared/layer-1") == [(10, 0.5)]
+    assert scalars(tmp_path, "dynmix/specialization/layer-0") == [(10, 0.125)]
 
 
 class FakeWandb:

@@ -21,7 +21,7 @@ from megatron_dynmix.report.summary import summary, warnings
 
 CHARTS = [
     *("weights", "loss", "delta", "gate-load", "distance", "tokens", "epochs"),
-    *("entropy", "kl-step", "imbalance", "throughput", "cost"),
+    *("entropy", "kl-step", "imbalance", "load-cv-squared", "specialization", "throughput", "cost"),
 ]
 MANY = tuple(f"source_{number:02}" for number in range(64))
 
@@ -160,18 +160,6 @@ def test_many_layers_are_shown_by_their_mean(tmp_path):
     run = read_run(run_dir)
     np.testing.assert_allclose(run.load_frames[-1].values_RC, load_DLE.mean(axis=1))
     assert run.load_axis == "expert (mean of 40 layers)"
-    assert len(run.updates[-1].imbalance) == 40
-
-
-def test_the_busiest_expert_is_that_of_the_mix(tmp_path):
-    run_dir = write_run(tmp_path / "mine", updates=1, experts=2)
-    change(
-        run_dir / "mixing.jsonl",
-        0,
-        load=[[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.5, 0.5]],
-        old_weights=[0.5, 0.1, 0.2, 0.2],
-    )
-    assert read_run(run_dir).updates[0].imbalance == pytest.approx((1.4,))
 
 
 def test_a_strategy_that_keeps_its_weights_is_no_reason_for_alarm(tmp_path):
@@ -221,7 +209,7 @@ def test_what_to_look_at_is_said(tmp_path):
         epochs=[9.0, 1.0, 1.0, 1.0],
         delta=[0.1, 0.1, 0.1, 0.11],
         delta_error=[0.01] * 4,
-        load=[[8.0, 0, 0, 0, 0, 0, 0, 0]] * 4,
+        expert_use={"busiest": [1.0, 8.0], "cv_squared": [0.0, 8.0], "specialization": None},
         notes=[{"kind": "override_unusable", "text": "weights kept: override.json cannot be used"}],
         seconds={"signal": 50.0},
     )
@@ -349,4 +337,4 @@ def test_the_numbers_can_be_read_without_the_charts(tmp_path):
     assert chat["source"] == "chat" and chat["first weight"] == "0.250" and chat["tokens"] == "3,000"
     assert chat["share of tokens"] == "25.0%" and chat["epochs"] == "0.30"
     with_numbers = {chart.id for chart in page.charts if chart.table}
-    assert with_numbers == {"distance", "entropy", "kl-step", "imbalance", "throughput", "cost"}
+    assert with_numbers == {"distance", *CHARTS[7:]}
