@@ -494,7 +494,7 @@ def _check_target(mixing: MixingConfig) -> None:
 def _check_resolved(mixing: MixingConfig) -> None:
     """Refuse a setting that a strategy needs and lacks, and one that no strategy reads."""
     used: set[str] = set()
-    for chosen in (mixing.chosen, *mixing.shadows):
+    for chosen in mixing.asked:
         settings = resolved_options(chosen.strategy)
         used |= settings.keys()
         for setting, required in settings.items():

@@ -12,11 +12,11 @@ import json
 import math
 import typing
 from collections.abc import Callable, Mapping, Sized
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import date
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
-from megatron_dynmix.config.strategies import Chosen, chosen_shadow, complete_options, is_own
+from megatron_dynmix.config.strategies import Chosen, chosen_begin, chosen_shadow, complete_options, is_own
 from megatron_dynmix.errors import InputError
 
 Overlong = Literal["drop", "truncate", "split", "error"]
@@ -314,7 +314,7 @@ class MixingConfig(Section):
     target: str | None = None
     """JSON file {source: loss in nats} that is aimed at."""
     weights_from: str | None = None
-    """Run directory whose last weights are taken, or a JSON file {source: weight}."""
+    """Run directory whose last weights are taken, or a JSON file {source: weight}, in the unit of the run."""
     weights_mean: bool = False
     """Whether the mean of that run's weights over all its rows is taken instead."""
     embeddings: str | None = None
@@ -325,6 +325,9 @@ class MixingConfig(Section):
     """Name of the source that is the target of `match-load`."""
     sizes: dict[str, float] | None = None
     """{source: size}, for strategies by size: of originals that only a part of was released, in any unit."""
+    begin_with: str | dict[str, Any] | None = None
+    """Strategy that chooses the first weights, where `strategy` does not: a name, or
+    {strategy: NAME, option: value}."""
     similarity_correction: bool = False
     """Whether sources with like gate loads share what one of them would get, whatever the strategy."""
     weight_floor: float = 0.0
@@ -356,6 +359,8 @@ class MixingConfig(Section):
         if self.similarity_correction and self.strategy == "uniqueness":
             raise InputError("mixing.similarity_correction is what uniqueness does itself; leave it out")
         object.__setattr__(self, "options", options)  # frozen: this is the construction
+        if self.begin_with is not None and not is_own(self.strategy):
+            chosen_begin(self.begin_with, self._without_begin)
         labels = [shadow.label for shadow in self.shadows]
         for label in labels:
             if labels.count(label) > 1:
@@ -364,6 +369,13 @@ class MixingConfig(Section):
     @property
     def chosen(self) -> Chosen:
         """The strategy in charge, with its options."""
+        chosen = self._without_begin
+        if self.begin_with is None:
+            return chosen
+        return replace(chosen, begin=chosen_begin(self.begin_with, chosen))
+
+    @property
+    def _without_begin(self) -> Chosen:
         own = is_own(self.strategy)
         options = self.strategy_options if own else self.options
         return Chosen(
@@ -378,6 +390,12 @@ class MixingConfig(Section):
     def shadows(self) -> list[Chosen]:
         """The strategies beside it."""
         return [chosen_shadow(entry) for entry in self.shadow]
+
+    @property
+    def asked(self) -> list[Chosen]:
+        """All strategies that are asked at any time."""
+        chosen = self.chosen
+        return [chosen, *([] if chosen.begin is None else [chosen.begin]), *self.shadows]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,33 +96,63 @@ class Chosen:
     own: bool
     corrected: bool = False
     """Whether its weights are corrected for sources that are alike."""
+    begin: Chosen | None = None
+    """What chooses its first weights; None if nothing else does."""
+
+    @property
+    def kind(self) -> Any:
+        """What has the strategy's parts: its class, or an object of a user's own."""
+        if not self.own:
+            return STRATEGIES[self.strategy]
+        try:
+            return build_strategy(self.strategy, self.options)
+        except ValueError as error:
+            raise InputError(f"mixing: {error}") from None
 
     @property
     def needs(self) -> tuple[bool, bool]:
         """Whether gate loads, and whether losses, must be measured for it."""
-        kind: Any = STRATEGIES.get(self.strategy)
-        if self.own:
-            try:
-                kind = build_strategy(self.strategy, self.options)
-            except ValueError as error:
-                raise InputError(f"mixing: {error}") from None
+        kind = self.kind
         return self.corrected or kind.needs_gate_load, kind.needs_loss
 
 
 def chosen_shadow(entry: str | Mapping[str, Any]) -> Chosen:
     """Read one entry of `mixing.shadow`, or raise InputError."""
+    shadow = _named(entry, "mixing.shadow")
+    if not shadow.own and not shadow.kind.updates:
+        raise InputError(
+            f"mixing.shadow {shadow.strategy} never changes weights, so there is nothing to watch; leave it "
+            "out"
+        )
+    return shadow
+
+
+def chosen_begin(entry: str | Mapping[str, Any], strategy: Chosen) -> Chosen:
+    """Read `mixing.begin_with`, for a strategy that others may begin for, or raise InputError."""
+    begin = _named(entry, "mixing.begin_with")
+    if strategy.kind.starts or not strategy.kind.updates:
+        raise InputError(
+            f"mixing.begin_with is {begin.label}, but strategy {strategy.label} has first weights of its "
+            "own; leave one of them out"
+        )
+    if not begin.kind.starts or any(begin.needs):
+        able = [name for name, kind in STRATEGIES.items() if kind.starts and not kind.needs_gate_load]
+        raise InputError(
+            f"mixing.begin_with is {begin.label}, which has no weights before anything is measured; give one "
+            f"of {', '.join(able)}"
+        )
+    return begin
+
+
+def _named(entry: str | Mapping[str, Any], setting: str) -> Chosen:
+    """Read a strategy that a setting beside `mixing.strategy` names."""
     given = {"strategy": entry} if isinstance(entry, str) else dict(entry)
     strategy = given.pop("strategy", None)
     if not isinstance(strategy, str):
         raise InputError(
-            f"mixing.shadow holds {entry!r}; give the name of a strategy, or "
-            "{strategy: NAME, option: value}"
+            f"{setting} holds {entry!r}; give the name of a strategy, or {{strategy: NAME, option: value}}"
         )
-    where = f"mixing.shadow {strategy}"
     own = is_own(strategy)
-    options = given if own else complete_options(strategy, given, where)
-    kind: Any = STRATEGIES.get(strategy)
-    if not own and not kind.updates:
-        raise InputError(f"{where} never changes weights, so there is nothing to watch; leave it out")
+    options = given if own else complete_options(strategy, given, f"{setting} {strategy}")
     label = ",".join([strategy, *(f"{name}={value}" for name, value in given.items())])
     return Chosen(label=label.replace(",", ":", 1), strategy=strategy, options=options, own=own)

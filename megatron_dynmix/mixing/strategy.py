@@ -126,6 +126,24 @@ class Wrapped(Strategy):
         return proposal
 
 
+class BeginningWith(Wrapped):
+    """A strategy whose first weights another one chooses, which measures nothing.
+
+    Dynamic_SentEmb of Zhu et al. (2025), table 2, is gate-load mixing that begins with sent-emb's weights.
+    """
+
+    def __init__(self, inner: Strategy, first: Strategy) -> None:
+        super().__init__(inner)
+        self._first = first
+        self.starts = True
+
+    def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
+        """Propose what the one or the other does."""
+        if signal.iteration > 0:
+            return super().propose(weights_D, signal, state)
+        return replace(self._first.propose(weights_D, signal, {}), state={})  # not the other's to remember
+
+
 class InExamples(Wrapped):
     """A strategy whose weights, sizes and draws count examples, in a run that counts rows."""
 

@@ -28,7 +28,7 @@ from megatron_dynmix.mixing.gate_loads import select_layers
 from megatron_dynmix.mixing.guardrails import Guardrails
 from megatron_dynmix.mixing.strategies import build_strategy
 from megatron_dynmix.mixing.strategies.uniqueness import Corrected
-from megatron_dynmix.mixing.strategy import InExamples, Signal, SourceError, Strategy
+from megatron_dynmix.mixing.strategy import BeginningWith, InExamples, Signal, SourceError, Strategy
 from megatron_dynmix.mixing.weights import example_shares, is_number, normalise_weights, row_shares
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 Resolved = Mapping[str, Any]
 """Options that came from files; the sources' `max_epochs` (None: no cap) and, where weights are shares of
 examples, their `examples_per_row`, in the order of the sources."""
+OF_ROWS = "weights_of_rows"
+"""Stands in `Resolved` where the weights are a run's, which are shares of rows whatever its unit."""
 
 
 def resolve_files(mixing: MixingConfig, sources: Sequence[str]) -> dict[str, Any]:
@@ -53,11 +55,14 @@ def resolve_files(mixing: MixingConfig, sources: Sequence[str]) -> dict[str, Any
         "sizes": source_sizes,
         "match": source_number,
     }
-    return {
+    resolved = {
         RESOLVED[setting]: read(given, sources)
         for setting, read in readers.items()
         if (given := getattr(mixing, setting)) is not None
     }
+    if mixing.weights_from is not None and Path(mixing.weights_from).is_dir():
+        resolved[OF_ROWS] = True
+    return resolved
 
 
 def read_losses(given: str | Path, sources: Sequence[str]) -> list[float]:
@@ -243,7 +248,7 @@ def refusing(mixing: MixingConfig, where: str = "mixing", sources: Sequence[str]
     except InputError:
         raise
     except Exception as error:
-        own = any(chosen.own for chosen in (mixing.chosen, *mixing.shadows))
+        own = any(chosen.own for chosen in mixing.asked)
         if not own and not isinstance(error, ValueError | TypeError):
             raise
         raise InputError(f"{where}: {reason(error, sources)}") from None
@@ -251,19 +256,27 @@ def refusing(mixing: MixingConfig, where: str = "mixing", sources: Sequence[str]
 
 def strategy_of(chosen: Chosen, resolved: Resolved) -> Strategy:
     """Build a strategy with its options, those from files included; ValueError if it cannot take one."""
+    strategy = _built(chosen, resolved)
+    if chosen.begin is not None:
+        strategy = BeginningWith(strategy, _built(chosen.begin, resolved))
+    if chosen.corrected:
+        strategy = Corrected(strategy)
+    per_row_D = examples_per_row(resolved)
+    return strategy if per_row_D is None else InExamples(strategy, per_row_D)
+
+
+def _built(chosen: Chosen, resolved: Resolved) -> Strategy:
     from_files = {
         RESOLVED[setting]: resolved[RESOLVED[setting]]
         for setting in resolved_options(chosen.strategy)
         if RESOLVED[setting] in resolved
     }
     per_row_D = examples_per_row(resolved)
-    for option in (RESOLVED["weights_from"], RESOLVED["prior"]):  # shares of rows
+    of_rows = [RESOLVED["prior"], *([RESOLVED["weights_from"]] if OF_ROWS in resolved else [])]
+    for option in of_rows:
         if per_row_D is not None and option in from_files:
             from_files[option] = example_shares(np.array(from_files[option]), per_row_D).tolist()
-    strategy = build_strategy(chosen.strategy, {**chosen.options, **from_files})
-    if chosen.corrected:
-        strategy = Corrected(strategy)
-    return strategy if per_row_D is None else InExamples(strategy, per_row_D)
+    return build_strategy(chosen.strategy, {**chosen.options, **from_files})
 
 
 def examples_per_row(resolved: Resolved) -> NDArray[np.float64] | None:

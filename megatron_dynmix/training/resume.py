@@ -38,6 +38,7 @@ FIXED = {
     "mixing.load_tokens": LOADS,
     "mixing.load_mass": LOADS,
     "mixing.similarity_correction": "what the strategy remembers",
+    "mixing.begin_with": "the weights that it began with",
 }
 """Settings that the state of the mix depends on -> what they decide."""
 FOLLOWED_BY_LR = (

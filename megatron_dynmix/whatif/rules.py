@@ -73,7 +73,7 @@ class Rule:
             flat = {
                 name: value
                 for name, value in flat.items()
-                if name not in (*option_hints(), "strategy_options", "similarity_correction")
+                if name not in (*option_hints(), "strategy_options", "similarity_correction", "begin_with")
             }
         return MixingConfig.from_flat({**flat, **self.changes, "shadow": ()})
 

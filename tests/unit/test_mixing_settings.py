@@ -66,6 +66,12 @@ def test_the_resolved_settings_read_back(tmp_path):
             "reference is shared: give it as mixing.",
         ),
         ({"min_tokens": -1}, "mixing.min_tokens"),
+        ({"begin_with": "odm"}, "odm, which has no weights before anything is measured; give one of "),
+        ({"begin_with": "match-load"}, "has no weights before anything is measured"),
+        ({"begin_with": "sent-em"}, "mixing.begin_with sent-em.strategy is 'sent-em'; it must be one of"),
+        ({"begin_with": {"eta": 1.0}}, "mixing.begin_with holds {'eta': 1.0}; give the name of a strategy"),
+        ({"begin_with": "sent-emb", "strategy": "sequential"}, "sequential has first weights of its own"),
+        ({"begin_with": "sent-emb", "strategy": "fixed"}, "strategy fixed has first weights of its own"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_by_name(settings, part):
@@ -80,6 +86,7 @@ def test_settings_that_do_not_fit_are_refused_by_name(settings, part):
         ({"strategy": "ref-loss"}, "needs mixing.reference"),
         ({"reference": "chat.jsonl"}, "strategy gate-load does not read it"),
         ({"strategy": "fixed", "shadow": ["sheared"]}, "strategy sheared needs mixing.target"),
+        ({"begin_with": "sent-emb"}, "strategy sent-emb needs mixing.embeddings"),
     ],
 )
 def test_files_that_are_missing_or_not_read_are_refused(tmp_path, mixing, part):
@@ -87,6 +94,27 @@ def test_files_that_are_missing_or_not_read_are_refused(tmp_path, mixing, part):
     content["mixing"] |= mixing
     with pytest.raises(InputError, match=part):
         check_run(load(tmp_path, content), 2)
+
+
+@pytest.mark.parametrize("unit", ["tokens", "examples"])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_run_begins_with_the_weights_of_another_strategy(tmp_path, unit, corrected):
+    embeddings = {"chat": [0.0, 0.0], "math": [0.03, 0.0], "code": [0.0, 0.04]}
+    (tmp_path / "embeddings.json").write_text(json.dumps(embeddings))
+    content = good_settings(tmp_path)
+    content["mixing"] |= {"unit": unit, "embeddings": "embeddings.json"}
+    rows = [type("Rows", (list,), {"mean_examples_per_row": number})(range(20)) for number in (1.0, 2.0, 4.0)]
+    first = []
+    for mixing in (
+        {"begin_with": {"strategy": "sent-emb", "eta": 2.0}},
+        {"strategy": "sent-emb", "eta": 2.0},
+    ):
+        settings = {**content["mixing"], **mixing, "similarity_correction": corrected}
+        config = load(tmp_path, {**content, "mixing": settings})
+        check_run(config, 2)
+        first.append(Mix.of(config, check_mix(config, 2), rows).first_D.tolist())
+    assert first[0] == first[1] and len(set(first[0])) == 3
+    assert config.mixing.asked == [config.mixing.chosen]
 
 
 @pytest.mark.parametrize("mixing", [{"strategy": "odm"}, {"strategy": "fixed", "shadow": ["odm"]}])

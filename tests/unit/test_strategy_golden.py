@@ -21,7 +21,7 @@ from megatron_dynmix.mixing.strategies.planned import (
     Temperature,
     UniMax,
 )
-from megatron_dynmix.mixing.strategy import Signal
+from megatron_dynmix.mixing.strategy import BeginningWith, Signal
 from megatron_dynmix.mixing.weights import balancing_weights
 
 COUNTS_DLE = np.array(
@@ -108,6 +108,22 @@ def test_unimax_is_water_filling(seed):
 def test_final_static_takes_the_final_weights_of_the_paper():
     strategy = FinalStatic(weights_D=(28.507, 32.023, 21.495, 17.976))
     assert_golden(weights(strategy, Signal()), np.array([28.507, 32.023, 21.495, 17.976]) / 100.001)
+
+
+def test_dynamic_sent_emb_goes_on_from_the_embeddings_weights_by_gate_loads():
+    """As the official run: its first weights are those of sent-emb, its updates those of gate-load."""
+    vectors_DV = np.random.default_rng(0).normal(scale=0.05, size=(4, 16))
+    both = BeginningWith(GateLoad(), SentenceEmbedding(embeddings_DV=vectors_DV.tolist()))
+    first_D = weights(both, Signal())
+    distance_DD = np.linalg.norm(vectors_DV[:, None] - vectors_DV, axis=2)
+    alpha_D = np.exp(10 * distance_DD.mean(axis=1))
+    assert_golden(first_D, 0.95 * alpha_D / alpha_D.sum() + 0.05 / 4)
+    load_DE = COUNTS_DLE[:, 0] / COUNTS_DLE[:, 0].sum(axis=1, keepdims=True)
+    delta_D = np.linalg.norm(load_DE[:, None] - load_DE, axis=2).mean(axis=1)
+    alpha_D = first_D * np.exp(10 * delta_D)
+    second_D = weights(both, Signal(counts_DLE=COUNTS_DLE, iteration=100), first_D)
+    assert_golden(second_D, 0.95 * alpha_D / alpha_D.sum() + 0.05 / 4)
+    assert both.starts and both.updates and both.needs_gate_load and both.layers == "last"
 
 
 @pytest.mark.parametrize(("iteration", "due"), [(0, 0), (400, 0), (500, 1), (999, 1), (1500, 3), (2000, 0)])

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,11 +13,12 @@ from megatron_dynmix.mixing.strategies.gate_load import GateLoad
 from megatron_dynmix.mixing.strategies.planned import DataSize
 from megatron_dynmix.mixing.strategy import InExamples, Signal, in_examples
 from megatron_dynmix.mixing.weights import example_shares, normalise_weights, reweight, row_shares
-from megatron_dynmix.training.mix_setup import strategy_of
+from megatron_dynmix.training.mix_setup import resolve_files, strategy_of
 from megatron_dynmix.training.reweighting import read_override
 from megatron_dynmix.verify.verify import verify_records
 
 PER_ROW = np.array([6.0, 3.0])
+EXAMPLES_PER_ROW = [18.0, 6.0, 2.5]
 
 
 @st.composite
@@ -149,10 +152,23 @@ def test_an_operators_weights_are_in_the_unit_of_the_run(tmp_path):
 
 
 def test_weights_of_another_run_are_shares_of_rows_already(tmp_path):
-    chosen = MixingConfig(strategy="final-static", weights_from=str(tmp_path), unit="examples").chosen
-    resolved = {"weights_D": [0.2, 0.3, 0.5], "examples_per_row": [18.0, 6.0, 2.5]}
-    proposal = strategy_of(chosen, resolved).propose(np.full(3, 1 / 3), Signal(), {})
-    np.testing.assert_allclose(proposal.weights_D, [0.2, 0.3, 0.5])
+    update = {"iteration": 1, "sources": ["a", "b", "c"], "new_weights": [0.2, 0.3, 0.5]}
+    (tmp_path / "mixing.jsonl").write_text(json.dumps(update) + "\n")
+    assert first_weights(tmp_path).tolist() == pytest.approx([0.2, 0.3, 0.5])
+
+
+def test_weights_of_a_file_are_in_the_unit_of_the_run(tmp_path):
+    path = tmp_path / "weights.json"
+    path.write_text('{"a": 0.2, "b": 0.3, "c": 0.5}')
+    shares_D = np.array([0.2, 0.3, 0.5]) / EXAMPLES_PER_ROW
+    assert first_weights(path).tolist() == pytest.approx((shares_D / shares_D.sum()).tolist())
+
+
+def first_weights(weights_from):
+    """The shares of rows that a run in examples begins with."""
+    mixing = MixingConfig(strategy="final-static", weights_from=str(weights_from), unit="examples")
+    resolved = {**resolve_files(mixing, ["a", "b", "c"]), "examples_per_row": EXAMPLES_PER_ROW}
+    return strategy_of(mixing.chosen, resolved).propose(np.full(3, 1 / 3), Signal(), {}).weights_D
 
 
 def test_an_unknown_unit_is_refused():
