@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent
 INIT = (ROOT / "megatron_dynmix/__init__.py").read_text()
 VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1]
 
-# what `examples/evaluate` runs; accelerate is what lm_eval opens Hugging Face models with
+# what `--tasks` asks with; accelerate is what lm_eval opens Hugging Face models with
 EVALUATE = ["lm_eval>=0.4.11", "accelerate"]
 
 setup(

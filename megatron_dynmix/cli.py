@@ -41,7 +41,7 @@ COMMANDS = {
     "compare": ("run strategies x seeds, and set them side by side", True),
     "similarity": ("which sources are redundant, by how they load a model's experts", True),
     "whatif": ("what other rules would have made of the signals of a run", False),
-    "evaluate": ("held-out loss of each source of a run", False),
+    "evaluate": ("held-out loss of each source of a run, or its answers to tasks", False),
     "convert": ("weights of Hugging Face folders in and out, with a verdict", False),
     "inspect": ("show an example, a packed row or a batch as text", True),
     "update": ("one weight update on given loads or losses, no model", True),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_dynmix.commands.evaluate import add_tasks, tasks_of
 from megatron_dynmix.errors import EXIT_FAILED, InputError
 
 
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="ranks of each run")
+    add_tasks(parser)
 
 
 def add_variants(parser: argparse.ArgumentParser, called: str) -> None:
@@ -51,6 +53,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         output=arguments.output,
         flags=tuple(rest),
         nproc=arguments.nproc_per_node,
+        benchmarks=tasks_of(arguments),
     )
     finished = compare(grid, variants, parse_seeds(arguments.seeds), jobs=arguments.jobs, say=_say)
     return 0 if finished else EXIT_FAILED

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_dynmix.checkpoint.folder import has_checkpoint, newest_good
 from megatron_dynmix.checkpoint.run_state import read_run_state
+from megatron_dynmix.compare.benchmarks import Answers, are_known, scores_of
 from megatron_dynmix.compare.grid import Grid, Variant
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import load_config, to_dict
@@ -95,6 +96,28 @@ class Cell:
         found = Evaluation.read(self.run_dir)
         return found is not None and found.iteration == self.config.training.train_iters
 
+    def answers(self) -> Answers | None:
+        """Return what its last iteration has answered; None if that was not asked, or in another way."""
+        total, benchmarks = self.config.training.train_iters, self.grid.benchmarks
+        assert total is not None, "checked before start"
+        return None if benchmarks is None else Answers.read(self.run_dir, total, benchmarks.arguments)
+
+    @property
+    def asks(self) -> bool:
+        """Whether it is asked any tasks."""
+        benchmarks = self.grid.benchmarks
+        return benchmarks is not None and bool(benchmarks.by_shots)
+
+    def is_asked(self) -> bool:
+        """Tell whether it has answered all tasks."""
+        benchmarks = self.grid.benchmarks
+        return benchmarks is None or are_known(benchmarks, self.answers())
+
+    def scores(self) -> dict[str, float]:
+        """Return its scores by column, imported ones too; none where no tasks are asked for."""
+        benchmarks = self.grid.benchmarks
+        return {} if benchmarks is None else scores_of(benchmarks, self.answers(), self.run_dir)
+
     def train_command(self) -> list[str]:
         """Return the command line that trains it, or resumes its training."""
         return [
@@ -108,6 +131,12 @@ class Cell:
     def evaluate_command(self) -> list[str]:
         """Return the command line that evaluates it."""
         return [sys.executable, "-m", "megatron_dynmix", "evaluate", str(self.run_dir)]
+
+    def ask_command(self) -> list[str]:
+        """Return the command line that asks it the tasks."""
+        benchmarks = self.grid.benchmarks
+        assert benchmarks is not None, "asked of cells with tasks"
+        return [*self.evaluate_command(), *benchmarks.flags]
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from datetime import datetime
 
 from megatron_dynmix.compare.cell import Cell
 from megatron_dynmix.compare.grid import Grid, Variant
+from megatron_dynmix.compare.harness import check_benchmarks
 from megatron_dynmix.compare.page import markdown, page_of_comparison
 from megatron_dynmix.compare.results import Comparison, Failure, compared, read_result
 from megatron_dynmix.compare.schedule import Task, run_tasks
 from megatron_dynmix.config.check import check_run
 from megatron_dynmix.config.load import to_dict
+from megatron_dynmix.convert.export_hf import check_export
 from megatron_dynmix.data.prepared import SourceReport
 from megatron_dynmix.data.sources import Data
 from megatron_dynmix.errors import InputError
@@ -46,6 +48,8 @@ def compare(
     """
     lease = Lease(grid.output / LOCK, "a comparison", "give another --output")
     lease.refuse_if_held()
+    if grid.benchmarks is not None:
+        check_benchmarks(grid.benchmarks)
     cells = [Cell.of(grid, variant, seed) for variant in variants for seed in seeds]
     reports = _check(cells)
     try:
@@ -89,6 +93,7 @@ def _check(cells: Sequence[Cell]) -> dict[str, list[SourceReport]]:
             raise InputError(
                 "no source has held-out rows to compare on; give some, as data.sources.NAME.probe"
             )
+        cell.scores()  # which refuses files that cannot be used
     reports: dict[str, list[SourceReport]] = {}
     by_data: dict[str, Data] = {}
     for cell in cells:
@@ -100,6 +105,8 @@ def _check(cells: Sequence[Cell]) -> dict[str, list[SourceReport]]:
         try:
             check_run(cell.config, cell.grid.nproc)
             checked = check_before_start(cell.config, fresh=fresh)
+            if cell.asks:
+                check_export(cell.config, cell.run_dir)
             by_data[data] = prepare_run(checked, by_data.get(data)).data
         except InputError as error:
             raise InputError(f"variant {cell.variant.name}: {error}") from None
@@ -109,9 +116,11 @@ def _check(cells: Sequence[Cell]) -> dict[str, list[SourceReport]]:
 
 def _task(cell: Cell, reports: Sequence[SourceReport]) -> Task:
     """Return what is left to do of a cell."""
-    if not cell.is_trained(reports):
-        return Task(cell, (cell.train_command(), cell.evaluate_command()))
-    return Task(cell, () if cell.is_evaluated() else (cell.evaluate_command(),))
+    trained = cell.is_trained(reports)
+    left = [] if trained else [cell.train_command()]
+    left += [] if trained and cell.is_evaluated() else [cell.evaluate_command()]
+    left += [] if cell.is_asked() and (trained or not cell.asks) else [cell.ask_command()]
+    return Task(cell, tuple(left))
 
 
 def _write(grid: Grid, found: Comparison) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from megatron_dynmix.compare.benchmarks import Benchmarks
 from megatron_dynmix.config import leaves
 from megatron_dynmix.config.load import StrictLoader
 from megatron_dynmix.errors import InputError
@@ -28,6 +29,8 @@ class Grid:
     """Flags of the command line, for every cell; a variant's own settings win over them."""
     nproc: int
     """Ranks of each cell."""
+    benchmarks: Benchmarks | None = None
+    """What every cell is asked beside its held-out rows."""
 
 
 @dataclass(frozen=True)

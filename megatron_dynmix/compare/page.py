@@ -8,7 +8,7 @@ from statistics import fmean
 
 import plotly.graph_objects as go
 
-from megatron_dynmix.compare.results import MEANS, Comparison, Difference, Spread
+from megatron_dynmix.compare.results import MEANS, TASK, Comparison, Difference, Spread
 from megatron_dynmix.report.figures import (
     COLOURS,
     OTHERS,
@@ -93,6 +93,7 @@ def comparison_tables(found: Comparison) -> dict[str, Table]:
                     for variant in found.variants
                 ],
             ),
+            **_task_tables(found),
             "final-weights": Table(
                 "Final weights and cost",
                 ["variant", *found.sources, "training tokens", "seconds"],
@@ -122,6 +123,45 @@ def comparison_tables(found: Comparison) -> dict[str, Table]:
     return tables
 
 
+def _task_tables(found: Comparison) -> dict[str, Table]:
+    """Return the scores, and their differences to the baseline; nothing where no task was asked."""
+    columns = list(
+        dict.fromkeys(name for variant in found.variants for name in variant.metrics if name.startswith(TASK))
+    )
+    if not columns:
+        return {}
+    header = ["variant", *(name.removeprefix(TASK) for name in columns)]
+    scores = [
+        [variant.name, *(spread_text(variant.metrics.get(name), 2) for name in columns)]
+        for variant in found.variants
+    ]
+    note = "Percent, or as imported; mean ± standard deviation over the seeds; higher is better."
+    tables = {"tasks": Table("Tasks", header, scores, note)}
+    if found.baseline:
+        differences = [
+            [
+                variant.name,
+                *(
+                    difference_text(variant.metrics[name].difference if name in variant.metrics else None, 2)
+                    for name in columns
+                ),
+            ]
+            for variant in found.variants
+            if variant.name != found.baseline
+        ]
+        title = f"Tasks, difference to {found.baseline}"
+        tables["task-differences"] = Table(title, header, differences, _paired(found))
+    return tables
+
+
+def _paired(found: Comparison) -> str:
+    """Say how to read differences."""
+    return (
+        f"Differences are paired by seed, with the {found.confidence:.0%} confidence interval in brackets "
+        "(Student's t); bold where it leaves out zero."
+    )
+
+
 def _losses_table(found: Comparison) -> Table:
     header = ["variant", "seeds", "mean over sources", "worst source", "all tokens", "perplexity"]
     rows = []
@@ -142,10 +182,7 @@ def _note(found: Comparison) -> str:
     if found.baseline is None:
         sentences.append("No variant is named uniform, so there is nothing to take differences to.")
     elif max(counts) > 1:
-        sentences.append(
-            f"Differences are paired by seed, with the {found.confidence:.0%} confidence interval in "
-            "brackets (Student's t); bold where it leaves out zero."
-        )
+        sentences.append(_paired(found))
     if 1 in counts:
         sentences.append("One seed has no standard deviation and no interval.")
     without = [
@@ -166,13 +203,13 @@ def spread_text(spread: Spread | None, digits: int = 4) -> str:
     return text if spread.sd is None else f"{text} ± {spread.sd:.{digits}f}"
 
 
-def difference_text(difference: Difference | None) -> str:
+def difference_text(difference: Difference | None, digits: int = 4) -> str:
     """Return `mean [low, high]`, bold where the interval leaves out zero."""
     if difference is None:
         return "-"
-    text = f"{difference.mean:+.4f}"
+    text = f"{difference.mean:+.{digits}f}"
     if difference.low is not None:
-        text += f" [{difference.low:+.4f}, {difference.high:+.4f}]"
+        text += f" [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
     return Bold(text) if difference.is_clear else text
 
 

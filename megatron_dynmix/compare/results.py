@@ -23,6 +23,8 @@ BASELINE = "uniform"
 CONFIDENCE = 0.95
 MEANS = ("mean_loss", "worst_loss", "token_loss", "perplexity")
 """What an evaluation says beside the losses of the sources."""
+TASK = "task/"
+"""How the names of scores begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,7 @@ class CellResult:
     variant: str
     seed: int
     metrics: Mapping[str, float]
-    """`MEANS`, and `loss/<source>`."""
+    """`MEANS`, `loss/<source>`, and `task/<column>`, which are percent or what was imported."""
     worst_source: str
     weights: tuple[tuple[int, tuple[float, ...]], ...]
     """(iteration, share of each source in the rows drawn from there on)."""
@@ -126,10 +128,11 @@ def read_result(cell: Cell) -> CellResult:
     ledger = read_records(cell.run_dir / "ledger.jsonl")
     stages = [StageLine.from_json(line) for line in ledger if line["kind"] == "stage"]
     losses = {f"loss/{name}": held.loss for name, held in evaluation.sources.items() if held}
+    scores = {f"{TASK}{name}": score for name, score in cell.scores().items()}
     return CellResult(
         variant=cell.variant.name,
         seed=cell.seed,
-        metrics={name: getattr(evaluation, name) for name in MEANS} | losses,
+        metrics={name: getattr(evaluation, name) for name in MEANS} | losses | scores,
         worst_source=evaluation.worst_source,
         weights=tuple((stage.iteration, tuple(stage.weights)) for stage in stages),
         tokens=sum(metrics[-1].tokens.values()),

@@ -66,7 +66,8 @@ def _leave_options(path: Path, mixing: dict[str, Any], strategy: str) -> None:
     Not only what the other does not have: a value that was chosen for one means nothing to another.
     """
     before = mixing.get("strategy", tree.MixingConfig.strategy)
-    options = {name: mixing[name] for name in mixing if name in (*option_hints(), "strategy_options")}
+    chosen_for = (*option_hints(), "strategy_options", "begin_with")
+    options = {name: mixing[name] for name in mixing if name in chosen_for}
     if strategy == before or not options:
         return
     for name in options:
@@ -127,13 +128,15 @@ def _yaml_value(path: Path, section: str, name: Any, value: Any) -> Any:
 
 
 def _meant(name: str, value: Any, folder: Path, where: str) -> Any:
-    """Return a value whose paths are absolute, and whose options of shadows are typed as flat ones."""
+    """Return a value whose paths are absolute; options of other strategies are typed as flat ones."""
     if name == "shadow":
-        return tuple(entry if isinstance(entry, str) else _shadow(entry, where) for entry in value)
+        return tuple(entry if isinstance(entry, str) else _typed(entry, where) for entry in value)
+    if name == "begin_with" and isinstance(value, dict):
+        return _typed(value, where)
     return _absolute(value, folder, where) if _is_path(name, value) else value
 
 
-def _shadow(entry: dict[str, Any], where: str) -> dict[str, Any]:
+def _typed(entry: dict[str, Any], where: str) -> dict[str, Any]:
     hints = option_hints().items()
     given = {key: leaves.coerce(entry[key], hint, f"{where}.{key}") for key, hint in hints if key in entry}
     return {**entry, **given}

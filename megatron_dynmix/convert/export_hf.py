@@ -222,10 +222,9 @@ def export(checkpoint: Path, destination: Path, lease: Lease | None = None) -> N
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def check_save_hf(config: RunConfig, run_dir: Path) -> None:
+def check_export(config: RunConfig, run_dir: Path) -> None:
     """Refuse, as `InputError`, to write Hugging Face folders of a model that no family of theirs is."""
-    if config.checkpoint.save_hf is not None:
-        origin_of(to_dict(config), folder_of(run_dir / "checkpoints", 0), None)
+    origin_of(to_dict(config), folder_of(run_dir / "checkpoints", 0), None)
 
 
 def keep_origin(config: RunConfig, checkpoints: Path) -> None:

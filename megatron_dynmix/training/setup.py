@@ -100,9 +100,9 @@ def set_up(
     lease_of(run_dir).refuse_if_held()
     check_run_dir(run_dir, resume)
     if config.checkpoint.save_hf is not None:
-        from megatron_dynmix.convert.export_hf import check_save_hf
+        from megatron_dynmix.convert.export_hf import check_export
 
-        check_save_hf(config, run_dir)
+        check_export(config, run_dir)
     prepared = prepare_run(checked, done=batches_done(run_dir, resume))
     check_resume(config, prepared.data.reports, run_dir, resume, allow_source_change=allow_source_change)
     return prepared

@@ -1,15 +1,12 @@
-"""An exported model in lm-evaluation-harness: the example's script, with tasks of our own and no network.
+"""An exported model in lm-evaluation-harness, with tasks of our own and no network.
 
 Skipped where the harness is not installed (the `evaluate` extra).
 """
 
 import importlib.util
 import json
-import os
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,12 +15,13 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_dynmix.cli import main
+from megatron_dynmix.compare.benchmarks import benchmarks_of
+from megatron_dynmix.compare.harness import answered
 from megatron_dynmix.data.tokenizer.fast import train_bpe
 
 HARNESS = importlib.util.find_spec("lm_eval")
 pytestmark = pytest.mark.skipif(HARNESS is None, reason="lm_eval is not installed")
 ROOT = Path(__file__).parents[2]
-EXAMPLE = ROOT / "examples/evaluate"
 DOCS = [
     {
         "question": f"USER: What is {a} + {b}? ASSISTANT:",
@@ -79,42 +77,32 @@ def tasks(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_harness_reads_an_exported_model_as_transformers_does(exported, tasks, tmp_path):
-    caches = {name: str(tmp_path / name) for name in ("HF_HOME", "HF_DATASETS_CACHE")}
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    here = {"DEVICE": "cpu", "DTYPE": "float32", "BATCH_SIZE": "4", "OMP_NUM_THREADS": "1"}
-    program = {"LM_EVAL": str(Path(sys.executable).parent / "lm_eval"), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [
-            *(EXAMPLE / "task.sh", exported, tmp_path / "out", "0", "local_choice,local_answer"),
-            *("--include_path", tasks),
-        ],
-        env={**os.environ, **caches, **offline, **here, **program},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (path,) = (tmp_path / "out").rglob("results_*.json")
-    results = json.loads(path.read_text())["results"]
+def test_the_harness_reads_an_exported_model_as_transformers_does(exported, tasks, tmp_path, monkeypatch):
+    for name in ("HF_HOME", "HF_DATASETS_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    more = {"device": "cpu", "batch_size": 4, "log_samples": True, "model_args": {"dtype": "float32"}}
+    request = {
+        "model": str(exported),
+        "tasks": ["local_choice", "local_answer"],
+        "shots": 0,
+        "include_path": [str(tasks)],
+        "arguments": more,
+    }
+    results = answered(request)["results"]
     model, tokenizer = loaded(exported)
-    right = 0
-    for sample in samples(tmp_path / "out", "local_choice"):
-        prompt, choices = sample["doc"]["question"], sample["doc"]["choices"]
-        expected = [log_likelihood(model, tokenizer, prompt, choice) for choice in choices]
-        assert [float(value) for value, _ in sample["filtered_resps"]] == pytest.approx(expected, abs=1e-4)
-        right += expected[0] > expected[1]
+    expected = [
+        [log_likelihood(model, tokenizer, row["question"], choice) for choice in row["choices"]]
+        for row in DOCS
+    ]
+    right = sum(first > second for first, second in expected)
     assert results["local_choice"]["acc,none"] == right / len(DOCS)
-    assert results["local_answer"]["exact_match,none"] == 0.0  # a model that has learnt nothing
-    answers = samples(tmp_path / "out", "local_answer")
-    assert len(answers) == len(DOCS)
-    for answer in answers:
-        assert answer["resps"][0][0] == greedy_answer(model, tokenizer, answer["doc"]["question"])
-
-
-def samples(output, task):
-    (path,) = output.rglob(f"samples_{task}_*.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    answers = [greedy_answer(model, tokenizer, row["question"]) for row in DOCS]
+    same = sum(a == row["choices"][0] for a, row in zip(answers, DOCS, strict=True))
+    assert results["local_answer"]["exact_match,none"] == same / len(DOCS)
+    refused = answered({**request, "tasks": ["local_chioce"]})
+    assert "there is no local_chioce in lm-evaluation-harness" in refused["refused"]
 
 
 def loaded(folder):
@@ -136,31 +124,6 @@ def greedy_answer(model, tokenizer, question):
     return tokenizer.decode(made, skip_special_tokens=True).split("\n")[0]
 
 
-def test_the_table_has_the_papers_numbers(tmp_path):
-    results = {
-        "mmlu": {"acc,none": 0.25},
-        "bbh_fewshot": {"exact_match,none": 0.3},
-        "gsm8k_cot": {"exact_match,strict-match": 0.1, "exact_match,flexible-extract": 0.2},
-        "arc_easy": {"acc,none": 0.1, "acc_norm,none": 0.5},
-        "arc_challenge": {"acc,none": 0.1, "acc_norm,none": 0.4},
-        "boolq": {"acc,none": 0.6},
-    }
-    for model, left_out in (("dynamic", None), ("uniform", "boolq")):
-        for task, metrics in results.items():
-            if task != left_out:
-                path = tmp_path / model / task / "results_2026-01-01T00-00-00.json"
-                path.parent.mkdir(parents=True)
-                path.write_text(json.dumps({"results": {task: metrics}}))
-    newer = tmp_path / "dynamic/mmlu/results_2026-01-02T00-00-00.json"
-    newer.write_text(json.dumps({"results": {"mmlu": {"acc,none": 0.26}}}))
-    table = [sys.executable, EXAMPLE / "table.py", tmp_path / "dynamic", tmp_path / "uniform"]
-    lines = subprocess.run(table, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert lines[2:] == [
-        "| dynamic | 26.00 | 30.00 | 10.00 | 50.00 |",
-        "| uniform | 25.00 | 30.00 | 10.00 | - |",
-    ]
-
-
 def test_the_papers_tasks_are_in_the_harness():
     """Read from its files: to ask it takes half a minute."""
     tasks = Path(HARNESS.submodule_search_locations[0]) / "tasks"
@@ -168,6 +131,11 @@ def test_the_papers_tasks_are_in_the_harness():
     for folder in ("mmlu/default", "bbh/fewshot", "gsm8k", "arc", "super_glue/boolq"):
         for path in (tasks / folder).glob("*.yaml"):
             known |= set(re.findall(r"^(?:task|group): (\S+)$", path.read_text(), re.MULTILINE))
-    asked = set(re.findall(r"\d (\S+) \"\$", (EXAMPLE / "paper.sh").read_text()))
-    assert asked == {"mmlu", "bbh_fewshot", "gsm8k_cot", "arc_easy,arc_challenge,boolq"}
-    assert {task for tasks in asked for task in tasks.split(",")} <= known
+    asked = benchmarks_of(str(ROOT / "examples/paper/TASKS.yaml"), [], "{}").by_shots
+    assert asked == {
+        5: ["mmlu"],
+        3: ["bbh_fewshot"],
+        8: ["gsm8k_cot"],
+        0: ["arc_easy", "arc_challenge", "boolq"],
+    }
+    assert {task for tasks in asked.values() for task in tasks} <= known
