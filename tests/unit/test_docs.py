@@ -155,3 +155,8 @@ def test_page_of_all_settings_speaks_to_users():
     assert not re.findall(r"`[A-Z]{2,}_?[A-Z]*`|see `\w+", ours)
     for name in (*DISTANCES, *AGGREGATES, *INTERPOLATIONS, *VARIANTS):
         assert f"``{name}``" in page
+
+
+def test_the_picture_of_uniqueness_is_what_the_rules_make_of_it():
+    draw = runpy.run_path(str(ROOT / "tools/picture_of_uniqueness.py"))["svg"]
+    assert (ROOT / "docs/images/uniqueness.svg").read_text() == draw()
