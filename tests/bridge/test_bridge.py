@@ -43,7 +43,7 @@ def whole(train, tmp_path):
 
 
 def test_the_example_is_proven_and_its_stop_inside_an_interval_changes_nothing(whole, train, tmp_path):
-    assert [update["iteration"] for update in whole["mixing"]] == [2, 4]
+    assert [update["iteration"] for update in whole["mixing"]] == [2, 4, 6]
     assert whole["mixing"][0]["sources"] == list(data.SOURCES)
     assert verify(tmp_path / "whole/runs/bridge").proven
     train(1, "stopped", **saved(tmp_path / "stopped_at", train__exit_interval=3))
