@@ -44,8 +44,8 @@ FRAGMENTATION = 1.05
 """What the allocator holds over what is in use, with room for rows of experts that get more than others."""
 
 
-INDEX_BYTES = 32
-"""Of a pair of a token and an attention expert: the token, its expert, its place and its weight."""
+INDEX_BYTES = 72
+"""Of a pair of a token and an attention expert: its token, its expert, its places and its weight."""
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ def test_loss_and_gradients_from_the_folder_are_those_of_the_reference(
 
 
 PAPER = [
+    *("--strategy", "gate-load"),
     *("--seq-length", "128", "--num-workers", "0", "--weight-decay", "0", "--micro-batch-size", "2"),
     *("--global-batch-size", "8", "--train-iters", "2", "--probe-tokens", "256", "--interval", "1"),
     *("--log-interval", "1", "--lr", "1e-2", "--lr-warmup-iters", "0", "--smoothing", "0.8"),

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from config_fixtures import good_settings, load
 from convert_fixtures import InMemory
 
+from megatron_dynmix.config.check import check_run
 from megatron_dynmix.config.hugging_face import hugging_face_config, model_settings
 from megatron_dynmix.config.presets import COMMON, PRESETS, complete_model
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
@@ -113,3 +115,41 @@ def test_a_model_without_a_preset_needs_no_rotary_base(tmp_path):
     assert complete_model({"preset": None, **settings})["attention_experts"] == 5
     with pytest.raises(InputError, match="rotary_base"):
         complete_model({"preset": None, **settings, "attention_experts": None})
+
+
+MOLM = {
+    **{
+        "preset": "molm-350m-4b",
+        "num_layers": 2,
+        "hidden_size": 32,
+        "kv_channels": 32,
+        "ffn_hidden_size": 24,
+    },
+    **{"attention_experts": 5, "num_moe_experts": 6, "ffn_hidden_size": 24},
+}
+REFUSED = {
+    "two heads of keys": ({"num_query_groups": 2}, "one head as wide as the model"),
+    "projected keys": ({"kv_channels": 16}, "set num_query_groups to 1 and kv_channels to 32"),
+    "more than there are": ({"num_attention_heads": 6}, "use 1 to 5"),
+    "a dense layer": ({"moe_layer_freq": [0, 1]}, "not every layer's MLP has experts"),
+    "dropout": ({"attention_dropout": 0.1}, "attention_dropout is 0.1.*without a softmax; set it to 0"),
+    "biases": ({"add_qkv_bias": True}, "add_qkv_bias is True.*no weights for it; leave it out"),
+    "a window": ({"window_size": [64, 0]}, "window_size"),
+    "a rotary base": ({"rotary_base": 10000.0}, "rotary_base with attention_experts.*leave it out"),
+    "part of a head": ({"rotary_percent": 0.5}, "rotary_percent with attention_experts"),
+    "fp8": ({"fp8": "hybrid"}, "fp8 is hybrid.*own precision"),
+    "scores again": ({"recompute_granularity": "selective"}, r"name others, such as \[moe, layernorm\]"),
+    "no width": ({"router_width": None}, "router_width is None with router_network gelu"),
+    "a width of nothing": ({"router_network": "linear"}, "router_width is 256 with router_network linear"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_attention_experts_do_not_go_with_is_refused(name, tmp_path):
+    changes, message = REFUSED[name]
+    settings = good_settings(tmp_path)
+    settings["model"] = MOLM
+    check_run(load(tmp_path, settings), world_size=2)
+    settings["model"] = {**MOLM, **changes}
+    with pytest.raises(InputError, match=message):
+        check_run(load(tmp_path, settings), world_size=2)

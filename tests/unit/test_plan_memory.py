@@ -66,7 +66,6 @@ KEPT = {
     "latent attention, narrow values": ({**LATENT, "v_head_dim": 24}, {}, {}),
     "latent attention, dense, TP2": ({**LATENT, "q_lora_rank": None, "num_moe_experts": None}, TP2, {}),
     "attention experts": (MOLM, {}, {}),
-    "attention experts, TP2": (MOLM, {**TP2, "expert_tensor_parallel_size": 1}, {}),
     "moe again": ({"recompute_granularity": "selective", "recompute_modules": ["moe"]}, {}, {}),
 }
 CPU = Host(cuda=False, transformer_engine=False)
