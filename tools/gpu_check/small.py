@@ -42,7 +42,7 @@ from tools.gpu_check.synchronizations import beyond, synchronizations  # noqa: E
 RECORD = Path(__file__).with_name("cpu.json")
 SETTINGS = [
     *("--expert-model-parallel-size", "1", "--num-workers", "0", "--probe-tokens", "4096", "--lr", "1e-3"),
-    *("--lr-warmup-iters", "0", "--log-interval", "1"),
+    *("--lr-warmup-iters", "0", "--log-interval", "1", "--strategy", "gate-load", "--signal", "probe"),
 ]
 WEIGHTS_ABOUT = 0.05
 BF16 = ["--bf16"]
