@@ -38,6 +38,10 @@ def check_attention_experts(config: RunConfig) -> None:
             usual = defaults[name].default
             how = f"set it to {str(False if usual is True else 0).lower()}" if usual else "leave it out"
             raise InputError(f"{name} is {value} with attention_experts: {why}; {how}")
+    if settings.softmax_type != "vanilla":
+        raise InputError(
+            f"softmax_type is {settings.softmax_type} with attention_experts: {_NO_SOFTMAX}; leave it out"
+        )
     if model.qk_layernorm_full_width:
         raise InputError(f"qk_layernorm_full_width with attention_experts: {_NO_WEIGHTS_OF_IT}; leave it out")
     flat = model.flat()

@@ -145,6 +145,11 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
             f"tensor_model_parallel_size is {tp} without sequence_parallel, which MoE training needs: "
             "add --sequence-parallel"
         )
+    if config.model.megatron.get("window_size") is not None and cp > 1:
+        raise InputError(
+            f"window_size is given and context_parallel_size is {cp}: a mask does not tell how far apart two "
+            "positions are there; set context_parallel_size to 1"
+        )
     normalization = model_settings(config).normalization
     if config.model.qk_layernorm_full_width and tp > 1 and normalization != "RMSNorm":
         raise InputError(

@@ -76,7 +76,7 @@ _WHY = {
     "attention is one kernel, whose softmax is in float32": (
         *("attention_softmax_in_fp32", "masked_softmax_fusion"),
     ),
-    "it does not take rows of several segments": ("fused_single_qkv_rope", "softmax_type"),
+    "it does not take rows of several segments": ("fused_single_qkv_rope",),
     "nothing here clips attention": ("qk_clip", "qk_clip_alpha", "qk_clip_threshold"),
     "no record has it": ("log_max_attention_logit", "log_num_zeros_in_grad", "moe_per_layer_logging"),
     "norms are Transformer Engine's or torch's, which have no such choice": (

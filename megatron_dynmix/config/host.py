@@ -50,7 +50,7 @@ _TE = "Transformer Engine on a CUDA device"
 _TE_AND_APEX = "Transformer Engine on a CUDA device, and apex built with --cuda_ext"
 _TE_AND_GROUPED = "Transformer Engine on a CUDA device, and the package grouped_gemm"
 _TE_NORMS = "Transformer Engine's norms"
-_TE_ATTENTION = "Transformer Engine's attention: CUDA, and context_parallel_size 1"
+_TE_ATTENTION = "Transformer Engine's attention: CUDA, context_parallel_size 1 and softmax_type vanilla"
 _OF_TE = (_TE, _TE_AND_APEX, _TE_AND_GROUPED, _TE_NORMS, _TE_ATTENTION)
 _OUT = "leave it out"
 
@@ -73,10 +73,7 @@ NEEDS = (
     Need("moe_use_legacy_grouped_gemm", bool, _TE_AND_GROUPED, "use moe_grouped_gemm"),
     Need("layernorm_zero_centered_gamma", bool, _TE_NORMS, _OUT),
     Need("attention_backend", lambda kind: kind != "auto", _TE_ATTENTION, "use auto"),
-    *(
-        Need(setting, bool, _TE_ATTENTION, _OUT)
-        for setting in ("window_size", "window_attn_skip_freq", "fp8_dot_product_attention")
-    ),
+    Need("fp8_dot_product_attention", bool, _TE_ATTENTION, _OUT),
     Need("fine_grained_activation_offloading", bool, _CUDA, _OUT),
     Need("nccl_ub", bool, _NCCL, _OUT),
 )
@@ -85,6 +82,7 @@ NEEDS = (
 def _offered(host: Host, config: RunConfig) -> dict[str, bool]:
     """Return whether each thing needed is there for the run on such a host."""
     engine = host.cuda and host.transformer_engine
+    alone = config.parallel.size("context_parallel_size") == 1
     return {
         _CUDA: host.cuda,
         _NCCL: host.cuda,
@@ -94,7 +92,7 @@ def _offered(host: Host, config: RunConfig) -> dict[str, bool]:
         _TE_AND_APEX: engine and host.fused_weight_gradient_mlp_cuda,
         _TE_AND_GROUPED: engine and host.grouped_gemm,
         _TE_NORMS: engine and not config.model.qk_layernorm_full_width,
-        _TE_ATTENTION: engine and config.parallel.size("context_parallel_size") == 1,
+        _TE_ATTENTION: engine and alone and not _has_sinks(config),
     }
 
 
@@ -133,7 +131,8 @@ def with_defaults(config: RunConfig, host: Host) -> RunConfig:
     """
     given, layout = config.model.megatron, config.parallel.megatron
     other_rotary = given.get("multi_latent_attention") or given.get("rotary_interleaved") or yarn_of(given)
-    usual = {"bias_dropout_fusion": host.cuda}  # as Megatron-LM
+    biased = given.get("add_bias_linear") and given.get("moe_grouped_gemm")
+    usual = {"bias_dropout_fusion": host.cuda and not biased}  # as Megatron-LM; grouped experts refuse both
     if _offered(host, config)[_TE] and not other_rotary:
         usual["apply_rope_fusion"] = True
     # as Megatron-LM; but gloo may still be sending what an overlapped pipeline lets go
@@ -171,12 +170,18 @@ def joins_rows(config: RunConfig, transformer_engine: bool) -> bool:
 
     Otherwise it takes a block-diagonal mask. Under context parallelism Transformer Engine wants every
     segment to be as long as a multiple of 2 x ranks, of which each rank has two equal parts. Attention with
-    experts is done without it, row by row.
+    experts is done without it, row by row, and so is attention with sinks, which it has not for joined rows.
     """
     if config.model.attention_experts is not None:
         return False
     cp = config.parallel.size("context_parallel_size")
-    return transformer_engine and (cp == 1 or config.data.segment_multiple % (2 * cp) == 0)
+    divides = cp == 1 or config.data.segment_multiple % (2 * cp) == 0
+    return transformer_engine and divides and not _has_sinks(config)
+
+
+def _has_sinks(config: RunConfig) -> bool:
+    """Whether a softmax over keys has one term more, which nothing is read from."""
+    return config.model.megatron.get("softmax_type", "vanilla") != "vanilla"
 
 
 def _check_packed_rows(config: RunConfig, host: Host) -> None:

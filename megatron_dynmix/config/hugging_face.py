@@ -48,7 +48,7 @@ PLAIN = (
         "router_network",
         "router_noise",
     ),
-    *("router_width", "attention_experts", "activation"),
+    *("router_width", "attention_experts", "activation", "window_attn_skip_freq"),
 )
 """Settings that change what a model computes, and that config.json means the default of without a word."""
 
@@ -164,6 +164,12 @@ def _completed(settings: Values) -> dict[str, Any]:
     if isinstance(frequency, int):
         frequency = [int(index % frequency == 0) for index in range(filled["num_layers"])]
     filled["moe_layer_freq"] = 1 if all(frequency) else list(frequency)
+    if filled["window_size"] is not None:
+        step, filled["window_size"] = filled["window_attn_skip_freq"], list(filled["window_size"])
+        if not isinstance(step, list | tuple):
+            layers = range(1, filled["num_layers"] + 1)
+            step = [int(step is None or layer % step != 0) for layer in layers]
+        filled["window_attn_skip_freq"] = list(step)
     if filled["router_noise"] is not None:
         filled["router_noise"] = "training"  # that its weights are there is what config.json says
     return filled
@@ -254,7 +260,8 @@ def _refuse_what_we_cannot_run(config: Values, dialect: Dialect) -> None:
     for name, (value, why) in {"hidden_act": SILU, **dialect.must}.items():
         if config.get(name, value) != value:
             raise InputError(f"{name} is {config[name]!r}, and only {value!r} can be run here: {why}")
-    _refuse_windows(config)
+    if not dialect.windows:
+        _refuse_windows(config)
 
 
 def _refuse_windows(config: Values) -> None:

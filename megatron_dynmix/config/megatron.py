@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.enums import AttnBackend
@@ -25,7 +26,7 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"silu": torch.nn.functional.silu, "gelu-tanh": gelu_tanh}
+ACTIVATIONS = {"silu": torch.nn.functional.silu, "gelu-tanh": gelu_tanh, "quick-gelu": quick_gelu}
 STAGE_SETTINGS = (
     *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"),
     *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),

@@ -39,7 +39,7 @@ SHAPE = (
     *("untie_embeddings_and_output_weights", "router_network", "router_noise"),
     *("router_width", "attention_experts", "activation"),
     *("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim"),
-    "v_head_dim",
+    *("v_head_dim", "softmax_type"),
 )
 """Settings of the model section that decide which tensors the model has."""
 NEEDED = (

@@ -124,8 +124,9 @@ class ModelConfig(Section):
     """Normalise queries and keys over all heads together, as OLMoE does, not head by head."""
     latent_layernorm_epsilon: Positive[float | None] = None
     """Epsilon of the norms of latent attention's latents, if it is not `layernorm_epsilon`."""
-    activation: Literal["silu", "gelu-tanh"] = "silu"
-    """Between the linear layers of MLPs and experts; gelu-tanh is `gelu_new` of transformers."""
+    activation: Literal["silu", "gelu-tanh", "quick-gelu"] = "silu"
+    """Between the linear layers of MLPs and experts; gelu-tanh is `gelu_new` of transformers, quick-gelu is
+    x sigmoid(1.702 x)."""
     attention_experts: Positive[int | None] = None
     """Experts that project queries and outputs, as ModuleFormer (MoLM) has them: each token attends once with
     each of num_attention_heads of them, by breaking sticks; its keys and values are the layer's input."""

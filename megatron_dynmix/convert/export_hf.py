@@ -26,6 +26,7 @@ from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.load import to_dict
 from megatron_dynmix.convert import aside
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, copy_files
+from megatron_dynmix.convert.interleaved import as_published
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.model_map import weight_map
 from megatron_dynmix.convert.origin import CONFIG, CONVERSION, CONVERTED, Origin, keep_origin_of, origin_of
@@ -78,8 +79,8 @@ class Export:
     @property
     def tensors(self) -> Tensors:
         """All that is written, by its names in the folder."""
-        prefix = self.origin.prefix
-        named = Named(self.weights, {aside.in_folder(name, prefix): name for name in self.weights.shapes})
+        prefix, published = self.origin.prefix, as_published(self.weights, self.origin.text)
+        named = Named(published, {aside.in_folder(name, prefix): name for name in published.shapes})
         return Together(named, self.origin.aside)
 
     def write_beside(self, folder: Path) -> None:

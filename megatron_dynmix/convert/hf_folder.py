@@ -13,6 +13,7 @@ from megatron_dynmix.config.hugging_face import read_config, text_of
 from megatron_dynmix.config.hugging_face_defaults import unsaid
 from megatron_dynmix.config.quantization import quantization_of
 from megatron_dynmix.convert.aside import HEAD, PREFIXES, in_model, prefix_of
+from megatron_dynmix.convert.interleaved import as_families
 from megatron_dynmix.convert.model_map import weight_map
 from megatron_dynmix.convert.prediction import PREDICTION, prediction_layers
 from megatron_dynmix.convert.quantized import Dequantized, refuse_types
@@ -60,7 +61,7 @@ class HuggingFaceFolder:
         self.aside: Tensors = Named(held, {name: name for name in beside})
         """Tensors that are no part of the model here, by their names in the folder."""
         refuse_types(held, [*names.values()])
-        text = Named(held, names)
+        text = as_families(Named(held, names), self.config)
         self.shapes, self.dtypes, self.read = text.shapes, text.dtypes, text.read
         self.file_of = {name: held.file_of[there] for name, there in names.items()}
         self.fused_experts = any(name.endswith("experts.gate_up_proj") for name in self.shapes)

@@ -30,6 +30,7 @@ from megatron_dynmix.checkpoint.tensors import Tensors, own_slices
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.megatron import STAGE_SETTINGS, moe_layers, transformer_config
 from megatron_dynmix.config.run_config import ModelConfig
+from megatron_dynmix.convert.interleaved import as_published
 from megatron_dynmix.convert.reference import (
     HF_LAYER,
     Different,
@@ -151,7 +152,11 @@ def compare_logits(
         found = {"layers": layers, "num_layers": config.num_hidden_layers, "rounded": rounded}
         tokens_BS = fixed_tokens(config.vocab_size, int(config.max_position_embeddings)).to(device)
         whole = len(layers) == config.num_hidden_layers
-        given = None if whole and reads_itself(hf_folder) else cut_weights(weights, layers)
+        given = (
+            None
+            if whole and reads_itself(hf_folder)
+            else cut_weights(as_published(weights, config.to_dict()), layers)
+        )
         rounding = (dtype, {name.rpartition(".")[2] for name in float32}) if rounded else None
         reference_BSV = reference_logits(hf_folder, config, given, layers, tokens_BS, rounding)
         del given
@@ -246,6 +251,8 @@ def _build_cut(model: ModelConfig, checkpoint: Tensors, layers: Sequence[int]) -
         # layers that differ; a list keeps the names that such layers have in checkpoints
         routed = moe_layers(SimpleNamespace(**settings))
         settings["moe_layer_freq"] = [int(layer in routed) for layer in layers]
+    if isinstance(windowed := settings.get("window_attn_skip_freq"), list | tuple):
+        settings["window_attn_skip_freq"] = [windowed[layer] for layer in layers]
     settings |= {name: value for name, value in NOT_LEARNED.items() if name in settings}
     settings |= {"num_layers": len(layers), "perform_initialization": False}
     config = RunConfig(model=dataclasses.replace(model, make_vocab_size_divisible_by=1, megatron=settings))

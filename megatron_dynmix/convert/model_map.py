@@ -39,7 +39,7 @@ def weight_map(
     if fused_experts and not names.fused:
         raise InputError(f"{hf_config['model_type']} has one layout of its experts only; leave out --experts")
     settings = {UNTIED: True, **settings}
-    moe = (*names.moe, *(names.fused if fused_experts else names.separate))
+    moe = (*names.moe, *(names.fused if fused_experts or not names.separate else names.separate))
     rules: list[tuple[int | None, Rule]] = [(None, rule) for rule in names.outside]
     routed = moe_layers(SimpleNamespace(**{"moe_layer_freq": 1, **settings}))
     for layer in range(settings["num_layers"]):

@@ -4,6 +4,7 @@ from megatron_dynmix.families import (
     deepseek,
     dots1,
     glm,
+    gpt_oss,
     llama_moe,
     minimax,
     mixtral,
@@ -27,6 +28,7 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe": glm.GLM4_MOE,
     "glm4_moe_lite": glm.GLM4_MOE_LITE,
     "minimax_m2": minimax.MINIMAX_M2,
+    "gpt_oss": gpt_oss.GPT_OSS,
 }
 """The `model_type` of config.json -> its family. A model of our own is written as the first that can."""
 

@@ -58,6 +58,8 @@ class Dialect:
     """Whether positions are told by a rotary embedding."""
     mixed: bool = False
     """Whether layers can be dense: `decoder_sparse_step` and `mlp_only_layers`."""
+    windows: bool = False
+    """Whether `own` reads which layers look back no further than a window; in other families none may."""
     alias: str | None = None
     """The `model_type` under which `transformers` has such models, if that is another."""
     defaults: Values | None = None

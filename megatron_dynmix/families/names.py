@@ -198,7 +198,7 @@ class NameMap:
     """The tensors of a family: outside of all layers, of every layer, and of each kind of layer.
 
     `separate` and `fused` are the two ways to write a layer's experts: a tensor for each, as published
-    folders and transformers 4 have them, or all in one, as transformers 5 has them.
+    folders and transformers 4 have them, or all in one, as transformers 5 has them. Either may be empty.
     """
 
     outside: Rules = OUTSIDE
@@ -208,6 +208,8 @@ class NameMap:
     moe: Rules
     separate: Rules = SEPARATE
     fused: Rules = FUSED
+    interleaved: bool = False
+    """Whether fused experts are `[E, H, 2F]`, the columns of gate and up in turn, and `[E, F, H]`."""
     dense: Rules = ()
     predicting: bool = False
     """Whether layers for multi-token prediction may follow: `num_nextn_predict_layers` of config.json."""

@@ -13,6 +13,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -97,6 +98,8 @@ def build_modules(
         gpt = build_gpt(config, transformer, platform.transformer_engine, stage)
         if config.model.freeze_router:
             freeze_router(gpt)
+        if transformer.add_bias_linear:
+            let_expert_biases_be_added(gpt)
         gpt = gpt.to(platform.device)
         mark_experts(gpt, transformer)
         mark_whole_layers(gpt)
@@ -162,6 +165,18 @@ def mark_whole_layers(gpt: torch.nn.Module) -> None:
                 parameter.tensor_model_parallel = False
 
 
+def let_expert_biases_be_added(gpt: torch.nn.Module) -> None:
+    """Let experts without Transformer Engine be trained with biases where there is no expert parallelism.
+
+    Megatron-Core adds an expert's bias in place, to what the sum over tensor-parallel ranks returned: with
+    one of them its own input, which autograd lets nobody change. Experts with biases are never divided, so
+    there is nothing to be summed.
+    """
+    for name, module in gpt.named_modules():
+        if ".local_experts." in name and isinstance(module, RowParallelLinear):
+            module.explicit_expert_comm = True
+
+
 @contextlib.contextmanager
 def scales_kept(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Leave what delayed scaling knows of fp8 tensors as it is: what is only measured is not trained on.
@@ -213,6 +228,8 @@ def mark_experts(gpt: torch.nn.Module, transformer: TransformerConfig) -> None:
         if ".experts." in name:
             parameter.allreduce = not (own_layout or transformer.expert_model_parallel_size > 1)
             parameter.tensor_model_parallel = True
+            # what Megatron-Core says of the bias of any row-parallel layer: it would be summed once more
+            parameter.sequence_parallel = False
 
 
 def unwrap(model: torch.nn.Module) -> GPTModel:

@@ -21,12 +21,14 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     get_cuda_rng_tracker,
     reduce_from_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_dynmix import platform
 from megatron_dynmix.config import RunConfig
@@ -135,7 +137,8 @@ class SegmentAttention(DotProductAttention):
 
     Takes either the block-diagonal mask `[B, 1, S, S]` (True = masked) or, as Transformer Engine does,
     rows joined to one sequence with `PackedSeqParams`. Under context parallelism each rank has the queries
-    of its part of the sequence and gathers the keys and values of all: it takes the mask.
+    of its part of the sequence and gathers the keys and values of all: it takes the mask. Layers may look
+    back no further than a window, and a softmax may have a sink (gpt-oss).
     """
 
     def __init__(
@@ -153,6 +156,14 @@ class SegmentAttention(DotProductAttention):
         alone.context_parallel_size = 1
         super().__init__(alone, *args, **kwargs)
         self._gathers = config.context_parallel_size > 1
+        windowed = is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, self.layer_number
+        )
+        self._before = config.window_size[0] if windowed and config.window_size[0] >= 0 else None
+        """Keys before its own that a query sees; None for all."""
+        if isinstance(self.softmax_offset, torch.nn.Parameter):
+            # each tensor-parallel rank has those of its heads, and the norm of gradients must know
+            set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
 
     def forward(
         self,
@@ -183,6 +194,13 @@ class SegmentAttention(DotProductAttention):
             value = gather_from_sequence_parallel_region(value.contiguous(), group=ranks)
         allowed = None if attention_mask is None else ~attention_mask
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        sinks_N = self.softmax_offset
+        if self._before is not None or (sinks_N is not None and allowed is None):
+            allowed = self._in_window(allowed, query.shape[2], query.device)
+        if sinks_N is not None:
+            assert allowed is not None, "made above"
+            allowed = torch.nn.functional.pad(allowed, (0, 1), value=True)
+            query, key, value = with_sinks(query, key, value, sinks_N.to(query.device) / self.softmax_scale)
         dropout = self.attention_dropout.p if self.training else 0.0
         fork = dropout > 0.0 and not self.config.sequence_parallel  # as the parent does
         with get_cuda_rng_tracker().fork() if fork else contextlib.nullcontext():
@@ -198,6 +216,37 @@ class SegmentAttention(DotProductAttention):
             )
         context = context.permute(2, 0, 1, 3).flatten(start_dim=2)
         return context.squeeze(1) if packed_seq_params is not None else context
+
+    def _in_window(self, allowed: torch.Tensor | None, length: int, device: torch.device) -> torch.Tensor:
+        """Return which keys of those allowed, `[B, 1, Q, K]`, a query sees; without any, of all before it."""
+        assert not self._gathers, "windows are refused under context parallelism"
+        position = torch.arange(length, device=device)
+        before_QK = position[:, None] - position
+        seen_QK = before_QK >= 0
+        if self._before is not None:
+            seen_QK = seen_QK & (before_QK <= self._before)
+        return seen_QK[None, None] if allowed is None else allowed & seen_QK
+
+
+SINK_WIDTH = 8
+"""Numbers by which sinks widen a head, one of them used: kernels want widths that divide by it."""
+
+
+def with_sinks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Add a last key to `[B, G, K, D]`, whose product with a head's queries `[B, N, Q, D]` is in `sinks_N`.
+
+    Its value is 0, so it takes its share of the softmax (Xiao et al. 2023, arXiv 2309.17453) and gives
+    nothing. Queries end in the number that it answers to, all other keys in 0 there.
+    """
+    pad = torch.nn.functional.pad
+    tail = sinks_N.to(query.dtype)[None, :, None, None].expand(*query.shape[:3], 1)
+    query = torch.cat([query, pad(tail, (0, SINK_WIDTH - 1))], dim=-1)
+    width = key.shape[-1]
+    key = pad(key, (0, SINK_WIDTH, 0, 1))
+    key[..., -1, width] = 1.0
+    return query, key, pad(value, (0, 0, 0, 1))
 
 
 def segment_mask(segment_BS: torch.Tensor, query_Q: torch.Tensor, key_K: torch.Tensor) -> torch.Tensor:

@@ -168,6 +168,8 @@ def _attention(config: RunConfig, transformer: TransformerConfig, tp: int) -> in
         total += fused // tp
     if transformer.add_bias_linear:
         total += hidden
+    if transformer.softmax_type == "learnable":
+        total += transformer.num_attention_heads // tp
     if config.model.qk_layernorm_full_width:
         total += _norm(transformer, queries) + _norm(transformer, keys)
     elif transformer.qk_layernorm:

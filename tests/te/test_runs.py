@@ -73,6 +73,7 @@ ASKED = {
     "attention_backend": ["--attention-backend", "fused"],
     "window_size": ["--window-size", "[8, 0]"],
     "window_attn_skip_freq": ["--window-size", "[8, 0]", "--window-attn-skip-freq", "2"],
+    "softmax_type": ["--softmax-type", "learnable", "--window-size", "[8, 0]"],
     "attention_dropout": ["--attention-dropout", "0.1", "--hidden-dropout", "0.1"],
 }
 REFUSED = {
@@ -80,7 +81,6 @@ REFUSED = {
     "gradient_accumulation_fusion": ["--gradient-accumulation-fusion"],
     "moe_use_legacy_grouped_gemm": ["--moe-use-legacy-grouped-gemm"],
     "attention_backend": ["--attention-backend", "local"],
-    "softmax_type": ["--softmax-type", "learnable"],
     "use_te_activation_func": ["--use-te-activation-func"],
     "use_precision_aware_optimizer": ["--use-precision-aware-optimizer"],
 }

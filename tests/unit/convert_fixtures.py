@@ -45,6 +45,20 @@ SIZES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "olmoe": {"hidden_size": 36, "intermediate_size": 14, "num_experts": 6},
+    "gpt_oss": {
+        "intermediate_size": 14,
+        "num_local_experts": 6,
+        "head_dim": 10,
+        "sliding_window": 5,
+        "swiglu_limit": 0.5,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+            "rope_theta": 50.0,
+        },
+    },
 }
 MIXED = {"num_hidden_layers": 3, "mlp_only_layers": [0]}
 """Qwen with a dense layer before the MoE layers."""

@@ -24,6 +24,7 @@ PADDED = 256
 MODULES = (deepseek_models, family_models)
 CASES = [
     *((family, {}) for family in tiny.FAMILIES),
+    ("gpt_oss", {}),
     ("mixtral", {"tie_word_embeddings": True}),
     ("qwen2_moe", tiny.MIXED),
     ("qwen2_moe", {"qkv_bias": False, "num_key_value_heads": 6}),

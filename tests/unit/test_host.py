@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from config_fixtures import good_settings, load
 
+from megatron_dynmix.config.check import check_settings
 from megatron_dynmix.config.host import NEEDS, Host, check_host, joins_rows, with_defaults, without_unmet
 from megatron_dynmix.config.leaves import all_leaves
 from megatron_dynmix.config.megatron import transformer_config
@@ -25,9 +26,7 @@ VALUES = {
     "cross_entropy_fusion_impl": "te",
     "fp8": "hybrid",
     "fp4": "e2m1",
-    "window_size": [8, 0],
     "attention_backend": "fused",
-    "window_attn_skip_freq": 2,
 }
 """Setting -> a value that asks for what is needed; true for the others."""
 SET_HERE = [need for need in NEEDS if need.setting not in unavailable_fields()]
@@ -85,11 +84,19 @@ def test_flex_is_refused_without_deep_ep_and_hybridep_without_that_part_of_it(tm
         check_host(load(tmp_path, flex), with_it)
 
 
-@pytest.mark.parametrize("name", ["window_size", "window_attn_skip_freq"])
-def test_our_own_attention_under_context_parallelism_refuses_what_only_transformer_engine_has(name, tmp_path):
-    config = load(tmp_path, settings(tmp_path, name, parallel={"context_parallel_size": 2}))
-    with pytest.raises(InputError, match=f"{name} is .* and context_parallel_size 1"):
+@pytest.mark.parametrize(
+    "others", [{"parallel": {"context_parallel_size": 2}}, {"model": {"softmax_type": "learnable"}}]
+)
+def test_our_own_attention_refuses_what_only_transformer_engine_has(others, tmp_path):
+    config = load(tmp_path, settings(tmp_path, "attention_backend", **others))
+    with pytest.raises(InputError, match=r"attention_backend is fused, which needs .*softmax_type vanilla"):
         check_host(config, GPU)
+
+
+def test_a_window_is_refused_under_context_parallelism(tmp_path):
+    others = {"parallel": {"context_parallel_size": 2}, "model": {"window_size": [8, 0]}}
+    with pytest.raises(InputError, match="window_size is given and context_parallel_size is 2"):
+        check_settings(load(tmp_path, settings(tmp_path, "attention_backend", **others)), 2)
 
 
 def test_an_attention_that_turns_off_all_kernels_is_refused(tmp_path):

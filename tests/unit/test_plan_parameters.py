@@ -55,6 +55,7 @@ CASES = {
         {},
         {"gated_linear_unit": False, "num_query_groups": 4, "qk_layernorm_full_width": True},
     ),
+    "sinks": (2, {**TP2, "expert_tensor_parallel_size": 1}, {"softmax_type": "learnable"}),
     "router with two layers and noise": (1, {}, {"router_network": "mlp", "router_noise": "idle"}),
     "attention experts": (1, {}, MOLM),
     "attention experts, TP2 ETP1": (2, {**TP2, "expert_tensor_parallel_size": 1}, MOLM),
@@ -146,6 +147,8 @@ def test_each_rank_has_the_parameters_of_a_model_that_was_built(name, built, tmp
         ("molm-350m-4b", 4_142_526_464, 418.0e6),
         ("molm-700m-4b", 4_142_526_464, 720.0e6),
         ("molm-700m-8b", 8_182_046_720, 733.0e6),
+        ("gpt-oss-20b", 20_914_757_184, 3.6e9),
+        ("gpt-oss-120b", 116_829_156_672, 5.1e9),
         (DEEPSEEK_V2_LITE, 15_706_484_224, 2.66e9),
         # its file has 58 x 256 numbers more, which correct the router's scores and get no gradient
         (DEEPSEEK_V3, 671_026_404_352, 37.5e9),
