@@ -26,7 +26,7 @@ MBPP: imported
 METRICS = {
     "mmlu": {"acc,none": 0.25, "acc_stderr,none": 0.01},
     "arc_easy": {"alias": "arc_easy", "acc,none": 0.1, "acc_norm,none": 0.5, "acc_norm_stderr,none": "N/A"},
-    "boolq": {"acc,none": 0.7},
+    "boolq": {"sample_len": 8, "acc,none": 0.7},
     "gsm8k_cot": {"exact_match,strict-match": 0.1, "exact_match,flexible-extract": 0.2},
 }
 
