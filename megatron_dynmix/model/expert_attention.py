@@ -45,8 +45,7 @@ class ExpertAttention(MegatronModule):
         *,
         experts: int,
         router: Callable[..., GateLoadRouter],
-        pg_collection: Any = None,
-        cp_comm_type: str | None = None,
+        **unused: Any,
     ) -> None:
         super().__init__(config=config)
         assert config.num_query_groups and config.kv_channels, "Megatron-Core fills them in"
