@@ -142,7 +142,6 @@ def test_what_a_run_resolves_is_read_back_though_a_width_is_null(tmp_path):
         ("V2-Lite", {"topk_method": "group_limited_greedy"}, "topk_method"),
         ("V3", {"num_experts_per_tok": 6}, "topk_group"),
         ("V3", {"scoring_func": "softmax"}, "scoring_func"),
-        ("V3", {"rms_norm_eps": 1e-5}, "rms_norm_eps"),
         ("V3", {"num_nextn_predict_layers": "one"}, "num_nextn_predict_layers is 'one'"),
         ("V3", {"kv_lora_rank": None}, "kv_lora_rank"),
         ("V3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "linear"),

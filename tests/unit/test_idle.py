@@ -60,6 +60,8 @@ def unusual(name):
     """Return a value that neither Megatron-Core nor a preset has for a setting."""
     field = next(fields[name] for fields in megatron_fields().values() if name in fields)
     kinds = [field.hint, *typing.get_args(field.hint)]
+    if name == "rotary_percent":
+        return 0.5  # a share, which the file is already held to
     for kind in kinds:
         if typing.get_origin(kind) is typing.Literal:
             return next(
