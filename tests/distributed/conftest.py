@@ -1,4 +1,5 @@
 import pytest
+import yaml
 
 from megatron_dynmix.commands.quickstart import make_quickstart
 from tests.distributed import programs
@@ -15,7 +16,12 @@ SMALL = [
 
 @pytest.fixture(scope="session")
 def run_yaml(tmp_path_factory):
-    return make_quickstart(tmp_path_factory.mktemp("quickstart"))
+    """The quickstart's run with the published rule and a probe: all that a mixing interval can do."""
+    path = make_quickstart(tmp_path_factory.mktemp("quickstart"))
+    run = yaml.safe_load(path.read_text())
+    run["mixing"] = {"strategy": "gate-load", "interval": 10, "signal": "probe"}
+    path.write_text(yaml.safe_dump(run, sort_keys=False))
+    return path
 
 
 @pytest.fixture(scope="session")

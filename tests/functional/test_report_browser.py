@@ -25,7 +25,7 @@ from report_fixtures import NAMES, write_run
 
 SCREENSHOTS = Path(__file__).parents[2] / "build/screenshots"
 PROGRAMS = ("chromium-headless-shell", "chromium", "google-chrome")
-CHARTS = 12
+CHARTS = 14
 IMAGE = "document.querySelector('[data-chart=gate-load] .mlayer image').href.baseVal"
 VALUES = "JSON.stringify(document.querySelector('[data-chart={}]').data[0].z)"
 WIDEST = "Math.max(...[...document.querySelectorAll('.main-svg')].map(svg => svg.getAttribute('width')))"
