@@ -237,7 +237,7 @@ def misuse(run_yaml, flags, run_dir):
     }.items():
         wrong(name, lambda mixing=mixing, changes=changes: MixedRun.of(sizes, mixing, **{**given, **changes}))
     wrong("no sources", lambda: MixedRun.of({}, **given))
-    wrong("two sources", lambda: MixedRun.of({"a": 5, "b": 5}, **given))
+    wrong("two sources", lambda: MixedRun.of({"a": 5, "b": 5}, {"strategy": "gate-load"}, **given))
     wrong("an empty source", lambda: MixedRun.of({**sizes, "c": 0}, **given))
     bare = MixedRun.of(sizes, **given)
     wrong("begun, not attached", bare.begin_step)

@@ -14,7 +14,7 @@ SMALL = [
     *("--expert-model-parallel-size", "1", "--hidden-size", "32", "--ffn-hidden-size", "48"),
     *("--seq-length", "128", "--micro-batch-size", "4", "--global-batch-size", "8", "--num-workers", "0"),
     *("--train-iters", "4", "--interval", "2", "--log-interval", "2", "--save-interval", "2"),
-    *("--probe-tokens", "1000000", "--lr-warmup-iters", "0"),
+    *("--signal", "probe", "--probe-tokens", "1000000", "--lr-warmup-iters", "0"),
 ]
 
 
