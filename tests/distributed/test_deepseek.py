@@ -15,9 +15,10 @@ from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.model_map import weight_map
 from megatron_dynmix.convert.tensors import as_megatron
 from tests.deepseek_models import COMMON, MODELS, tiny_model
-from tests.distributed import convert_programs, programs
+from tests.distributed import programs
 from tests.distributed.conftest import SMALL
 from tests.distributed.layouts import PP2, TP2, ep, full
+from tests.distributed.oracle import check_folders
 from tests.distributed.ranks import run_ranks
 from tests.unit.convert_fixtures import InMemory
 
@@ -69,27 +70,7 @@ def expected(models, folders, rows_BS):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_and_gradients_are_those_of_transformers(layout, folders, expected, rows_BS, tmp_path):
-    ranks, flags = LAYOUTS[layout]
-    settings = {
-        "model": {"moe_aux_loss_coeff": 0.0},
-        "parallel": {"use_distributed_optimizer": False},
-        "data": {"seq_length": rows_BS.shape[1] - 1},
-        "training": {"micro_batch_size": 1, "global_batch_size": 2, "train_iters": 1},
-    }
-    (tmp_path / "RUN.yaml").write_text(yaml.safe_dump(settings))
-    program = convert_programs.logits_and_gradients
-    answers = run_ranks(ranks, program, tmp_path / "RUN.yaml", folders, flags, rows_BS)
-    for name, (logits_BSV, gradients) in expected.items():
-        seen = [answer[name] for answer in answers]
-        parts = [np.stack([row for _, row in rank["logits"]]) for rank in seen if rank["logits"]]
-        # TP ranks hold parts of the vocabulary, EP ranks rows, and of pipeline stages the last holds all
-        ours_BSV = np.concatenate(parts, -1 if layout == "TP2" else 0)[..., :VOCAB]
-        np.testing.assert_allclose(ours_BSV, logits_BSV, atol=1e-4, err_msg=name)
-        for key, offset, gradient in (entry for rank in seen for entry in rank["gradients"]):
-            if not key.endswith("expert_bias"):  # which is not learnt by gradients
-                wanted = gradients.read(key, offset, gradient.shape).numpy()
-                np.testing.assert_allclose(gradient, wanted, atol=1e-4, err_msg=f"{name}: {key}")
-        assert {key for rank in seen for key, _, _ in rank["gradients"]} == gradients.shapes.keys(), name
+    check_folders(LAYOUTS[layout], folders, expected, rows_BS, tmp_path)
 
 
 def test_a_run_from_the_folder_leaves_a_checkpoint_of_the_same_tensors(folders, run_yaml, tmp_path):

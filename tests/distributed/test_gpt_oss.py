@@ -3,18 +3,15 @@
 Axes: B rows, S positions, V vocabulary.
 """
 
-import numpy as np
 import pytest
 import torch
-import yaml
 
 from megatron_dynmix.config.presets import read_shape
 from megatron_dynmix.convert.interleaved import as_families
 from megatron_dynmix.convert.model_map import weight_map
 from megatron_dynmix.convert.tensors import as_megatron
-from tests.distributed import convert_programs
 from tests.distributed.layouts import ETP1, PP2, TP2, ep
-from tests.distributed.ranks import run_ranks
+from tests.distributed.oracle import check_folders
 from tests.unit.convert_fixtures import ODD, InMemory, tiny_model
 
 VOCAB = ODD["vocab_size"]
@@ -60,23 +57,4 @@ def expected(model, folder, rows_BS):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_and_gradients_are_those_of_transformers(layout, folder, expected, rows_BS, tmp_path):
-    ranks, flags = LAYOUTS[layout]
-    settings = {
-        "model": {"moe_aux_loss_coeff": 0.0},
-        "parallel": {"use_distributed_optimizer": False},
-        "data": {"seq_length": rows_BS.shape[1] - 1},
-        "training": {"micro_batch_size": 1, "global_batch_size": 2, "train_iters": 1},
-    }
-    (tmp_path / "RUN.yaml").write_text(yaml.safe_dump(settings))
-    program = convert_programs.logits_and_gradients
-    answers = run_ranks(ranks, program, tmp_path / "RUN.yaml", {"it": folder}, flags, rows_BS)
-    logits_BSV, gradients = expected
-    seen = [answer["it"] for answer in answers]
-    parts = [np.stack([row for _, row in rank["logits"]]) for rank in seen if rank["logits"]]
-    # TP ranks hold parts of the vocabulary, EP ranks rows, and of pipeline stages the last holds all
-    ours_BSV = np.concatenate(parts, -1 if layout == "TP2" else 0)[..., :VOCAB]
-    np.testing.assert_allclose(ours_BSV, logits_BSV, atol=1e-4)
-    for key, offset, gradient in (entry for rank in seen for entry in rank["gradients"]):
-        wanted = gradients.read(key, offset, gradient.shape).numpy()
-        np.testing.assert_allclose(gradient, wanted, atol=1e-4, err_msg=key)
-    assert {key for rank in seen for key, _, _ in rank["gradients"]} == gradients.shapes.keys()
+    check_folders(LAYOUTS[layout], {"it": folder}, {"it": expected}, rows_BS, tmp_path)

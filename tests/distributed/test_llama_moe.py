@@ -10,8 +10,9 @@ from megatron_dynmix.config.hugging_face import model_settings
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.model_map import weight_map
 from megatron_dynmix.convert.tensors import as_hugging_face, as_megatron
-from tests.distributed import convert_programs, programs
+from tests.distributed import programs
 from tests.distributed.layouts import PP2, TP2, ep, full
+from tests.distributed.oracle import check_folders
 from tests.distributed.ranks import run_ranks
 from tests.llama_moe_reference import LlamaMoE, save_folder, small_config
 from tests.unit.convert_fixtures import InMemory
@@ -148,33 +149,14 @@ PADDED = {"EP2": 1152, "TP2": 1280, "PP2": 1152}
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_and_gradients_from_the_folder_are_those_of_the_reference(layout, tmp_path):
     folder = save_folder(reference(QUIET), QUIET, tmp_path / "model")
-    ranks, flags = LAYOUTS[layout]
-    settings = {
-        "model": {"moe_aux_loss_coeff": 0.0},
-        "parallel": {"use_distributed_optimizer": False},
-        "data": {"seq_length": 16},
-        "training": {"micro_batch_size": 1, "global_batch_size": 2, "train_iters": 1},
-    }
-    (tmp_path / "RUN.yaml").write_text(yaml.safe_dump(settings))
     torch.manual_seed(5)
     rows_BS = torch.randint(CONFIG["vocab_size"], (2, 17))
     model = reference(QUIET)
-    expected_BSV = model(rows_BS[:, :-1])
-    torch.nn.functional.cross_entropy(expected_BSV.flatten(0, 1), rows_BS[:, 1:].flatten()).backward()
-    program = convert_programs.logits_and_gradients
-    answers = run_ranks(ranks, program, tmp_path / "RUN.yaml", {"": folder}, flags, rows_BS)
-    seen = [answer[""] for answer in answers]
-    parts = [np.stack([row for _, row in rank["logits"]]) for rank in seen if rank["logits"]]
-    # TP ranks hold parts of the vocabulary, EP ranks rows, and of pipeline stages the last holds all
-    logits_BSV = np.concatenate(parts, -1 if layout == "TP2" else 0)[..., : CONFIG["vocab_size"]]
-    np.testing.assert_allclose(logits_BSV, expected_BSV.detach().numpy(), atol=1e-4)
-    expected = as_megatron(
-        InMemory(gradients_of(model)), weight_map(model_settings(QUIET), QUIET, padded_vocab=PADDED[layout])
-    )
-    for key, offset, gradient in (entry for rank in seen for entry in rank["gradients"]):
-        wanted = expected.read(key, offset, gradient.shape).numpy()
-        np.testing.assert_allclose(gradient, wanted, atol=1e-4, err_msg=key)
-    assert {key for rank in seen for key, _, _ in rank["gradients"]} == expected.shapes.keys()
+    logits_BSV = model(rows_BS[:, :-1])
+    torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), rows_BS[:, 1:].flatten()).backward()
+    names = weight_map(model_settings(QUIET), QUIET, padded_vocab=PADDED[layout])
+    expected = logits_BSV.detach().numpy(), as_megatron(InMemory(gradients_of(model)), names)
+    check_folders(LAYOUTS[layout], {"": folder}, {"": expected}, rows_BS, tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["EP2", pytest.param("TP2", marks=pytest.mark.slow)])
