@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from megatron_dynmix.config.load import StrictLoader
+from megatron_dynmix.config.load import StrictLoader, read_mapping
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import read_json, write_atomically
 from megatron_dynmix.mixing.weights import is_number
@@ -142,12 +142,7 @@ def benchmarks_of(tasks: str, include_path: Sequence[Path], harness: str) -> Ben
 
 
 def _columns_of_file(path: Path) -> list[Column]:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read as YAML: {error}") from None
-    if not isinstance(content, dict) or not content:
-        raise InputError(f"{path} must hold columns by name, as `MMLU: {{tasks: [mmlu], shots: 5}}`")
+    content = read_mapping(path, "columns by name, as `MMLU: {tasks: [mmlu], shots: 5}`")
     return [_column(str(name), given, path) for name, given in content.items()]
 
 

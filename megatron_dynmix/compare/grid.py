@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_dynmix.compare.benchmarks import Benchmarks
 from megatron_dynmix.config import leaves
-from megatron_dynmix.config.load import StrictLoader
+from megatron_dynmix.config.load import read_mapping
 from megatron_dynmix.errors import InputError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]*")
@@ -101,12 +99,7 @@ def variants_from_text(text: str) -> list[Variant]:
 
 def variants_from_file(path: Path) -> list[Variant]:
     """Read a grid: a YAML mapping `{name: {setting: value}}`."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read as YAML: {error}") from None
-    if not isinstance(content, dict) or not content:
-        raise InputError(f"{path} must hold variants by name, as `uniform: {{strategy: uniform}}`")
+    content = read_mapping(path, "variants by name, as `uniform: {strategy: uniform}`")
     variants = []
     for name, settings in content.items():
         if not isinstance(settings, dict):

@@ -96,6 +96,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return raw or {}
 
 
+def read_mapping(path: Path, meant: str) -> dict[Any, Any]:
+    """Read a YAML mapping that holds something; else `InputError`, which says what is `meant`."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read as YAML: {error}") from None
+    if not isinstance(content, dict) or not content:
+        raise InputError(f"{path} must hold {meant}")
+    return content
+
+
 class StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, instead of keeping the last; a date is the text it is."""
 
