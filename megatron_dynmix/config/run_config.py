@@ -398,6 +398,11 @@ class MixingConfig(Section):
         chosen = self.chosen
         return [chosen, *([] if chosen.begin is None else [chosen.begin]), *self.shadows]
 
+    @property
+    def measures(self) -> bool:
+        """Whether a strategy, or a shadow, asks for loads or losses."""
+        return any(any(chosen.needs) for chosen in self.asked)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Section):

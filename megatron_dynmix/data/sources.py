@@ -77,13 +77,12 @@ def source_files(config: RunConfig) -> Iterator[SourceFile]:
 
 def read_data(config: RunConfig, tokenizer: Tokenizer) -> Data:
     """Prepare what is not prepared, and pack; both are kept on disk and found again."""
-    mixing = config.mixing
-    measured = any(any(chosen.needs) for chosen in (mixing.chosen, *mixing.shadows))
+    probes = config.mixing.measures and config.mixing.signal == "probe"
     return Data(
         tokenizer=tokenizer,
         reports=list(prepare_sources(config, tokenizer)),
         train=build_rows(config, tokenizer, probe=False),
-        probe=build_rows(config, tokenizer, probe=True) if measured and mixing.signal == "probe" else [],
+        probe=build_rows(config, tokenizer, probe=True) if probes else [],
     )
 
 

@@ -102,12 +102,6 @@ class Plan:
         return self.config.training.global_batch_size * self.config.data.seq_length
 
     @property
-    def measures(self) -> bool:
-        """Return whether a strategy, or a shadow, asks for loads or losses."""
-        mixing = self.config.mixing
-        return any(any(chosen.needs) for chosen in (mixing.chosen, *mixing.shadows))
-
-    @property
     def work(self) -> MixingWork:
         """Return the updates of the weights and their cost.
 
@@ -115,7 +109,7 @@ class Plan:
         costs two, and one more forward pass under full recomputation. Selective recomputation is not counted.
         """
         mixing, sources, length = self.config.mixing, self.config.data.sources, self.config.data.seq_length
-        probes = mixing.signal == "probe" and self.measures
+        probes = mixing.signal == "probe" and mixing.measures
         rows = -(-mixing.probe_tokens // length) * len(sources) if probes else 0
         transformer = transformer_here(self.config)
         passes = 1 + BACKWARD + (transformer.recompute_granularity == "full")

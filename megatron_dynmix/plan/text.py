@@ -129,7 +129,7 @@ def _mixing(plan: Plan) -> str:
             f"         a probe reads {work.probe_tokens:,} positions; all of them are "
             f"{work.mixing_compute_share:.2%} of the run's computing"
         )
-    elif plan.measures:
+    elif plan.config.mixing.measures:
         lines.append("         measured while training: no computing beside it")
     if work.count_bytes:
         lines.append(f"         counts to reduce for an update: {size_text(work.count_bytes)} a rank")

@@ -40,7 +40,7 @@ def mix_of(
     names, size_D = list(sizes), np.array(list(sizes.values()), np.int64)
     if not names:
         raise InputError("no source is given; give the rows of at least one, as {name: rows}")
-    if mixing.signal == "probe" and any(any(chosen.needs) for chosen in (mixing.chosen, *mixing.shadows)):
+    if mixing.signal == "probe" and mixing.measures:
         raise InputError(
             "mixing.signal is probe, but only megatron-dynmix train runs held-out rows; give signal train"
         )
