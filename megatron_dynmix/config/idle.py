@@ -191,10 +191,7 @@ MASTERS = (*_MOE, *_PRECISION, *_LAYER, *_MEMORY, *_LAYOUT, *_OPTIMIZER)
 
 def check_idle(config: RunConfig) -> None:
     """Refuse a setting that would do nothing: the first one found, and what must be on for it."""
-    given = {
-        "rotary_percent": config.model.rotary_percent,  # a field of ours
-        **{**config.model.megatron, **config.parallel.megatron, **config.optimizer.megatron},
-    }
+    given = {**config.model.flat(), **config.parallel.flat(), **config.optimizer.flat()}
     run = _settings(config)
     heads = run.num_attention_heads
     shape = {"num_query_groups": heads, "kv_channels": heads and run.hidden_size // heads}
