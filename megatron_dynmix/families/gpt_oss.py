@@ -121,7 +121,7 @@ GPT_OSS = Family(
         interleaved=True,
     ),
     refused={
-        "`--expert-tensor-parallel-size` above 1": "Megatron-Core would add the experts' biases once a rank",
+        "`--expert-tensor-parallel-size` above 1": "Megatron-Core takes experts with biases whole only",
         "windows with `--context-parallel-size` above 1": "a mask knows no positions there",
     },
 )
