@@ -7,11 +7,11 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import socket
 import traceback
 from multiprocessing.connection import Connection, wait
 
 from megatron_dynmix import platform
+from tests.ports import free_port
 
 CUDA = platform.start().device.type == "cuda"  # a started rank, too, comes here before Megatron-Core
 CONTEXT = multiprocessing.get_context("spawn" if CUDA else "forkserver")
@@ -33,9 +33,7 @@ def run_ranks(world_size, program, *args, timeout=240, context=CONTEXT, **kwargs
 @contextlib.contextmanager
 def started_ranks(world_size, program, *args, context=CONTEXT, **kwargs):
     """The processes of a fresh job and the pipes of their answers; all are ended on leaving."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pipes, processes = [], []
     try:
         for rank in range(world_size):

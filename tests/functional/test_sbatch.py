@@ -6,7 +6,6 @@ Stand-ins for `srun` and `scontrol` are on PATH. They do what Slurm's do as far 
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 
 from megatron_dynmix.commands import quickstart
 from megatron_dynmix.records.jsonl import read_records
+from tests.ports import FIRST, free_port
 
 ROOT = Path(__file__).parents[2]
 SBATCH = "examples/mixtral_8x7b/train.sbatch"
@@ -71,7 +71,7 @@ class Cluster:
             "PYTHONPATH": str(ROOT),
             "PYTHONWARNINGS": "ignore",
             "SAID": str(self.said),
-            "SLURM_JOB_ID": str(free_port() - 20000),
+            "SLURM_JOB_ID": str(free_port() - FIRST),
             "SLURM_JOB_NODELIST": "node[1-2]",
             **environment,
         }
@@ -84,15 +84,6 @@ class Cluster:
 
     def calls(self):
         return self.said.read_text().splitlines() if self.said.exists() else []
-
-
-def free_port():
-    """A port of those that a job's number is made into."""
-    for port in range(20000 + os.getpid() % 9000, 30000):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no port is free")
 
 
 @pytest.fixture
