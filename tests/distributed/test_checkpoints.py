@@ -21,6 +21,7 @@ from megatron_dynmix.checkpoint.folder import (
     read_checksums,
 )
 from megatron_dynmix.checkpoint.run_state import FORMAT_VERSION, read_run_state
+from tests.checkpoint_tensors import assert_equal_tensors, tensors_of
 from tests.distributed import checkpoint_programs as programs
 from tests.distributed import fault_programs
 from tests.distributed.conftest import SMALL, quick_or_slow
@@ -263,11 +264,7 @@ def test_a_checkpoint_written_beside_the_training_is_the_state_it_was_asked_for(
     assert order == sorted(order)
     for iteration in (2, 4):
         mine, whole = (folder / f"checkpoints/iter_{iteration:07d}" for folder in (tmp_path, sync[0] / "all"))
-        sums, expected = read_checksums(mine), read_checksums(whole)
-        tensors = [name for name in sums if name.endswith(".distcp")]
-        assert tensors and {name: sums[name] for name in tensors} == {
-            name: expected[name] for name in tensors
-        }
+        assert_equal_tensors(tensors_of(mine), tensors_of(whole))
         # what was known to be good at that moment depends on what was saved before
         states = [replace(read_run_state(folder), config={}, good=None) for folder in (mine, whole)]
         assert states[0].text() == states[1].text()
@@ -389,9 +386,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_run_that_goes_on_before_it(sync
     assert line.endswith(f"; {older} is used instead")
     assert newest_good(copy / "checkpoints") == RestorePoint(newest)
     assert saved_in(copy) == folders(1, 2, 3, 4)
-    tensors = [path.name for path in newest.glob("*.distcp")]
-    for name in tensors:
-        assert (newest / name).read_bytes() == (sync[0] / "all/checkpoints/iter_0000004" / name).read_bytes()
+    assert_equal_tensors(tensors_of(newest), tensors_of(sync[0] / "all/checkpoints/iter_0000004"))
 
 
 def test_a_run_that_breaks_at_once_is_set_back_before_where_it_went_on_from(sync, run_yaml, tmp_path):
@@ -429,7 +424,7 @@ def test_a_full_disk_and_a_read_only_one_lose_nothing(sync, run_yaml, tmp_path):
         assert saved_in(tmp_path) == folders(1, 2, 3, 4)
         same = [(folder / "mixing.jsonl").read_text() for folder in (tmp_path, sync[0] / "all")]
         assert same[0] == same[1]
-        for path in (sync[0] / "all/checkpoints/iter_0000004").glob("*.distcp"):
-            assert path.read_bytes() == (checkpoints / "iter_0000004" / path.name).read_bytes()
+        written, whole = (folder / "iter_0000004" for folder in (checkpoints, sync[0] / "all/checkpoints"))
+        assert_equal_tensors(tensors_of(written), tensors_of(whole))
     finally:
         subprocess.run(["umount", "-l", str(checkpoints)], check=True)
