@@ -39,6 +39,7 @@ test: $(INSTALLED)  ## run the tests that need no GPU
 	$(BIN)/python -m pytest -n 2 tests/te
 
 test-slow: $(INSTALLED)  ## run the tests that `make test` leaves out: more layouts
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[evaluate]'
 	$(BIN)/python -m pytest -m slow --ignore tests/te
 	$(BIN)/python -m pytest -m slow tests/te
 	set -e; for version in 2.9.0 2.10.0; do \

@@ -7,9 +7,6 @@ ROOT = Path(__file__).parent
 INIT = (ROOT / "megatron_dynmix/__init__.py").read_text()
 VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1]
 
-# what `--tasks` asks with; accelerate is what lm_eval opens Hugging Face models with
-EVALUATE = ["lm_eval>=0.4.11", "accelerate"]
-
 setup(
     name="megatron-dynmix",
     version=VERSION,
@@ -58,9 +55,9 @@ setup(
         "tiktoken": ["tiktoken"],
         "embed": ["sentence-transformers"],
         "wandb": ["wandb"],
-        "evaluate": EVALUATE,
+        # what `--tasks` asks with; accelerate is what lm_eval opens Hugging Face models with
+        "evaluate": ["lm_eval>=0.4.11", "accelerate"],
         "dev": [
-            *EVALUATE,
             "transformer-engine>=2.9,<2.12",  # without an extra of its own: its Python, which tests/te runs
             "onnxscript",  # which that imports
             *("tiktoken", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "playwright"),
