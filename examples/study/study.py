@@ -50,6 +50,18 @@ STARTS: dict[str, dict[str, dict[str, Any]]] = {
     "frozen": {"model": {"freeze_router": True}, "optimizer": {"lr": 1.0e-3}},
 }
 """What the runs begin with, and what that changes in RUN.yaml; all but `random` read the pretrained model."""
+SHAPES = {
+    "experts-4": ["--num-moe-experts", "4"],
+    "experts-32": ["--num-moe-experts", "32"],
+    "top-1": ["--moe-router-topk", "1"],
+    "top-4": ["--moe-router-topk", "4"],
+}
+"""Flags of parts with another model, which a pretrained one cannot become: they begin at random weights."""
+BUDGETS = {
+    "iterations-50": ["--train-iters", "50", "--lr-warmup-iters", "10"],
+    "iterations-800": ["--train-iters", "800", "--lr-warmup-iters", "10"],
+}
+"""Flags of parts with another length."""
 PARTS = {
     "methods": "GRID.yaml",
     "twice": "REDUNDANCY.yaml",
@@ -60,6 +72,7 @@ PARTS = {
     "domains": "FEW.yaml",
     "domains-alone": "FEW.yaml",
     "sweeps": "SWEEPS.yaml",
+    **dict.fromkeys((*SHAPES, *BUDGETS), "FEW.yaml"),
 }
 """What is run, and its grid."""
 
@@ -149,18 +162,23 @@ class Study:
     def part(self, part: str, start: str) -> None:
         """Run a part from one start. A run that failed is in its table."""
         run_yaml, grid = self.run_yaml(part, start), HERE / PARTS[part]
-        shape = LARGE if self.is_large and start == "random" else []
+        flags = [
+            *(LARGE if self.is_large and start == "random" else []),
+            *self.flags,
+            *SHAPES.get(part, []),
+            *BUDGETS.get(part, []),
+        ]
         print(f"== {part}, {start}", flush=True)
-        self.compare(run_yaml, grid, shape=shape)
+        self.compare(run_yaml, grid, flags=flags)
         if part == "methods":  # what takes something from other runs comes after them
-            self.compare(run_yaml, grid, self.write_second(run_yaml.with_suffix("")), shape=shape)
+            self.compare(run_yaml, grid, self.write_second(run_yaml.with_suffix("")), flags=flags)
 
-    def compare(self, run_yaml: Path, *grids: Path, shape: list[str]) -> None:
+    def compare(self, run_yaml: Path, *grids: Path, flags: list[str]) -> None:
         """Run grids; the comparison is beside the RUN.yaml, in a folder of its name."""
         code = self.run(
             *("-m", "megatron_dynmix", "compare", str(run_yaml), "--output", str(run_yaml.with_suffix(""))),
             *(text for grid in grids for text in ("--grid", str(grid))),
-            *("--seeds", ",".join(self.seeds), "--jobs", str(self.jobs), *shape, *self.flags),
+            *("--seeds", ",".join(self.seeds), "--jobs", str(self.jobs), *flags),
         )
         if code > 1:
             sys.exit(code)
@@ -224,7 +242,8 @@ def main() -> int:
         study.pretrain()
     for start in chosen["starts"]:
         for part in chosen["parts"]:
-            study.part(part, start)
+            if start == "random" or part not in SHAPES:
+                study.part(part, start)
     (study.output / "study.md").write_text(study.page())
     print(f"written: {study.output / 'study.md'}")
     return int(study.failed)

@@ -62,6 +62,17 @@ def test_the_sizes_fit_the_model(size):
     assert pretraining.model == config.model and pretraining.data.seq_length == config.data.seq_length
 
 
+@pytest.mark.parametrize("size", ["cpu", "gpu"])
+def test_parts_of_other_shapes_and_lengths_are_configurations(size):
+    study = load("study")
+    for part, flags in (study.SHAPES | study.BUDGETS).items():
+        assert study.PARTS[part] == "FEW.yaml"
+        config = load_config(STUDY / "RUN.yaml", [*study.SIZES[size], *flags])
+        assert part.rpartition("-")[2] in map(
+            str, (config.training.train_iters, *config.model.megatron.values())
+        )
+
+
 @pytest.mark.parametrize(
     ("rule", "control"),
     [(GateLoad(), "ShuffledDelta"), (Uniqueness(layers="last", min_gap=0), "ShuffledUniqueness")],
