@@ -1,4 +1,4 @@
-"""Tiny models of the families that share parts with DeepSeek, made by transformers, with odd sizes."""
+"""Tiny models of families, those that share parts with DeepSeek and Granite, made by transformers."""
 
 import transformers
 
@@ -27,6 +27,14 @@ LATENT = {
     for name in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "num_key_value_heads")
 }
 ROPE = {"rope_type": "default", "rope_theta": 50.0}
+GRANITE = {
+    **{"intermediate_size": 14, "num_local_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 2},
+    **{"embedding_multiplier": 2.5, "residual_multiplier": 0.6, "logits_scaling": 1.7},
+    "attention_multiplier": 0.7,
+    "rms_norm_eps": 1e-2,
+    "hidden_size": 36,
+    "rope_parameters": ROPE,
+}
 MODELS = {
     "GLM-4.5": (
         "glm4_moe",
@@ -89,6 +97,8 @@ MODELS = {
             "rope_parameters": {**ROPE, "partial_rotary_factor": 0.6},
         },
     ),
+    "Granite": ("granitemoe", {**GRANITE, "tie_word_embeddings": True}),
+    "Granite, shared experts": ("granitemoeshared", {**GRANITE, "shared_intermediate_size": 18}),
 }
 """Name -> family, what it has beside `SIZES`."""
 

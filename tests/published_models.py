@@ -1,4 +1,4 @@
-"""config.json of published models of the families that share parts with DeepSeek, and their parameters.
+"""config.json of published models of the families that share parts with DeepSeek, and of Granite.
 
 What speaks only of files, of generation and of quantized weights is left out. Layers for multi-token
 prediction, which the first number of a model's name counts or not, are no part of these parameters.
@@ -204,3 +204,44 @@ DOTS_LLM1 = {
     "use_sliding_window": False,
     "vocab_size": 152064,
 }
+GRANITE_1B_A400M = {
+    "architectures": ["GraniteMoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attention_multiplier": 0.015625,
+    "bos_token_id": 0,
+    "embedding_multiplier": 12.0,
+    "eos_token_id": 0,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "initializer_range": 0.02,
+    "intermediate_size": 512,
+    "logits_scaling": 6.0,
+    "max_position_embeddings": 4096,
+    "model_type": "granitemoe",
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "output_router_logits": False,
+    "pad_token_id": 0,
+    "residual_multiplier": 0.22,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000,
+    "router_aux_loss_coef": 0.001,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 49152,
+}
+GRANITE_3B_A800M = {
+    **GRANITE_1B_A400M,
+    "hidden_size": 1536,
+    "num_attention_heads": 24,
+    "num_hidden_layers": 32,
+    "num_local_experts": 40,
+}
+GRANITE_31_1B_A400M = {**GRANITE_1B_A400M, "max_position_embeddings": 131072, "rope_theta": 1500000.0}
+GRANITE_31_3B_A800M = {**GRANITE_3B_A800M, "max_position_embeddings": 131072, "rope_theta": 10000000.0}

@@ -49,6 +49,7 @@ PLAIN = (
         "router_noise",
     ),
     *("router_width", "attention_experts", "activation", "window_attn_skip_freq"),
+    *("embedding_multiplier", "residual_multiplier", "logits_scaling"),
 )
 """Settings that change what a model computes, and that config.json means the default of without a word."""
 

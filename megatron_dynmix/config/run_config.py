@@ -124,6 +124,12 @@ class ModelConfig(Section):
     """Normalise queries and keys over all heads together, as OLMoE does, not head by head."""
     latent_layernorm_epsilon: Positive[float | None] = None
     """Epsilon of the norms of latent attention's latents, if it is not `layernorm_epsilon`."""
+    embedding_multiplier: Positive[float] = 1.0
+    """What the embedding is multiplied by, as Granite has it."""
+    residual_multiplier: Positive[float] = 1.0
+    """What attention and MLP of each layer are multiplied by before they are added to what came in."""
+    logits_scaling: Positive[float] = 1.0
+    """What logits are divided by."""
     activation: Literal["silu", "gelu-tanh", "quick-gelu"] = "silu"
     """Between the linear layers of MLPs and experts; gelu-tanh is `gelu_new` of transformers, quick-gelu is
     x sigmoid(1.702 x)."""

@@ -52,7 +52,8 @@ def sizes_of(settings: Mapping[str, Any]) -> dict[str, int]:
     """Letter -> size, from the settings of the `model` section.
 
     V vocabulary, L layers, H hidden, E experts, N heads, G KV groups, D width of a head, Q = N D, K = G D,
-    F inner width of a dense layer, I of an expert, J = 2 I (gate and up in one), S of the shared experts.
+    F inner width of a dense layer, I of an expert, S of the shared experts, J = 2 I and U = 2 S (gate and up
+    in one).
     Latent attention: A width of the queries' latent, C of that of keys and values, M the same with the
     rotary part of the keys, T queries of all heads, P keys and values of all heads, O values of all heads.
     ModuleFormer: X attention experts, W inner width of a router.
@@ -81,6 +82,7 @@ def sizes_of(settings: Mapping[str, Any]) -> dict[str, int]:
         "I": expert,
         "J": 2 * expert,
         "S": settings.get("moe_shared_expert_intermediate_size") or 0,
+        "U": 2 * (settings.get("moe_shared_expert_intermediate_size") or 0),
         "A": settings.get("q_lora_rank") or 0,
         "C": latent,
         "M": latent + rotary,

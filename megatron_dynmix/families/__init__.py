@@ -5,6 +5,7 @@ from megatron_dynmix.families import (
     dots1,
     glm,
     gpt_oss,
+    granite_moe,
     llama_moe,
     minimax,
     mixtral,
@@ -29,6 +30,8 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe_lite": glm.GLM4_MOE_LITE,
     "minimax_m2": minimax.MINIMAX_M2,
     "gpt_oss": gpt_oss.GPT_OSS,
+    "granitemoe": granite_moe.GRANITE_MOE,
+    "granitemoeshared": granite_moe.GRANITE_MOE_SHARED,
 }
 """The `model_type` of config.json -> its family. A model of our own is written as the first that can."""
 

@@ -197,8 +197,8 @@ def corrected_router(correction: str, gate: str = "mlp.gate.weight", *, float32:
 class NameMap:
     """The tensors of a family: outside of all layers, of every layer, and of each kind of layer.
 
-    `separate` and `fused` are the two ways to write a layer's experts: a tensor for each, as published
-    folders and transformers 4 have them, or all in one, as transformers 5 has them. Either may be empty.
+    `separate` and `fused` are the two ways to write a layer's experts: as published folders and transformers
+    4 have them, mostly a tensor for each, or all in one, as transformers 5 has them. Either may be empty.
     """
 
     outside: Rules = OUTSIDE

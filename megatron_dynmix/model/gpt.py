@@ -21,6 +21,7 @@ from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.megatron import ddp_config, padded_vocab_size
 from megatron_dynmix.config.rotary import TRUNCATED
 from megatron_dynmix.model.layers import decoder_spec, set_latent_epsilon
+from megatron_dynmix.model.scales import scale_ends
 from megatron_dynmix.moe.router import GateLoadRouter
 from megatron_dynmix.platform import Platform
 from megatron_dynmix.platform.megatron_patches import (
@@ -77,6 +78,7 @@ def build_gpt(
     )
     if config.model.latent_layernorm_epsilon is not None:
         set_latent_epsilon(gpt, config.model.latent_layernorm_epsilon)
+    scale_ends(gpt, config.model)
     return gpt
 
 

@@ -35,6 +35,7 @@ from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.host import joins_rows
 from megatron_dynmix.config.run_config import ModelConfig
 from megatron_dynmix.model.expert_attention import ExpertAttention
+from megatron_dynmix.model.scales import scale_residual
 from megatron_dynmix.moe.gelu_router import GeluRouter
 from megatron_dynmix.moe.mlp_router import MlpRouter
 from megatron_dynmix.moe.router import GateLoadRouter
@@ -84,6 +85,8 @@ def decoder_spec(
             attention = parts.self_attention.submodules
             attention.q_layernorm = ModuleSpec(FullWidthNorm, {"heads": "num_attention_heads"})
             attention.k_layernorm = ModuleSpec(FullWidthNorm, {"heads": "num_query_groups"})
+        if model.residual_multiplier != 1:
+            scale_residual(parts, model.residual_multiplier)
     return block
 
 

@@ -1,4 +1,4 @@
-"""Families that share parts with DeepSeek are the models of transformers in every layout: logits, gradients.
+"""Families like DeepSeek, and Granite, are the models of transformers in every layout: logits, gradients.
 
 Axes: B rows, S positions, V vocabulary.
 """

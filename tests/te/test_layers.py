@@ -27,6 +27,10 @@ MODELS = {
     "expert bias": ["--moe-router-enable-expert-bias", "--moe-router-score-function", "sigmoid"],
     "frozen gates": ["--freeze-expert-gate", "--weight-decay", "0"],
     "group limits": ["--moe-router-num-groups", "4", "--moe-router-group-topk", "2"],
+    "scales": [
+        *("--embedding-multiplier", "2.5", "--residual-multiplier", "0.6", "--logits-scaling", "1.7"),
+        *("--softmax-scale", "0.3"),
+    ],
 }
 GROUPED = ["--moe-grouped-gemm"]
 FUSED = [*GROUPED, "--moe-router-fusion", "--apply-rope-fusion", "--moe-permute-fusion"]
@@ -75,6 +79,7 @@ CASES = {
     "expert bias": (2, [*FUSED, *ep(2)], "expert bias"),
     "group limits": (1, [*FUSED, *ep(1)], "group limits"),
     "frozen gates": (1, ep(1), "frozen gates"),
+    "scales, TP2 x EP2": (2, [*FUSED, *selective("[layernorm]"), *TP2, *ETP1, *ep(2)], "scales"),
     "frozen gates, grouped, TP2": (2, [*FUSED, *TP2, *ETP1, *ep(2)], "frozen gates"),
 }
 """Name -> ranks, flags, model."""

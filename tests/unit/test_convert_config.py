@@ -147,6 +147,10 @@ PUBLISHED = {
     "moonlight-16b-a3b": (published.MOONLIGHT, 15_960_110_208),
     "minimax-m2": (published.MINIMAX_M2, 228_689_764_864),
     "dots.llm1": (published.DOTS_LLM1, 142_774_381_696),
+    "granite-3.0-1b-a400m": (published.GRANITE_1B_A400M, 1_334_625_280),
+    "granite-3.0-3b-a800m": (published.GRANITE_3B_A800M, 3_298_788_864),
+    "granite-3.1-1b-a400m": (published.GRANITE_31_1B_A400M, 1_334_625_280),
+    "granite-3.1-3b-a800m": (published.GRANITE_31_3B_A800M, 3_298_788_864),
 }
 WRITTEN = {"glm-4.7-flash": "deepseek_v3"}
 """A preset that more than one family computes -> the first of them."""
@@ -225,6 +229,7 @@ def test_presets_are_the_published_models(preset, tmp_path):
     assert resolved(ours) == resolved(theirs), "the preset is the published config.json"
     own = ("vocab_size", "max_position_embeddings", "rotary_base", "rotary_percent")
     own += ("qk_layernorm_full_width", "latent_layernorm_epsilon", "untie_embeddings_and_output_weights")
+    own += ("embedding_multiplier", "residual_multiplier", "logits_scaling")
     for name in own:
         assert getattr(ours.model, name) == getattr(theirs.model, name), name
     written = hugging_face_config(ours.model.flat())["model_type"]
@@ -287,6 +292,7 @@ def test_what_is_plain_is_what_megatron_core_does_by_itself():
         "activation": "silu",
         "glu_linear_offset": 0.0,
         "rotary_percent": 1.0,
+        **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0),
     }
     for name in PLAIN:
         assert known[name] == named[name] if name in named else known[name] in (None, False), name

@@ -1,4 +1,4 @@
-"""Families that share parts with DeepSeek: names, settings, logits and gradients as those of transformers.
+"""Families like DeepSeek, and Granite: names, settings, logits and gradients as those of transformers.
 
 Axes: B rows, S positions, V vocabulary.
 """
@@ -23,6 +23,7 @@ from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
 from megatron_dynmix.convert.origin import model_of
 from megatron_dynmix.convert.tensors import as_hugging_face, as_megatron
 from megatron_dynmix.errors import InputError
+from megatron_dynmix.families.granite_moe import SCALES
 from megatron_dynmix.model.layers import segment_mask
 from megatron_dynmix.platform.megatron_patches import rotate_packed_rows_on_the_device
 from tests.family_models import MODELS, tiny_model
@@ -54,7 +55,8 @@ def test_a_folder_is_read_and_back_is_bit_equal(name, fused, folder_of):
     model, path = folder_of(name, fused)
     folder = HuggingFaceFolder(path)
     names = folder.weight_map(256)
-    assert names.parameters == sum(tensor.numel() for tensor in model.state_dict().values())
+    once = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}  # a tied one has two names
+    assert names.parameters == sum(tensor.numel() for tensor in once.values())
     back = whole(as_hugging_face(InMemory(whole(as_megatron(folder, names))), names))
     read = whole(folder)
     assert back.keys() == read.keys() and all(torch.equal(back[key], read[key]) for key in read)
@@ -143,6 +145,21 @@ def test_a_config_made_of_settings_alone_is_that_of_the_same_model(name, folder_
         assert torch.equal(other.eval()(tokens_BS).logits, model.eval()(tokens_BS).logits)
 
 
+def test_the_usual_scale_of_scores_is_that_of_no_setting(folder_of):
+    """So a model of our own that has Granite's other scales can be written."""
+    settings = model_settings(folder_of("Granite")[0].config.to_dict() | {"attention_multiplier": 6**-0.5})
+    assert settings["softmax_scale"] is None
+    assert hugging_face_config({**COMMON, **settings})["attention_multiplier"] == 6**-0.5
+
+
+@pytest.mark.parametrize("name", [*SCALES, "softmax_scale"])
+def test_no_other_family_has_what_is_scaled(name, folder_of):
+    usual = {**dict.fromkeys(SCALES, 1.0), "softmax_scale": None}
+    settings = {**model_settings(folder_of("Granite")[0].config.to_dict()), **usual, name: 0.3}
+    assert hugging_face_config({**COMMON, **settings, **usual})["model_type"] == "mixtral"
+    assert hugging_face_config({**COMMON, **settings})["model_type"] == "granitemoe"
+
+
 def test_kimi_is_a_deepseek_by_another_name(folder_of, tmp_path):
     model, _ = folder_of("Moonlight")
     model.save_pretrained(tmp_path)
@@ -183,6 +200,12 @@ REFUSED = [
     ("MiniMax-M2", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1, and only 0.0"),
     ("MiniMax-M2", {"num_experts_per_tok": 1}, "num_experts_per_tok is 1 and"),
     ("MiniMax-M2", {"rotary_dim": "6", "rope_parameters": None}, "rotary_dim is '6'; it must be a whole"),
+    ("Granite", {"attention_multiplier": None}, "attention_multiplier is None; it must be a number above 0"),
+    ("Granite", {"logits_scaling": 0}, "logits_scaling is 0; it must be a number above 0"),
+    ("Granite", {"attention_bias": True}, "attention_bias is True, and only False can be run here: proj"),
+    ("Granite", {"hidden_act": "gelu"}, "hidden_act is 'gelu', and only 'silu' can be run here"),
+    ("Granite", {"num_experts_per_tok": 1}, "num_experts_per_tok is 1 and"),
+    ("Granite, shared experts", {"shared_intermediate_size": 0}, "shared_intermediate_size is 0; it must be"),
 ]
 
 

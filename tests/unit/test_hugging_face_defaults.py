@@ -34,6 +34,7 @@ BASES = {
     "V2-Lite": ({"rope_theta": 50.0}, {}),
     **{name: ({}, {}) for name in ("GLM-4.5", "GLM-4.5-Air", "GLM-4.7-Flash", "Moonlight", "dots.llm1")},
     "MiniMax-M2": ({}, {"rotary_dim": 6}),
+    **{name: ({}, {}) for name in ("Granite", "Granite, shared experts")},
 }
 """Name -> what a model has beside its sizes, and what its config.json says besides."""
 WORDS = {"transformers_version", "architectures", "dtype", "layer_types", "qk_head_dim"}
@@ -55,6 +56,11 @@ STRICTER = {
     },
     ("dots.llm1", None): {"attention_dropout", "norm_topk_prob"},
     ("V2-Lite", None): {"attention_dropout", "norm_topk_prob"},
+    # null is what the attention at hand takes it for
+    **{
+        (name, None): {"attention_dropout", "attention_multiplier"}
+        for name in ("Granite", "Granite, shared experts")
+    },
 }
 """What transformers runs, and is refused here by name."""
 

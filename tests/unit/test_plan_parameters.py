@@ -159,6 +159,8 @@ def test_each_rank_has_the_parameters_of_a_model_that_was_built(name, built, tmp
         ("moonlight-16b-a3b", 15_960_108_544, 2.91e9),
         ("minimax-m2", 228_689_748_992, 11.0e9),
         ("dots.llm1", 142_774_373_888, 14.0e9),
+        ("granite-3.0-1b-a400m", 1_334_625_280, 0.429e9),
+        ("granite-3.0-3b-a800m", 3_298_788_864, 0.883e9),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else str(value),
 )
@@ -167,7 +169,7 @@ def test_published_models_have_their_number_of_parameters(preset, total, active,
 
     Of DeepSeek's 15.7B and 671B, 2.4B and 36.6B, without the embedding, of which a token meets one row; so of
     GLM's 106B, 355B and 30B 12B, 32B and 3B, of Kimi's 1T 32B, of MiniMax's 230B 10B, of dots' 142B 14B.
-    gpt-oss counts 3.6B and 5.1B without it.
+    gpt-oss counts 3.6B and 5.1B without it, Granite 1.3B/400M and 3.3B/800M.
     """
     settings = good_settings(tmp_path)
     settings["model"] = {"preset": preset}
