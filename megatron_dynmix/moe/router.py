@@ -246,7 +246,11 @@ def attach_counter(
             if isinstance(router, GateLoadRouter):
                 router.counter, router.joined_row_length = counter, joined_row_length
             look_before_dropping(router)
-            router.register_forward_hook(partial(_count, counter, moe_layers.index(router.layer_number - 1)))
+            # Megatron-Bridge's LoRA takes a router's place and calls parts of it, never its forward; it
+            # returns what a router does.
+            called = chunk.get_submodule(name.removesuffix(".to_wrap"))
+            layer = moe_layers.index(router.layer_number - 1)
+            called.register_forward_hook(partial(_count, counter, layer, router))
 
 
 def look_before_dropping(router: TopKRouter) -> None:
@@ -267,10 +271,11 @@ def _count(
     counter: GateLoadCounter,
     layer: int,
     router: TopKRouter,
+    called: torch.nn.Module,
     inputs: Any,
     probs_map_TE: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    """Count what a forward pass of a router has chosen."""
+    """Count what a forward pass of a router, or of what was called for it, has chosen."""
     if counter.is_recording and not in_backward():
         probs_TE, routing_map_TE = probs_map_TE
         counter.add(layer, probs_TE if counter.by_probability else chosen_by(router, routing_map_TE))

@@ -197,12 +197,23 @@ class Reweighting:
         elif self.counts_training:
             with self._timed(seconds, "reduce"):
                 counts_HDLE = self._interval_counts()
+            self._check_counted(counts_HDLE)
         losses = (probe_stats or self._interval).source_losses()
         measured = {"loss_D": np.array([np.nan if loss is None else loss for loss in losses])}
         if counts_HDLE is not None and self.controller.needs_gate_load:
             halves_HDLE = self.counter.as_signal(counts_HDLE)
             measured |= {"counts_DLE": halves_HDLE.sum(axis=0), "half_counts_HDLE": halves_HDLE}
         return measured, probe_stats
+
+    def _check_counted(self, counts_HDLE: torch.Tensor) -> None:
+        """Refuse an interval of which a layer has seen nothing, or weights would stay with nobody told."""
+        silent = torch.nonzero(counts_HDLE.sum(dim=(0, 1, 3)) == 0).flatten().tolist()
+        if silent and self._interval.tokens_D.any():
+            raise MixingError(
+                f"the routers of MoE layers {silent} (from 0, of {counts_HDLE.shape[2]}) have counted none "
+                "of the interval's tokens: something calls them otherwise than as modules, as a wrapper that "
+                "is not known here or a CUDA graph does; leave it out, or use a strategy without gate loads"
+            )
 
     def _interval_counts(self) -> torch.Tensor:
         """Return the counts of the running interval so far, of all ranks."""

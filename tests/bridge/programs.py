@@ -76,10 +76,10 @@ def small(folder, **settings):
     return config
 
 
-def train(folder, prefixes, *, log, mixed=True, **settings):
+def train(folder, prefixes, *, log, mixed=True, lora=None, **settings):
     """Run the example, or its recipe without a mix; return the exit code and what was recorded.
 
-    The recipe is a small one, with settings as `checkpoint__save`.
+    The recipe is a small one, with settings as `checkpoint__save`, and LoRA on the modules named in `lora`.
     """
     out = os.open(f"{log}.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
@@ -93,6 +93,10 @@ def train(folder, prefixes, *, log, mixed=True, **settings):
     from megatron.bridge.training.pretrain import pretrain
 
     config, code = small(folder, **settings), 0
+    if lora:
+        from megatron.bridge.peft.lora import LoRA
+
+        config.peft = LoRA(target_modules=lora, dim=4)
     for name in ("recipes", "recipes.qwen"):  # its own ones bring every model with them
         sys.modules[f"megatron.bridge.{name}"] = ModuleType(name)
     sys.modules["megatron.bridge.recipes.qwen"].qwen3_30b_a3b_pretrain_config = lambda: config

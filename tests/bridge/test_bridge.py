@@ -66,3 +66,12 @@ def test_expert_parallel_ranks_draw_what_one_does(whole, train, tmp_path):
     counted, expected = (np.sum(update["counts"]["half_counts"], axis=(0, 2, 3)) for update in (first, told))
     assert counted.tolist() == expected.tolist()
     assert verify(tmp_path / "wider/runs/bridge").proven
+
+
+def test_lora_on_the_router_is_counted_as_the_router_is(whole, train, tmp_path):
+    """It begins as nothing, and at a learning rate of 0 it stays nothing."""
+    given = {"checkpoint__pretrained_checkpoint": str(tmp_path / "saved")}
+    given |= {"optimizer__lr": 0.0, "optimizer__min_lr": 0.0}
+    tuned = train(1, "tuned", checkpoint__finetune=True, **given)
+    assert any(np.any(update["counts"]["half_counts"]) for update in tuned["mixing"])
+    assert train(1, "adapted", lora=["router"], **given) == tuned

@@ -12,12 +12,14 @@ import sys
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_dynmix import MixedRun
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.model.lr_schedule import set_learning_rate
 from megatron_dynmix.records.jsonl import read_records
 from megatron_dynmix.training.batch import to_batch
+from megatron_dynmix.training.reweighting import MixingError
 from megatron_dynmix.training.step import set_batch_size
 from megatron_dynmix.training.trainer import seed_iteration
 from tests.distributed import programs
@@ -246,6 +248,18 @@ def misuse(run_yaml, flags, run_dir):
     again.attach(loop.chunks)
     wrong("records of another run", again.begin_step)
     return told
+
+
+def train_unseen(run_yaml, flags, run_dir):
+    """A run whose first router is called by other means than as a module; what that is told."""
+    loop = Loop(run_yaml, flags, run_dir)
+    routers = [module for module in loop.chunks[0].modules() if isinstance(module, TopKRouter)]
+    routers[0]._forward_hooks.clear()
+    try:
+        for _ in range(loop.config.training.train_iters):
+            loop.step()
+    except MixingError as error:
+        return str(error), loop.mixed.iteration
 
 
 def run_page(text, run_dir):

@@ -66,6 +66,13 @@ def test_a_run_goes_on_in_mid_interval_on_another_layout(stopped, run_yaml, star
     assert verify(tmp_path / "run").proven
 
 
+def test_a_layer_that_is_never_seen_ends_the_run_at_its_first_update(run_yaml, tmp_path):
+    ranks = run_ranks(2, loop_programs.train_unseen, run_yaml, [*FLAGS, *ep(2)], tmp_path / "run")
+    for message, iteration in ranks:
+        assert message.startswith("the routers of MoE layers [0] (from 0, of 3) have counted none")
+        assert iteration == 2
+
+
 def test_a_wrong_call_says_what_would_be_right(run_yaml, tmp_path):
     told = run_ranks(1, loop_programs.misuse, run_yaml, [*FLAGS, *ep(1)], tmp_path / "run")[0]
     expected = {

@@ -16,7 +16,7 @@ from megatron.core.transformer.moe import moe_utils  # noqa: E402
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from megatron_dynmix.moe.router import GateLoadRouter  # noqa: E402
+from megatron_dynmix.moe.router import GateLoadRouter, attach_counter  # noqa: E402
 
 S, B, EXPERTS, TOPK = 12, 4, 8, 2
 KINDS = ("aux_loss", "seq_aux_loss", "global_aux_loss")
@@ -228,3 +228,30 @@ def test_an_expert_bias_moves_by_the_sign_of_an_exact_difference(least, monkeypa
     assert moved_LE.dtype == torch.float32
     assert moved_LE.equal(bias_LE + torch.tensor([[0, -1e-3, 1e-3, 0], [0.0] * 4]))
     assert megatron_patches._updated_expert_bias(tokens_LE, bias_LE, 0.0).equal(bias_LE)
+
+
+class LoRATopKRouter(torch.nn.Module):
+    """Takes a router's place as Megatron-Bridge's of this name does: the router's own forward never runs."""
+
+    def __init__(self, to_wrap):
+        super().__init__()
+        self.to_wrap = to_wrap
+        self.adapter = torch.nn.Linear(to_wrap.weight.shape[1], EXPERTS, bias=False)
+
+    def forward(self, hidden, *given):
+        return self.to_wrap.routing(self.to_wrap.gating(hidden) + self.adapter(hidden), *given)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "with LoRA"])
+def test_what_a_router_chooses_is_counted_once_whether_it_or_a_wrapper_is_called(wrapped):
+    router = router_of()
+    model = torch.nn.ModuleDict({"router": LoRATopKRouter(router) if wrapped else router})
+    counter = GateLoadCounter(1, 1, EXPERTS, torch.device("cpu"))
+    attach_counter([model], counter, [0])
+    hidden_SBW = torch.randn(S, B, 16, generator=torch.Generator().manual_seed(0))
+    source_T = torch.zeros(S * B, dtype=torch.long)
+    with counter.recording():
+        counter.set_sources(source_T, source_T, source_T == 0)
+        _, chosen_TE = model["router"](hidden_SBW)
+    assert counter.counts_HDLE[0, 0, 0].tolist() == chosen_TE.sum(dim=0).tolist()
+    assert counter.counts_HDLE.sum() == S * B * TOPK
