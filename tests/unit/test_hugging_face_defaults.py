@@ -29,6 +29,7 @@ BASES = {
     "qwen2_moe": ({**ODD, **QWEN}, {"sliding_window": 16, "max_window_layers": 1}),
     "qwen3_moe": ({**ODD, **QWEN}, {"sliding_window": 16}),
     "olmoe": ({**ODD, "norm_topk_prob": True}, {}),
+    "gpt_oss": ({}, {}),
     "V3": ({"routed_scaling_factor": 1.7, "rope_theta": 50.0}, {}),
     "V3, yarn, no groups": ({"routed_scaling_factor": 1.7}, {}),
     "V2-Lite": ({"rope_theta": 50.0}, {}),
@@ -128,7 +129,7 @@ class Base:
         return not said["missing_keys"]
 
 
-SLOW = family_models.MODELS.keys()
+SLOW = {*family_models.MODELS, "gpt_oss"}
 
 
 @pytest.fixture(
@@ -208,6 +209,15 @@ SAID = {
         "a window, which it has not": ({"sliding_window": 16}, "equal"),
         "sums of weights": ({"norm_topk_prob": False}, "equal"),
         "clipping": ({"clip_qkv": 0.1}, HERE),
+    },
+    "gpt_oss": {
+        "another window": ({"sliding_window": 9}, "equal"),
+        "another limit": ({"swiglu_limit": 0.3}, "equal"),
+        "another gain": ({"swiglu_alpha": 1.5}, HERE),
+        "layers without windows": ({"layer_types": ["full_attention"] * 2}, "equal"),
+        "too few kinds of layers": ({"layer_types": ["full_attention"]}, None),
+        "nothing of positions": (PLAIN, "equal"),
+        "no biases": ({"attention_bias": False}, None),
     },
     "V3, yarn, no groups": {"one expert": ({"num_experts_per_tok": 1}, HERE)},
     "V2-Lite": {"one expert": ({"num_experts_per_tok": 1}, "equal")},
