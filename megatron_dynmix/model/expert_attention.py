@@ -25,6 +25,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dynmix import platform
 from megatron_dynmix.model.positions import context_parallel_positions
 from megatron_dynmix.model.stick_breaking import stick_breaking_attention
 from megatron_dynmix.moe.router import GateLoadRouter, replicated
@@ -139,13 +140,17 @@ class ExpertAttention(MegatronModule):
 
 
 class Pairs:
-    """Pairs of a token and an expert chosen for it, by expert or by token; this waits for the device."""
+    """Pairs of a token and an expert chosen for it, by expert or by token.
+
+    There are as many as the shapes say, so nothing but the experts' numbers of them waits for the device.
+    """
 
     def __init__(self, weight_TE: torch.Tensor, chosen_TE: torch.Tensor, *, chosen: int) -> None:
-        self.chosen = chosen
-        self.counts: list[int] = chosen_TE.sum(0).tolist()
+        self.chosen, tokens = chosen, len(chosen_TE)
+        self.counts = platform.rows_of_experts(chosen_TE.sum(0), tokens * chosen)
         """Pairs of each expert."""
-        expert_P, self._token_P = chosen_TE.t().nonzero(as_tuple=True)
+        chosen_first = (~chosen_TE.t().flatten()).byte().argsort(stable=True)[: tokens * chosen]
+        expert_P, self._token_P = chosen_first // tokens, chosen_first % tokens
         rank_P = (chosen_TE.cumsum(1) - 1)[self._token_P, expert_P]
         self._place_P = self._token_P * chosen + rank_P
         """Of each pair in the order of the experts, its place in that of the tokens."""

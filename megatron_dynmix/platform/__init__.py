@@ -60,6 +60,13 @@ def start() -> Platform:
     return _cuda() if torch.cuda.is_available() else _cpu()
 
 
+def rows_of_experts(counts_E: torch.Tensor, rows: int) -> list[int]:
+    """Read on the host how many of so many rows are each expert's; this waits for the device once."""
+    counts: list[int] = counts_E.tolist()
+    assert sum(counts) == rows, (counts, rows)
+    return counts
+
+
 def most_ranks(wanted: int) -> int:
     """Return how many of so many ranks this machine can start: with CUDA, one on each device."""
     return min(wanted, torch.cuda.device_count()) if start().device.type == "cuda" else wanted

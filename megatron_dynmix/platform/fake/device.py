@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_dynmix import platform
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.platform import packages
 from megatron_dynmix.platform.fake import engine, observe
@@ -38,6 +40,7 @@ def install(*, transformer_engine: bool, rank: int, world_size: int) -> None:
         packages.hide("transformer_engine")
     _stand_in_for_ranks(rank, world_size)
     _stand_in_for_megatron()
+    platform.rows_of_experts = _rows_of_experts
 
 
 def _stand_in_for_cuda() -> None:
@@ -148,6 +151,15 @@ def _refuse(*_: Any, **__: Any) -> None:
     raise InputError("how many rows it gets, only moe_token_dispatcher_type alltoall tells without values")
 
 
+def _equal_shares(rows: int, experts: int) -> NDArray[np.int64]:
+    return np.diff(np.linspace(0, rows, experts + 1).astype(int))
+
+
+def _rows_of_experts(counts_E: Tensor, rows: int) -> list[int]:
+    observe.waited()
+    return _equal_shares(rows, len(counts_E)).tolist()
+
+
 def _in_equal_shares(preprocess: Callable[..., Any]) -> Callable[..., Any]:
     """Have every expert get its equal share of the tokens, where values would say how many."""
 
@@ -156,8 +168,7 @@ def _in_equal_shares(preprocess: Callable[..., Any]) -> Callable[..., Any]:
         if self.drop_and_pad:
             return tokens_per_expert
         self.num_out_tokens = len(routing_map) * self.config.moe_router_topk
-        ends = np.linspace(0, self.num_out_tokens, self.num_experts + 1).astype(int)
-        sent_RE = np.diff(ends).reshape(self.ep_size, self.num_local_experts)
+        sent_RE = _equal_shares(self.num_out_tokens, self.num_experts).reshape(self.ep_size, -1)
         mine_E = sent_RE[torch.distributed.get_rank(self.ep_group)]
         if self.ep_size > 1 or self.tp_size > 1:
             self.input_splits = sent_RE.sum(axis=1)
