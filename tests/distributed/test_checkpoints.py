@@ -350,7 +350,7 @@ def left_of(process, seconds=20):
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("name", ["flipped byte", "missing shard"])
+@pytest.mark.parametrize("name", quick_or_slow(["flipped byte", "missing shard"], {"flipped byte"}))
 def test_the_command_refuses_a_bad_checkpoint_with_exit_code_2(name, bad, run_yaml):
     flags = ["--run-dir", bad[0] / name, "--resume", "must", *SHORT, *ep(1)]
     process = cli("train", run_yaml, *flags, stdout=subprocess.DEVNULL)

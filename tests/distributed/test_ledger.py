@@ -8,6 +8,7 @@ import yaml
 
 from megatron_dynmix.verify.verify import verify
 from tests.distributed import fault_programs, programs
+from tests.distributed.conftest import quick_or_slow
 from tests.distributed.ranks import run_ranks
 
 EP1 = ["--expert-model-parallel-size", "1"]
@@ -50,10 +51,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("world_size, layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_I3_the_digests_do_not_depend_on_the_layout(
-    world_size, layout, plain, run_yaml, start_from, tmp_path
-):
+@pytest.mark.parametrize("name", quick_or_slow(LAYOUTS, {"EP2 x DP2", "PP3"}))
+def test_I3_the_digests_do_not_depend_on_the_layout(name, plain, run_yaml, start_from, tmp_path):
+    world_size, layout = LAYOUTS[name]
     flags = [*start_from, *layout]
     fixed = run_ranks(world_size, programs.train, run_yaml, [*flags, *FIXED], tmp_path / "fixed")[0]
     one = digests(plain[0])
@@ -78,15 +78,17 @@ def test_I2_the_ledger_of_a_resumed_run_is_that_of_one_that_was_not_stopped(
     assert verify(tmp_path / "parts").proven
 
 
-RAMP = ["--rampup-batch-size", "4", "4", "16"]
-STEPS = ["--step-batch-size-schedule", "0:4 2048:8"]  # in tokens: 16 rows of 128
+GROWTHS = {
+    "ramp": ["--rampup-batch-size", "4", "4", "16"],
+    "steps": ["--step-batch-size-schedule", "0:4 2048:8"],  # in tokens: 16 rows of 128
+}
 
 
-@pytest.mark.parametrize("growth", [RAMP, STEPS], ids=["ramp", "steps"])
-def test_I3_a_batch_that_grows_draws_the_same_samples(growth, run_yaml, start_from, tmp_path):
+@pytest.mark.parametrize("name", quick_or_slow(GROWTHS, {"steps"}))
+def test_I3_a_batch_that_grows_draws_the_same_samples(name, run_yaml, start_from, tmp_path):
     """Four steps of 4, then two of 8, are four steps of 8."""
     even = run_ranks(2, programs.train, run_yaml, [*start_from, *FIXED], tmp_path / "even")[0]
-    ramp = [*start_from, *FIXED, *growth, "--train-iters", "6"]
+    ramp = [*start_from, *FIXED, *GROWTHS[name], "--train-iters", "6"]
     grown = run_ranks(2, programs.train, run_yaml, ramp, tmp_path / "grown")[0]
     assert [r["global_batch_size"] for r in grown["metrics"]] == [4, 4, 4, 4, 8, 8]
     assert [r["consumed_samples"] for r in grown["metrics"]] == [4, 8, 12, 16, 24, 32]
@@ -98,10 +100,10 @@ def test_I3_a_batch_that_grows_draws_the_same_samples(growth, run_yaml, start_fr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("growth", [RAMP, STEPS], ids=["ramp", "steps"])
-def test_I2_a_ramped_run_resumes_bit_for_bit(growth, run_yaml, start_from, tmp_path):
+@pytest.mark.parametrize("name", quick_or_slow(GROWTHS, {"ramp"}))
+def test_I2_a_ramped_run_resumes_bit_for_bit(name, run_yaml, start_from, tmp_path):
     settings = [
-        *(*start_from, *growth, "--signal", "train", "--interval", "3", "--train-iters", "7"),
+        *(*start_from, *GROWTHS[name], "--signal", "train", "--interval", "3", "--train-iters", "7"),
         *("--lr-warmup-iters", "2", "--num-workers", "1"),
     ]
     whole = run_ranks(2, programs.train, run_yaml, settings, tmp_path / "whole")[0]

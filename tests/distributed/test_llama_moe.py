@@ -109,7 +109,10 @@ def loss_of(logits_BSV, tokens):
     return torch.nn.functional.cross_entropy(logits_BSV[0, :-1], tokens[0, 1:])
 
 
-@pytest.mark.parametrize("flags", [[], full("uniform", 1)], ids=["", "recomputed"])
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param([], id="", marks=pytest.mark.slow), pytest.param(full("uniform", 1), id="recomputed")],
+)
 def test_noise_is_that_of_the_reference_in_logits_and_gradients(flags, run_yaml, tmp_path):
     model = reference().train()
     torch.manual_seed(SEED)

@@ -143,26 +143,25 @@ def test_preset_trains_when_made_small(preset, run_yaml, tmp_path):
     assert all(np.isfinite(record["lm_loss"]) for record in result["metrics"])
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--moe-router-enable-expert-bias", "--moe-router-score-function", "sigmoid"],
-        ["--moe-z-loss-coeff", "1e-3"],
-        ["--moe-shared-expert-intermediate-size", "32"],
-        ["--moe-router-load-balancing-type", "seq_aux_loss"],
-        ["--num-layers", "4", "--moe-layer-freq", "[0, 1, 0, 1]", "--layers", "all"],
-        ["--bf16"],
-        ["--signal", "train", "--metric", "cos", "--aggregate", "max"],
-    ],
-    ids=lambda flags: " ".join(flags),
-)
-def test_variant_of_model_and_mixing_runs(flags, run_yaml, start_from, tmp_path):
+VARIANTS = [
+    "--moe-router-enable-expert-bias --moe-router-score-function=sigmoid",
+    "--moe-z-loss-coeff=1e-3",
+    "--moe-shared-expert-intermediate-size=32",
+    "--moe-router-load-balancing-type=seq_aux_loss",
+    "--num-layers=4 --moe-layer-freq=[0,1,0,1] --layers=all",
+    "--bf16",
+    "--signal=train --metric=cos --aggregate=max",
+]
+
+
+@pytest.mark.parametrize("variant", quick_or_slow(VARIANTS, {VARIANTS[0], VARIANTS[4], "--bf16"}))
+def test_variant_of_model_and_mixing_runs(variant, run_yaml, start_from, tmp_path):
     begin = start_from[: start_from.index("--pretrained-checkpoint")]
-    result = run_ranks(2, programs.train, run_yaml, [*begin, *flags], tmp_path)[0]
+    result = run_ranks(2, programs.train, run_yaml, [*begin, *variant.split()], tmp_path)[0]
     assert len(result["mixing"]) == 2
     assert all(np.isfinite(record["lm_loss"]) for record in result["metrics"])
     for record in result["mixing"]:
         assert abs(sum(record["new_weights"]) - 1) < 1e-9
         load = np.array(record["load"])
-        assert load.shape == ((4, 2, 8) if "all" in flags else (4, 8))
+        assert load.shape == ((4, 2, 8) if "all" in variant else (4, 8))
         np.testing.assert_allclose(load.reshape(4, -1).sum(axis=1), 1)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.distributed import programs
+from tests.distributed.conftest import quick_or_slow
 from tests.distributed.ranks import run_ranks
 
 EP1 = ["--expert-model-parallel-size", "1"]
@@ -32,19 +33,17 @@ def test_I1_another_seed_gives_another_run(ep2, run_yaml, start_from, tmp_path):
     assert losses(other) != losses(ep2)
 
 
-@pytest.mark.parametrize(
-    "world_size, flags",
-    [
-        (1, [*EP1, "--micro-batch-size", "1"]),
-        (1, [*EP1, "--micro-batch-size", "8"]),
-        (4, []),
-        (2, ["--context-parallel-size", "2", "--micro-batch-size", "4"]),
-    ],
-    ids=["micro-batch 1", "micro-batch 8", "EP2 x DP2", "CP2 x EP2, micro-batch 4"],
-)
-def test_I10_loss_is_the_mean_over_trained_tokens_of_the_global_batch(
-    world_size, flags, run_yaml, start_from, tmp_path
-):
+PARTS = {
+    "micro-batch 1": (1, [*EP1, "--micro-batch-size", "1"]),
+    "micro-batch 8": (1, [*EP1, "--micro-batch-size", "8"]),
+    "EP2 x DP2": (4, []),
+    "CP2 x EP2, micro-batch 4": (2, ["--context-parallel-size", "2", "--micro-batch-size", "4"]),
+}
+
+
+@pytest.mark.parametrize("name", quick_or_slow(PARTS, {"EP2 x DP2", "CP2 x EP2, micro-batch 4"}))
+def test_I10_loss_is_the_mean_over_trained_tokens_of_the_global_batch(name, run_yaml, start_from, tmp_path):
+    world_size, flags = PARTS[name]
     alike = [*start_from, "--moe-aux-loss-coeff", "0"]  # which is a mean per micro-batch by definition
     one = run_ranks(1, programs.count_one_step, run_yaml, [*alike, *EP1], tmp_path / "one")[0]
     other = run_ranks(world_size, programs.count_one_step, run_yaml, [*alike, *flags], tmp_path / "other")[0]

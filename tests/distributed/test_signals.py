@@ -19,7 +19,7 @@ from megatron_dynmix.moe.router import GateLoadRouter, attach_counter
 from megatron_dynmix.training.probe import Probe
 from megatron_dynmix.training.resume import check_resume
 from tests.distributed import layouts, programs
-from tests.distributed.conftest import SMALL
+from tests.distributed.conftest import SMALL, quick_or_slow
 from tests.distributed.layouts import CP2, ETP1, PP2, TP2, ep, full
 from tests.distributed.ranks import run_ranks
 
@@ -179,7 +179,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("signal", OPTIONS)
+@pytest.mark.parametrize("signal", quick_or_slow(OPTIONS, {"train"}))
 def test_I2_I7_runs_with_other_loads_resume_exactly_and_measuring_changes_nothing(signal, run_yaml, tmp_path):
     """`prove` stops inside an interval; sums of probabilities and the rows' turn go on where they were."""
     flags = [*FLAGS, *ep(2), *OPTIONS[signal]]

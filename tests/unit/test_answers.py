@@ -101,7 +101,7 @@ SAID = st.text(alphabet="ab </think>\n\u2028é", min_size=1, max_size=8).map(lam
 ROUNDS = st.lists(st.tuples(SAID, SAID, st.none() | SAID), min_size=1, max_size=4)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(kind=st.sampled_from(KINDS), rounds=ROUNDS, system=st.none() | SAID)
 def test_answers_of_templates_of_many_kinds(
     kind: Kind, rounds: list[tuple[str, str, str | None]], system: str | None

@@ -36,7 +36,7 @@ def calculators(name):
 
 
 @calculators("RampupBatchsizeNumMicroBatchesCalculator")
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(ramps(), st.integers(0, 600))
 def test_batches_are_those_of_megatron_core(ramp, consumed):
     global_batch_size, (start, increment, samples) = ramp
@@ -50,7 +50,7 @@ def test_batches_are_those_of_megatron_core(ramp, consumed):
 
 
 @calculators("StepBatchsizeNumMicroBatchesCalculator")
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(steps(), st.integers(0, 500))
 def test_steps_are_those_of_megatron_core(schedule, consumed):
     length = 128
@@ -61,7 +61,7 @@ def test_steps_are_those_of_megatron_core(schedule, consumed):
     assert ours.batch_size(consumed) == calculator.get_current_global_batch_size()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.one_of(ramps(), steps()), st.integers(0, 80), st.integers(0, 80))
 def test_samples_after_is_the_sum_of_the_steps(given, before, iterations):
     schedule, consumed = given if isinstance(given, BatchSchedule) else BatchSchedule.growing(*given), 0

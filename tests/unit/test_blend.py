@@ -40,7 +40,7 @@ def worst_prefix(chunk) -> float:
     return float(np.abs(drawn_ND - np.arange(1, num_samples + 1)[:, None] * chunk.weights_D).max())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(runs())
 def test_I5_no_prefix_of_a_stage_strays_by_two_rows(stages):
     assert max(worst_prefix(chunk) for chunk in chunks_of(stages)) < 2
@@ -61,7 +61,7 @@ def test_I5_nor_does_one_whose_chunk_has_to_be_drawn_by_deadline(monkeypatch):
     assert drawn_by_deadline, "no chunk needed it: the test proves nothing"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(runs(pauses=False))
 def test_I5_drawing_by_deadline_never_is_a_row_off(stages):
     """At every sample of a chunk what was drawn is within one row of what is due, old debts included."""
@@ -87,13 +87,13 @@ def strayed_from_the_run(stages) -> float:
     return float(worst)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(runs(pauses=False))
 def test_I5_over_a_run_each_source_stays_within_one_row(stages):
     assert strayed_from_the_run(stages) < 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(runs())
 def test_I5_pauses_cost_the_other_sources_no_more_than_a_row(stages):
     """What a paused source is owed waits for it, and the others share that: one row beside their own."""
@@ -117,7 +117,7 @@ def test_I5_small_sources_are_drawn_however_short_the_chunks():
     assert end.drawn_D.tolist() == [970, 30]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(runs())
 def test_a_paused_source_is_never_drawn(stages):
     for chunk in chunks_of(stages):
@@ -138,7 +138,7 @@ def test_a_paused_source_comes_back_where_it_was():
     assert sorted(back.ordinal_N[back.dataset_index_N == 0].tolist()) == [5, 6, 7, 8, 9]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(runs())
 def test_ordinals_of_a_source_are_contiguous_over_chunks_and_stages(stages):
     chunks = chunks_of(stages)
@@ -149,7 +149,7 @@ def test_ordinals_of_a_source_are_contiguous_over_chunks_and_stages(stages):
         assert ordinals.tolist() == list(range(len(ordinals)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(runs(), st.data())
 def test_a_cursor_inside_a_chunk_counts_what_was_drawn_before_it(stages, data):
     chunk = chunks_of(stages)[-1]
@@ -161,7 +161,7 @@ def test_a_cursor_inside_a_chunk_counts_what_was_drawn_before_it(stages, data):
     assert cursor.drawn_D.sum() == cursor.sample
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=12))
 def test_from_a_fresh_cursor_it_is_the_stock_blend_bit_for_bit(counts):
     """Megatron-Core's `BlendedDataset` over the same datasets, whole numbers of rows due."""

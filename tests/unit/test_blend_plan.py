@@ -52,14 +52,14 @@ def drawn_in_steps(blend: BlendPlan, cuts: list[int], last: int) -> list[Draw]:
     return draws
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.integers(1, 299), max_size=40), st.integers(1, 60))
 def test_I3_the_order_does_not_depend_on_how_many_samples_a_step_takes(cuts, chunk_size):
     one_by_one, in_steps = (blend_of(SIZES, (1, 1, 1), chunk_size) for _ in range(2))
     assert drawn_in_steps(in_steps, cuts, 300) == drawn_in_steps(one_by_one, list(range(300)), 300)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.lists(st.integers(73, 299), min_size=1, max_size=20),
     st.lists(st.integers(73, 299), max_size=20),

@@ -123,7 +123,7 @@ def ids_of(tokenizer: Tokenizer, text: str, *, inside: bool = False) -> list[int
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     rounds=st.lists(
         st.tuples(st.sampled_from(ENDS), st.sampled_from(STARTS), st.booleans()), min_size=1, max_size=4

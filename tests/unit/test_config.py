@@ -267,7 +267,7 @@ def test_round_trip_of_a_whole_configuration(tmp_path):
     assert load(elsewhere, to_yaml(config)) == config
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lr=st.floats(1e-12, 1e3),
     seed=st.integers(0, 2**63),

@@ -87,7 +87,7 @@ def both_worlds(family, fused):
 
 @pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_a_slice_is_that_of_the_whole(family, fused, data):
     folder, hf, megatron, all_megatron = both_worlds(family, fused)
@@ -124,7 +124,7 @@ def model_sections(draw):
     return section, family
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(drawn=model_sections(), padding=st.integers(0, 3), fused=st.booleans())
 def test_any_sizes_there_and_back(drawn, padding, fused):
     section, family = drawn

@@ -13,7 +13,7 @@ from megatron_dynmix.mixing.guardrails import Guardrails
 from megatron_dynmix.mixing.strategy import Remark, Signal
 from megatron_dynmix.mixing.weights import entropy, fit_shares, kl_divergence, normalise_weights, unevenness
 
-checked = settings(max_examples=80, deadline=None, derandomize=True)
+checked = settings(max_examples=80, derandomize=True)
 ROWS = 1000
 TINY = 1e-12
 

@@ -27,7 +27,7 @@ from megatron_dynmix.mixing.strategies.gate_load import (
 )
 from megatron_dynmix.mixing.strategy import Signal, SourceError
 
-checked = settings(max_examples=30, deadline=None, derandomize=True)
+checked = settings(max_examples=30, derandomize=True)
 REPEATS = 300
 EVEN_D = np.full(4, 0.25)
 

@@ -11,7 +11,7 @@ from megatron_dynmix.data.packing import Packing, one_per_row, pack
 LENGTHS = st.lists(st.integers(1, 40), max_size=200)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(lengths=LENGTHS, slack=st.integers(0, 60), seed=st.integers(0, 2**31))
 def test_each_example_once_and_capacity_kept(lengths: list[int], slack: int, seed: int) -> None:
     lengths_N = np.array(lengths, dtype=np.int64)
@@ -26,7 +26,7 @@ def test_each_example_once_and_capacity_kept(lengths: list[int], slack: int, see
     assert sum(total * 2 <= capacity for total in fill) <= 1
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(lengths=LENGTHS, seed=st.integers(0, 2**31))
 def test_deterministic(lengths: list[int], seed: int) -> None:
     first, second = (pack(np.array(lengths, dtype=np.int32), 64, seed) for _ in range(2))

@@ -73,7 +73,7 @@ def test_flat_examples_hold_what_was_packed(words: list[str]) -> None:
     assert texts_of(join([examples, examples])) == words * 2
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(WORDS, min_size=1, max_size=4))
 def test_index_is_that_of_megatron_core(
     tmp_path_factory: pytest.TempPathFactory, parts: list[list[str]]

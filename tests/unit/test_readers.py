@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import ipc, parquet
 
@@ -158,7 +158,6 @@ def test_I12_a_bad_item_spoils_no_other(tmp_path: Path) -> None:
 TEXT = st.text(st.sampled_from('a"\\[]{},: \né'), max_size=12)
 
 
-@settings(deadline=None)
 @given(
     rows=st.lists(st.dictionaries(TEXT, TEXT | st.lists(TEXT, max_size=3), max_size=3), min_size=1),
     chunk=st.integers(1, 40),

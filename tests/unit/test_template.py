@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_fixtures import sharegpt, tokenizer_dir_fixture, tokenizer_fixture  # noqa: F401
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import AutoTokenizer
@@ -374,7 +374,6 @@ def test_rendering_is_linear_in_turns(tokenizer: Tokenizer, template: str) -> No
     assert time.monotonic() - start < 5
 
 
-@settings(deadline=None)
 @given(
     texts=st.lists(
         st.lists(st.sampled_from(["</s>", "<s>", "<|im_end|>", " ", "\n", "four", "é", "\u2028", "USER: "])),

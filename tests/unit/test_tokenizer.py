@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from data_fixtures import TEXTS, sharegpt, tokenizer_dir_fixture, tokenizer_fixture, write_jsonl  # noqa: F401
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as BackendTokenizer
@@ -240,7 +240,6 @@ def test_tiktoken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "tiktoken"])
-@settings(deadline=None)
 @given(data=st.data())
 def test_literal_special_tokens_stay_text_in_every_kind(
     tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject

@@ -16,7 +16,7 @@ from megatron_dynmix.mixing.strategies.planned import DataSize, Fixed, Uniform
 from megatron_dynmix.mixing.strategies.uniqueness import SAME, Corrected, Uniqueness, likeness
 from megatron_dynmix.mixing.strategy import Signal, SourceError
 
-checked = settings(max_examples=60, deadline=None, derandomize=True)
+checked = settings(max_examples=60, derandomize=True)
 PLAIN = Uniqueness(min_gap=0)
 
 

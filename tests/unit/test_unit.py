@@ -31,7 +31,7 @@ def mixes(draw):
     return normalise_weights(raw), np.array(per_row)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(mix=mixes())
 def test_one_unit_is_the_inverse_of_the_other(mix):
     weights_D, per_row_D = mix
