@@ -27,7 +27,8 @@ from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.convert.staging import Staging
 from megatron_dynmix.convert.tensors import Box, boxes_of, grouped
 
-PART_BYTES = 512 << 20
+PART_BYTES = 128 << 20
+"""So few that threads are busy with checksums and the disk soon after the writing has begun."""
 HASHING_THREADS = min(2, os.cpu_count() or 1)
 PARTS_AHEAD = HASHING_THREADS + 1
 """Parts that may wait for their checksums: they are read from memory then, not from the disk."""
