@@ -1,8 +1,10 @@
 """Stand-ins that let Megatron-Core 0.16.1 run on CPU tensors over gloo. Installed on hosts without CUDA only.
 
 Everything replaced here raises without CUDA (or, for `Tensor.type`, gives an answer Megatron-Core
-refuses), so nothing that works on such a host changes its meaning. Three groups:
+refuses, or, for `torch.compile`, takes minutes), so nothing that works on such a host changes its meaning.
+Four groups:
 
+* `torch.compile`: nothing is compiled;
 * `torch.cuda`: streams and events that are always done, one device, the CPU's random generator;
 * tensor factories: `device="cuda"` means the CPU;
 * Megatron-Core: its random-state tracker, and two gloo limits (list-valued split sizes, even gathers).
@@ -18,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._device
 
 from megatron_dynmix.platform import versions
 
@@ -43,13 +46,20 @@ class Idle:
 
 def install() -> None:
     """Put all stand-ins in place. To be called once, before Megatron-Core is imported."""
-    import torch._dynamo as dynamo
-
-    dynamo.config.disable = True  # Megatron-Core compiles small functions: minutes of g++ for nothing
+    torch.compile = uncompiled
     _replace_torch_cuda()
     _redirect_tensor_factories()
     _adapt_megatron_to_gloo()
     versions.recompute_without_compiler()
+
+
+def uncompiled(model: Any = None, **options: Any) -> Any:
+    """Take the place of `torch.compile`, as a function and as a decorator, and leave all as it is.
+
+    Megatron-Core compiles small functions: minutes of g++ for nothing. Only to load the compiler takes longer
+    than all of Megatron-Core.
+    """
+    return (lambda later: later) if model is None else model
 
 
 def _replace_torch_cuda() -> None:

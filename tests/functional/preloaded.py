@@ -35,6 +35,8 @@ def serve(address: Path) -> None:
     from megatron_dynmix import platform
 
     platform.start()
+    import torch._dynamo  # noqa: F401  which the first step would load
+
     import megatron_dynmix.commands.planning
     import megatron_dynmix.training.run  # noqa: F401
     from megatron_dynmix.cli import main

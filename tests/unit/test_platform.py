@@ -9,11 +9,14 @@ import torch
 
 from megatron_dynmix import platform
 from megatron_dynmix.platform import packages
+from megatron_dynmix.platform.cpu import uncompiled
 
 LOOK = """
 from torch.utils import cpp_extension  # torch's CUDA build looks at import, its CPU build when asked
 cpp_extension._find_cuda_home()
 cpp_extension.logger.warning("another warning")
+import sys
+print([name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules])
 """
 LINE = "No CUDA runtime is found, using CUDA_HOME="
 
@@ -32,6 +35,12 @@ def test_a_compiler_without_a_device_is_not_warned_of(first, heard, tmp_path):
     )
     assert (LINE in done.stderr) is heard, done.stderr
     assert "another warning" in done.stderr
+    assert done.stdout == "[]\n", "neither is the compiler of torch loaded, which takes seconds"
+
+
+@pytest.mark.parametrize("decorate", [uncompiled, uncompiled(), uncompiled(fullgraph=True)])
+def test_what_would_be_compiled_is_left_as_it_is(decorate):
+    assert decorate(len) is len
 
 
 BROKEN = {
