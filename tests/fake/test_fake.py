@@ -30,6 +30,7 @@ EXAMPLES = {
     "mixtral_8x22b": (128, TE, ["--global-batch-size", "64"]),
     "qwen3_30b_a3b": (32, TE, ["--global-batch-size", "64"]),
     "llama_moe_paper": (4, TE, ["--preset", "llama-moe-3.5b-2-8", "--global-batch-size", "32"]),
+    "molm_paper": (4, TE, ["--preset", "molm-700m-4b", "--num-layers", "6", "--global-batch-size", "32"]),
     "four_sources": (2, CUDA, []),
     "study": (1, CUDA, []),
 }
@@ -51,6 +52,8 @@ BUDGET = {
 }
 """Most waits for the device by place, whatever the number of layers and micro-batches."""
 DISPATCHER = "megatron/core/transformer/moe/token_dispatcher.py (_maybe_dtoh_and_synchronize)"
+ROUTED = "megatron_dynmix/model/expert_attention.py (__init__)"
+BLOCKS = "megatron_dynmix/model/stick_breaking.py (_blocks)"
 PERMUTE = "megatron/core/transformer/moe/moe_utils.py (permute)"
 
 
@@ -62,7 +65,13 @@ def per_layer(config, passes):
     model = config.model.megatron
     again = model.get("recompute_granularity") == "full" or "moe" in (model.get("recompute_modules") or [])
     passes *= 2 if again else 1
-    return {DISPATCHER: passes, PERMUTE: 0 if model.get("moe_permute_fusion") else 2 * passes}
+    attention = passes if config.model.attention_experts else 0
+    return {
+        DISPATCHER: passes,
+        PERMUTE: 0 if model.get("moe_permute_fusion") else 2 * passes,
+        ROUTED: attention,
+        BLOCKS: attention,
+    }
 
 
 def stages_of_examples():

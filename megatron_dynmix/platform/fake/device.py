@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from megatron_dynmix import platform
 from megatron_dynmix.errors import InputError
@@ -60,6 +61,7 @@ def _stand_in_for_cuda() -> None:
 
 
 def _stand_in_for_tensors() -> None:
+    FakeTensor.tolist = observe.tolist
     torch.Tensor.pin_memory, torch.Tensor.is_pinned = observe.pin, observe.is_pinned
     torch.nn.Module._apply = _apply
     plain_type, plain_tensor = torch.Tensor.type, torch.tensor
