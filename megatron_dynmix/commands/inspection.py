@@ -12,7 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.batch_schedule import BatchSchedule
-from megatron_dynmix.config.check import check_data
+from megatron_dynmix.config.check.data import check_data
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.data.prepared import load_report
 from megatron_dynmix.data.row_text import Span, border, example_text, row_text

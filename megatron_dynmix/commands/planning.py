@@ -10,7 +10,8 @@ from pathlib import Path
 
 from megatron_dynmix.commands.tracing import trace_stages, trace_text
 from megatron_dynmix.config import RunConfig
-from megatron_dynmix.config.check import check_files, check_settings, check_tokenizer
+from megatron_dynmix.config.check import check_settings
+from megatron_dynmix.config.check.data import check_files, check_tokenizer
 from megatron_dynmix.config.host import Host, check_host, without_unmet
 from megatron_dynmix.config.idle import check_idle
 from megatron_dynmix.config.load import load_config

@@ -152,7 +152,7 @@ def _flags(arguments: argparse.Namespace, names: Sequence[str]) -> list[str]:
 
 
 def _prepare_run(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from megatron_dynmix.config.check import check_data, check_tokenizer
+    from megatron_dynmix.config.check.data import check_data, check_tokenizer
     from megatron_dynmix.config.load import load_config
     from megatron_dynmix.data.sources import pack_source, prepare_sources, source_files
     from megatron_dynmix.data.tokenizer.load import load_tokenizer

@@ -40,7 +40,7 @@ def _part(settings: Mapping[str, Any], owner: type) -> dict[str, Any]:
 
 
 def check_with_megatron(config: RunConfig) -> None:
-    """Refuse what only Megatron-Core knows cannot work, in its words; `check.py` has looked at the rest."""
+    """Refuse what only Megatron-Core knows cannot work, in its words; `check` has looked at the rest."""
     transformer_config(config)
     optimizer_config(config)
 

@@ -2,7 +2,7 @@
 
 Fields of Megatron-Core's own dataclasses are written flat in YAML beside ours; here they are kept in each
 section's `megatron` mapping, as options of a strategy are in `mixing.options`. What several settings must
-agree on is checked in `check.py`.
+agree on is checked in `check`.
 """
 
 from __future__ import annotations

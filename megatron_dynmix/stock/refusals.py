@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_dynmix.config.check import check_strategies
+from megatron_dynmix.config.check.mixing import check_strategies
 from megatron_dynmix.config.megatron_fields import moe_layers
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.errors import InputError

@@ -9,7 +9,7 @@ import numpy as np
 from megatron.core import parallel_state
 
 from megatron_dynmix.config.batch_schedule import BatchSchedule
-from megatron_dynmix.config.check import check_strategies
+from megatron_dynmix.config.check.mixing import check_strategies
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.gate_loads import select_layers

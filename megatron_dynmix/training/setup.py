@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_dynmix.config import RunConfig
 from megatron_dynmix.config.batch_schedule import Pairs
-from megatron_dynmix.config.check import check_tokenizer
+from megatron_dynmix.config.check.data import check_tokenizer
 from megatron_dynmix.config.host import check_host
 from megatron_dynmix.config.megatron import check_with_megatron
 from megatron_dynmix.config.megatron_fields import model_settings, moe_layers

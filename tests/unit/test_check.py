@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from config_fixtures import good_settings, load
 
-from megatron_dynmix.config.check import check_data, check_run, check_tokenizer
+from megatron_dynmix.config.check import check_run
+from megatron_dynmix.config.check.data import check_data, check_tokenizer
 from megatron_dynmix.config.megatron import check_with_megatron
 from megatron_dynmix.errors import InputError
 
