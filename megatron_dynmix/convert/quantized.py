@@ -20,10 +20,14 @@ from megatron_dynmix.errors import InputError
 from megatron_dynmix.families.names import Shape
 
 SCALE, BLOCKS, SCALES = "_scale_inv", "_blocks", "_scales"
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+E2M1 = torch.tensor((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0))
 """The numbers of four bits."""
+PAIRS = torch.stack((E2M1.repeat(16), E2M1.repeat_interleave(16)), dim=-1)
+"""What a byte stands for in mxfp4, `[256, 2]`."""
 MX_BLOCK, BIAS = 32, 127
 EIGHT_BITS = torch.float8_e4m3fn
+E4M3 = torch.arange(256, dtype=torch.uint8).view(EIGHT_BITS).float()
+"""What a byte stands for in fp8."""
 SCALE_TYPES = (*DTYPES.values(), torch.float8_e8m0fnu)
 
 Read = Callable[[str, Shape, Shape], torch.Tensor]
@@ -104,7 +108,8 @@ class Dequantized:
             within.append(index.div(block, rounding_mode="floor") - first[axis])
         scale = self._files.read(name + SCALE, tuple(first), tuple(size)).float()
         scale = scale.index_select(-2, within[0]).index_select(-1, within[1])
-        return (self._files.read(name, offset, shape).float() * scale).to(self.dtypes[name])
+        numbers = _looked_up(E4M3, self._files.read(name, offset, shape).view(torch.uint8))
+        return numbers.mul_(scale).to(self.dtypes[name])
 
     def _take_mxfp4(self, name: str, how: Quantization) -> None:
         files = self._files
@@ -135,13 +140,18 @@ class Dequantized:
         first = column // MX_BLOCK
         groups = -(-(column + columns) // MX_BLOCK) - first
         place, size = (*before, row, first), (*some, rows, groups)
-        pairs = self._files.read(name + BLOCKS, (*place, 0), (*size, MX_BLOCK // 2)).int()
+        numbers = _looked_up(PAIRS, self._files.read(name + BLOCKS, (*place, 0), (*size, MX_BLOCK // 2)))
         exponents = self._files.read(name + SCALES, place, size).int() - BIAS
-        numbers = torch.tensor(E2M1)[torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2)]
-        values = torch.ldexp(numbers, exponents[..., None]).flatten(-2)
+        scale = torch.ldexp(torch.ones(size), exponents)
+        values = numbers.mul_(scale[..., None, None]).flatten(-3)
         within = column - first * MX_BLOCK
         wanted = values[..., within : within + columns].to(self.dtypes[name])
         return wanted.transpose(-1, -2)
+
+
+def _looked_up(table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Return the row of a table for each byte: several times as fast as to convert or to index."""
+    return table.index_select(0, codes.flatten().int()).view(*codes.shape, *table.shape[1:])
 
 
 def refuse_types(tensors: Dequantized, names: list[str]) -> None:
