@@ -1,23 +1,28 @@
 """How fast `convert` is, beside a plain copy of the same files, and how much memory it takes.
 
-The folder is generated: a Mixtral of as many layers as fill it, in bfloat16. Copy and conversion end when
-what they wrote is on the disk; the source is in the page cache for both, as far as it fits. `convert` reads
+The folder is generated: a Mixtral of as many layers as fill it, in bfloat16; then one whose experts are fp8,
+and a gpt-oss whose experts are mxfp4, each of that size when it is read. Copy and conversion end when what
+they wrote is on the disk; the source is in the page cache for both, as far as it fits. `convert` reads
 all it wrote once more to compare values: that is measured by itself, and the logits are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import gc
 import json
+import math
 import os
 import shutil
 import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -27,6 +32,7 @@ platform.start()
 
 import torch  # noqa: E402  the platform comes before Megatron-Core
 
+from megatron_dynmix.config.hugging_face import model_settings  # noqa: E402
 from megatron_dynmix.convert.conversion import hf_to_megatron, megatron_to_hf  # noqa: E402
 from megatron_dynmix.convert.export_hf import write_weights  # noqa: E402
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder  # noqa: E402
@@ -40,58 +46,77 @@ GIGABYTE = 1e9
 SECONDS_BETWEEN_LOOKS = 0.02
 SIZES = {
     "hidden_size": 1024,
-    "ffn_hidden_size": 3584,
+    "intermediate_size": 3584,
     "num_attention_heads": 16,
-    "num_query_groups": 4,
-    "num_moe_experts": 8,
+    "num_key_value_heads": 4,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
     "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "bfloat16",
 }
+MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "sliding_window": None, **SIZES}
+FP8 = {**MIXTRAL, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+MXFP4 = {
+    **{"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "head_dim": 64, **SIZES},
+    "quantization_config": {"quant_method": "mxfp4"},
+}
+Held = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Tensors of a folder: name -> shape and type."""
 
 
 class Generated:
     """Tensors of random numbers, made when they are read."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
-        self.shapes = shapes
-        self.dtypes = dict.fromkeys(shapes, torch.bfloat16)
+    def __init__(self, held: Held, seed: int) -> None:
+        self.shapes = {name: shape for name, (shape, _) in held.items()}
+        self.dtypes = {name: dtype for name, (_, dtype) in held.items()}
         self._generator = torch.Generator().manual_seed(seed)
 
     def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
-        """Draw so many numbers."""
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=self._generator)
+        """Draw so many numbers; of bytes such that, as exponents, they stand for small ones."""
+        if self.dtypes[name] == torch.uint8:
+            return torch.randint(110, 125, shape, dtype=torch.uint8, generator=self._generator)
+        drawn = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=self._generator)
+        return drawn.to(self.dtypes[name])
 
 
-def generate(folder: Path, gigabytes: float, shard_gigabytes: float) -> None:
-    """Write a model folder of about this size."""
+def plain(config: Mapping[str, Any], layers: int) -> Held:
+    """Return the tensors of a model of so many layers, as they are without quantization."""
+    said = {**config, "num_hidden_layers": layers}
+    shapes = weight_map(
+        model_settings({**said, "num_hidden_layers": layers or 1}) | {"num_layers": layers}, said
+    )
+    return {name: (tuple(shape), torch.bfloat16) for name, shape in shapes.hf_shapes.items()}
+
+
+def quantized(held: Held, config: Mapping[str, Any]) -> Held:
+    """Return what a folder holds of those tensors where config.json says that experts are quantized."""
+    method = config.get("quantization_config", {}).get("quant_method")
+    found: Held = {}
+    for name, (shape, dtype) in held.items():
+        if method == "fp8" and ".experts." in name:
+            grid = tuple(-(-size // 128) for size in shape)
+            found |= {name: (shape, torch.float8_e4m3fn), f"{name}_scale_inv": (grid, torch.float32)}
+        elif method == "mxfp4" and name.endswith("_proj"):
+            blocks = (*shape[:-1], shape[-1] // 32)
+            found |= {f"{name}_blocks": ((*blocks, 16), torch.uint8), f"{name}_scales": (blocks, torch.uint8)}
+        else:
+            found[name] = shape, dtype
+    return found
+
+
+def generate(folder: Path, gigabytes: float, shard_gigabytes: float, config: Mapping[str, Any]) -> None:
+    """Write a model folder of about this size, as plain floats."""
     layer, rest = (
-        2 * sum(torch.Size(shape).numel() for shape in weight_map(settings, MIXTRAL).hf_shapes.values())
-        for settings in ({**SIZES, "num_layers": 1}, {**SIZES, "num_layers": 0})
+        2 * sum(math.prod(shape) for shape, _ in plain(config, layers).values()) for layers in (1, 0)
     )
     layers = max(1, round((gigabytes * GIGABYTE - rest) / (layer - rest)))
-    names = weight_map({**SIZES, "num_layers": layers}, MIXTRAL)
-    tensors = Generated(dict(names.hf_shapes), seed=5)
     folder.mkdir()
+    tensors = Generated(quantized(plain(config, layers), config), seed=5)
     write_weights(tensors, folder, max_shard_bytes=int(shard_gigabytes * GIGABYTE))
-    config = {
-        **MIXTRAL,
-        "architectures": ["MixtralForCausalLM"],
-        "hidden_size": SIZES["hidden_size"],
-        "intermediate_size": SIZES["ffn_hidden_size"],
-        "num_attention_heads": SIZES["num_attention_heads"],
-        "num_key_value_heads": SIZES["num_query_groups"],
-        "num_local_experts": SIZES["num_moe_experts"],
-        "num_experts_per_tok": 2,
-        "num_hidden_layers": layers,
-        "vocab_size": SIZES["vocab_size"],
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "sliding_window": None,
-        "torch_dtype": "bfloat16",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-MIXTRAL = {"model_type": "mixtral"}
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
 
 
 @contextmanager
@@ -145,6 +170,7 @@ def measure(
     """Return a row of the table: copy and convert in turn; the last conversion stays, under `name`."""
     size = sum(path.stat().st_size for path in source.iterdir() if path.is_file()) / GIGABYTE
     copies, conversions = [], []
+    gc.collect()
     with peak_memory() as peak:
         for _ in range(rounds):
             copies.append(seconds(lambda: copy(source, scratch / "copy")))
@@ -172,12 +198,12 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.directory) as directory:
         scratch = Path(directory)
-        generate(scratch / "source", given.gigabytes, given.shard_gigabytes)
-        largest = max(path.stat().st_size for path in (scratch / "source").iterdir()) / GIGABYTE
+        for source, config in (("source", MIXTRAL), ("fp8", FP8), ("mxfp4", MXFP4)):
+            generate(scratch / source, given.gigabytes, given.shard_gigabytes, config)
 
-        def inwards(destination: Path) -> None:
+        def inwards(destination: Path, source: str = "source") -> None:
             hf_to_megatron(
-                scratch / "source", destination, dtype=None, vocab_multiple=128, verify=False, say=print
+                scratch / source, destination, dtype=None, vocab_multiple=128, verify=False, say=print
             )
 
         def outwards(destination: Path) -> None:
@@ -196,12 +222,21 @@ def main() -> None:
         checkpoint = scratch / "hf-to-megatron" / "iter_0000000"
         back = measure("megatron-to-hf", checkpoint, outwards, scratch, given.rounds)
         header = ["direction", "GB", "copy GB/s", "convert GB/s", "ratio", "copy CPU s/GB"]
-        print(table([*header, "convert CPU s/GB", "anonymous GB", "memory GB"], [there, back]))
+        rows = [there, back]
+        for method in ("fp8", "mxfp4"):
+            convert = functools.partial(inwards, source=method)
+            rows.append(measure(f"{method} to megatron", scratch / method, convert, scratch, given.rounds))
+        largest = [
+            max(path.stat().st_size for path in (scratch / source).iterdir()) / GIGABYTE
+            for source in ("source", "hf-to-megatron/iter_0000000", "fp8", "mxfp4")
+        ]
+        rows = [[*row, f"{size:.2f}"] for row, size in zip(rows, largest, strict=True)]
+        print(table([*header, "convert CPU s/GB", "anonymous GB", "memory GB", "largest file GB"], rows))
         folder, written = HuggingFaceFolder(scratch / "source"), MegatronCheckpoint(checkpoint)
         names = folder.weight_map(written.shapes["embedding.word_embeddings.weight"][0])
         took, _ = seconds(lambda: compare_values(folder, as_hugging_face(written, names), names))
         print(f"comparing values afterwards: {there[1]} GB on either side in {took:.1f} s")
-        print(f"largest shard: {largest:.2f} GB; memory is what the process grew by")
+        print("memory is what the process grew by: at most the largest file, of which a map counts, and 1 GB")
 
 
 if __name__ == "__main__":
