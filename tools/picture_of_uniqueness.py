@@ -38,7 +38,7 @@ def weights() -> dict[str, tuple[str, Sequence[float]]]:
     rule = GateLoad()
     for _ in range(UPDATES):
         published_D = rule.propose(published_D, signal, {}).weights_D
-    unique_D = likeness(signal, "all", 0.0, "the picture").unique_D
+    unique_D = likeness(signal, "all", 0.0, "the picture").unique_D(0.0)
     return {
         "uniform": (GREY, even_D.tolist()),
         f"gate-load, after {UPDATES} updates": (ORANGE, published_D.tolist()),

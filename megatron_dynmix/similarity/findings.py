@@ -70,7 +70,7 @@ class Findings:
             "likeness": found.alike_DD.tolist(),
             "told_apart": found.told_apart,
             "kinds": [list(kind) for kind in self.kinds],
-            "unique": found.unique_D.tolist(),
+            "unique": found.unique_D(Uniqueness.alike_from).tolist(),
             "layers": [vars(layer) for layer in self.layers],
             "tree": [vars(joint) for joint in self.joints],
             "weights": {rule: list(weights) for rule, weights in self.weights.items()},

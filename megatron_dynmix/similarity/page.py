@@ -6,6 +6,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
+from megatron_dynmix.mixing.strategies.uniqueness import Uniqueness
 from megatron_dynmix.report.figures import COLOURS, Chart, figure, name_rows, numbers
 from megatron_dynmix.report.pages import Page
 from megatron_dynmix.report.tables import Table, text
@@ -33,7 +34,7 @@ def sentences(found: Findings) -> list[str]:
 
 def sources_table(found: Findings, measured: Measurement) -> Table:
     """Return one line for each source."""
-    unique_D = found.likeness.unique_D
+    unique_D = found.likeness.unique_D(Uniqueness.alike_from)
     rows = [
         [
             *(name, f"{measured.read_D[d]:,} of {measured.size_D[d]:,}", f"{measured.tokens_D[d]:,}"),

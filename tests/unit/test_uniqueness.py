@@ -1,6 +1,7 @@
 """Uniqueness: kinds of data count once, however many sources they come in. Axes as in the module."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from megatron_dynmix.mixing.strategy import Signal, SourceError
 
 checked = settings(max_examples=60, derandomize=True)
 PLAIN = Uniqueness(min_gap=0)
+COPIES = Uniqueness(min_gap=0, alike_from=SAME)
+either = pytest.mark.parametrize("rule", [PLAIN, COPIES], ids=["any likeness", "copies only"])
 
 
 def loads(rng, number, layers=1, experts=8, concentration=6.0):
@@ -57,27 +60,30 @@ def any_loads(draw, least=2):
     return load_DLE
 
 
+@either
 @checked
 @given(any_loads(), st.randoms(use_true_random=False))
-def test_permuting_sources_permutes_the_weights(load_DLE, random):
+def test_permuting_sources_permutes_the_weights(rule, load_DLE, random):
     order = list(range(len(load_DLE)))
     random.shuffle(order)
-    np.testing.assert_allclose(weights(PLAIN, load_DLE[order]), weights(PLAIN, load_DLE)[order], atol=1e-12)
+    np.testing.assert_allclose(weights(rule, load_DLE[order]), weights(rule, load_DLE)[order], atol=1e-12)
 
 
+@either
 @checked
 @given(any_loads())
-def test_no_source_has_more_than_half_nor_less_than_one_over_the_square_of_their_number(load_DLE):
-    weights_D = weights(PLAIN, load_DLE)
+def test_no_source_has_more_than_half_nor_less_than_one_over_the_square_of_their_number(rule, load_DLE):
+    weights_D = weights(rule, load_DLE)
     assert abs(weights_D.sum() - 1) <= 1e-12
     assert weights_D.max() <= 0.5 + 1e-12 and weights_D.min() >= len(load_DLE) ** -2.0 - 1e-12
 
 
+@either
 @checked
 @given(any_loads(3), st.integers(1, 6))
-def test_a_source_given_more_than_once_has_in_all_what_it_has_alone(load_DLE, copies):
-    alone_D = weights(PLAIN, load_DLE)
-    more_D = weights(PLAIN, np.concatenate([load_DLE, np.repeat(load_DLE[:1], copies, axis=0)]))
+def test_a_source_given_more_than_once_has_in_all_what_it_has_alone(rule, load_DLE, copies):
+    alone_D = weights(rule, load_DLE)
+    more_D = weights(rule, np.concatenate([load_DLE, np.repeat(load_DLE[:1], copies, axis=0)]))
     alike_DD = likeness(Signal(counts_DLE=load_DLE), "all", 0, "").alike_DD
     same = np.flatnonzero(alike_DD[0] == 1)
     of_kind = [*same, *range(len(load_DLE), len(more_D))]
@@ -101,33 +107,36 @@ def test_splitting_a_source_whose_parts_are_measured_apart_changes_little():
     np.testing.assert_allclose(parts_D[[0, 5, 6]], parts_D[0], rtol=0.1)
 
 
+@either
 @pytest.mark.parametrize("number", [3, 4, 9, 40])
-def test_a_near_copy_nearly_shares(number):
+def test_a_near_copy_nearly_shares(rule, number):
     rng = np.random.default_rng(number)
     load_DLE = loads(rng, number)
     shares = []
     for apart in (0, 1e-6, 1e-3, 0.01, 0.03):
         load_DLE[1] = load_DLE[0] + apart * (load_DLE[2] - load_DLE[0])
-        shares.append(weights(PLAIN, load_DLE)[:2])
+        shares.append(weights(rule, load_DLE)[:2])
     exact, *near = np.array(shares)
     assert abs(exact[0] - exact[1]) <= 1e-12
     for share, most in zip(near, (1e-4, 0.03, 0.2, 0.6), strict=True):
         assert np.abs(share / exact - 1).max() <= most
 
 
+@either
 @pytest.mark.parametrize("number", [2, 3, 8, 64])
-def test_sources_equally_far_from_each_other_have_the_prior(number):
+def test_sources_equally_far_from_each_other_have_the_prior(rule, number):
     load_DLE = np.full((number, 1, number), 1.0)
     load_DLE[np.arange(number), 0, np.arange(number)] = 3
-    np.testing.assert_allclose(weights(PLAIN, load_DLE), 1 / number, atol=1e-12)
+    np.testing.assert_allclose(weights(rule, load_DLE), 1 / number, atol=1e-12)
     prior_D = np.arange(1.0, number + 1)
-    given_D = weights(Uniqueness(min_gap=0, prior_D=prior_D.tolist()), load_DLE)
+    given_D = weights(replace(rule, prior_D=prior_D.tolist()), load_DLE)
     np.testing.assert_allclose(given_D, prior_D / prior_D.sum(), atol=1e-12)
 
 
-def test_one_source_unlike_all_others_that_are_copies_has_half():
+@either
+def test_one_source_unlike_all_others_that_are_copies_has_half(rule):
     load_DLE = np.array([[[1, 0, 0]], *[[[0, 1, 1]]] * 7], float)
-    np.testing.assert_allclose(weights(PLAIN, load_DLE), [0.5, *[0.5 / 7] * 7], atol=1e-12)
+    np.testing.assert_allclose(weights(rule, load_DLE), [0.5, *[0.5 / 7] * 7], atol=1e-12)
 
 
 @checked
@@ -178,6 +187,18 @@ def test_the_rule_is_the_same_for_any_number_of_sources_experts_and_layers(numbe
     assert proposal.notes == ()
     assert 0.5 < of_copies.sum() * kinds < 1.5
     np.testing.assert_allclose(of_copies, of_copies.mean(), rtol=0.35)
+
+
+@pytest.mark.parametrize(("between", "share"), [(0.0, 1 / 4), (0.05, 0.3), (0.3, 1 / 3), (0.5, 1 / 3)])
+def test_what_is_less_alike_than_alike_from_is_not_alike_at_all(between, share):
+    """The second source lies so far on the way from the first to the third: similar by 1, .95, .7 and .5."""
+    load_DLE = np.array([[[4.0, 1, 1]], [[4, 1, 1]], [[1, 4, 1]]])
+    load_DLE[1] += between * (load_DLE[2] - load_DLE[0])
+    found_D = weights(COPIES, load_DLE)
+    assert found_D[0] == found_D[1]
+    assert abs(found_D[0] - share) <= (1e-12 if between != 0.05 else 0.02)
+    if between >= 0.3:
+        assert weights(PLAIN, load_DLE)[1] < 0.3, "it is like both of the others"
 
 
 def test_what_noise_explains_moves_nothing_and_the_rest_more_the_surer_it_is():

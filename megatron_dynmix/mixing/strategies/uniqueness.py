@@ -52,17 +52,23 @@ class Likeness:
         """Whether any two sources are further apart than noise explains."""
         return bool((self.alike_DD < 1).any())
 
-    @property
-    def unique_D(self) -> Floats:
+    def unique_D(self, alike_from: float) -> Floats:
         """Return what each source has for itself, above 0 and at most 1; 1 / n for one of n copies.
+
+        Sources whose similarity is at most `alike_from` count as nothing alike, and it as 0.
 
         One over the number of sources like it: its ordinariness in the sense of Leinster and Cobbold (Ecology
         93, 2012), sum_j Z_ij. There a source that was split into parts would count as many. So each counts as
         1 / m_j and shares with its own, m_j being the number of sources of its kind (as in the sequence
         weights of Henikoff and Henikoff, 1994): fully those that cannot be told from it, in part near copies.
         """
-        kind_D = np.maximum((self.alike_DD - SAME) / (1 - SAME), 0).sum(axis=1)
-        return np.asarray(1 / (kind_D * (self.alike_DD @ (1 / kind_D))))
+        kind_D = _beyond(self.alike_DD, SAME).sum(axis=1)
+        return np.asarray(1 / (kind_D * (_beyond(self.alike_DD, alike_from) @ (1 / kind_D))))
+
+
+def _beyond(alike_DD: Floats, least: float) -> Floats:
+    """Return similarities counted from `least` on, up to 1."""
+    return np.asarray(np.maximum((alike_DD - least) / (1 - least), 0))
 
 
 def likeness(signal: Signal, layers: str | Sequence[int], min_gap: float, who: str) -> Likeness:
@@ -162,12 +168,15 @@ class Uniqueness(Strategy):
         layers: MoE layers whose loads are compared: ``all``, ``last``, or a list of them, counted from 0.
         min_gap: standard errors that some two loads must be apart, more the more pairs there are, before
             anything counts; 0 leaves the noise in.
+        alike_from: similarity from which on two sources share, from 0 (whatever is alike in part shares in
+            part) to below 1; 0.9 is for copies and near copies only.
         average: share of the updates before in the new weights, from 0 (none) to below 1.
 
     """
 
     layers: str | Sequence[int] = "all"
     min_gap: float = 2.0
+    alike_from: float = 0.0
     average: float = 0.0
     prior_D: Sequence[float] = ()
 
@@ -180,8 +189,11 @@ class Uniqueness(Strategy):
             raise ValueError(
                 f"min_gap {self.min_gap} is not a number of standard errors; give one >= 0 (2 is usual)"
             )
-        if not 0 <= self.average < 1:
-            raise ValueError(f"average {self.average} is not a share; give a number from 0 to below 1")
+        for option in ("alike_from", "average"):
+            if not 0 <= getattr(self, option) < 1:
+                raise ValueError(
+                    f"{option} {getattr(self, option)} is not a share; give a number from 0 to below 1"
+                )
         if len(self.prior_D):
             normalise_weights(numbers_of(self.prior_D, "prior"))
 
@@ -199,12 +211,13 @@ class Uniqueness(Strategy):
                 f"counts for {len(found.load_DLE)} sources and a prior for {len(prior_D)}; {self.name} "
                 f"mixing has weights for {len(weights_D)}"
             )
-        new_D = normalise_weights(prior_D * found.unique_D)
+        unique_D = found.unique_D(self.alike_from)
+        new_D = normalise_weights(prior_D * unique_D)
         if "mean" in state:
             new_D = normalise_weights((1 - self.average) * new_D + self.average * np.array(state["mean"]))
         return Proposal(
             weights_D=new_D,
-            delta_D=found.unique_D,
+            delta_D=unique_D,
             load_DLE=found.load_DLE,
             distance_DD=found.distance_DD,
             state={"mean": new_D.tolist()} if self.average else {},
@@ -237,10 +250,11 @@ class Corrected(Wrapped):
         if signal.counts_DLE is None:  # the first weights: nothing is measured yet
             return replace(proposal, state=kept)
         found = likeness(signal, self.layers, Uniqueness.min_gap, f"similarity_correction of {self.name}")
+        unique_D = found.unique_D(Uniqueness.alike_from)
         return replace(
             proposal,
-            weights_D=normalise_weights(proposal.weights_D * found.unique_D),
-            state={**kept, "unique": found.unique_D.tolist()},
+            weights_D=normalise_weights(proposal.weights_D * unique_D),
+            state={**kept, "unique": unique_D.tolist()},
             notes=(*proposal.notes, *_said(found)),
         )
 
