@@ -20,6 +20,7 @@ from megatron_dynmix.cli import main
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.config.presets import other_shape
 from megatron_dynmix.convert import conversion, export_hf, tensors, to_megatron
+from megatron_dynmix.convert.hf_folder import carried_files
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.staging import partial_of
 from megatron_dynmix.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED
@@ -110,6 +111,27 @@ def test_tokenizer_and_settings_come_along(source, converted, tmp_path, given):
     assert_same(tmp_path / "hf", source)
     beside = {path.name for path in source.iterdir() if "safetensors" not in path.name}
     assert {path.name for path in (tmp_path / "hf").iterdir()} == {*beside, "model.safetensors"}
+
+
+def test_all_that_goes_with_the_weights_comes_back_byte_for_byte(source, tmp_path):
+    published = tmp_path / "published"
+    shutil.copytree(source, published)
+    (published / "additional_chat_templates").mkdir()
+    for name in (
+        "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
+        "README.md",
+        "merges.txt",
+    ):
+        (published / name).write_text(f"{{{{ messages }}}} of {name}\n")
+    (published / "generation_config.json").write_text('{"temperature": 0.5,\n "eos_token_id": [2, 3]}')
+    assert convert("hf-to-megatron", published, tmp_path / "there") == 0
+    assert convert("megatron-to-hf", tmp_path / "there", tmp_path / "back") == 0
+    before, after = (
+        {name: path.read_bytes() for name, path in carried_files(folder).items() if name != "config.json"}
+        for folder in (published, tmp_path / "back")
+    )
+    assert after == before and {"generation_config.json", "tokenizer.json"} <= after.keys()
 
 
 def test_files_are_as_long_as_is_wanted(converted, source, tmp_path):

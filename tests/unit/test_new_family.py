@@ -11,6 +11,7 @@ from megatron_dynmix.config.hugging_face import model_settings
 from megatron_dynmix.convert.model_map import weight_map
 from megatron_dynmix.families import FAMILIES
 from tests import published_models as published
+from tests.deepseek_models import DEEPSEEK_V2_LITE, DEEPSEEK_V3
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs/convert.md").read_text()
@@ -50,6 +51,9 @@ SERVED = {
     "kimi-k2": published.KIMI_K2,
     "moonlight": published.MOONLIGHT,
     "minimax-m2": published.MINIMAX_M2,
+    "dots.llm1": published.DOTS_LLM1,
+    "deepseek-v2-lite": DEEPSEEK_V2_LITE,
+    "deepseek-v3": DEEPSEEK_V3,
 }
 JOINED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 EXPERT = re.compile(r"model\.layers\.\d+\.(\w+)\.experts\.\d+\.(\w+)\.weight")
@@ -67,7 +71,7 @@ ATTENTION = {
 
 @pytest.mark.parametrize("name", SERVED)
 def test_names_are_those_that_servers_load(name):
-    """As vLLM's and SGLang's models glm4_moe, deepseek_v2 and minimax_m2 take them from a folder.
+    """As vLLM's and SGLang's models glm4_moe, deepseek_v2, dots1 and minimax_m2 take them from a folder.
 
     Routed experts one by one, and by the names that their tables of experts are made with; all other names
     those of modules, of which they join some.
@@ -86,3 +90,17 @@ def test_names_are_those_that_servers_load(name):
             match = OTHERS.fullmatch(tensor)
             assert match and (match[3] is None or match[3] in ATTENTION), tensor
     assert experts == {(parts[0], part) for part in parts[1]}
+
+
+def test_servers_cut_the_experts_of_granite_themselves():
+    """Their models granitemoe read these three names, and all others as of Mixtral."""
+    config = {**published.GRANITE_1B_A400M, "num_hidden_layers": 4}
+    block = re.compile(r"model\.layers\.\d+\.block_sparse_moe\.(.*)")
+    of_moe = set()
+    for tensor in weight_map(model_settings(config), config).hf_shapes:
+        if match := block.fullmatch(tensor):
+            of_moe.add(match[1])
+        else:
+            match = OTHERS.fullmatch(tensor)
+            assert match and (match[3] is None or match[3] in ATTENTION), tensor
+    assert of_moe == {"router.layer.weight", "input_linear.weight", "output_linear.weight"}
