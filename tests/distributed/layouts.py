@@ -76,9 +76,9 @@ LAYOUTS = {
     "EP2 x DP2, overlapped gathering": (4, [*ep(2), *GATHER], "base"),
     "PP2 VPP2, overlapped reduction": (2, [*VPP2, *ep(1), "--overlap-grad-reduce"], "base"),
     "PP2 VPP2 x DP2, aligned gathering": (4, [*VPP2, *ep(1), *GATHER], "base"),
-    "PP2 VPP2 x EP2, gathering in the step": (
+    "PP2 VPP2 x DP2, gathering in the step": (
         4,
-        [*VPP2, *ep(2), *GATHER, "--overlap-param-gather-with-optimizer-step"],
+        [*VPP2, *ep(1), *GATHER, "--overlap-param-gather-with-optimizer-step"],
         "base",
     ),
     "TP2 x EP2, shared experts": (2, [*TP2, *ETP1, *ep(2)], "shared experts"),

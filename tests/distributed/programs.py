@@ -1,5 +1,7 @@
 """What the ranks of a test run. Axes: L MoE layers, H halves, D sources, E experts."""
 
+from functools import partial
+
 import torch
 
 from megatron_dynmix.checkpoint.tensors import own_slices
@@ -104,6 +106,13 @@ def reduce_gradients_whole(chunks):
     )
     for chunk in chunks:
         chunk.force_all_reduce = True
+    if isinstance(config.grad_sync_func, list):  # of an interleaved pipeline; it would reduce to shards
+        config.grad_sync_func = [partial(_start_whole, chunk) for chunk in chunks]
+
+
+def _start_whole(chunk, *unused):
+    for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+        group.start_grad_sync(force_all_reduce=True)
 
 
 def gradients_of(chunks):

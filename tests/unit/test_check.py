@@ -45,6 +45,15 @@ def refused(folder: Path, changes: dict[str, Any], world_size: int = 2) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("apart", [{"expert_model_parallel_size": 2}, {"expert_tensor_parallel_size": 2}])
+def test_experts_are_not_gathered_before_they_are_stepped(tmp_path, apart):
+    gathering = {**INTERLEAVED, "overlap_grad_reduce": True, "overlap_param_gather": True}
+    changes = {"model.num_layers": 4, "optimizer.overlap_param_gather_with_optimizer_step": True}
+    check_run(load(tmp_path, changed(tmp_path, {**changes, "parallel": gathering})), world_size=4)
+    message = refused(tmp_path, {**changes, "parallel": {**gathering, **apart}}, world_size=4)
+    assert message.startswith("overlap_param_gather_with_optimizer_step is true with experts divided")
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_good_run_passes(tmp_path, world_size):
     check_run(load(tmp_path, good_settings(tmp_path)), world_size)

@@ -47,7 +47,7 @@ def check_layout(config: RunConfig, world_size: int) -> None:
                 "(--nproc-per-node), or make the groups smaller"
             )
     _check_stages(config, pp)
-    _check_gathering(config)
+    _check_gathering(config, ep > 1 or etp != tp)
     _check_instances(config, world_size // (tp * pp), world_size // (etp * ep * pp))
     check_batch(config, pp, world_size // (tp * pp * cp))
 
@@ -83,8 +83,12 @@ def _check_stages(config: RunConfig, pp: int) -> None:
         )
 
 
-def _check_gathering(config: RunConfig) -> None:
-    """Refuse ways to gather parameters that would gather nothing while the model computes."""
+def _check_gathering(config: RunConfig, experts_apart: bool) -> None:
+    """Refuse ways to gather parameters that would gather nothing while the model computes, or old ones.
+
+    `experts_apart`: other ranks hold the same experts than the same other parameters, so that experts have
+    buffers and an optimizer of their own.
+    """
     parallel = config.parallel
     has = {
         **parallel.megatron,
@@ -100,6 +104,13 @@ def _check_gathering(config: RunConfig) -> None:
     }.items():
         if has.get(name) and (missing := [need for need in needed if not has.get(need)]):
             raise InputError(f"{name} needs {' and '.join(missing)}; set that too, or leave out {name}")
+    if experts_apart and has.get("overlap_param_gather_with_optimizer_step"):
+        # It gathers all of the first chunk after the step of its dense part; experts are stepped last.
+        raise InputError(
+            "overlap_param_gather_with_optimizer_step is true with experts divided otherwise than the rest: "
+            "Megatron-Core would gather the first chunk's experts before they are stepped; leave it out, or "
+            "set expert_model_parallel_size to 1 and leave out expert_tensor_parallel_size"
+        )
 
 
 def _check_instances(config: RunConfig, replicas: int, expert_replicas: int) -> None:
