@@ -27,7 +27,7 @@ from megatron_dynmix.training.mix_setup import controller_of, read_losses, refus
 
 RUN_ONLY = (
     *("interval", "signal", "probe_tokens", "probe_rows", "load_tokens", "load_mass", "min_tokens"),
-    *("override_file", "unit", "similarity_correction", "begin_with"),
+    *("override_file", "unit", "similarity_correction", "begin_with", "load_routers"),
 )
 """Settings of the mixing section that mean something in a run only."""
 GIVE = "give each expert a number of 0 or more, in a list per layer if there are several layers"

@@ -28,6 +28,11 @@ def check_attention_experts(config: RunConfig) -> None:
     """Refuse what does not go with attention experts: the first thing found, and what would."""
     model = config.model
     if model.attention_experts is None:
+        if config.mixing.load_routers == "attention":
+            raise InputError(
+                "mixing.load_routers is attention, but the attention of this model has no experts; leave it "
+                "out, or set model.attention_experts"
+            )
         return
     settings = model_settings(config)
     _check_shape(model.attention_experts, settings)

@@ -310,6 +310,8 @@ class MixingConfig(Section):
     """Tokens that gate loads are made of: all but padding, or those whose label is trained on."""
     load_mass: Literal["count", "probability"] = "count"
     """What a token adds to the load of an expert it goes to: 1, or the weight its output gets."""
+    load_routers: Literal["mlp", "attention"] = "mlp"
+    """Routers that gate loads are made of: those of MLP experts, or of `attention_experts` (MoLM)."""
     min_tokens: NotNegative[int] = 1
     """Tokens of a source in an interval, for `signal: train`; with fewer its last known values are used."""
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -232,20 +232,26 @@ def attach_counter(
     counter: GateLoadCounter,
     moe_layers: list[int],
     joined_row_length: int | None = None,
+    *,
+    of_attention: bool = False,
 ) -> None:
     """Let `counter` count what every router of this rank chooses, each token once; ours or Megatron-Core's.
 
     `moe_layers` are the decoder's of the whole model, counted from 0. Layers of multi-token prediction route
-    tokens that were counted already, routers of attention experts route them to other experts: both are left
-    out.
+    tokens that were counted already, and are left out. Routers of attention experts route them to other
+    experts: they are counted `of_attention`, those of MLPs otherwise.
     """
     for chunk in model_chunks:
         for name, router in chunk.named_modules():
-            if not isinstance(router, TopKRouter) or {"mtp", "self_attention"} & {*name.split(".")}:
+            parts = name.split(".")
+            if not isinstance(router, TopKRouter) or "mtp" in parts:
                 continue
-            if isinstance(router, GateLoadRouter):
+            attends = "self_attention" in parts
+            if isinstance(router, GateLoadRouter) and not attends:  # it balances, and asks what is padding
                 router.counter, router.joined_row_length = counter, joined_row_length
             look_before_dropping(router)
+            if attends is not of_attention:
+                continue
             # Megatron-Bridge's LoRA takes a router's place and calls parts of it, never its forward; it
             # returns what a router does.
             called = chunk.get_submodule(name.removesuffix(".to_wrap"))

@@ -44,6 +44,11 @@ def mix_of(
         raise InputError(
             "mixing.signal is probe, but only megatron-dynmix train runs held-out rows; give signal train"
         )
+    if mixing.load_routers != "mlp":
+        raise InputError(
+            f"mixing.load_routers is {mixing.load_routers}, but only megatron-dynmix train builds attention "
+            "with experts; leave it out"
+        )
     if mixing.strategy == "uniform" and weights is not None and len(set(weights.values())) > 1:
         raise InputError("mixing.strategy is uniform, but the sources have different weights; use fixed")
     check_strategies(mixing, names, moe_layers=None)

@@ -37,6 +37,7 @@ FIXED = {
     "mixing.unit": ORDER,
     "mixing.load_tokens": LOADS,
     "mixing.load_mass": LOADS,
+    "mixing.load_routers": LOADS,
     "mixing.similarity_correction": "what the strategy remembers",
     "mixing.begin_with": "the weights that it began with",
 }

@@ -266,17 +266,18 @@ def build_runner(
     transformer = transformer_config(with_defaults(config, this_host()))
     build = build_model if trains else build_modules
     chunks = list(build(config, transformer, here))
-    layers = moe_layers(transformer)
+    layers, of_attention = moe_layers(transformer), config.mixing.load_routers == "attention"
     counter = GateLoadCounter(
         num_sources,
         len(layers),
-        transformer.num_moe_experts or 1,
+        (config.model.attention_experts if of_attention else transformer.num_moe_experts) or 1,
         here.device,
         trained_only=config.mixing.load_tokens == "trained",
         by_probability=config.mixing.load_mass == "probability",
     )
     join_rows = joins_rows(config, here.transformer_engine)
-    attach_counter(chunks, counter, layers, config.data.seq_length if join_rows else None)
+    row_length = config.data.seq_length if join_rows else None
+    attach_counter(chunks, counter, layers, row_length, of_attention=of_attention)
     return PassRunner(
         chunks=chunks,
         platform=here,

@@ -40,7 +40,7 @@ from megatron_dynmix.verify.verdict import TOLERANCE
 AS_RUN = "as run"
 MEASURED = (
     *("interval", "unit", "signal", "probe_tokens", "probe_rows", "load_tokens", "load_mass", "min_tokens"),
-    *("override_file", "shadow"),
+    *("load_routers", "override_file", "shadow"),
 )
 """Settings of the mixing section that say what is measured and when, or what is beside the rule."""
 

@@ -15,6 +15,7 @@ from megatron_dynmix.convert import export_hf
 from megatron_dynmix.convert.import_hf import folder_for, weights_of
 from megatron_dynmix.errors import TrainingStopped
 from megatron_dynmix.model.gpt import unwrap
+from megatron_dynmix.moe.counter import reduce_counts
 from megatron_dynmix.training import run as training_run
 from megatron_dynmix.training.batch import to_batch
 from megatron_dynmix.training.trainer import seed_iteration
@@ -23,7 +24,7 @@ from tests.distributed.layouts import start_anew
 
 
 def logits_and_gradients(run_yaml, folders, flags, tokens_BS, segment_BS=None):
-    """Of each model, in one job: this rank's part of the logits and of the gradients.
+    """Of each model, in one job: this rank's part of the logits and of the gradients, and all gate loads.
 
     Args:
         run_yaml: a file whose `global_batch_size` is the number of rows.
@@ -54,10 +55,12 @@ def logits_and_gradients(run_yaml, folders, flags, tokens_BS, segment_BS=None):
         logits = _logits(runner, batches)
         for chunk in runner.chunks:
             chunk.zero_grad_buffer()
-        stats = runner(batches, forward_only=False)
+        with runner.counter.recording():
+            stats = runner(batches, forward_only=False)
         answers[name] = {
             "logits": logits,
             "loss": stats.lm_loss,
+            "counts_HDLE": reduce_counts(runner.counter.take()).cpu().numpy(),
             "gradients": programs.gradients_of(runner.chunks),
         }
     return answers

@@ -225,6 +225,7 @@ def misuse(run_yaml, flags, run_dir):
     given = {"train_iters": 4, "batch_sizes": 8, "micro_batch_size": 2, "seq_length": 128, "seed": 1}
     for name, (mixing, changes) in {
         "probe": ({"signal": "probe"}, {}),
+        "attention": ({"load_routers": "attention"}, {}),
         "strategy": ({"strategy": "nonsense"}, {}),
         "option": ({"etta": 1.0}, {}),
         "no reference": ({"strategy": "ref-loss"}, {}),

@@ -93,6 +93,7 @@ def test_a_wrong_call_says_what_would_be_right(run_yaml, tmp_path):
         "too many read": "more than the 4 micro-batches",
         "loaded late": "a step was begun already; load the state before",
         "probe": "signal is probe.*give signal train",
+        "attention": "load_routers is attention.*leave it out",
         "strategy": "must be one of",
         "option": "etta is no option",
         "no reference": "needs mixing.reference",

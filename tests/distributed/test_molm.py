@@ -1,4 +1,7 @@
-"""MoLM as our model and as a plain torch reference, in any layout. Axes: B rows, S positions."""
+"""MoLM as our model and as a plain torch reference, in any layout.
+
+Axes: B rows, S positions, L layers, E attention experts.
+"""
 
 import numpy as np
 import pytest
@@ -61,16 +64,20 @@ def rows():
 
 @pytest.fixture(scope="module")
 def expected(rows):
-    """Loss, and gradients under the names of a checkpoint, by its rows of the embedding."""
+    """Loss, gradients by the rows of a checkpoint's embedding, loads `[L, E]` of attention experts."""
     tokens_BS, segment_BS = rows
-    model = reference()
+    model, chosen = reference(), []
+    for layer in model.transformer.h:
+        layer.attn.q_proj.gate.register_forward_hook(lambda *call: chosen.append(call[-1].indices.flatten()))
     logits_BSV = model(tokens_BS[:, :-1], segment_BS)
     loss = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), tokens_BS[:, 1:].flatten())
     loss.backward()
-    gradients = InMemory({name: parameter.grad for name, parameter in model.named_parameters()})
+    learned = InMemory({name: parameter.grad for name, parameter in model.named_parameters()})
     settings = model_settings(CONFIG)
     maps = {padded: weight_map(settings, CONFIG, padded_vocab=padded) for padded in (1152, 1280)}
-    return loss.item(), {padded: as_megatron(gradients, names) for padded, names in maps.items()}
+    load_LE = torch.stack([torch.bincount(expert, minlength=CONFIG["n_att_experts"]) for expert in chosen])
+    gradients = {padded: as_megatron(learned, names) for padded, names in maps.items()}
+    return loss.item(), gradients, load_LE.numpy()
 
 
 @pytest.mark.parametrize("layout", quick_or_slow(LAYOUTS, {"EP2"}))
@@ -82,15 +89,17 @@ def test_loss_and_gradients_from_the_folder_are_those_of_the_reference(
         "model": {"moe_router_load_balancing_type": "none"},
         "parallel": {"use_distributed_optimizer": False},
         "data": {"seq_length": LENGTH},
+        "mixing": {"load_routers": "attention"},
         "training": {"micro_batch_size": 1, "global_batch_size": ROWS, "train_iters": 1},
     }
     (tmp_path / "RUN.yaml").write_text(yaml.safe_dump(settings))
     program = convert_programs.logits_and_gradients
     answers = run_ranks(ranks, program, tmp_path / "RUN.yaml", {"": folder}, flags, *rows)
-    loss, gradients = expected
+    loss, gradients, load_LE = expected
     seen, wanted = [answer[""] for answer in answers], gradients[padded_vocab(flags)]
     for rank in seen:
         assert rank["loss"] == pytest.approx(loss, abs=1e-5)
+        np.testing.assert_array_equal(rank["counts_HDLE"].sum(axis=(0, 1)), load_LE)
         for key, offset, gradient in rank["gradients"]:
             its = wanted.read(key, offset, gradient.shape).numpy()
             np.testing.assert_allclose(gradient, its, atol=1e-6 + 1e-5 * np.abs(its).max(), err_msg=key)
@@ -113,7 +122,10 @@ def test_frozen_routers_stay_bit_equal_while_the_rest_learns(layout, folder, run
     settings["model"] = {"load_hf": str(folder), "freeze_router": True}
     frozen_yaml = run_yaml.with_name("frozen-molm.yaml")  # paths in it are those of its folder
     frozen_yaml.write_text(yaml.safe_dump(settings))
-    run_ranks(ranks, programs.train, frozen_yaml, [*PAPER, *flags], tmp_path)
+    updates = run_ranks(
+        ranks, programs.train, frozen_yaml, [*PAPER, *flags, "--load-routers", "attention"], tmp_path
+    )[0]["mixing"]
+    assert np.shape(updates[-1]["load"])[-1] == CONFIG["n_att_experts"]
     before = load_file(folder / "model.safetensors")
     names = weight_map(model_settings(CONFIG), CONFIG, padded_vocab=padded_vocab(flags))
     trained = as_hugging_face(MegatronCheckpoint(tmp_path / "checkpoints/iter_0000002"), names)

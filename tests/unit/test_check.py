@@ -232,6 +232,10 @@ def test_a_prepared_prefix_stands_for_its_source(tmp_path):
             ["load_mass is probability with moe_expert_capacity_factor", "use load_mass count"],
         ),
         (
+            {"mixing.load_routers": "attention"},
+            ["load_routers is attention, but the attention of this model has no experts", "leave it out"],
+        ),
+        (
             {"model.num_moe_experts": 6, "parallel.expert_model_parallel_size": 4},
             ["num_moe_experts is 6, which expert_model_parallel_size 4 does not divide; use 1, 2, 3, 6"],
         ),

@@ -48,6 +48,7 @@ def changes(tmp_path, monkeypatch):
         ({"strategy": "gate-load"}, {"strategy": "data-size"}, "mixing.strategy was gate-load"),
         ({"unit": "tokens"}, {"unit": "examples"}, "mixing.unit was tokens"),
         ({}, {"load_mass": "probability"}, "mixing.load_mass was count"),
+        ({}, {"load_routers": "attention"}, "mixing.load_routers was mlp"),
     ],
 )
 def test_what_could_have_no_effect_is_refused(changes, before, after, part):
