@@ -14,7 +14,7 @@ from megatron_dynmix.config.hugging_face import model_settings
 from megatron_dynmix.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_dynmix.convert.model_map import weight_map
 from megatron_dynmix.convert.tensors import as_hugging_face, as_megatron
-from tests.distributed import convert_programs, programs
+from tests.distributed import checkpoint_programs, convert_programs, programs
 from tests.distributed.conftest import quick_or_slow
 from tests.distributed.layouts import CP2, ETP1, PP2, TP2, ep, full
 from tests.distributed.ranks import run_ranks
@@ -132,6 +132,27 @@ def test_frozen_routers_stay_bit_equal_while_the_rest_learns(layout, folder, run
     after = {name: trained.read(name, (0,) * len(shape), shape) for name, shape in trained.shapes.items()}
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in after if ".gate." not in name}, "routers of both kinds, and no other"
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_the_same_in_another_layout_bit_for_bit(folder, run_yaml, tmp_path):
+    """Trained on EP2, loaded and saved by tensor-parallel ranks and by pipeline stages."""
+    settings = yaml.safe_load(run_yaml.read_text())
+    settings["model"] = {"preset": str(folder)}
+    molm_yaml = run_yaml.with_name("resharded-molm.yaml")  # paths in it are those of its folder
+    molm_yaml.write_text(yaml.safe_dump(settings))
+    run_ranks(2, programs.train, molm_yaml, [*PAPER, *ep(2)], tmp_path / "EP2")
+    trained = MegatronCheckpoint(tmp_path / "EP2/checkpoints/iter_0000002")
+    for name in ("TP2, ETP1", "PP2"):
+        ranks, flags = LAYOUTS[name]
+        flags = [*PAPER, *flags, "--pretrained-checkpoint", str(tmp_path / "EP2/checkpoints")]
+        flags += ["--make-vocab-size-divisible-by", "64"] if "TP2" in name else []  # as many rows in all
+        run_ranks(ranks, checkpoint_programs.save_initial_weights, molm_yaml, flags, tmp_path / name)
+        saved = MegatronCheckpoint(tmp_path / name / "checkpoints/iter_0000000")
+        assert saved.shapes == trained.shapes
+        for key, shape in saved.shapes.items():
+            whole = key, (0,) * len(shape), shape
+            assert torch.equal(saved.read(*whole), trained.read(*whole)), (name, key)
 
 
 def weights_in(folder):
