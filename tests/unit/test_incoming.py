@@ -12,6 +12,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from megatron_dynmix.cli import main
 from megatron_dynmix.config.quantization import quantization_of
+from megatron_dynmix.convert import quantized as quantized_weights
 from megatron_dynmix.convert.aside import aside_text
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder
 from megatron_dynmix.convert.quantized import Dequantized
@@ -50,7 +51,10 @@ def whole_blocks(weight, scale):
 
 @pytest.mark.parametrize("scale_type", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu])
 @pytest.mark.parametrize(("offset", "shape"), BOXES)
-def test_any_box_of_fp8_weights_is_what_transformers_makes_of_it(offset, shape, scale_type, tmp_path):
+def test_any_box_of_fp8_weights_is_what_transformers_makes_of_it(
+    offset, shape, scale_type, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(quantized_weights, "ROWS_AT_ONCE", 3)
     weight, scale = quantized(torch.randn(13, 21), scale_type)
     tensors = opened(tmp_path, {"a.weight": weight, "a.weight_scale_inv": scale}, FP8)
     assert tensors.shapes == {"a.weight": (13, 21)} and tensors.dtypes == {"a.weight": torch.bfloat16}
