@@ -22,7 +22,7 @@ from megatron_dynmix.checkpoint import folder as checkpoints
 from megatron_dynmix.checkpoint.run_state import Damaged, SavedModel
 from megatron_dynmix.checkpoint.tensors import Tensors
 from megatron_dynmix.config.presets import complete_model
-from megatron_dynmix.convert import aside
+from megatron_dynmix.convert import aside, tensors, to_megatron
 from megatron_dynmix.convert.export_hf import open_export, size_in_bytes, write_weights
 from megatron_dynmix.convert.hf_folder import HuggingFaceFolder, carried_files
 from megatron_dynmix.convert.logits import compare_logits
@@ -67,7 +67,12 @@ def hf_to_megatron(
     wanted = as_megatron(read, names)
     total = total_size(wanted)
     settings = complete_model({"preset": None, **folder.settings})
-    plan = {"source": {str(source.resolve()): fingerprint(source)}, "dtype": dtype, "padding": padded}
+    plan = {
+        "source": {str(source.resolve()): fingerprint(source)},
+        "dtype": dtype,
+        "padding": padded,
+        "size of parts": [to_megatron.PART_BYTES, tensors.BOX_BYTES],
+    }
     with Staging(destination, plan, say) as staging:
         beside = total_size(folder.aside) + sum(
             path.stat().st_size for path in carried_files(source).values()
