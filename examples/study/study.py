@@ -53,15 +53,12 @@ STARTS: dict[str, dict[str, dict[str, Any]]] = {
 SHAPES = {
     "experts-4": ["--num-moe-experts", "4"],
     "experts-32": ["--num-moe-experts", "32"],
-    "top-1": ["--moe-router-topk", "1"],
+    "top-1": ["--moe-router-topk", "1", "--moe-router-pre-softmax"],
     "top-4": ["--moe-router-topk", "4"],
 }
 """Flags of parts with another model, which a pretrained one cannot become: they begin at random weights."""
-BUDGETS = {
-    "iterations-50": ["--train-iters", "50", "--lr-warmup-iters", "10"],
-    "iterations-800": ["--train-iters", "800", "--lr-warmup-iters", "10"],
-}
-"""Flags of parts with another length."""
+BUDGETS = {"quarter": 0.25, "fourfold": 4}
+"""Parts with other numbers of iterations than the size of the model has, in so many times as many."""
 PARTS = {
     "methods": "GRID.yaml",
     "twice": "REDUNDANCY.yaml",
@@ -166,12 +163,18 @@ class Study:
             *(LARGE if self.is_large and start == "random" else []),
             *self.flags,
             *SHAPES.get(part, []),
-            *BUDGETS.get(part, []),
+            *(self.length(part) if part in BUDGETS else []),
         ]
         print(f"== {part}, {start}", flush=True)
         self.compare(run_yaml, grid, flags=flags)
         if part == "methods":  # what takes something from other runs comes after them
             self.compare(run_yaml, grid, self.write_second(run_yaml.with_suffix("")), flags=flags)
+
+    def length(self, part: str) -> list[str]:
+        """Return the flags of a part of another length."""
+        flags = dict(zip(self.flags[:-1], self.flags[1:], strict=True))
+        usual = yaml.safe_load((HERE / "RUN.yaml").read_text())["training"]["train_iters"]
+        return ["--train-iters", str(int(BUDGETS[part] * int(flags.get("--train-iters", usual))))]
 
     def compare(self, run_yaml: Path, *grids: Path, flags: list[str]) -> None:
         """Run grids; the comparison is beside the RUN.yaml, in a folder of its name."""
@@ -227,6 +230,8 @@ def main() -> int:
         chosen[name] = getattr(arguments, name).split(",")
         if unknown := set(chosen[name]) - set(known):
             parser.error(f"--{name} has no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if "random" not in chosen["starts"] and (shapes := set(chosen["parts"]) & SHAPES.keys()):
+        parser.error(f"{', '.join(sorted(shapes))} begin at random weights: add random to --starts")
     needed = (*SOURCES, *(DOMAINS if any(part.startswith("domains") for part in chosen["parts"]) else ()))
     missing = [name for name in needed if not (arguments.data / name / "train.jsonl").is_file()]
     if missing:

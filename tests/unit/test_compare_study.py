@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 
 from megatron_dynmix.compare.grid import variants_from_file
+from megatron_dynmix.config.check import check_settings
 from megatron_dynmix.config.load import load_config
 from megatron_dynmix.mixing.strategies import build_strategy
 from megatron_dynmix.mixing.strategies.gate_load import GateLoad
@@ -64,13 +66,34 @@ def test_the_sizes_fit_the_model(size):
 
 @pytest.mark.parametrize("size", ["cpu", "gpu"])
 def test_parts_of_other_shapes_and_lengths_are_configurations(size):
-    study = load("study")
-    for part, flags in (study.SHAPES | study.BUDGETS).items():
-        assert study.PARTS[part] == "FEW.yaml"
-        config = load_config(STUDY / "RUN.yaml", [*study.SIZES[size], *flags])
-        assert part.rpartition("-")[2] in map(
-            str, (config.training.train_iters, *config.model.megatron.values())
-        )
+    module = load("study")
+    for part, flags in module.SHAPES.items():
+        config = load_config(STUDY / "RUN.yaml", [*module.SIZES[size], *flags])
+        check_settings(config, 1)
+        setting, _, number = part.partition("-")
+        field = {"experts": "num_moe_experts", "top": "moe_router_topk"}[setting]
+        assert config.model.megatron[field] == int(number)
+        assert number != "1" or config.model.megatron["moe_router_pre_softmax"], "Megatron-Core asks for it"
+    asked = SimpleNamespace(output=STUDY, data=STUDY, seeds="1", jobs=1, size=size)
+    study = module.Study(asked, ["--lr", "1e-3"])
+    usual = load_config(STUDY / "RUN.yaml", module.SIZES[size])
+    for part, times in module.BUDGETS.items():
+        config = load_config(STUDY / "RUN.yaml", [*module.SIZES[size], *study.length(part)])
+        check_settings(config, 1)
+        assert config.training.train_iters == times * usual.training.train_iters
+        assert config.training.train_iters >= 5 * config.mixing.interval
+    assert {module.PARTS[part] for part in (*module.SHAPES, *module.BUDGETS)} == {"FEW.yaml"}
+
+
+def test_parts_of_other_shapes_are_refused_without_random_weights(tmp_path):
+    command = [sys.executable, STUDY / "study.py", "--data", tmp_path, "--output", tmp_path / "out"]
+    done = subprocess.run(
+        [*command, "--parts", "experts-4", "--starts", "pretrained"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "add random to --starts" in done.stderr
 
 
 @pytest.mark.parametrize(
