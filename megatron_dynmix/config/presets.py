@@ -39,9 +39,9 @@ SHAPE = (
     *("untie_embeddings_and_output_weights", "router_network", "router_noise"),
     *("router_width", "attention_experts", "activation"),
     *("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim"),
-    *("v_head_dim", "softmax_type"),
+    *("v_head_dim", "softmax_type", "embedding_multiplier", "residual_multiplier", "logits_scaling"),
 )
-"""Settings of the model section that decide which tensors the model has."""
+"""Settings of the model section that decide which tensors the model has, or what it makes of them."""
 NEEDED = (
     *("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"),
     "rotary_base",
