@@ -100,7 +100,7 @@ def test_I3_a_batch_that_grows_draws_the_same_samples(name, run_yaml, start_from
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", quick_or_slow(GROWTHS, {"ramp"}))
+@pytest.mark.parametrize("name", GROWTHS)
 def test_I2_a_ramped_run_resumes_bit_for_bit(name, run_yaml, start_from, tmp_path):
     settings = [
         *(*start_from, *GROWTHS[name], "--signal", "train", "--interval", "3", "--train-iters", "7"),

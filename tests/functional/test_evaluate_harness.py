@@ -20,7 +20,7 @@ from megatron_dynmix.compare.harness import answered
 from megatron_dynmix.data.tokenizer.fast import train_bpe
 
 HARNESS = importlib.util.find_spec("lm_eval")
-pytestmark = pytest.mark.skipif(HARNESS is None, reason="lm_eval is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(HARNESS is None, reason="lm_eval is not installed")]
 ROOT = Path(__file__).parents[2]
 DOCS = [
     {
@@ -76,7 +76,6 @@ def tasks(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_the_harness_reads_an_exported_model_as_transformers_does(exported, tasks, tmp_path, monkeypatch):
     for name in ("HF_HOME", "HF_DATASETS_CACHE"):
         monkeypatch.setenv(name, str(tmp_path / name))
