@@ -115,7 +115,9 @@ class Plan:
         passes = 1 + BACKWARD + (transformer.recompute_granularity == "full")
         updates = self.iterations // mixing.interval
         probed, trained = updates * rows, passes * self.run_rows
-        counts = len(sources) * len(moe_layers(transformer)) * (transformer.num_moe_experts or 1)
+        of_attention = mixing.load_routers == "attention"
+        experts = self.config.model.attention_experts if of_attention else transformer.num_moe_experts
+        counts = len(sources) * len(moe_layers(transformer)) * (experts or 1)
         return MixingWork(
             updates=updates,
             probe_tokens=rows * length,

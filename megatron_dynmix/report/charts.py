@@ -282,7 +282,7 @@ def _expert_use(run: Run, updates: Sequence[Update]) -> list[Chart | None]:
         id="imbalance",
         title="Load of the busiest expert",
         reading="Load of the busiest expert over the mean of all, in the mix drawn: 1 is even. Large values "
-        "slow expert-parallel ranks down.",
+        "slow expert-parallel ranks down, if the experts are those of MLPs.",
         figure=figure(y="largest / mean load", height=260),
         thinned=note,
     )
