@@ -95,7 +95,7 @@ def _router(model: ModelConfig) -> Any:
     if model.router_network == "mlp":
         return functools.partial(MlpRouter, noise=model.router_noise)
     if model.router_network == "gelu":
-        assert model.router_width is not None, "check.py has seen to it"
+        assert model.router_width is not None, "`check` has seen to it"
         return functools.partial(GeluRouter, width=model.router_width)
     return GateLoadRouter
 

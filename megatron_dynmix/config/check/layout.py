@@ -84,7 +84,7 @@ def _check_stages(config: RunConfig, pp: int) -> None:
 
 
 def _check_gathering(config: RunConfig, experts_apart: bool) -> None:
-    """Refuse ways to gather parameters that would gather nothing while the model computes, or old ones.
+    """Refuse ways to gather parameters that would gather nothing while the model computes, or too early.
 
     `experts_apart`: other ranks hold the same experts than the same other parameters, so that experts have
     buffers and an optimizer of their own.
