@@ -135,7 +135,13 @@ def hugging_face_config(settings: Values) -> dict[str, Any]:
         wrong[model_type] += ["num_moe_experts"] if given["num_moe_experts"] is None else []
         if not wrong[model_type]:
             config = _written(model_type, dialect, given)
-            read = model_settings(config)
+            try:
+                read = model_settings(config)
+            except InputError:  # it cannot be without something that this model is without
+                wrong[model_type] = [name for name in dialect.names if given[name] is None] or [
+                    *dialect.names
+                ]
+                continue
             wrong[model_type] = [name for name, value in read.items() if not _equal(given.get(name), value)]
             if not wrong[model_type]:
                 return config
