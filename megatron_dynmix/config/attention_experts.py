@@ -24,6 +24,12 @@ REFUSED = {
 """Megatron-Core's settings that would be left out or fail, and why."""
 
 
+def counted_experts(config: RunConfig, num_moe_experts: int | None) -> int:
+    """Return how many experts the routers have that gate loads are made of; 1 for a dense model."""
+    of_attention = config.mixing.load_routers == "attention"
+    return (config.model.attention_experts if of_attention else num_moe_experts) or 1
+
+
 def check_attention_experts(config: RunConfig) -> None:
     """Refuse what does not go with attention experts: the first thing found, and what would."""
     model = config.model

@@ -67,6 +67,7 @@ def sizes_of(settings: Mapping[str, Any]) -> dict[str, int]:
         settings.get(name) or 0
         for name in ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
     )
+    shared = settings.get("moe_shared_expert_intermediate_size") or 0
     return {
         "1": 1,
         "V": settings["vocab_size"],
@@ -81,8 +82,8 @@ def sizes_of(settings: Mapping[str, Any]) -> dict[str, int]:
         "F": inner,
         "I": expert,
         "J": 2 * expert,
-        "S": settings.get("moe_shared_expert_intermediate_size") or 0,
-        "U": 2 * (settings.get("moe_shared_expert_intermediate_size") or 0),
+        "S": shared,
+        "U": 2 * shared,
         "A": settings.get("q_lora_rank") or 0,
         "C": latent,
         "M": latent + rotary,

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.attention_experts import counted_experts
 from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.host import Host
 from megatron_dynmix.config.megatron import moe_layers
@@ -115,9 +116,8 @@ class Plan:
         passes = 1 + BACKWARD + (transformer.recompute_granularity == "full")
         updates = self.iterations // mixing.interval
         probed, trained = updates * rows, passes * self.run_rows
-        of_attention = mixing.load_routers == "attention"
-        experts = self.config.model.attention_experts if of_attention else transformer.num_moe_experts
-        counts = len(sources) * len(moe_layers(transformer)) * (experts or 1)
+        experts = counted_experts(self.config, transformer.num_moe_experts)
+        counts = len(sources) * len(moe_layers(transformer)) * experts
         return MixingWork(
             updates=updates,
             probe_tokens=rows * length,

@@ -15,6 +15,7 @@ from megatron_dynmix.checkpoint.checkpointer import Checkpointer
 from megatron_dynmix.checkpoint.folder import exact, verified
 from megatron_dynmix.checkpoint.run_state import RunState, read_run_state
 from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.attention_experts import counted_experts
 from megatron_dynmix.config.batch_schedule import BatchSchedule
 from megatron_dynmix.config.host import joins_rows, with_defaults
 from megatron_dynmix.config.megatron import micro_batch_group, moe_layers, transformer_config
@@ -266,17 +267,18 @@ def build_runner(
     transformer = transformer_config(with_defaults(config, this_host()))
     build = build_model if trains else build_modules
     chunks = list(build(config, transformer, here))
-    layers, of_attention = moe_layers(transformer), config.mixing.load_routers == "attention"
+    layers = moe_layers(transformer)
     counter = GateLoadCounter(
         num_sources,
         len(layers),
-        (config.model.attention_experts if of_attention else transformer.num_moe_experts) or 1,
+        counted_experts(config, transformer.num_moe_experts),
         here.device,
         trained_only=config.mixing.load_tokens == "trained",
         by_probability=config.mixing.load_mass == "probability",
     )
     join_rows = joins_rows(config, here.transformer_engine)
     row_length = config.data.seq_length if join_rows else None
+    of_attention = config.mixing.load_routers == "attention"
     attach_counter(chunks, counter, layers, row_length, of_attention=of_attention)
     return PassRunner(
         chunks=chunks,
