@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,7 @@ from megatron_dynmix.data.blend_plan import BlendPlan, Draw
 MicroBatch = dict[str, torch.Tensor]
 PADDING = {"dataset_id": -1, "padding_mask": 1, "segment_ids": -1}
 """What the parts of a row hold that is all padding; 0 where nothing is said."""
+_ASKING_TO_STOP = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
 def collate(rows: Sequence[Mapping[str, Any]], most_segments: int | None = None) -> MicroBatch:
@@ -124,7 +128,7 @@ class BlendLoader:
             persistent_workers=num_workers > 0,
             collate_fn=partial(collate, most_segments=most_segments),
             pin_memory=pin_memory,
-            worker_init_fn=_outlive_a_request_to_stop,
+            worker_init_fn=_leave_the_end_to_the_rank,
             generator=torch.Generator(),  # the loader draws from it; the global one belongs to the model
         )
         self._iterator: Iterator[MicroBatch] | None = None
@@ -146,26 +150,47 @@ class BlendLoader:
         if stage is not self._stage or not goes_on or until != self._sampler.until:
             self._sampler.start_sample, self._sampler.until = consumed_samples, until
             self._stage = stage
-            self._iterator = iter(self._loader)  # what was read ahead for other samples is dropped
+            with _signals_held():  # workers start here
+                self._iterator = iter(self._loader)  # what was read ahead for other samples is dropped
         assert self._iterator is not None
         batches = [next(self._iterator) for _ in range(num_micro_batches)]
         self._next_sample = end
         return batches
 
 
-def _outlive_a_request_to_stop(worker: int) -> None:
-    """Leave a signal to the whole process group to the rank, which keeps reading from this worker.
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold back signals that ask to stop; a process that is forked meanwhile keeps them held back."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING_TO_STOP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    The rank's own SIGTERM ends the worker, as torch's clean-up wants it. Where a signal's sender cannot be
-    known (macOS), a worker ends at any.
+
+def _leave_the_end_to_the_rank(worker: int) -> None:
+    """Let the rank say how it ends, and read from this worker until then.
+
+    A signal to the whole process group is the rank's to answer: one from a terminal or a scheduler leaves the
+    worker as it is. The rank's own SIGTERM ends it, as torch's clean-up wants it. A rank that goes away while
+    it is handed rows breaks their connection: of interest to nobody but the rank. Where a signal's sender
+    cannot be known (macOS), a worker ends at any SIGTERM.
     """
+    says = sys.excepthook
+
+    def unless_the_rank_is_gone(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, ConnectionError | EOFError):
+            says(kind, error, trace)
+
+    sys.excepthook = unless_the_rank_is_gone
     if not hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return
-    asking = {signal.SIGTERM, signal.SIGUSR1}
-    signal.pthread_sigmask(signal.SIG_BLOCK, asking)
 
     def answer() -> None:
-        while signal.sigwaitinfo(asking).si_pid != os.getppid():
+        while signal.sigwaitinfo({signal.SIGTERM, signal.SIGUSR1}).si_pid != os.getppid():
             pass
         os._exit(0)
 

@@ -3,12 +3,15 @@
 import json
 import os
 import signal
+import socket
 import subprocess
+from multiprocessing import reduction
 
 import numpy as np
 import pytest
 import torch
 from blend_fixtures import blend_of, sources
+from torch.utils.data import Dataset
 
 from megatron_dynmix.data.blend_plan import BlendPlan, BlendState
 from megatron_dynmix.data.loader import BlendLoader, DrawnRows, collate, segment_borders
@@ -150,7 +153,7 @@ def test_workers_outlive_a_request_to_stop_that_reaches_them():
     rank_loader = loader(blend(), workers=1)
     rank_loader.step(0, 2)
     (worker,) = rank_loader._iterator._workers
-    for name in ("USR1", "TERM"):
+    for name in ("USR1", "TERM", "INT"):
         subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
     for sample in range(BATCH, STEPS * BATCH, BATCH):
         rank_loader.step(sample, 2)
@@ -158,6 +161,28 @@ def test_workers_outlive_a_request_to_stop_that_reaches_them():
     os.kill(worker.pid, signal.SIGTERM)
     worker.join(10)
     assert not worker.is_alive()
+
+
+def test_a_worker_says_nothing_of_a_rank_that_goes_away_while_it_is_handed_rows(tmp_path, capfd):
+    """An interrupted rank closes its connections wherever it stands, and says why itself."""
+
+    class Offering(Dataset):
+        def __getitem__(self, row):
+            if not (tmp_path / "address").exists():
+                read, _ = os.pipe()
+                (tmp_path / "address").write_text(reduction.DupFd(read)._id[0])
+            return {"tokens": np.array([row])}
+
+    blended = blend_of((8,), (1,), 8)
+    rank_loader = BlendLoader(
+        blended, [Offering()], micro_batch_size=2, dp_rank=0, dp_size=1, num_workers=1, pin_memory=False
+    )
+    rank_loader.step(0, 1)
+    for _ in range(3):
+        with socket.socket(socket.AF_UNIX) as rank:
+            rank.connect((tmp_path / "address").read_text())
+    assert len(rank_loader.step(2, 3)) == 3, "the same connection hands over the next rows"
+    assert capfd.readouterr().err == ""
 
 
 ROWS_OF_SEGMENTS = ([0, 0, 1, 2, 2, -1], [0, 0, 0, 0, 0, 0], [-1] * 6, [0, 1, 2, 3, 4, 5])
