@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -183,7 +184,8 @@ class MixedRun(MixedSteps):
         for chunk in model_chunks:
             for module in chunk.modules():
                 if isinstance(module, LanguageModule) and getattr(module, "post_process", False):
-                    module.register_forward_hook(self._see_losses, with_kwargs=True)
+                    see = partial(self._see_losses, inspect.signature(module.forward))
+                    module.register_forward_hook(see, with_kwargs=True)
 
     @property
     def iteration(self) -> int:
@@ -344,11 +346,16 @@ class MixedRun(MixedSteps):
         self._sums_3D[:2] += sums_by_source(masked_T, mask_T, self._source_BC, len(self.sources))[:2]
 
     def _see_losses(
-        self, model: LanguageModule, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
+        self,
+        signature: inspect.Signature,
+        model: LanguageModule,
+        inputs: tuple[Any, ...],
+        named: dict[str, Any],
+        output: Any,
     ) -> None:
         if not model.training or in_backward() or not self.in_step:
             return
-        given = inspect.signature(model.forward).bind(*inputs, **named).arguments
+        given = signature.bind(*inputs, **named).arguments
         if given.get("labels") is not None:
             self.observe(output, given.get("loss_mask"))
 

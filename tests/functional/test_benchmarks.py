@@ -26,7 +26,7 @@ SMALLEST = {
     "prepare.py": "--megabytes 0.02 --workers 1 --repeats 1",
     "report.py": "--updates 3 --sources 3 --experts 4 --repeats 1",
     "stick_breaking.py": "--seq-length 64 --width 16 --rounds 1",
-    "stock.py": "--pairs 1 --iterations 5",
+    "stock.py": "--iterations 8",
     "update.py": "--sources 4 --layers 2 --experts 8 --tokens 1000 --updates 2",
 }
 QUICK = {"blend_rebuild.py", "stick_breaking.py", "update.py"}

@@ -95,20 +95,32 @@ def run_stock(world_size, argv, log, *, env=None, mixed=True, **kwargs):
     return run_ranks(world_size, _rank, [*flags, *argv], log, env=env or {}, mixed=mixed, **kwargs)
 
 
-def _print_cpu_time():
-    """Have stock print what the process has computed for, each time that it reports an iteration."""
+def _take_turns(mine, other):
+    """Have two jobs of one rank train an iteration each in turn; print what they have taken of the CPU.
+
+    Where they go together a busy machine is as busy for one as for the other. `mine` and `other` are named
+    pipes; one of them holds the byte that says whose turn it is.
+    """
     import megatron.training.training as training
 
-    report = training.training_log
+    report, iterations = training.training_log, 0
+    take, give = (os.open(path, os.O_RDWR) for path in (mine, other))
 
     def training_log(*given, **named):
+        nonlocal iterations
+        told = report(*given, **named)
         print(f"cpu seconds: {time.process_time()}")
-        return report(*given, **named)
+        if iterations:
+            os.write(give, b".")
+        iterations += 1
+        if iterations < training.get_args().train_iters:
+            os.read(take, 1)
+        return told
 
     training.training_log = training_log
 
 
-def _rank(argv, log, *, env, mixed, clock=False):
+def _rank(argv, log, *, env, mixed, turns=None):
     path = f"{log}.{os.environ['RANK']}"
     out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
@@ -120,8 +132,8 @@ def _rank(argv, log, *, env, mixed, clock=False):
     from tests.stock import stand_ins
 
     stand_ins.install()
-    if clock:
-        _print_cpu_time()
+    if turns is not None:
+        _take_turns(*turns)
     tagged = Path(os.environ.get(FOLDER, "/nowhere")) / "pretrain_gpt.py"
     script, launcher = (str(tagged), mixed) if tagged.exists() else (str(HERE / "pretrain_gpt.py"), False)
     if mixed and not launcher:
