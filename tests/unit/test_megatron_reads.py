@@ -18,6 +18,8 @@ RECORD = TOOLS / "megatron_reads.json"
 REMEDY = "python tools/megatron_reads.py tools/megatron_reads.json"
 UNREAD = {"qk_l2_norm", "moe_per_layer_logging", "muon_momentum", "qk_clip_alpha", "fsdp_double_buffer"}
 """Settings that nothing reads, and that are refused for it: the search must see that."""
+READ_LATER = {"qk_l2_norm"}
+"""Those of them that Megatron-Core 0.19 reads."""
 
 BY_NAME = {"moe_deepep_num_sms", "moe_hybridep_num_sms"}
 """Settings that Megatron-Core 0.19 reads by `getattr`, to carry them into the one that replaces them."""
@@ -38,7 +40,7 @@ def test_what_may_be_given_is_read_and_what_is_read_nowhere_is_refused(found):
     unread = {name for name, place in found.items() if not place} - BY_NAME
     missed = sorted(unread - UNREAD)
     assert not missed, f"{missed} would do nothing: refuse them in config/decided.py, with the reason"
-    assert unread == UNREAD <= DECIDED.keys()
+    assert UNREAD - READ_LATER <= unread and UNREAD <= DECIDED.keys()
 
 
 def test_every_setting_has_been_looked_at(tool, found):
