@@ -65,7 +65,7 @@ class LastKnown:
             blank = np.full_like(new_D[0], np.nan if what == LOSS else 0)
             filled = [blank if value is None else value for value in known_D]
             part: dict[str, Any] = {PARTS[what]: np.stack(filled, axis=1 if what == HALVES else 0)}
-            signal = replace(signal, **part)
+            signal = replace(signal, **part, **({"stale_D": ~measured_D} if what == HALVES else {}))
         rows = list(zip(self.sources, measured_D, known_D, strict=True))
         unmeasured = Filled(
             stand_ins=tuple(name for name, measured, value in rows if not measured and value is not None),

@@ -30,6 +30,8 @@ class Signal:
             where not measured.
         half_counts_HDLE: the same counts in two parts, of every source's even and odd rows, which add up to
             `counts_DLE`; None where not measured. How far they disagree tells how noisy the loads are.
+        stale_D: of which sources the halves are the last known ones, already given at an earlier update; None
+            where all are new.
         loss_D: mean loss per trained token in nats; NaN for a source without tokens; None where not measured.
         iteration: iterations done; 0 before the first one.
         train_iters: iterations of the whole run.
@@ -43,6 +45,7 @@ class Signal:
 
     counts_DLE: Counts | None = None
     half_counts_HDLE: Counts | None = None
+    stale_D: NDArray[np.bool_] | None = None
     loss_D: Floats | None = None
     iteration: int = 0
     train_iters: int = 0

@@ -36,7 +36,9 @@ def _measured(signal: Signal) -> tuple[Measured, dict[str, NDArray[Any]]]:
         if halves_HDLE is None or not np.array_equal(halves_HDLE.sum(axis=0), counts_DLE):
             counts["counts"] = counts_DLE
     num_layers = 0 if counts_DLE is None else counts_DLE.shape[1]
-    return Measured(**{name: getattr(signal, name) for name in TOLD}, num_layers=num_layers), counts
+    stale = [] if signal.stale_D is None else np.flatnonzero(signal.stale_D).tolist()
+    told = {name: getattr(signal, name) for name in TOLD}
+    return Measured(**told, num_layers=num_layers, stale=stale), counts
 
 
 def signal_of(update: MixingUpdate, **told: Any) -> Signal:
@@ -60,6 +62,8 @@ def signal_of(update: MixingUpdate, **told: Any) -> Signal:
         told["half_counts_HDLE"], told["counts_DLE"] = halves_HDLE, halves_HDLE.sum(axis=0)
     if counts_DLE is not None:
         told["counts_DLE"] = counts_DLE
+    if signal.stale:
+        told["stale_D"] = np.isin(np.arange(len(update.sources)), signal.stale)
     return Signal(**told)
 
 

@@ -102,6 +102,8 @@ class Measured:
     run_rows: int
     num_layers: int
     """MoE layers of the model; 0 where no counts were measured."""
+    stale: list[int] = field(default_factory=list)
+    """The dataset_ids whose counts are the last known ones, which an earlier update had."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -220,6 +220,80 @@ def test_earlier_updates_are_averaged_in():
     assert propose(PLAIN, first).state == {}
 
 
+def in_rows(rng, load_DLE, rows_D, first_D, tokens=400):
+    """Halves of so many rows of each source, counted from the first on; tokens of one row are alike."""
+    halves_HDLE = np.zeros((2, *load_DLE.shape), np.int64)
+    for source, layer in np.ndindex(load_DLE.shape[:2]):
+        for row in range(first_D[source], first_D[source] + rows_D[source]):
+            of_row_E = rng.dirichlet(20 * load_DLE.shape[2] * load_DLE[source, layer])
+            halves_HDLE[row % 2, source, layer] += rng.multinomial(tokens, of_row_E)
+    return halves_HDLE
+
+
+@pytest.mark.parametrize("alike_from", [0, SAME])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_source_that_gets_few_rows_is_not_taken_for_a_copy_because_of_it(alike_from, seed):
+    """Rows drawn by the weights that the ones before led to, four of each source at first."""
+    rng, number, strategy = np.random.default_rng(seed), 19, Uniqueness(alike_from=alike_from)
+    load_DLE = loads(rng, number, layers=2)
+    load_DLE[3] = load_DLE[2]
+    right_D = weights(strategy, halves_HDLE=in_rows(rng, load_DLE, [100] * number, [0] * number))
+    controller = MixingController([f"s{d}" for d in range(number)], np.full(number, 1 / number), strategy)
+    drawn_D, due_D = np.zeros(number, int), np.zeros(number)
+    for _ in range(20):
+        due_D += 80 * controller.weights_D
+        rows_D = due_D.astype(int) - drawn_D
+        halves_HDLE = in_rows(rng, load_DLE, rows_D, drawn_D)
+        drawn_D += rows_D
+        controller.update(Signal(counts_DLE=halves_HDLE.sum(axis=0), half_counts_HDLE=halves_HDLE))
+    assert (controller.weights_D > 0.5 * right_D).all() and (controller.weights_D < 2 * right_D).all()
+    assert drawn_D.min() >= 0.5 * 20 * 80 / number * min(1, number * right_D.min())
+
+
+def test_counts_go_back_as_far_as_it_takes():
+    rng = np.random.default_rng(4)
+    load_DLE, strategy = loads(rng, 6, layers=2), Uniqueness()
+    load_DLE[5] = load_DLE[0]
+    apart = []
+    state, updates = {}, 60
+    for update in range(updates):
+        proposal = propose(strategy, halves_HDLE=in_rows(rng, load_DLE, [4] * 6, [0] * 6), state=state)
+        state = json.loads(json.dumps(proposal.state))
+        apart.append(np.abs(proposal.weights_D - 1 / 6).max())
+        kept = np.array(state["half_counts"]).sum() / (6 * 2 * 4 * 400)
+        assert kept <= update + 1
+    assert apart[0] < 0.3 * apart[-1], "at first weights stay near the prior"
+    assert kept < 0.5 * updates, "and no further"
+    right_D = weights(strategy, halves_HDLE=in_rows(rng, load_DLE, [400] * 6, [0] * 6))
+    np.testing.assert_allclose(proposal.weights_D, right_D, rtol=0.2)
+    plenty = propose(strategy, halves_HDLE=in_rows(rng, load_DLE, [400] * 6, [0] * 6), state=state)
+    assert plenty.state == {}, "one update is enough: nothing is remembered"
+    np.testing.assert_allclose(plenty.weights_D, right_D, rtol=0.1)
+
+
+def test_last_known_counts_are_not_counted_twice():
+    """The second source has no rows for a while: what is known of it stays what it was."""
+    rng = np.random.default_rng(5)
+    load_DLE = loads(rng, 4)
+    controller = MixingController(list("abcd"), np.full(4, 1 / 4), Uniqueness())
+    first_HDLE = in_rows(rng, load_DLE, [4] * 4, [0] * 4)
+    for update in range(6):
+        new_HDLE = first_HDLE if update == 0 else in_rows(rng, load_DLE, [4, 0, 4, 4], [0] * 4)
+        decision = controller.update(Signal(counts_DLE=new_HDLE.sum(axis=0), half_counts_HDLE=new_HDLE))
+        kept_HDLE = np.array(controller.state.course.state["half_counts"])
+        np.testing.assert_array_equal(kept_HDLE[:, 1], first_HDLE[:, 1])
+        assert np.flatnonzero(decision.signal.stale_D).tolist() == [1] if update else True
+    assert kept_HDLE[:, 0].sum() > 3 * first_HDLE[:, 0].sum()
+
+
+def test_counts_of_another_model_are_refused():
+    rng = np.random.default_rng(6)
+    few = propose(Uniqueness(), halves_HDLE=in_rows(rng, loads(rng, 3), [2] * 3, [0] * 3))
+    with pytest.raises(ValueError, match="remembers counts of shape"):
+        other_HDLE = in_rows(rng, loads(rng, 3, layers=2), [2] * 3, [0] * 3)
+        propose(Uniqueness(), halves_HDLE=other_HDLE, state=few.state)
+
+
 def test_the_controller_passes_the_note_on():
     names = ["a", "b", "c"]
     controller = MixingController(names, np.full(3, 1 / 3), PLAIN)

@@ -8,6 +8,10 @@ expected squared error of a load (see `strategies.gate_load`) and F_ij what chan
 Where no pair is further apart than chance explains, t and with it all distances count as 0: one kind. Chance
 is not tested pair by pair: a source whose load is uncertain would then count as like every other.
 
+Noise that is taken off leaves an uncertain source close to all others: it would get less and less, and be
+measured by less and less. So counts go as far back as it takes until V_i is at most 1 / 200 of max d^2
+for every source; until then likeness counts in proportion, and weights stay near the prior.
+
 Axes: H = 2 halves, D sources, L chosen layers, E experts.
 """
 
@@ -33,6 +37,8 @@ from megatron_dynmix.mixing.weights import Floats, normalise_weights
 
 SAME = 0.9
 """Similarity from which on sources begin to count as one kind."""
+NOISE = 0.005
+"""Expected squared error of a load, in largest squared distances, up to which it is known well enough."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +52,13 @@ class Likeness:
     """How much larger a distance is that lies one standard error above it; 0 where noise was left in."""
     alike_DD: Floats
     """Z, from 0 to 1."""
+    noise_D: Floats
+    """Expected squared error of each load in largest squared distances, at most 1; 0 with noise left in."""
+
+    @property
+    def known(self) -> float:
+        """The part of the likeness that counts, at most 1: as much as the least certain load allows."""
+        return NOISE / max(float(self.noise_D.max()), NOISE)
 
     @property
     def told_apart(self) -> bool:
@@ -62,13 +75,13 @@ class Likeness:
         1 / m_j and shares with its own, m_j being the number of sources of its kind (as in the sequence
         weights of Henikoff and Henikoff, 1994): fully those that cannot be told from it, in part near copies.
         """
-        kind_D = _beyond(self.alike_DD, SAME).sum(axis=1)
-        return np.asarray(1 / (kind_D * (_beyond(self.alike_DD, alike_from) @ (1 / kind_D))))
+        kind_D = self._counted(SAME).sum(axis=1)
+        return np.asarray(1 / (kind_D * (self._counted(alike_from) @ (1 / kind_D))))
 
-
-def _beyond(alike_DD: Floats, least: float) -> Floats:
-    """Return similarities counted from `least` on, up to 1."""
-    return np.asarray(np.maximum((alike_DD - least) / (1 - least), 0))
+    def _counted(self, least: float) -> Floats:
+        """Return similarities counted from `least` on, up to 1, as far as loads are known."""
+        beyond_DD = np.maximum((self.alike_DD - least) / (1 - least), 0)
+        return np.where(np.eye(len(beyond_DD), dtype=bool), 1, self.known * beyond_DD)
 
 
 def likeness(signal: Signal, layers: str | Sequence[int], min_gap: float, who: str) -> Likeness:
@@ -81,7 +94,7 @@ def likeness(signal: Signal, layers: str | Sequence[int], min_gap: float, who: s
     load_DLE = gate_load(signal.counts_DLE, layers, by_layer=True)
     num_sources, num_layers, _ = load_DLE.shape
     squared_DD = np.sum([l2_distance(load_DLE[:, layer]) ** 2 for layer in range(num_layers)], axis=0)
-    sure, error_DD = 1.0, np.zeros_like(squared_DD)
+    sure, error_DD, noise_D = 1.0, np.zeros_like(squared_DD), np.zeros(num_sources)
     if min_gap > 0:
         if signal.half_counts_HDLE is None:
             raise ValueError(f"{who} with min_gap needs the counts in two halves; there are none")
@@ -96,6 +109,7 @@ def likeness(signal: Signal, layers: str | Sequence[int], min_gap: float, who: s
         # of |x|^2, where x has k independent parts, each with the variance v / k: (4 |x|^2 v + 2 v^2) / k
         variance_DD = 2 * noise_DD * (2 * squared_DD + noise_DD) / ((freedom_D[:, None] + freedom_D) / 2)
         error_DD = np.sqrt(squared_DD + np.sqrt(np.where(itself_DD, 0, variance_DD))) - np.sqrt(squared_DD)
+        noise_D = energy_D / max(squared_DD.max(), energy_D.max(), np.finfo(np.float64).tiny)
     distance_DD = np.sqrt(squared_DD)
     far = distance_DD.max()  # no mean or quantile: those change as copies are added
     away_DD = sure * distance_DD / far if far > 0 else distance_DD
@@ -104,7 +118,45 @@ def likeness(signal: Signal, layers: str | Sequence[int], min_gap: float, who: s
         distance_DD / math.sqrt(num_layers),
         error_DD / math.sqrt(num_layers),
         np.where(away_DD > NO_GAP, 1 - away_DD, 1),
+        noise_D,
     )
+
+
+def likeness_so_far(
+    signal: Signal, layers: str | Sequence[int], min_gap: float, who: str, state: Mapping[str, Any]
+) -> tuple[Likeness, dict[str, Any]]:
+    """Compare gate loads as `likeness` does, by counts of earlier updates too; return what to remember.
+
+    As many of the earlier counts are added, the same share of every source's, as it takes to know the least
+    certain load well enough: all loads are then of the same time. Nothing is remembered where those of one
+    update are enough. `state` is what was to be remembered at the last one.
+    """
+    new_HDLE = signal.half_counts_HDLE
+    if min_gap == 0 or new_HDLE is None:
+        return likeness(signal, layers, min_gap, who), {}
+    old_HDLE = np.array(state.get("half_counts", np.zeros_like(new_HDLE)))
+    if old_HDLE.shape != new_HDLE.shape:
+        raise ValueError(
+            f"{who} remembers counts of shape {old_HDLE.shape}, the signal has {new_HDLE.shape}; resume with "
+            "the same model"
+        )
+    old_D, new_D = old_HDLE.sum(axis=(0, 2, 3)), new_HDLE.sum(axis=(0, 2, 3))
+    again_D = np.zeros(len(new_D), dtype=bool) if signal.stale_D is None else signal.stale_D & (old_D > 0)
+    new_HDLE, new_D = np.where(again_D[:, None, None], 0, new_HDLE), np.where(again_D, 0, new_D)
+
+    def at(share: float) -> tuple[Likeness, Floats]:
+        """Compare by what is new and a share of what is old; all of that where a source has nothing new."""
+        all_HDLE = new_HDLE + np.where(again_D[:, None, None], 1, share) * old_HDLE
+        of_both = replace(signal, counts_DLE=all_HDLE.sum(axis=0), half_counts_HDLE=all_HDLE)
+        return likeness(of_both, layers, min_gap, who), all_HDLE
+
+    found, all_HDLE = at(1)
+    missing_D = (old_D + new_D) * found.noise_D / (NOISE / 2) - new_D  # noise is itself known roughly
+    share = float(np.clip(missing_D / np.maximum(old_D, 1), 0, 1).max(initial=0, where=~again_D))
+    if share < 1:
+        found, all_HDLE = at(share)
+    enough = share == 0 and found.known == 1
+    return found, {} if enough else {"half_counts": all_HDLE.tolist()}
 
 
 def _freedom(load_DLE: Floats) -> Floats:
@@ -204,7 +256,7 @@ class Uniqueness(Strategy):
 
     def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Turn counts into similarities and weights; the current weights are not read."""
-        found = likeness(signal, self.layers, self.min_gap, f"{self.name} mixing")
+        found, remembered = likeness_so_far(signal, self.layers, self.min_gap, f"{self.name} mixing", state)
         prior_D = np.array(self.prior_D) if len(self.prior_D) else np.ones(len(weights_D))
         if not len(prior_D) == len(found.load_DLE) == len(weights_D):
             raise ValueError(
@@ -220,7 +272,7 @@ class Uniqueness(Strategy):
             delta_D=unique_D,
             load_DLE=found.load_DLE,
             distance_DD=found.distance_DD,
-            state={"mean": new_D.tolist()} if self.average else {},
+            state={**remembered, **({"mean": new_D.tolist()} if self.average else {})},
             notes=_said(found),
         )
 
@@ -249,12 +301,15 @@ class Corrected(Wrapped):
         kept = {"plain": proposal.weights_D.tolist(), "inner": proposal.state}
         if signal.counts_DLE is None:  # the first weights: nothing is measured yet
             return replace(proposal, state=kept)
-        found = likeness(signal, self.layers, Uniqueness.min_gap, f"similarity_correction of {self.name}")
+        found, remembered = likeness_so_far(
+            *(signal, self.layers, Uniqueness.min_gap, f"similarity_correction of {self.name}"),
+            state.get("remembered", {}),
+        )
         unique_D = found.unique_D(Uniqueness.alike_from)
         return replace(
             proposal,
             weights_D=normalise_weights(proposal.weights_D * unique_D),
-            state={**kept, "unique": unique_D.tolist()},
+            state={**kept, "unique": unique_D.tolist(), "remembered": remembered},
             notes=(*proposal.notes, *_said(found)),
         )
 
