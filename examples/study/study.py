@@ -112,7 +112,7 @@ class Study:
 
     def pretrain(self) -> None:
         """Train on plain text and export, once: what is fine-tuned reads `pretrained`."""
-        if (self.output / "pretrained").is_dir():
+        if (self.output / "model").is_dir():
             return
         print("== pretraining", flush=True)
         write_corpus(self.data, SOURCES, self.output / "corpus")
@@ -120,9 +120,7 @@ class Study:
         size = [*LARGE, *SIZES["gpu"]] if self.is_large else []
         arguments = (str(HERE / "PRETRAIN.yaml"), "--run-dir", run_dir, "--resume", "auto", *size)
         self.must("-m", "megatron_dynmix", "train", *arguments)
-        self.must(
-            "-m", "megatron_dynmix", "convert", "megatron-to-hf", run_dir, str(self.output / "pretrained")
-        )
+        self.must("-m", "megatron_dynmix", "convert", "megatron-to-hf", run_dir, str(self.output / "model"))
 
     def sources(self, part: str) -> pieces.Sources:
         """Return the sources of a part."""
@@ -148,7 +146,7 @@ class Study:
         settings = yaml.safe_load((HERE / "RUN.yaml").read_text())
         settings["data"]["sources"] = self.sources(part)
         if start != "random":
-            settings["model"] = {"load_hf": str(self.output / "pretrained")}
+            settings["model"] = {"load_hf": str(self.output / "model")}
         for section, changed in STARTS[start].items():
             settings[section].update(changed)
         path = self.output / start / f"{part}.yaml"
