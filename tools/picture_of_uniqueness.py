@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dynmix.mixing.strategies.gate_load import GateLoad
-from megatron_dynmix.mixing.strategies.uniqueness import likeness
+from megatron_dynmix.mixing.strategies.uniqueness import Uniqueness, likeness
 from megatron_dynmix.mixing.strategy import Signal
 
 NAMES = ("chat", "code", "math", "math again")
@@ -38,11 +38,11 @@ def weights() -> dict[str, tuple[str, Sequence[float]]]:
     rule = GateLoad()
     for _ in range(UPDATES):
         published_D = rule.propose(published_D, signal, {}).weights_D
-    unique_D = likeness(signal, "all", 0.0, "the picture").unique_D(0.0)
+    unique_D = Uniqueness(min_gap=0).propose(even_D, signal, {}).weights_D
     return {
         "uniform": (GREY, even_D.tolist()),
         f"gate-load, after {UPDATES} updates": (ORANGE, published_D.tolist()),
-        "uniqueness": (BLUE, (unique_D / unique_D.sum()).tolist()),
+        "uniqueness": (BLUE, unique_D.tolist()),
     }
 
 

@@ -18,8 +18,8 @@ from megatron_dynmix.mixing.strategies.uniqueness import SAME, Corrected, Unique
 from megatron_dynmix.mixing.strategy import Signal, SourceError
 
 checked = settings(max_examples=60, derandomize=True)
-PLAIN = Uniqueness(min_gap=0)
-COPIES = Uniqueness(min_gap=0, alike_from=SAME)
+PLAIN = Uniqueness(min_gap=0, alike_from=0)
+COPIES = Uniqueness(min_gap=0)
 either = pytest.mark.parametrize("rule", [PLAIN, COPIES], ids=["any likeness", "copies only"])
 
 
@@ -173,15 +173,18 @@ def test_pure_noise_gives_the_prior_and_says_so(number, experts, layers, rows):
     assert told_apart <= 0.1 * repeats
 
 
+@pytest.mark.parametrize(
+    "rule", [Uniqueness(alike_from=0), Uniqueness()], ids=["any likeness", "copies only"]
+)
 @pytest.mark.parametrize("experts", [8, 64, 256])
 @pytest.mark.parametrize("layers", [1, 6])
 @pytest.mark.parametrize("number", [4, 16, 64])
-def test_the_rule_is_the_same_for_any_number_of_sources_experts_and_layers(number, layers, experts):
+def test_the_rule_is_the_same_for_any_number_of_sources_experts_and_layers(number, layers, experts, rule):
     """Half of the sources are copies of one: they get what one gets, the others the rest."""
     rng = np.random.default_rng(number + experts)
     load_DLE = loads(rng, number, layers, experts, concentration=3.0)
     load_DLE[: number // 2] = load_DLE[0]
-    proposal = propose(Uniqueness(), halves_HDLE=halves_of(rng, load_DLE, 60_000))
+    proposal = propose(rule, halves_HDLE=halves_of(rng, load_DLE, 300_000))
     kinds = number // 2 + 1
     of_copies = proposal.weights_D[: number // 2]
     assert proposal.notes == ()
@@ -204,14 +207,17 @@ def test_what_is_less_alike_than_alike_from_is_not_alike_at_all(between, share):
 def test_what_noise_explains_moves_nothing_and_the_rest_more_the_surer_it_is():
     rng = np.random.default_rng(3)
     halves_HDLE = halves_of(rng, loads(rng, 4), 2000)
-    moved = [np.ptp(weights(Uniqueness(min_gap=gap), halves_HDLE=halves_HDLE)) for gap in (2, 4, 6, 100)]
+    moved = [
+        np.ptp(weights(Uniqueness(min_gap=gap, alike_from=0), halves_HDLE=halves_HDLE))
+        for gap in (2, 4, 6, 100)
+    ]
     assert moved[0] > 0.05 and moved[-1] <= 1e-15
 
 
 def test_earlier_updates_are_averaged_in():
     rng = np.random.default_rng(0)
     first, second = loads(rng, 4), loads(rng, 4)
-    strategy = Uniqueness(min_gap=0, average=0.75)
+    strategy = replace(PLAIN, average=0.75)
     one = propose(strategy, first)
     np.testing.assert_array_equal(one.weights_D, weights(PLAIN, first))
     two = propose(strategy, second, state=one.state)
@@ -252,7 +258,7 @@ def test_a_source_that_gets_few_rows_is_not_taken_for_a_copy_because_of_it(alike
 
 def test_counts_go_back_as_far_as_it_takes():
     rng = np.random.default_rng(4)
-    load_DLE, strategy = loads(rng, 6, layers=2), Uniqueness()
+    load_DLE, strategy = loads(rng, 6, layers=2), Uniqueness(alike_from=0)
     load_DLE[5] = load_DLE[0]
     apart = []
     state, updates = {}, 60

@@ -221,14 +221,14 @@ class Uniqueness(Strategy):
         min_gap: standard errors that some two loads must be apart, more the more pairs there are, before
             anything counts; 0 leaves the noise in.
         alike_from: similarity from which on two sources share, from 0 (whatever is alike in part shares in
-            part) to below 1; 0.9 is for copies and near copies only.
+            part) to below 1; with 0.9 copies and near copies share.
         average: share of the updates before in the new weights, from 0 (none) to below 1.
 
     """
 
     layers: str | Sequence[int] = "all"
     min_gap: float = 2.0
-    alike_from: float = 0.0
+    alike_from: float = SAME
     average: float = 0.0
     prior_D: Sequence[float] = ()
 
