@@ -96,18 +96,19 @@ def test_parts_of_other_shapes_are_refused_without_random_weights(tmp_path):
     assert done.returncode == 2 and "add random to --starts" in done.stderr
 
 
+PARTIAL = {"layers": "last", "min_gap": 0, "alike_from": 0}
+
+
 @pytest.mark.parametrize(
     ("rule", "control"),
-    [(GateLoad(), "ShuffledDelta"), (Uniqueness(layers="last", min_gap=0), "ShuffledUniqueness")],
+    [(GateLoad(), "ShuffledDelta"), (Uniqueness(**PARTIAL), "ShuffledUniqueness")],
 )
 def test_a_control_moves_as_far_to_the_wrong_sources(rule, control):
     counts_DLE = np.random.default_rng(1).integers(1, 100, (4, 2, 8))
     weights_D = np.full(4, 0.25)
     signal = Signal(counts_DLE=counts_DLE, seed=3)
     right = rule.propose(weights_D, signal, {})
-    control = build_strategy(
-        f"shuffled:{control}", {} if control == "ShuffledDelta" else {"layers": "last", "min_gap": 0}
-    )
+    control = build_strategy(f"shuffled:{control}", {} if control == "ShuffledDelta" else PARTIAL)
     wrong = control.propose(weights_D, signal, {})
     np.testing.assert_array_equal(np.sort(wrong.delta_D), np.sort(right.delta_D))
     assert not np.any(wrong.delta_D == right.delta_D)
