@@ -5,12 +5,13 @@ Axes: B rows of a micro-batch, S positions, N segments that a micro-batch can ha
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -150,8 +151,9 @@ class BlendLoader:
         if stage is not self._stage or not goes_on or until != self._sampler.until:
             self._sampler.start_sample, self._sampler.until = consumed_samples, until
             self._stage = stage
-            with _signals_held():  # workers start here
-                self._iterator = iter(self._loader)  # what was read ahead for other samples is dropped
+            # workers start with the first one; what was read ahead for other samples is dropped
+            with _signals_held() if self._iterator is None else nullcontext():
+                self._iterator = iter(self._loader)
         assert self._iterator is not None
         batches = [next(self._iterator) for _ in range(num_micro_batches)]
         self._next_sample = end
@@ -188,9 +190,12 @@ def _leave_the_end_to_the_rank(worker: int) -> None:
     if not hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING_TO_STOP)  # what is not forked begins without
+    rank = multiprocessing.parent_process()
+    assert rank is not None, "a worker is a child"
 
     def answer() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM, signal.SIGUSR1}).si_pid != os.getppid():
+        while signal.sigwaitinfo({signal.SIGTERM, signal.SIGUSR1}).si_pid != rank.pid:
             pass
         os._exit(0)
 
