@@ -17,6 +17,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from select import PIPE_BUF
 
 sys.path.append(str(Path(__file__).parents[1]))
 
@@ -33,12 +34,17 @@ MODEL = [
 ]
 WARM_UP = 3
 """Iterations that are left out."""
+LEAST = WARM_UP + 5
 
 
 def iteration_times(argv: list[str], folder: Path, turns: tuple[Path, Path], *, mixed: bool) -> list[float]:
     """Return the milliseconds of the iterations of one run, which take turns with those of another."""
     log = folder / f"log-{mixed}"
-    ((code, text),) = engine.run_stock(1, argv, log, mixed=mixed, turns=turns, timeout=1800)
+    try:
+        ((code, text),) = engine.run_stock(1, argv, log, mixed=mixed, turns=turns, timeout=1800)
+    finally:  # the other need not wait for a job that has failed
+        with turns[1].open("r+b", buffering=0) as other:
+            other.write(b"." * PIPE_BUF)
     assert code == 0, text[-3000:]
     clock = [1000 * float(seconds) for seconds in re.findall(r"cpu seconds: ([\d.]+)", text)]
     return [after - before for before, after in pairwise(clock)]
@@ -49,6 +55,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--iterations", type=int, default=200)
     arguments = parser.parse_args()
+    if arguments.iterations < LEAST:
+        parser.error(f"--iterations {arguments.iterations} is too few for quartiles; give at least {LEAST}")
     if not engine.find_stock():
         print("skipped: there is no megatron.training here; use the environment of `make test-newest`")
         return
@@ -64,13 +72,15 @@ def main() -> None:
         first, second = folder / "first", folder / "second"
         for pipe in (first, second):
             os.mkfifo(pipe)
-        begins = os.open(first, os.O_RDWR)  # the byte is kept as long as somebody has the pipe open
-        os.write(begins, b".")
+        # bytes are kept as long as somebody has the pipe open
+        held = [os.open(pipe, os.O_RDWR) for pipe in (first, second)]
+        os.write(held[0], b".")
         with ThreadPoolExecutor() as both:
             plain = both.submit(iteration_times, argv, folder, (first, second), mixed=False)
             mixed = both.submit(iteration_times, [*argv, *mixing], folder, (second, first), mixed=True)
             pairs = list(zip(plain.result(), mixed.result(), strict=True))[WARM_UP:]
-        os.close(begins)
+        for descriptor in held:
+            os.close(descriptor)
     ratios = [with_it / without for without, with_it in pairs]
     ratio = statistics.median(ratios)
     low, _, high = statistics.quantiles(ratios)

@@ -99,7 +99,7 @@ def _take_turns(mine, other):
     """Have two jobs of one rank train an iteration each in turn; print what they have taken of the CPU.
 
     Where they go together a busy machine is as busy for one as for the other. `mine` and `other` are named
-    pipes; one of them holds the byte that says whose turn it is.
+    pipes; one of them holds the byte that says whose turn it is. A job that has ended hands over for good.
     """
     import megatron.training.training as training
 
