@@ -396,6 +396,11 @@ class MixingConfig(Section):
         )
 
     @property
+    def measures_same_rows(self) -> bool:
+        """Whether each update is measured on the rows of the one before."""
+        return self.signal == "probe" and self.probe_rows == "fixed"
+
+    @property
     def shadows(self) -> list[Chosen]:
         """The strategies beside it."""
         return [chosen_shadow(entry) for entry in self.shadow]

@@ -34,16 +34,19 @@ class LastKnown:
     """What each source had when it was last measured: for each key of `STAND_INS` D values, None before that.
 
     Counts are `[L, E]`, halves `[H, L, E]`, losses numbers. Halves are of a later or an earlier interval than
-    the counts, if a source had rows of one half only.
+    the counts, if a source had rows of one half only. Those wait in `one_half`, `[H, L, E]`, until the other
+    half has some too: a source that has a row an update is measured at every second one.
     """
 
     sources: tuple[str, ...]
     values: Mapping[str, tuple[NDArray[Any] | None, ...]]
+    one_half: tuple[NDArray[Any] | None, ...]
 
     @classmethod
     def nothing(cls, sources: Sequence[str]) -> "LastKnown":
         """Return what is known before anything was measured: nothing."""
-        return cls(tuple(sources), dict.fromkeys(STAND_INS, (None,) * len(sources)))
+        none = (None,) * len(sources)
+        return cls(tuple(sources), dict.fromkeys(STAND_INS, none), none)
 
     def fill(self, what: str, signal: Signal) -> tuple["LastKnown", Signal, Filled]:
         """Remember what was measured of the sources, and complete the signal for those that were not.
@@ -57,15 +60,22 @@ class LastKnown:
             new_D = self._checked_counts(signal)
             measured_D = self._totals(new_D) > 0
         else:  # a half alone does not tell the noise
-            halves_HDLE = self._checked_halves(signal)
-            measured_D = np.all([self._totals(half_DLE) > 0 for half_DLE in halves_HDLE], axis=0)
-            new_D = halves_HDLE.swapaxes(0, 1)
+            new_D = self._with_one_half(self._checked_halves(signal).swapaxes(0, 1))
+            measured_D = (new_D.sum(axis=(2, 3)) > 0).all(axis=1)
+            waiting = zip(new_D, measured_D, strict=True)
+            one_half = tuple(None if done or not new.any() else new for new, done in waiting)
+            self = replace(self, one_half=one_half)
         known_D = self._updated(what, new_D, measured_D)
+        if what == HALVES:
+            signal = replace(signal, half_counts_HDLE=new_D.swapaxes(0, 1))
         if not measured_D.all():
             blank = np.full_like(new_D[0], np.nan if what == LOSS else 0)
             filled = [blank if value is None else value for value in known_D]
             part: dict[str, Any] = {PARTS[what]: np.stack(filled, axis=1 if what == HALVES else 0)}
-            signal = replace(signal, **part, **({"stale_D": ~measured_D} if what == HALVES else {}))
+            if what == HALVES:
+                before_D = np.array([value is not None for value in known_D]) & ~measured_D
+                part["stale_D"] = before_D if signal.stale_D is None else before_D | signal.stale_D
+            signal = replace(signal, **part)
         rows = list(zip(self.sources, measured_D, known_D, strict=True))
         unmeasured = Filled(
             stand_ins=tuple(name for name, measured, value in rows if not measured and value is not None),
@@ -95,6 +105,13 @@ class LastKnown:
                 f"halves of counts have shape {halves_HDLE.shape}; need {(NUM_HALVES, *counts_DLE.shape)}"
             )
         return halves_HDLE
+
+    def _with_one_half(self, halves_DHLE: Counts) -> Counts:
+        """Return counts with those that wait for the other half of their source."""
+        for half_DLE in halves_DHLE.swapaxes(0, 1):
+            self._totals(half_DLE)
+        waiting = [0 if held is None else held for held in self.one_half]
+        return np.stack([new + held for new, held in zip(halves_DHLE, waiting, strict=True)])
 
     def _totals(self, counts_DLE: Counts) -> Floats:
         """Return the tokens of each source, after every count was found to be one.
@@ -143,18 +160,20 @@ class LastKnown:
             what: tuple(None if old is None else old_D[old] for old in old_index_D)
             for what, old_D in self.values.items()
         }
-        return LastKnown(tuple(sources), moved)
+        one_half = tuple(None if old is None else self.one_half[old] for old in old_index_D)
+        return LastKnown(tuple(sources), moved, one_half)
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it in JSON types; reading it gives the same bits back."""
+        parts = {f"last_{kept}": self.values[what] for what, kept in STAND_INS.items()}
         return {
-            f"last_{kept}": [None if value is None else value.tolist() for value in self.values[what]]
-            for what, kept in STAND_INS.items()
+            name: [None if value is None else value.tolist() for value in values]
+            for name, values in (parts | {"one_half": self.one_half}).items()
         }
 
     @classmethod
     def from_json(cls, sources: Sequence[str], record: Mapping[str, Any]) -> "LastKnown":
-        """Read what `to_json` gave, if it is of so many sources."""
+        """Read what `to_json` gave, if it is of so many sources; a record before 0.1.0 has no `one_half`."""
         values: dict[str, tuple[NDArray[Any] | None, ...]] = {}
         for what, kept in STAND_INS.items():
             saved_D = record[f"last_{kept}"]
@@ -163,7 +182,9 @@ class LastKnown:
                     f"the saved mix has last_{kept} of {len(saved_D)} sources; need {len(sources)}"
                 )
             values[what] = tuple(None if value is None else np.array(value) for value in saved_D)
-        return cls(tuple(sources), values)
+        one_half = record.get("one_half", [None] * len(sources))
+        held = tuple(None if value is None else np.array(value) for value in one_half)
+        return cls(tuple(sources), values, held)
 
 
 def needs(strategy: Strategy) -> set[str]:

@@ -32,6 +32,8 @@ class Signal:
             `counts_DLE`; None where not measured. How far they disagree tells how noisy the loads are.
         stale_D: of which sources the halves are the last known ones, already given at an earlier update; None
             where all are new.
+        same_rows: whether every update measures the same rows, so that counts of several tell no more than
+            those of the last.
         loss_D: mean loss per trained token in nats; NaN for a source without tokens; None where not measured.
         iteration: iterations done; 0 before the first one.
         train_iters: iterations of the whole run.
@@ -46,6 +48,7 @@ class Signal:
     counts_DLE: Counts | None = None
     half_counts_HDLE: Counts | None = None
     stale_D: NDArray[np.bool_] | None = None
+    same_rows: bool = False
     loss_D: Floats | None = None
     iteration: int = 0
     train_iters: int = 0
@@ -195,6 +198,7 @@ RemarkKind = Literal[
     "shadow_failed",
     "few_tokens",
     "one_kind",
+    "uncertain",
     "override_not_followed",
     "override_unusable",
 ]

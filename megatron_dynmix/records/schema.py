@@ -97,6 +97,7 @@ def step_seconds(metrics: Sequence[TrainingRecord]) -> float:
 class Measured:
     """What strategies were told for an update, beside counts, losses and what the ledger says."""
 
+    MAY_LACK: ClassVar[str | None] = "stale"
     train_iters: int
     interval_rows: int
     run_rows: int

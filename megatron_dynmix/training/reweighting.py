@@ -199,10 +199,11 @@ class Reweighting:
                 counts_HDLE = self._interval_counts()
             self._check_counted(counts_HDLE)
         losses = (probe_stats or self._interval).source_losses()
-        measured = {"loss_D": np.array([np.nan if loss is None else loss for loss in losses])}
+        measured: dict[str, Any] = {"loss_D": np.array([np.nan if loss is None else loss for loss in losses])}
         if counts_HDLE is not None and self.controller.needs_gate_load:
             halves_HDLE = self.counter.as_signal(counts_HDLE)
             measured |= {"counts_DLE": halves_HDLE.sum(axis=0), "half_counts_HDLE": halves_HDLE}
+            measured["same_rows"] = self.mixing.measures_same_rows
         return measured, probe_stats
 
     def _check_counted(self, counts_HDLE: torch.Tensor) -> None:

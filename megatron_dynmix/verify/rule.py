@@ -137,6 +137,7 @@ def told_by(line: StageLine) -> dict[str, Any]:
         "size_D": np.array(line.sizes, np.int64),
         "drawn_D": np.array(line.drawn, np.int64),
         "seed": line.seed,
+        "same_rows": line.settings.measures_same_rows,
     }
 
 

@@ -37,6 +37,12 @@ def test_every_line_comes_back_as_it_was_written(run):
         assert type(line).salvaged(json.loads(text)).to_json() == json.loads(text)
 
 
+def test_an_update_of_before_its_stale_sources_were_told_is_read(run):
+    line = json.loads(json.dumps(MixingUpdate.from_json(run.mixing[3]).to_json()))
+    del line["signal"]["stale"]
+    assert MixingUpdate.from_json(line).signal.stale == []
+
+
 def test_every_float_comes_back_to_the_bit():
     values = [*np.random.default_rng(0).random(50).tolist(), math.nan, math.inf, -0.0, 5e-324]
     record = training_record(1, source_loss={str(place): value for place, value in enumerate(values)})

@@ -292,6 +292,99 @@ def test_last_known_counts_are_not_counted_twice():
     assert kept_HDLE[:, 0].sum() > 3 * first_HDLE[:, 0].sum()
 
 
+def test_a_source_that_is_no_longer_drawn_keeps_what_is_known_of_it():
+    """Also where the others are known well enough by one update."""
+    rng = np.random.default_rng(7)
+    load_DLE = loads(rng, 5, layers=2)
+    load_DLE[4] = load_DLE[0]
+    controller = MixingController(list("abcde"), np.full(5, 1 / 5), Uniqueness())
+    for update in range(12):
+        rows = [4, 4, 4, 4, 4] if update < 6 else [300, 300, 300, 0, 300]
+        new_HDLE = in_rows(rng, load_DLE, rows, [0] * 5)
+        decision = controller.update(Signal(counts_DLE=new_HDLE.sum(axis=0), half_counts_HDLE=new_HDLE))
+        if update == 5:
+            known_HLE = np.array(controller.state.course.state["half_counts"])[:, 3]
+    kept_HDLE = np.array(controller.state.course.state["half_counts"])
+    np.testing.assert_array_equal(kept_HDLE[:, 3], known_HLE)
+    np.testing.assert_allclose(decision.weights_D, [1 / 8, 1 / 4, 1 / 4, 1 / 4, 1 / 8], rtol=0.1)
+
+
+def test_a_source_that_was_hardly_seen_and_is_gone_keeps_nobody_waiting():
+    rng = np.random.default_rng(8)
+    load_DLE = loads(rng, 5, layers=2)
+    load_DLE[1] = load_DLE[0]
+    controller = MixingController(list("abcde"), np.full(5, 1 / 5), Uniqueness())
+    for update in range(20):
+        rows = [2] * 5 if update == 0 else [40, 40, 40, 40, 0]
+        new_HDLE = in_rows(rng, load_DLE, rows, [0] * 5)
+        decision = controller.update(Signal(counts_DLE=new_HDLE.sum(axis=0), half_counts_HDLE=new_HDLE))
+    assert decision.weights_D[0] + decision.weights_D[1] < 1.3 * decision.weights_D[2]
+
+
+def test_a_source_of_one_row_an_update_is_measured_at_every_second_one():
+    """Its rows fall into one half and the other in turn; a half alone tells nothing of the noise."""
+    rng = np.random.default_rng(9)
+    load_DLE, names = loads(rng, 4), list("abcd")
+    controller = MixingController(names, np.full(4, 1 / 4), Uniqueness())
+    for update in range(6):
+        rows_HDLE = in_rows(rng, load_DLE, [20, 20, 20, 1], [0, 0, 0, update])
+        signal = Signal(counts_DLE=rows_HDLE.sum(axis=0), half_counts_HDLE=rows_HDLE)
+        decision = controller.update(signal)
+        again = MixingController(names, np.full(4, 1 / 4), Uniqueness())
+        again.resume(ControllerState.from_json(json.loads(json.dumps(controller.state.to_json()))))
+        controller = again
+        if update == 0:
+            assert [note.kind for note in decision.notes] == ["kept"] and decision.signal.stale_D is not None
+            before_HLE = rows_HDLE[:, 3]
+        elif update == 1:
+            np.testing.assert_array_equal(
+                decision.signal.half_counts_HDLE[:, 3], before_HLE + rows_HDLE[:, 3]
+            )
+            assert decision.signal.stale_D is None
+        elif update % 2 == 0:
+            assert decision.signal.stale_D.tolist() == [False, False, False, True]
+    assert np.array(controller.state.course.state["half_counts"])[:, 3].sum() == 6 * 400
+
+
+def test_a_source_that_was_never_measured_has_no_last_known_counts():
+    counts_DLE = np.array([[[5, 1]], [[1, 5]], [[0, 0]]])
+    controller = MixingController(list("abc"), np.full(3, 1 / 3), Uniqueness())
+    decision = controller.update(
+        Signal(counts_DLE=2 * counts_DLE, half_counts_HDLE=np.stack([counts_DLE] * 2))
+    )
+    assert decision.signal.stale_D.tolist() == [False] * 3
+
+
+def test_rows_that_are_measured_again_and_again_are_not_added_up():
+    """A fixed probe: its newest counts are all there is to know, and no weight decides what it measures."""
+    rng = np.random.default_rng(10)
+    halves_HDLE = in_rows(rng, loads(rng, 4, layers=2), [4] * 4, [0] * 4)
+    signal = Signal(counts_DLE=halves_HDLE.sum(axis=0), half_counts_HDLE=halves_HDLE)
+    even_D = np.full(4, 1 / 4)
+    partial = Uniqueness(alike_from=0)
+    train = partial.propose(even_D, signal, {})
+    probe = partial.propose(even_D, replace(signal, same_rows=True), train.state)
+    assert train.state and not probe.state
+    assert [note.kind for note in train.notes] == ["uncertain"] and probe.notes == ()
+    found = likeness(signal, "all", 2.0, "")
+    np.testing.assert_allclose(probe.delta_D, found.unique_D(0))
+    assert np.ptp(train.weights_D) < np.ptp(probe.weights_D)
+
+
+@pytest.mark.parametrize("layers", ["last", [0, 2]])
+def test_only_layers_that_are_read_are_remembered(layers):
+    rng = np.random.default_rng(11)
+    halves_HDLE = in_rows(rng, loads(rng, 4, layers=3), [2] * 4, [0] * 4)
+    state = propose(Uniqueness(layers=layers), halves_HDLE=halves_HDLE).state
+    chosen = [2] if layers == "last" else layers
+    np.testing.assert_array_equal(state["half_counts"], halves_HDLE[:, :, chosen])
+
+
+def test_a_single_source_remembers_nothing():
+    rng = np.random.default_rng(12)
+    assert propose(Uniqueness(), halves_HDLE=in_rows(rng, loads(rng, 1), [2], [0])).state == {}
+
+
 def test_counts_of_another_model_are_refused():
     rng = np.random.default_rng(6)
     few = propose(Uniqueness(), halves_HDLE=in_rows(rng, loads(rng, 3), [2] * 3, [0] * 3))

@@ -9,8 +9,8 @@ Where no pair is further apart than chance explains, t and with it all distances
 is not tested pair by pair: a source whose load is uncertain would then count as like every other.
 
 Noise that is taken off leaves an uncertain source close to all others: it would get less and less, and be
-measured by less and less. So counts go as far back as it takes until V_i is at most 1 / 200 of max d^2
-for every source; until then likeness counts in proportion, and weights stay near the prior.
+measured by less and less. So counts go back until V_i is at most 1 / 400 of max d^2 for every source, and as
+long as it is above 1 / 200 likeness counts in proportion, and weights stay near the prior.
 
 Axes: H = 2 halves, D sources, L chosen layers, E experts.
 """
@@ -39,6 +39,8 @@ SAME = 0.9
 """Similarity from which on sources begin to count as one kind."""
 NOISE = 0.005
 """Expected squared error of a load, in largest squared distances, up to which it is known well enough."""
+AIM = NOISE / 2
+"""To what it is brought where earlier counts can do that: it is known only roughly itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,32 +58,28 @@ class Likeness:
     """Expected squared error of each load in largest squared distances, at most 1; 0 with noise left in."""
 
     @property
-    def known(self) -> float:
-        """The part of the likeness that counts, at most 1: as much as the least certain load allows."""
-        return NOISE / max(float(self.noise_D.max()), NOISE)
-
-    @property
     def told_apart(self) -> bool:
         """Whether any two sources are further apart than noise explains."""
         return bool((self.alike_DD < 1).any())
 
-    def unique_D(self, alike_from: float) -> Floats:
+    def unique_D(self, alike_from: float, known_DD: Floats | float = 1.0) -> Floats:
         """Return what each source has for itself, above 0 and at most 1; 1 / n for one of n copies.
 
-        Sources whose similarity is at most `alike_from` count as nothing alike, and it as 0.
+        Sources whose similarity is at most `alike_from` count as nothing alike, and it as 0; `known_DD` is
+        the part of what is left that counts.
 
         One over the number of sources like it: its ordinariness in the sense of Leinster and Cobbold (Ecology
         93, 2012), sum_j Z_ij. There a source that was split into parts would count as many. So each counts as
         1 / m_j and shares with its own, m_j being the number of sources of its kind (as in the sequence
         weights of Henikoff and Henikoff, 1994): fully those that cannot be told from it, in part near copies.
         """
-        kind_D = self._counted(SAME).sum(axis=1)
-        return np.asarray(1 / (kind_D * (self._counted(alike_from) @ (1 / kind_D))))
+        kind_D = self._counted(SAME, known_DD).sum(axis=1)
+        return np.asarray(1 / (kind_D * (self._counted(alike_from, known_DD) @ (1 / kind_D))))
 
-    def _counted(self, least: float) -> Floats:
-        """Return similarities counted from `least` on, up to 1, as far as loads are known."""
+    def _counted(self, least: float, known_DD: Floats | float) -> Floats:
+        """Return similarities counted from `least` on, up to 1."""
         beyond_DD = np.maximum((self.alike_DD - least) / (1 - least), 0)
-        return np.where(np.eye(len(beyond_DD), dtype=bool), 1, self.known * beyond_DD)
+        return np.where(np.eye(len(beyond_DD), dtype=bool), 1, known_DD * beyond_DD)
 
 
 def likeness(signal: Signal, layers: str | Sequence[int], min_gap: float, who: str) -> Likeness:
@@ -100,7 +98,7 @@ def likeness(signal: Signal, layers: str | Sequence[int], min_gap: float, who: s
             raise ValueError(f"{who} with min_gap needs the counts in two halves; there are none")
         energy_D = _energy(load_DLE, at_layers(signal.half_counts_HDLE, layers), who)
         noise_DD = energy_D[:, None] + energy_D
-        chance_DD = noise_DD * _most_by_chance(load_DLE, energy_D, min_gap)
+        chance_DD = _most_by_chance(load_DLE, energy_D, min_gap)
         apart_DD = squared_DD > chance_DD
         sure = 1 - float(np.min(chance_DD[apart_DD] / squared_DD[apart_DD], initial=1))
         itself_DD = np.eye(num_sources, dtype=bool)
@@ -122,41 +120,82 @@ def likeness(signal: Signal, layers: str | Sequence[int], min_gap: float, who: s
     )
 
 
+@dataclass(frozen=True, eq=False)
+class SoFar:
+    """What is known of likeness at an update, by counts of earlier ones too."""
+
+    found: Likeness
+    known_DD: Floats | float
+    """The part of each similarity that counts."""
+    state: dict[str, Any]
+    """What is to be remembered for the next update."""
+
+    def unique_D(self, alike_from: float) -> Floats:
+        """Return what each source has for itself, as far as that is known."""
+        return self.found.unique_D(alike_from, self.known_DD)
+
+    @property
+    def notes(self) -> tuple[Remark, ...]:
+        """What a reader must know about it."""
+        known = float(np.min(self.known_DD))
+        if len(self.found.load_DLE) == 1:
+            return ()
+        if not self.found.told_apart:
+            text = "no two sources can be told apart by their gate loads: they count as one kind"
+            return (Remark("one_kind", text),)
+        if known < 1:
+            text = f"loads are not known well enough yet: likeness counts by {known:.0%} at the least"
+            return (Remark("uncertain", text),)
+        return ()
+
+
 def likeness_so_far(
     signal: Signal, layers: str | Sequence[int], min_gap: float, who: str, state: Mapping[str, Any]
-) -> tuple[Likeness, dict[str, Any]]:
-    """Compare gate loads as `likeness` does, by counts of earlier updates too; return what to remember.
+) -> SoFar:
+    """Compare gate loads as `likeness` does, by counts of earlier updates too; ValueError likewise.
 
     As many of the earlier counts are added, the same share of every source's, as it takes to know the least
-    certain load well enough: all loads are then of the same time. Nothing is remembered where those of one
-    update are enough. `state` is what was to be remembered at the last one.
+    certain load well enough: all loads are then of the same time. Of a source that brought nothing new all
+    counts are kept. Nothing is remembered where those of one update are enough, nor where every update
+    measures the same rows: there weights do not decide what is measured. `state` is what was to be remembered
+    at the last one.
     """
-    new_HDLE = signal.half_counts_HDLE
-    if min_gap == 0 or new_HDLE is None:
-        return likeness(signal, layers, min_gap, who), {}
+    new_HDLE, num_sources = (
+        signal.half_counts_HDLE,
+        0 if signal.counts_DLE is None else len(signal.counts_DLE),
+    )
+    if min_gap == 0 or new_HDLE is None or num_sources < 2 or signal.same_rows:
+        return SoFar(likeness(signal, layers, min_gap, who), 1.0, {})
+    new_HDLE = at_layers(new_HDLE, layers)
     old_HDLE = np.array(state.get("half_counts", np.zeros_like(new_HDLE)))
     if old_HDLE.shape != new_HDLE.shape:
         raise ValueError(
             f"{who} remembers counts of shape {old_HDLE.shape}, the signal has {new_HDLE.shape}; resume with "
-            "the same model"
+            "the same model and layers"
         )
-    old_D, new_D = old_HDLE.sum(axis=(0, 2, 3)), new_HDLE.sum(axis=(0, 2, 3))
-    again_D = np.zeros(len(new_D), dtype=bool) if signal.stale_D is None else signal.stale_D & (old_D > 0)
-    new_HDLE, new_D = np.where(again_D[:, None, None], 0, new_HDLE), np.where(again_D, 0, new_D)
+    stale_D = np.zeros(new_HDLE.shape[1], dtype=bool) if signal.stale_D is None else signal.stale_D
+    # of a stale source what is given is a part of what is remembered, if anything is
+    held_D = stale_D & (old_HDLE.sum(axis=(0, 2, 3)) > 0)
+    held_HDLE = np.where(held_D[:, None, None], old_HDLE, 0)
+    old_HDLE, new_HDLE = (np.where(held_D[:, None, None], 0, given) for given in (old_HDLE, new_HDLE))
 
-    def at(share: float) -> tuple[Likeness, Floats]:
-        """Compare by what is new and a share of what is old; all of that where a source has nothing new."""
-        all_HDLE = new_HDLE + np.where(again_D[:, None, None], 1, share) * old_HDLE
-        of_both = replace(signal, counts_DLE=all_HDLE.sum(axis=0), half_counts_HDLE=all_HDLE)
-        return likeness(of_both, layers, min_gap, who), all_HDLE
+    def at(share: float) -> tuple[Likeness, Counts]:
+        all_HDLE = new_HDLE + held_HDLE + share * old_HDLE
+        of_all = replace(signal, counts_DLE=all_HDLE.sum(axis=0), half_counts_HDLE=all_HDLE)
+        return likeness(of_all, "all", min_gap, who), all_HDLE
 
     found, all_HDLE = at(1)
-    missing_D = (old_D + new_D) * found.noise_D / (NOISE / 2) - new_D  # noise is itself known roughly
-    share = float(np.clip(missing_D / np.maximum(old_D, 1), 0, 1).max(initial=0, where=~again_D))
+    old_D, new_D = (counts.sum(axis=(0, 2, 3)) for counts in (old_HDLE, new_HDLE))
+    wanted_D = (old_D + new_D) * found.noise_D / AIM
+    share = float(np.max((wanted_D - new_D) / np.maximum(old_D, 1), initial=0, where=~held_D))
     if share < 1:
         found, all_HDLE = at(share)
-    enough = share == 0 and found.known == 1
-    return found, {} if enough else {"half_counts": all_HDLE.tolist()}
+    known_D = NOISE / np.maximum(found.noise_D, NOISE)
+    # one that is not drawn will not be known better: the others do not wait for it
+    known_D = np.where(stale_D, known_D, known_D.min(initial=1, where=~stale_D))
+    known_DD = np.minimum(known_D[:, None], known_D)
+    enough = share <= 0 and known_D.min() == 1 and not held_D.any()
+    return SoFar(found, known_DD, {} if enough else {"half_counts": all_HDLE.tolist()})
 
 
 def _freedom(load_DLE: Floats) -> Floats:
@@ -186,16 +225,16 @@ def _energy(load_DLE: Floats, half_counts_HDLE: Counts, who: str) -> Floats:
 
 
 def _most_by_chance(load_DLE: Floats, energy_D: Floats, min_gap: float) -> Floats:
-    """Return how many times its mean the squared distance of two equal loads may come to by chance.
+    """Return what the squared distance of two equal loads may come to by chance.
 
-    Over V_i + V_j, which is estimated from as few numbers, it is distributed like F; by Wilson and Hilferty
-    (1931) its cube root is nearly normal, so z standard errors of that are a quadratic equation. Without
-    bound where V_i + V_j is too uncertain to tell. z is `min_gap` for one pair, sqrt(min_gap^2 + 2 log n) for
-    n of them, which keeps the chance that any is told apart by mistake.
+    Over V_i + V_j, its mean, which is estimated from as few numbers, it is distributed like F; by Wilson and
+    Hilferty (1931) its cube root is nearly normal, so z standard errors of that are a quadratic equation.
+    Without bound where V_i + V_j is too uncertain to tell. z is `min_gap` for one pair, sqrt(min_gap^2 +
+    2 log n) for n of them, which keeps the chance that any is told apart by mistake.
     """
     freedom_D = _freedom(load_DLE)
-    own_D = energy_D**2 / freedom_D
-    below_DD = (energy_D[:, None] + energy_D) ** 2 / np.maximum(own_D[:, None] + own_D, np.finfo(float).tiny)
+    own_D, noise_DD = energy_D**2 / freedom_D, energy_D[:, None] + energy_D
+    below_DD = noise_DD**2 / np.maximum(own_D[:, None] + own_D, np.finfo(float).tiny)
     above_DD = (freedom_D[:, None] + freedom_D) / 2
     pairs = max(len(load_DLE) * (len(load_DLE) - 1) / 2, 1)
     z_squared = min_gap**2 + 2 * math.log(pairs)
@@ -205,7 +244,7 @@ def _most_by_chance(load_DLE: Floats, energy_D: Floats, min_gap: float) -> Float
     root_DD = np.sqrt(z_squared * np.maximum(a_DD**2 * d_DD + b_DD**2 * c_DD - z_squared * c_DD * d_DD, 0))
     enough = divisor_DD > 0
     cube_root_DD = (a_DD * b_DD + root_DD) / np.where(enough, divisor_DD, 1)
-    return np.where(enough, cube_root_DD**3, np.finfo(np.float64).max)
+    return np.where(enough, noise_DD * cube_root_DD**3, np.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,14 +295,15 @@ class Uniqueness(Strategy):
 
     def propose(self, weights_D: Floats, signal: Signal, state: Mapping[str, Any]) -> Proposal:
         """Turn counts into similarities and weights; the current weights are not read."""
-        found, remembered = likeness_so_far(signal, self.layers, self.min_gap, f"{self.name} mixing", state)
+        so_far = likeness_so_far(signal, self.layers, self.min_gap, f"{self.name} mixing", state)
+        found = so_far.found
         prior_D = np.array(self.prior_D) if len(self.prior_D) else np.ones(len(weights_D))
         if not len(prior_D) == len(found.load_DLE) == len(weights_D):
             raise ValueError(
                 f"counts for {len(found.load_DLE)} sources and a prior for {len(prior_D)}; {self.name} "
                 f"mixing has weights for {len(weights_D)}"
             )
-        unique_D = found.unique_D(self.alike_from)
+        unique_D = so_far.unique_D(self.alike_from)
         new_D = normalise_weights(prior_D * unique_D)
         if "mean" in state:
             new_D = normalise_weights((1 - self.average) * new_D + self.average * np.array(state["mean"]))
@@ -272,8 +312,8 @@ class Uniqueness(Strategy):
             delta_D=unique_D,
             load_DLE=found.load_DLE,
             distance_DD=found.distance_DD,
-            state={**remembered, **({"mean": new_D.tolist()} if self.average else {})},
-            notes=_said(found),
+            state={**so_far.state, **({"mean": new_D.tolist()} if self.average else {})},
+            notes=so_far.notes,
         )
 
 
@@ -301,21 +341,14 @@ class Corrected(Wrapped):
         kept = {"plain": proposal.weights_D.tolist(), "inner": proposal.state}
         if signal.counts_DLE is None:  # the first weights: nothing is measured yet
             return replace(proposal, state=kept)
-        found, remembered = likeness_so_far(
+        so_far = likeness_so_far(
             *(signal, self.layers, Uniqueness.min_gap, f"similarity_correction of {self.name}"),
             state.get("remembered", {}),
         )
-        unique_D = found.unique_D(Uniqueness.alike_from)
+        unique_D = so_far.unique_D(Uniqueness.alike_from)
         return replace(
             proposal,
             weights_D=normalise_weights(proposal.weights_D * unique_D),
-            state={**kept, "unique": unique_D.tolist(), "remembered": remembered},
-            notes=(*proposal.notes, *_said(found)),
+            state={**kept, "unique": unique_D.tolist(), "remembered": so_far.state},
+            notes=(*proposal.notes, *so_far.notes),
         )
-
-
-def _said(found: Likeness) -> tuple[Remark, ...]:
-    if found.told_apart or len(found.load_DLE) == 1:
-        return ()
-    text = "no two sources can be told apart by their gate loads: they count as one kind"
-    return (Remark("one_kind", text),)
