@@ -19,21 +19,22 @@ from megatron_dynmix.mixing.controller import MixingController
 from megatron_dynmix.mixing.gate_loads import gate_load
 from megatron_dynmix.mixing.guardrails import Guardrails
 from megatron_dynmix.mixing.strategies.gate_load import GateLoad, Inverse
-from megatron_dynmix.mixing.strategy import Signal
+from megatron_dynmix.mixing.strategies.uniqueness import Uniqueness
+from megatron_dynmix.mixing.strategy import Signal, Strategy
 from megatron_dynmix.records.text_table import table
 
 TARGET_MS = 50.0
 SEED = 1234
 
 
-def signals(arguments: argparse.Namespace) -> list[Signal]:
-    """Make what is measured for each of the updates."""
+def signals(arguments: argparse.Namespace, tokens: int) -> list[Signal]:
+    """Make what is measured for each of the updates, on so many tokens of a source."""
     rng = np.random.default_rng(SEED)
     load_DLE = rng.dirichlet(np.full(arguments.experts, 2.0), size=(arguments.sources, arguments.layers))
     size_D = rng.integers(10_000, 100_000, size=arguments.sources)
     measured = []
     for update in range(arguments.updates):
-        half_counts_HDLE = rng.poisson(arguments.tokens / 2 * load_DLE, size=(2, *load_DLE.shape))
+        half_counts_HDLE = rng.poisson(tokens / 2 * load_DLE, size=(2, *load_DLE.shape))
         measured.append(
             Signal(
                 counts_DLE=half_counts_HDLE.sum(axis=0),
@@ -47,12 +48,16 @@ def signals(arguments: argparse.Namespace) -> list[Signal]:
     return measured
 
 
-def new_controller(arguments: argparse.Namespace, *, everything: bool) -> MixingController:
-    """Build the rule on all layers, alone or with all that can be had beside it; shadows as published."""
+def alone(arguments: argparse.Namespace, strategy: Strategy) -> MixingController:
+    """Build a rule without anything beside it."""
+    sources = [f"source-{index}" for index in range(arguments.sources)]
+    return MixingController(sources, np.full(arguments.sources, 1 / arguments.sources), strategy)
+
+
+def everything(arguments: argparse.Namespace) -> MixingController:
+    """Build the published rule on all layers, with all that can be had beside it; shadows as published."""
     sources = [f"source-{index}" for index in range(arguments.sources)]
     weights_D = np.full(arguments.sources, 1 / arguments.sources)
-    if not everything:
-        return MixingController(sources, weights_D, GateLoad(layers="all"))
     return MixingController(
         sources,
         weights_D,
@@ -81,10 +86,13 @@ def milliseconds(call: Callable[[Signal], object], measured: list[Signal]) -> ND
 
 def report(arguments: argparse.Namespace) -> str:
     """Return the table, and the share of the floor."""
-    measured = signals(arguments)
+    measured, few = signals(arguments, arguments.tokens), signals(arguments, arguments.few_tokens)
+    rule, default = GateLoad(layers="all"), Uniqueness()
     times = {
-        "everything": milliseconds(new_controller(arguments, everything=True).update, measured),
-        "the rule alone": milliseconds(new_controller(arguments, everything=False).update, measured),
+        "everything": milliseconds(everything(arguments).update, measured),
+        "gate-load alone": milliseconds(alone(arguments, rule).update, measured),
+        "uniqueness alone": milliseconds(alone(arguments, default).update, measured),
+        "the same of few tokens, remembering": milliseconds(alone(arguments, default).update, few),
         "floor: normalising the counts": milliseconds(
             lambda signal: gate_load(signal.counts_DLE, "all"), measured
         ),
@@ -95,7 +103,7 @@ def report(arguments: argparse.Namespace) -> str:
         numbers = (wall, times_U2[:, 0].min(), times_U2[:, 0].max(), cpu)
         return [label, *(f"{number:.1f}" for number in numbers)]
 
-    everything, _, floor = (np.median(times_U2[:, 0]) for times_U2 in times.values())
+    whole, *_, floor = (np.median(times_U2[:, 0]) for times_U2 in times.values())
     return "\n".join(
         [
             f"One weight update: {arguments.sources} sources x {arguments.layers} layers x "
@@ -106,7 +114,7 @@ def report(arguments: argparse.Namespace) -> str:
             "",
             table(["update", "wall", "min", "max", "CPU"], [row(*item) for item in times.items()]),
             "",
-            f"share of the floor: {floor / everything:.1%}",
+            f"share of the floor: {floor / whole:.1%}",
         ]
     )
 
@@ -117,6 +125,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=1_000_000, help="choices counted per source and layer")
+    parser.add_argument("--few-tokens", type=int, default=10_000, help="where earlier updates must help")
     parser.add_argument("--updates", type=int, default=20)
     print(report(parser.parse_args()))
 

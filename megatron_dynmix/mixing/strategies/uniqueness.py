@@ -180,21 +180,22 @@ def likeness_so_far(
     old_HDLE, new_HDLE = (np.where(held_D[:, None, None], 0, given) for given in (old_HDLE, new_HDLE))
 
     def at(share: float) -> tuple[Likeness, Counts]:
-        all_HDLE = new_HDLE + held_HDLE + share * old_HDLE
+        all_HDLE = new_HDLE + held_HDLE + (share * old_HDLE).astype(old_HDLE.dtype)
         of_all = replace(signal, counts_DLE=all_HDLE.sum(axis=0), half_counts_HDLE=all_HDLE)
         return likeness(of_all, "all", min_gap, who), all_HDLE
 
-    found, all_HDLE = at(1)
     old_D, new_D = (counts.sum(axis=(0, 2, 3)) for counts in (old_HDLE, new_HDLE))
-    wanted_D = (old_D + new_D) * found.noise_D / AIM
-    share = float(np.max((wanted_D - new_D) / np.maximum(old_D, 1), initial=0, where=~held_D))
-    if share < 1:
-        found, all_HDLE = at(share)
+    share = float(old_D.any())
+    found, all_HDLE = at(share)
+    if share > 0:
+        wanted_D = (old_D + new_D) * found.noise_D / AIM
+        share = min(float(np.max((wanted_D - new_D) / np.maximum(old_D, 1), initial=0, where=~held_D)), 1)
+        found, all_HDLE = at(share) if share < 1 else (found, all_HDLE)
     known_D = NOISE / np.maximum(found.noise_D, NOISE)
     # one that is not drawn will not be known better: the others do not wait for it
     known_D = np.where(stale_D, known_D, known_D.min(initial=1, where=~stale_D))
     known_DD = np.minimum(known_D[:, None], known_D)
-    enough = share <= 0 and known_D.min() == 1 and not held_D.any()
+    enough = share == 0 and known_D.min() == 1 and not held_D.any()
     return SoFar(found, known_DD, {} if enough else {"half_counts": all_HDLE.tolist()})
 
 
