@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 
+import numpy as np
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -49,9 +50,10 @@ def test_quickstart_learns_finds_the_redundant_sources_and_says_what_to_open(clo
 
     mixing = [json.loads(line) for line in (run_dir / "mixing.jsonl").read_text().splitlines()]
     assert [record["iteration"] for record in mixing] == list(range(10, 101, 10))
-    final = dict(zip(SOURCES, mixing[-1]["new_weights"], strict=True))
-    assert final["math"] < 0.2 and final["math_again"] < 0.2
-    assert abs(final["math"] - final["math_again"]) < 0.02
+    later = np.mean([record["new_weights"] for record in mixing[5:]], axis=0)  # one update is of few tokens
+    share = dict(zip(SOURCES, later.tolist(), strict=True))
+    assert share["math"] < 0.2 and share["math_again"] < 0.2
+    assert abs(share["math"] - share["math_again"]) < 0.02
     for record in mixing:
         assert record["seconds"].keys() == {"signal", "reduce", "update", "rebuild"}
 
