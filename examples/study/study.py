@@ -111,7 +111,7 @@ class Study:
         self.must(str(ROOT / "tools/train_tokenizer.py"), *arguments)
 
     def pretrain(self) -> None:
-        """Train on plain text and export, once: what is fine-tuned reads `pretrained`."""
+        """Train on plain text and export, once: what is fine-tuned reads `model`."""
         if (self.output / "model").is_dir():
             return
         print("== pretraining", flush=True)

@@ -160,11 +160,8 @@ def likeness_so_far(
     measures the same rows: there weights do not decide what is measured. `state` is what was to be remembered
     at the last one.
     """
-    new_HDLE, num_sources = (
-        signal.half_counts_HDLE,
-        0 if signal.counts_DLE is None else len(signal.counts_DLE),
-    )
-    if min_gap == 0 or new_HDLE is None or num_sources < 2 or signal.same_rows:
+    new_HDLE = signal.half_counts_HDLE
+    if min_gap == 0 or new_HDLE is None or new_HDLE.shape[1] < 2 or signal.same_rows:
         return SoFar(likeness(signal, layers, min_gap, who), 1.0, {})
     new_HDLE = at_layers(new_HDLE, layers)
     old_HDLE = np.array(state.get("half_counts", np.zeros_like(new_HDLE)))
