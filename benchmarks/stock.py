@@ -67,7 +67,7 @@ def main() -> None:
         blend = [word for prefix in prefixes for word in ("1", prefix)]
         argv = ["--data-path", *blend, "--data-cache-path", str(folder / "cache"), *MODEL]
         argv += ["--train-iters", str(arguments.iterations)]
-        mixing = ["--dynmix-strategy", "gate-load", "--dynmix-interval", "10"]
+        mixing = ["--dynmix-strategy", "uniqueness", "--dynmix-interval", "10"]
         mixing += ["--dynmix-run-dir", str(folder / "run")]
         first, second = folder / "first", folder / "second"
         for pipe in (first, second):
