@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from megatron_dynmix.config import leaves
 from megatron_dynmix.config.load import parse_flags
 from megatron_dynmix.config.run_config import MixingConfig
-from megatron_dynmix.config.strategies import resolved_options
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import read_json
 from megatron_dynmix.mixing.strategy import Signal
@@ -48,10 +47,6 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     known = {name: leaf for name, leaf in leaves.mixing_leaves().items() if name not in RUN_ONLY}
     # the published rule: loads without halves do not tell the noise, which a run's own default wants to know
     mixing = MixingConfig.from_flat({"strategy": "gate-load", **parse_flags(rest, known)})
-    for chosen in mixing.asked:
-        for setting, required in resolved_options(chosen.strategy).items():
-            if required and getattr(mixing, setting) is None:
-                raise InputError(f"strategy {chosen.label} needs --{setting.replace('_', '-')}; give it")
     contents = {path: _read_object(path) for path in (load, loss, weights) if path is not None}
     if not contents:
         raise InputError("there is nothing to update from; give --load FILE.json, --loss FILE.json or both")

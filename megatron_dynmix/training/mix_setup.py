@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dynmix.config import RunConfig
+from megatron_dynmix.config.check.mixing import check_given
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.config.strategies import RESOLVED, Chosen, resolved_options
 from megatron_dynmix.errors import InputError
@@ -266,11 +267,9 @@ def strategy_of(chosen: Chosen, resolved: Resolved) -> Strategy:
 
 
 def _built(chosen: Chosen, resolved: Resolved) -> Strategy:
-    from_files = {
-        RESOLVED[setting]: resolved[RESOLVED[setting]]
-        for setting in resolved_options(chosen.strategy)
-        if RESOLVED[setting] in resolved
-    }
+    given = [name for name in resolved_options(chosen.strategy) if RESOLVED[name] in resolved]
+    check_given(chosen, given)
+    from_files = {RESOLVED[name]: resolved[RESOLVED[name]] for name in given}
     per_row_D = examples_per_row(resolved)
     of_rows = [RESOLVED["prior"], *([RESOLVED["weights_from"]] if OF_ROWS in resolved else [])]
     for option in of_rows:

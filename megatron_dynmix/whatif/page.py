@@ -45,11 +45,11 @@ def weights_rows(tried: Sequence[Tried]) -> list[list[str]]:
 
 
 def remarks_lines(tried: Sequence[Tried]) -> list[str]:
-    """Return what rules had to say, and at how many updates."""
+    """Return what rules had to say, each kind of thing once: in the last words, and how many times."""
     return [
-        f"{rule.name}: {remark} ({count} of {len(rule.points) - 1} updates)"
+        f"{rule.name}: {text} (the last of {times} such remarks)" if times > 1 else f"{rule.name}: {text}"
         for rule in tried
-        for remark, count in rule.remarks.items()
+        for text, times in rule.remarks.values()
     ]
 
 

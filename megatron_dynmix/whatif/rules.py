@@ -21,7 +21,7 @@ from megatron_dynmix.config.strategies import RESOLVED, is_own, option_hints
 from megatron_dynmix.data.blend import Cursor, advance
 from megatron_dynmix.errors import CommandFailed, InputError
 from megatron_dynmix.mixing.controller import ControllerState, Decision, MixingController
-from megatron_dynmix.mixing.strategy import Signal
+from megatron_dynmix.mixing.strategy import RemarkKind, Signal
 from megatron_dynmix.mixing.trajectory import Motion, motion
 from megatron_dynmix.records.mixing_update import TOLD, signal_of
 from megatron_dynmix.records.schema import StageLine
@@ -102,8 +102,8 @@ class Tried:
     points: list[Point]
     guarded: int
     """Updates at which guardrails or the operator changed what the strategy proposed."""
-    remarks: Mapping[str, int]
-    """What the rule had to say -> at how many updates."""
+    remarks: Mapping[RemarkKind, tuple[str, int]]
+    """What kind of thing the rule had to say -> in which words it said it last, and how many times."""
 
     @property
     def motion(self) -> Motion:
@@ -179,7 +179,8 @@ class _Replay:
         point = _point(line.iteration, line.sources, weights_D.tolist())
         remarks = dict(self.tried.remarks)
         for note in decision.notes if decision else ():
-            remarks[note.text] = remarks.get(note.text, 0) + 1
+            _, times = remarks.get(note.kind, ("", 0))
+            remarks[note.kind] = note.text, times + 1
         self.tried = replace(
             self.tried,
             strategy=self.tried.strategy or settings.strategy,

@@ -295,7 +295,10 @@ def test_a_prepared_prefix_stands_for_its_source(tmp_path):
             {"mixing.strategy": "match-load", "mixing.match": "math", "mixing.weight_floor": 0.1},
             ["mixing.weight_floor would draw the target", "leave it out"],
         ),
-        ({"mixing.strategy": "match-load"}, ["match-load needs mixing.match: the name of the source"]),
+        (
+            {"mixing.strategy": "match-load"},
+            ["match-load needs mixing.match (--match): the name of the source"],
+        ),
         ({"mixing.sizes": {"chat": 1}}, ["mixing.sizes is given", "does not read it"]),
         (
             {"data.seq_length": 8192},

@@ -59,7 +59,11 @@ def test_what_cannot_be_mixed_is_one_message(tmp_path, capsys, command, case):
     [
         ({"chat": [1, 2]}, ["--strategy", "gate-load"], "at least 3 sources, got 1"),
         ({"chat": [1, 2], "math": [2, 1]}, ["--strategy", "inverse"], "at least 3 sources, got 2"),
-        ({"chat": [1, 2], "math": [2, 1]}, ["--strategy", "match-load"], "match-load needs --match; give it"),
+        (
+            {"chat": [1, 2], "math": [2, 1]},
+            ["--strategy", "match-load"],
+            "match-load needs mixing.match (--match)",
+        ),
         (
             {"chat": [1, 2], "math": [2, 1]},
             ["--strategy", "match-load", "--match", "law"],

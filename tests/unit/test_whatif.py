@@ -10,6 +10,7 @@ from megatron_dynmix.cli import main
 from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.errors import CommandFailed, InputError
 from megatron_dynmix.mixing.guardrails import Override
+from megatron_dynmix.whatif.page import remarks_lines
 from megatron_dynmix.whatif.rules import Rule, replayed, run_itself
 
 SETTINGS = {
@@ -110,6 +111,14 @@ def test_a_rule_that_needs_what_was_not_measured_is_refused_by_name():
         replayed(run.records(), Rule("mine", {"strategy": "ado"}))
 
 
+def test_what_a_rule_says_again_and_again_is_one_line():
+    run = fake_run(20, settings=MixingConfig(strategy="gate-load", interval=3))
+    tried = replayed(run.records(), Rule("new", {"strategy": "uniqueness", "min_gap": 1000.0}))
+    said = remarks_lines([tried])
+    times = sum(times for _, times in tried.remarks.values())
+    assert times > len(said) > 0 and "such remarks" in " ".join(said)
+
+
 def test_the_command_prints_both_tables_and_writes_the_page(tmp_path, capsys):
     folder = fake_run(20).write(tmp_path / "run")
     grid = tmp_path / "grid.yaml"
@@ -133,7 +142,8 @@ def test_the_command_prints_both_tables_and_writes_the_page(tmp_path, capsys):
         (["--strategies", "gate-lode"], "gate-lode"),
         (["--strategies", "uniform:interval=5"], "interval"),
         (["--strategies", "uniform,uniform"], "given twice"),
-        (["--strategies", "ref-loss"], "reference"),
+        (["--strategies", "ref-loss"], "needs mixing.reference (--reference): a JSON file"),
+        (["--strategies", "match-load"], "needs mixing.match (--match): the name of the source"),
         (["--strategies", "no_such_module:mine"], "no_such_module"),
     ],
 )

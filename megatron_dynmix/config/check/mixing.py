@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from megatron_dynmix.config.megatron_fields import model_settings, moe_layers
 from megatron_dynmix.config.run_config import MixingConfig, RunConfig
@@ -92,15 +92,23 @@ def _check_target(mixing: MixingConfig) -> None:
 def _check_resolved(mixing: MixingConfig) -> None:
     """Refuse a setting that a strategy needs and lacks, and one that no strategy reads."""
     used: set[str] = set()
+    given = [setting for setting in RESOLVED_FROM if getattr(mixing, setting) is not None]
     for chosen in mixing.asked:
-        settings = resolved_options(chosen.strategy)
-        used |= settings.keys()
-        for setting, required in settings.items():
-            if required and getattr(mixing, setting) is None:
-                raise InputError(f"strategy {chosen.label} needs mixing.{setting}: {RESOLVED_FROM[setting]}")
-    for setting, what in RESOLVED_FROM.items():
-        if getattr(mixing, setting) is not None and setting not in used:
+        used |= resolved_options(chosen.strategy).keys()
+        check_given(chosen, given)
+    for setting in given:
+        if setting not in used:
             raise InputError(
-                f"mixing.{setting} is given ({what}), but strategy {mixing.strategy} does not read it; leave "
-                "it out"
+                f"mixing.{setting} is given ({RESOLVED_FROM[setting]}), but strategy {mixing.strategy} does "
+                "not read it; leave it out"
+            )
+
+
+def check_given(chosen: Chosen, given: Collection[str]) -> None:
+    """Refuse a strategy without a setting that it cannot do without; those of `RESOLVED_FROM` are given."""
+    for setting, required in resolved_options(chosen.strategy).items():
+        if required and setting not in given:
+            flag = setting.replace("_", "-")
+            raise InputError(
+                f"strategy {chosen.label} needs mixing.{setting} (--{flag}): {RESOLVED_FROM[setting]}"
             )
