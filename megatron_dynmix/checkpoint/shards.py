@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import pickle
 import queue
+import signal
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -110,6 +111,7 @@ def _write_and_hash(
     transforms: list[Any], sums: Mailbox, rank: int, buckets: list[Any], results: Mailbox
 ) -> None:
     """Write a rank's files in a process of its own; a failure is the result."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from a terminal the rank gets it too, and answers
     gc.disable()  # it would meet tensors of the device, which belong to the rank
     try:
         with ThreadPoolExecutor(len(buckets)) as pool:
