@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from megatron_dynmix.errors import InputError
@@ -21,6 +21,16 @@ RESOLVED = {
     "match": "target_source",
 }
 """Settings that name a file, or values by source -> the option of a strategy that is made of them."""
+RESOLVED_FROM = {
+    "reference": "a JSON file {source: loss of a reference model}",
+    "target": "a JSON file {source: loss that is aimed at}",
+    "weights_from": "the directory of a run with weight updates, or a JSON file {source: weight}",
+    "embeddings": "a JSON or .npz file {source: vector}",
+    "schedule": "[[iteration, {source: weight}], ...]",
+    "sizes": "{source: size}",
+    "match": "the name of the source whose load is to be matched",
+}
+"""What those are that a strategy may not do without."""
 
 
 def is_own(strategy: str) -> bool:
@@ -114,6 +124,16 @@ class Chosen:
         """Whether gate loads, and whether losses, must be measured for it."""
         kind = self.kind
         return self.corrected or kind.needs_gate_load, kind.needs_loss
+
+
+def check_given(chosen: Chosen, given: Collection[str]) -> None:
+    """Refuse a strategy without a setting that it cannot do without; those of `RESOLVED_FROM` are given."""
+    for setting, required in resolved_options(chosen.strategy).items():
+        if required and setting not in given:
+            flag = setting.replace("_", "-")
+            raise InputError(
+                f"strategy {chosen.label} needs mixing.{setting} (--{flag}): {RESOLVED_FROM[setting]}"
+            )
 
 
 def chosen_shadow(entry: str | Mapping[str, Any]) -> Chosen:

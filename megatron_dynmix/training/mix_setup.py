@@ -19,9 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dynmix.config import RunConfig
-from megatron_dynmix.config.check.mixing import check_given
 from megatron_dynmix.config.run_config import MixingConfig
-from megatron_dynmix.config.strategies import RESOLVED, Chosen, resolved_options
+from megatron_dynmix.config.strategies import RESOLVED, Chosen, check_given, resolved_options
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.files import read_json
 from megatron_dynmix.mixing.controller import ControllerState, MixingController

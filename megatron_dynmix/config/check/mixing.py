@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from megatron_dynmix.config.megatron_fields import model_settings, moe_layers
 from megatron_dynmix.config.run_config import MixingConfig, RunConfig
-from megatron_dynmix.config.strategies import Chosen, resolved_options
+from megatron_dynmix.config.strategies import RESOLVED_FROM, Chosen, check_given, resolved_options
 from megatron_dynmix.errors import InputError
 
 BY_DISTANCE, MIN_SOURCES = ("gate-load", "inverse"), 3
 """Strategies whose scores are equal where there are two sources, and the sources that they need."""
-RESOLVED_FROM = {
-    "reference": "a JSON file {source: loss of a reference model}",
-    "target": "a JSON file {source: loss that is aimed at}",
-    "weights_from": "the directory of a run with weight updates, or a JSON file {source: weight}",
-    "embeddings": "a JSON or .npz file {source: vector}",
-    "schedule": "[[iteration, {source: weight}], ...]",
-    "sizes": "{source: size}",
-    "match": "the name of the source whose load is to be matched",
-}
 
 
 def check_mixing(config: RunConfig) -> None:
@@ -101,14 +92,4 @@ def _check_resolved(mixing: MixingConfig) -> None:
             raise InputError(
                 f"mixing.{setting} is given ({RESOLVED_FROM[setting]}), but strategy {mixing.strategy} does "
                 "not read it; leave it out"
-            )
-
-
-def check_given(chosen: Chosen, given: Collection[str]) -> None:
-    """Refuse a strategy without a setting that it cannot do without; those of `RESOLVED_FROM` are given."""
-    for setting, required in resolved_options(chosen.strategy).items():
-        if required and setting not in given:
-            flag = setting.replace("_", "-")
-            raise InputError(
-                f"strategy {chosen.label} needs mixing.{setting} (--{flag}): {RESOLVED_FROM[setting]}"
             )
