@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,25 +49,27 @@ def signals(arguments: argparse.Namespace, tokens: int) -> list[Signal]:
     return measured
 
 
-def alone(arguments: argparse.Namespace, strategy: Strategy) -> MixingController:
-    """Build a rule without anything beside it."""
+def controller(arguments: argparse.Namespace, strategy: Strategy, **beside: Any) -> MixingController:
+    """Build a rule, with what is to be had beside it."""
     sources = [f"source-{index}" for index in range(arguments.sources)]
-    return MixingController(sources, np.full(arguments.sources, 1 / arguments.sources), strategy)
+    return MixingController(sources, even(arguments), strategy, **beside)
+
+
+def even(arguments: argparse.Namespace) -> NDArray[np.float64]:
+    """Return equal weights."""
+    return np.full(arguments.sources, 1 / arguments.sources)
 
 
 def everything(arguments: argparse.Namespace) -> MixingController:
     """Build the published rule on all layers, with all that can be had beside it; shadows as published."""
-    sources = [f"source-{index}" for index in range(arguments.sources)]
-    weights_D = np.full(arguments.sources, 1 / arguments.sources)
-    return MixingController(
-        sources,
-        weights_D,
+    return controller(
+        arguments,
         GateLoad(layers="all", metric="scaled-l2", debias=True, min_gap=2.0),
         guardrails=Guardrails(
             floor=0.1 / arguments.sources,
             max_kl_step=0.01,
             min_entropy=0.5,
-            prior_D=weights_D,
+            prior_D=even(arguments),
             prior_pull=0.01,
             max_epochs_D=np.full(arguments.sources, 4.0),
         ),
@@ -90,9 +93,9 @@ def report(arguments: argparse.Namespace) -> str:
     rule, default = GateLoad(layers="all"), Uniqueness()
     times = {
         "everything": milliseconds(everything(arguments).update, measured),
-        "gate-load alone": milliseconds(alone(arguments, rule).update, measured),
-        "uniqueness alone": milliseconds(alone(arguments, default).update, measured),
-        "the same of few tokens, remembering": milliseconds(alone(arguments, default).update, few),
+        "gate-load alone": milliseconds(controller(arguments, rule).update, measured),
+        "uniqueness alone": milliseconds(controller(arguments, default).update, measured),
+        "the same of few tokens, remembering": milliseconds(controller(arguments, default).update, few),
         "floor: normalising the counts": milliseconds(
             lambda signal: gate_load(signal.counts_DLE, "all"), measured
         ),

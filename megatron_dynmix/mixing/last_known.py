@@ -53,6 +53,7 @@ class LastKnown:
 
         What was never measured is 0, or a loss of NaN. A signal that is refused leaves nothing behind.
         """
+        one_half = self.one_half
         if what == LOSS:
             new_D: NDArray[Any] = self._checked_losses(signal)
             measured_D = ~np.isnan(new_D)
@@ -64,7 +65,6 @@ class LastKnown:
             measured_D = (new_D.sum(axis=(2, 3)) > 0).all(axis=1)
             waiting = zip(new_D, measured_D, strict=True)
             one_half = tuple(None if done or not new.any() else new for new, done in waiting)
-            self = replace(self, one_half=one_half)
         known_D = self._updated(what, new_D, measured_D)
         if what == HALVES:
             signal = replace(signal, half_counts_HDLE=new_D.swapaxes(0, 1))
@@ -81,7 +81,8 @@ class LastKnown:
             stand_ins=tuple(name for name, measured, value in rows if not measured and value is not None),
             unknown=tuple(name for name, _, value in rows if value is None),
         )
-        return replace(self, values={**self.values, what: known_D}), signal, unmeasured
+        known = replace(self, values={**self.values, what: known_D}, one_half=one_half)
+        return known, signal, unmeasured
 
     def _checked_counts(self, signal: Signal) -> Counts:
         counts_DLE = signal.counts_DLE
