@@ -27,7 +27,7 @@ from megatron_dynmix.data.sources import (
 from megatron_dynmix.data.tokenizer.base import Tokenizer
 from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.errors import InputError
-from megatron_dynmix.training.mix_setup import Mix, resolve
+from megatron_dynmix.training.mix import Mix, resolve
 
 
 def inspect(

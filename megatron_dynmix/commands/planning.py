@@ -27,7 +27,8 @@ from megatron_dynmix.plan.parameters import this_host, transformer_here
 from megatron_dynmix.plan.plan import Plan, SourceWork
 from megatron_dynmix.plan.proposals import nearest_world_sizes, propose
 from megatron_dynmix.plan.text import needs_line, plan_text, size_text
-from megatron_dynmix.training.mix_setup import Mix, Resolved, check_mix, initial_weights
+from megatron_dynmix.training.mix import Mix, check_mix, initial_weights
+from megatron_dynmix.training.mix_setup import Resolved
 from megatron_dynmix.training.resume import check_pretrained
 
 HOSTS = {

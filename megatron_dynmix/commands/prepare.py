@@ -157,7 +157,7 @@ def _prepare_run(arguments: argparse.Namespace, rest: list[str]) -> int:
     from megatron_dynmix.data.sources import pack_source, prepare_sources, source_files
     from megatron_dynmix.data.tokenizer.load import load_tokenizer
     from megatron_dynmix.training.data_tables import packed_table, prepared_table, share_table, shared_lines
-    from megatron_dynmix.training.mix_setup import initial_shares
+    from megatron_dynmix.training.mix import initial_shares
 
     config = load_config(arguments.run_yaml, [*rest, *_flags(arguments, SETTINGS)])
     check_data(config)

@@ -12,7 +12,8 @@ from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.stock.flags import spelled, value_of
 from megatron_dynmix.stock.sources import Blend
-from megatron_dynmix.training.mix_setup import check_mixing, resolve_files
+from megatron_dynmix.training.mix import check_mixing
+from megatron_dynmix.training.mix_setup import resolve_files
 
 REFUSED: Mapping[str, str] = {
     "full_validation": "it needs the length of a validation set, which an iterator has not; leave it out",

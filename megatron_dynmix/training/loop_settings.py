@@ -14,7 +14,8 @@ from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.gate_loads import select_layers
 from megatron_dynmix.mixing.weights import normalise_weights
-from megatron_dynmix.training.mix_setup import Horizon, Mix, refusing, resolve_files, row_caps
+from megatron_dynmix.training.mix import Horizon, Mix
+from megatron_dynmix.training.mix_setup import refusing, resolve_files, row_caps
 
 BySource = Mapping[str, float]
 

@@ -37,7 +37,7 @@ from megatron_dynmix.moe.router import attach_counter, in_backward, router_token
 from megatron_dynmix.records.schema import MixingUpdate, TrainingRecord, plain
 from megatron_dynmix.records.writer import MetricsWriter, recorded
 from megatron_dynmix.training.loop_settings import BySource, check_layers, check_step, mix_of
-from megatron_dynmix.training.mix_setup import Mix
+from megatron_dynmix.training.mix import Mix
 from megatron_dynmix.training.mixed_steps import MixedSteps
 from megatron_dynmix.training.reweighting import told_first_weights
 from megatron_dynmix.training.step import reduce_sums, sums_by_source

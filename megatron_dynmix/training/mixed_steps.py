@@ -21,7 +21,7 @@ from megatron_dynmix.moe.counter import GateLoadCounter
 from megatron_dynmix.platform import Platform
 from megatron_dynmix.records.ledger import DrawnSamples, newest_stage
 from megatron_dynmix.records.schema import MixingUpdate, SamplesLine, StageLine, TrainingRecord, Why
-from megatron_dynmix.training.mix_setup import Mix
+from megatron_dynmix.training.mix import Mix
 from megatron_dynmix.training.probe import Probe
 from megatron_dynmix.training.reweighting import Reweighting, begin_of
 

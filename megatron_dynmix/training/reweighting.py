@@ -27,15 +27,8 @@ from megatron_dynmix.moe.counter import GateLoadCounter, reduce_counts
 from megatron_dynmix.platform import Platform
 from megatron_dynmix.records.mixing_update import TOLD, update_record
 from megatron_dynmix.records.schema import MixingUpdate
-from megatron_dynmix.training.mix_setup import (
-    Horizon,
-    Mix,
-    Resolved,
-    examples_per_row,
-    for_strategy,
-    in_rows,
-    reason,
-)
+from megatron_dynmix.training.mix import Horizon, Mix
+from megatron_dynmix.training.mix_setup import Resolved, examples_per_row, for_strategy, in_rows, reason
 
 if TYPE_CHECKING:  # a loop that is not ours has none
     from megatron_dynmix.training.probe import Probe

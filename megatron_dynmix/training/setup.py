@@ -20,7 +20,8 @@ from megatron_dynmix.data.tokenizer.load import load_tokenizer
 from megatron_dynmix.plan.parameters import this_host
 from megatron_dynmix.platform import packages
 from megatron_dynmix.training.holding import lease_of
-from megatron_dynmix.training.mix_setup import Mix, Resolved, check_mix
+from megatron_dynmix.training.mix import Mix, check_mix
+from megatron_dynmix.training.mix_setup import Resolved
 from megatron_dynmix.training.resume import (
     Resume,
     batches_done,

@@ -21,7 +21,8 @@ from megatron_dynmix.records.ledger import newest_stage, sample_hash
 from megatron_dynmix.records.mixing_update import update_record
 from megatron_dynmix.records.schema import Block, MixingUpdate, SamplesLine, TrainingRecord
 from megatron_dynmix.records.signals import SIGNALS, packed, with_signal
-from megatron_dynmix.training.mix_setup import Horizon, controller_of, for_strategy
+from megatron_dynmix.training.mix import Horizon
+from megatron_dynmix.training.mix_setup import controller_of, for_strategy
 from megatron_dynmix.training.reweighting import begin_of
 from megatron_dynmix.training.source_change import SourceChange
 from megatron_dynmix.verify.run_records import RunRecords

@@ -31,7 +31,7 @@ NOT_IN_TRAINING = (
     "data.prepare.encode",
     "data.prepare.workers",
 )
-MOST_FILES, MOST_LINES = 121, 20_050
+MOST_FILES, MOST_LINES = 122, 20_050
 """Of the project, reached by `train`."""
 ALARM_FILE_LINES = 400
 ALARM_FUNCTION_LINES = 60

@@ -12,7 +12,8 @@ from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.controller import MixingController
 from megatron_dynmix.mixing.strategy import Proposal, Signal, SourceError, Strategy
 from megatron_dynmix.records.mixing_update import update_record
-from megatron_dynmix.training.mix_setup import Mix, check_mix, initial_shares, reason
+from megatron_dynmix.training.mix import Mix, check_mix, initial_shares
+from megatron_dynmix.training.mix_setup import reason
 from megatron_dynmix.training.start_report import mix_warnings
 
 pytestmark = pytest.mark.filterwarnings("ignore:moe_ffn_hidden_size")

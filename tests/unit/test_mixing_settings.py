@@ -16,7 +16,7 @@ from megatron_dynmix.config.run_config import MixingConfig
 from megatron_dynmix.config.strategies import RESOLVED, option_hints
 from megatron_dynmix.errors import InputError
 from megatron_dynmix.mixing.strategies import STRATEGIES
-from megatron_dynmix.training.mix_setup import Mix, check_mix
+from megatron_dynmix.training.mix import Mix, check_mix
 
 pytestmark = pytest.mark.filterwarnings("ignore:moe_ffn_hidden_size")
 ROWS = [range(20)] * 3
