@@ -69,6 +69,7 @@ PARTS = {
     "domains": "FEW.yaml",
     "domains-alone": "FEW.yaml",
     "sweeps": "SWEEPS.yaml",
+    "sweeps-twice": "COPIES.yaml",
     **dict.fromkeys((*SHAPES, *BUDGETS), "FEW.yaml"),
 }
 """What is run, and its grid."""
@@ -128,8 +129,8 @@ class Study:
         domains = {name: pieces.as_it_is(self.data, name) for name in DOMAINS}
         others = {name: source for name, source in plain.items() if name != TWICE}
         folder = self.output / "pieces"
-        if part in ("twice", "thrice"):
-            copies = 2 if part == "twice" else 3
+        if part in ("twice", "thrice", "sweeps-twice"):
+            copies = 3 if part == "thrice" else 2
             return plain | {f"{TWICE}-{copy}": dict(plain[TWICE]) for copy in range(2, copies + 1)}
         if part == "halves":
             return others | pieces.halves(self.data, TWICE, folder)

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_dynmix.compare.page import difference_text, spread_text
 from megatron_dynmix.compare.results import BASELINE, Difference, paired_difference, spread
 
-COPIES = ("twice", "thrice", "halves", "filtered")
+COPIES = ("twice", "thrice", "halves", "filtered", "sweeps-twice")
 """Parts in which `math-2` and the like are of the kind `math`, and count once."""
 HEADER = [
     "variant",

@@ -37,7 +37,7 @@ def load(name):
     return module
 
 
-@pytest.mark.parametrize("grid", ["GRID.yaml", "SWEEPS.yaml", "REDUNDANCY.yaml", "FEW.yaml"])
+@pytest.mark.parametrize("grid", ["GRID.yaml", "SWEEPS.yaml", "COPIES.yaml", "REDUNDANCY.yaml", "FEW.yaml"])
 def test_every_variant_is_a_configuration(grid):
     variants = variants_from_file(STUDY / grid)
     assert variants[0].name == "uniform"
@@ -46,8 +46,9 @@ def test_every_variant_is_a_configuration(grid):
         assert config.mixing.strategy == dict(variant.settings)["strategy"]
 
 
-def test_a_sweep_changes_what_its_name_says():
-    for variant in variants_from_file(STUDY / "SWEEPS.yaml"):
+@pytest.mark.parametrize("grid", ["SWEEPS.yaml", "COPIES.yaml"])
+def test_a_sweep_changes_what_its_name_says(grid):
+    for variant in variants_from_file(STUDY / grid):
         strategy, _, changed = variant.name.partition(".")
         setting, equals, value = changed.partition("=")
         assert dict(variant.settings)["strategy"] == strategy
