@@ -111,7 +111,11 @@ def comparison_tables(found: Comparison) -> dict[str, Table]:
                 "How the weights moved",
                 ["variant", "settled at", "turns", "path", "net"],
                 [
-                    [variant.name, *(spread_text(spread, 3) for spread in variant.motion.values())]
+                    [
+                        variant.name,
+                        *(spread_text(variant.motion[name], 1) for name in ("settled", "turns")),
+                        *(spread_text(variant.motion[name], 3) for name in ("path", "net")),
+                    ]
                     for variant in found.variants
                 ],
                 MOTION,

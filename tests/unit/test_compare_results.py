@@ -112,7 +112,7 @@ def test_summary_of_three_seeds():
     assert gate_load.final_weights["math"].mean == 0.75
     assert uniform.motion["turns"].mean == 0 and gate_load.motion["path"].mean == 0.25
     motion = comparison_tables(summary)["motion"]
-    assert [row[1] for row in motion.rows] == ["10.000 ± 0.000"] * 2
+    assert [row[1] for row in motion.rows] == ["10.0 ± 0.0"] * 2
     json.dumps(dataclasses.asdict(summary), allow_nan=False)
 
 
