@@ -30,7 +30,7 @@ RESOLVED_FROM = {
     "sizes": "{source: size}",
     "match": "the name of the source whose load is to be matched",
 }
-"""What those are that a strategy may not do without."""
+"""What is to be given for them, which is said where one is missing or no strategy reads it."""
 
 
 def is_own(strategy: str) -> bool:
