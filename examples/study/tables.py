@@ -22,6 +22,8 @@ HEADER = [
     "worst, to uniform",
     "weights at the end",
 ]
+MOTION = {"settled": 0, "turns": 1, "path": 2}
+"""How weights moved, which sweeps are asked about -> decimals."""
 
 
 def part(name: str, comparisons: Mapping[str, Path]) -> str:
@@ -35,12 +37,18 @@ def part(name: str, comparisons: Mapping[str, Path]) -> str:
     lines = [f"## {name.capitalize()}"]
     for start, path in comparisons.items():
         lines += ["", f"From {start} weights:" if start != "frozen" else "Pretrained, routers frozen:", ""]
-        lines += table(json.loads(path.read_text()), by_kind=name in COPIES)
+        motion = MOTION if name.startswith("sweeps") else {}
+        lines += table(json.loads(path.read_text()), by_kind=name in COPIES, motion=motion)
     return "\n".join(lines)
 
 
-def table(found: Mapping[str, Any], *, by_kind: bool) -> list[str]:
-    """Return one comparison in Markdown; losses in nats per trained token, mean ± sd over seeds."""
+def table(found: Mapping[str, Any], *, by_kind: bool, motion: Mapping[str, int] | None = None) -> list[str]:
+    """Return one comparison in Markdown; losses in nats per trained token, mean ± sd over seeds.
+
+    `motion` adds columns of how the weights moved, each with so many decimals; means over seeds.
+    """
+    motion = motion or {}
+    moved = {variant["name"]: variant["motion"] for variant in found["variants"]} if motion else {}
     cells: dict[str, dict[int, Any]] = {}
     for cell in found["cells"]:
         cells.setdefault(cell["variant"], {})[cell["seed"]] = cell
@@ -48,7 +56,8 @@ def table(found: Mapping[str, Any], *, by_kind: bool) -> list[str]:
         variant: {seed: kinds(cell["metrics"], by_kind=by_kind) for seed, cell in own.items()}
         for variant, own in cells.items()
     }
-    lines = [f"| {' | '.join(HEADER)} |", "|" + " --- |" * len(HEADER)]
+    header = [*HEADER, *motion]
+    lines = [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
     for variant, own in losses.items():
         row = [variant, str(len(own))]
         for measure in (statistics.fmean, max):
@@ -58,6 +67,7 @@ def table(found: Mapping[str, Any], *, by_kind: bool) -> list[str]:
             }
             row += [spread_text(spread(list(values.values()))), _difference(variant, values, base)]
         row.append(_weights(found["sources"], list(cells[variant].values())))
+        row += [f"{moved[variant][name]['mean']:.{decimals}f}" for name, decimals in motion.items()]
         lines.append(f"| {' | '.join(row)} |")
     return lines
 

@@ -164,6 +164,22 @@ def test_copies_count_once_in_the_tables():
     assert "**-0.5000 [-0.5000, -0.5000]**" in other
 
 
+def test_sweeps_say_how_weights_moved(tmp_path):
+    tables = load("tables")
+    cell = {"variant": "uniform", "seed": 1, "metrics": {"loss/chat": 4.0}, "weights": [[0, [1.0]]]}
+    moved = {
+        "settled": {"mean": 146.7},
+        "turns": {"mean": 8.67},
+        "path": {"mean": 0.513},
+        "net": {"mean": 0.1},
+    }
+    found = {"cells": [cell], "sources": ["chat"], "variants": [{"name": "uniform", "motion": moved}]}
+    path = tmp_path / "comparison.json"
+    path.write_text(json.dumps(found))
+    assert tables.part("sweeps-twice", {"pretrained": path}).endswith("| chat 1.000 | 147 | 8.7 | 0.51 |")
+    assert tables.part("twice", {"pretrained": path}).endswith("| chat 1.000 |")
+
+
 def test_the_corpus_is_plain_text_and_written_once(data, tmp_path, monkeypatch):
     corpus = load("corpus")
     monkeypatch.setattr(corpus, "PACKAGES", ("yaml",))
